@@ -1,0 +1,15 @@
+"""The commands of ``promptmix``: one module each, with ``add_arguments(parser)`` and ``run(args) -> int``.
+
+A new command is a module here and a line in ``COMMANDS``. Modules import torch and the plugins inside ``run`` only, so
+that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+#: Name of the command (and of its module) to what it does, in the order of the help.
+COMMANDS: dict[str, str] = {
+    "quickstart": "train and compare methods on the embedded pictures, offline",
+    "train": "train and test one method (all flags of CoOp's train.py)",
+    "parse": "make tables from the results of several runs",
+    "list": "show what is registered: trainers, data sets, backbones, plugins, ...",
+}

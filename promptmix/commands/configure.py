@@ -1,0 +1,80 @@
+"""From flags to a merged config, in CoOp's order: defaults, data set file, method file, flags, ``KEY VALUE`` pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from importlib.resources import files
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Any
+
+from promptmix.errors import ConfigError
+from promptmix.registry import closest
+
+if TYPE_CHECKING:
+    from yacs.config import CfgNode
+
+
+def resolve_config(path: str) -> Path:
+    """Return the file that ``path`` names: as given, else among the configs that promptmix ships.
+
+    Args:
+        path: a path, or a shipped config with or without its leading ``configs/`` (``configs/quickstart.yaml``).
+
+    Raises:
+        ConfigError: there is no such file in either place.
+    """
+    given = Path(path)
+    if given.is_file():
+        return given
+    shipped = Path(str(files("promptmix.configs")))
+    if not given.is_absolute():
+        parts = PurePath(path).parts
+        candidate = shipped.joinpath(*(parts[1:] if parts[:1] == ("configs",) else parts))
+        if candidate.is_file():
+            return candidate
+    names = sorted(f"configs/{file.relative_to(shipped).as_posix()}" for file in shipped.rglob("*.yaml"))
+    raise ConfigError(
+        f"config file {path}: no such file here or among the shipped ones{closest(path, names)}"
+        f" (shipped: {', '.join(names) or 'none'})"
+    )
+
+
+def load_plugins(names: Iterable[str]) -> None:
+    """Load the built-in and installed plugins, then those of ``--plugin``.
+
+    Raises:
+        PluginError: one of them can't be loaded.
+    """
+    from promptmix.plugin_manager import get_plugin_manager, load_plugin
+
+    get_plugin_manager()
+    for name in names:
+        load_plugin(name)
+
+
+def make_config(
+    config_files: Iterable[str], flags: dict[str, tuple[str, Any]], opts: list[str], plugins: Iterable[str] = ()
+) -> CfgNode:
+    """Merge files, flags and overrides onto the defaults, each remembered as the source of what it sets.
+
+    Args:
+        config_files: paths in order of merging, empty ones are passed over.
+        flags: flag to (config key, value); a value of None or "" was not given.
+        opts: ``KEY VALUE`` pairs.
+        plugins: what ``--plugin`` named.
+
+    Raises:
+        UserError: a plugin, file, key or value that does not fit.
+    """
+    load_plugins(plugins)
+    from promptmix import config
+
+    cfg = config.get_cfg()
+    for path in config_files:
+        if path:
+            config.merge_file(cfg, resolve_config(path))
+    for flag, (key, value) in flags.items():
+        if value is not None and value != "":
+            config.merge_opts(cfg, [key, value], source=flag)
+    config.merge_opts(cfg, opts)
+    return cfg

@@ -1,0 +1,87 @@
+"""``promptmix train``: one run, with every flag of CoOp's train.py."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from typing import Any
+
+from promptmix.commands.configure import make_config
+
+#: Flag to config key, as in CoOp.
+FLAGS = {
+    "--root": "DATASET.ROOT",
+    "--output-dir": "OUTPUT_DIR",
+    "--resume": "RESUME",
+    "--seed": "SEED",
+    "--source-domains": "DATASET.SOURCE_DOMAINS",
+    "--target-domains": "DATASET.TARGET_DOMAINS",
+    "--transforms": "INPUT.TRANSFORMS",
+    "--trainer": "TRAINER.NAME",
+    "--backbone": "MODEL.BACKBONE.NAME",
+    "--head": "MODEL.HEAD.NAME",
+    "--device": "DEVICE",
+}
+_TOP_KEYS = ("OUTPUT_DIR", "RESUME", "SEED", "USE_CUDA", "DEVICE", "VERBOSE", "VERSION")
+_KEY = re.compile(rf"[A-Z][A-Z0-9_]*(\.\w+)+|{'|'.join(_TOP_KEYS)}")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags."""
+    add = parser.add_argument
+    add("--root", default="", help="folder of the data sets")
+    add("--output-dir", default="", help="folder for log.txt, results.json and checkpoints")
+    add("--resume", default="", metavar="DIR", help="output folder of an earlier run, whose training goes on")
+    add("--seed", type=int, help="seed of all random numbers; negative = not seeded")
+    add("--source-domains", nargs="+", metavar="DOMAIN", help="domains to train on")
+    add("--target-domains", nargs="+", metavar="DOMAIN", help="domains to test on")
+    add("--transforms", nargs="+", metavar="NAME", help="augmentations")
+    add("--config-file", default="", metavar="YAML", help="method's config; shipped ones are found from any folder")
+    add("--dataset-config-file", default="", metavar="YAML", help="data set's config, merged before --config-file")
+    add("--trainer", default="", help="name of the method, see `promptmix list trainers`")
+    add("--backbone", default="", help="name of the CLIP model, see `promptmix list backbones`")
+    add("--head", default="", help="name of a head (methods of Dassl)")
+    add("--eval-only", action="store_true", help="test only")
+    add("--model-dir", default="", metavar="DIR", help="output folder of the run to test, with --eval-only")
+    add("--load-epoch", type=int, metavar="N", help="test the checkpoint of this epoch; default: the best one")
+    add("--no-train", action="store_true", help="build everything, but do not train")
+    add("--plugin", action="append", default=[], metavar="MODULE|FILE", help="load a plugin; may be repeated")
+    add("--device", choices=("auto", "cpu", "cuda"), help="where to compute")
+    add("--list", action="store_true", help="show what is registered, as `promptmix list` does")
+    add("opts", nargs="*", metavar="KEY VALUE", help="config overrides at the end (OPTIM.MAX_EPOCH 5)")
+
+
+def split_arguments(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[list[str], list[str]]:
+    """Part the flags from the ``KEY VALUE`` pairs at the end.
+
+    argparse would give the first pair to a preceding flag with many values (``--source-domains a b OPTIM.LR 0.1``) and
+    take a negative value for a flag.
+    """
+    single = {flag for action in parser._actions if action.nargs is None for flag in action.option_strings}
+    for index, word in enumerate(argv):
+        if _KEY.fullmatch(word) and (index == 0 or argv[index - 1] not in single):
+            return argv[:index], argv[index:]
+    return argv, []
+
+
+def run(args: argparse.Namespace) -> int:
+    """Merge the config and run."""
+    if args.list:
+        from promptmix.commands import list as list_command
+
+        return list_command.show("", args.plugin)
+    values: dict[str, Any] = vars(args)
+    flags = {flag: (key, values[flag[2:].replace("-", "_")]) for flag, key in FLAGS.items()}
+    cfg = make_config([args.dataset_config_file, args.config_file], flags, args.opts, args.plugin)
+    from promptmix.run import run as run_one
+
+    run_one(
+        cfg,
+        eval_only=args.eval_only,
+        model_dir=args.model_dir,
+        load_epoch=args.load_epoch,
+        no_train=args.no_train,
+        arguments={key: value for key, value in values.items() if key not in ("argv", "debug", "list")},
+        command=["promptmix", *args.argv],
+    )
+    return 0

@@ -1,0 +1,309 @@
+"""What a run leaves behind: ``results.json``, written whole or not at all, and how to read it back (or Dassl's log)."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from promptmix import __version__
+from promptmix.errors import DataError, UserError
+
+SCHEMA_VERSION = 1
+FILE_NAME = "results.json"
+#: What tells one run from another: two runs that differ in any of these never share an output folder.
+IDENTITY = (
+    "trainer",
+    "dataset",
+    "backbone",
+    "subsample_classes",
+    "source_domains",
+    "target_domains",
+    "shots",
+    "seed",
+)
+
+#: Keys that make no other setting of a method: where it ran, what it printed, and what `IDENTITY` holds.
+NOT_A_SETTING = {
+    "DATALOADER.NUM_WORKERS",
+    "DATALOADER.TEST.BATCH_SIZE",
+    "DATASET.NAME",
+    "DATASET.NUM_SHOTS",
+    "DATASET.ROOT",
+    "DATASET.SOURCE_DOMAINS",
+    "DATASET.SUBSAMPLE_CLASSES",
+    "DATASET.TARGET_DOMAINS",
+    "DEVICE",
+    "MODEL.BACKBONE.NAME",
+    "OUTPUT_DIR",
+    "RESUME",
+    "SEED",
+    "TEST.COMPUTE_CMAT",
+    "TEST.PER_CLASS_RESULT",
+    "TEST.SPLIT",
+    "TRAIN.CHECKPOINT_FREQ",
+    "TRAIN.PRINT_FREQ",
+    "TRAINER.NAME",
+    "USE_CUDA",
+    "VERBOSE",
+    "VERSION",
+}
+
+
+@dataclass
+class RunResult:
+    """One run: what was run, on what, with which settings, and what came out.
+
+    Attributes:
+        trainer: name in the trainer registry.
+        dataset: name in the data set registry.
+        backbone: name in the backbone registry.
+        subsample_classes: ``all``, ``base`` or ``new``.
+        source_domains: training domains; empty where the data set has none.
+        target_domains: test domains; empty where the data set has none.
+        shots: training pictures per class; below 1 = all.
+        seed: random seed; negative = not seeded.
+        metrics: per split (``test``, ``val``) the evaluator's numbers, in percent.
+        config: the whole config tree.
+        config_sources: per dotted key that is not at its default, who set it (a file, a flag, the command line).
+        versions: python and the libraries that decide the numbers.
+        commit: git commit of the checkout that the package lies in, with ``-dirty`` where files differ from it.
+        command: the command line, without the interpreter.
+        checkpoint: folder and epoch that were evaluated, for evaluation-only runs.
+        started: start of the run, ISO 8601 in UTC.
+        finished: end of the run, ISO 8601 in UTC.
+        seconds: ``total``, ``train`` (with validation after each epoch) and ``test``.
+        peak_memory_mb: largest resident memory (``rss``) and CUDA allocation (``cuda``), in MiB; None where unknown.
+        learned_parameters: number of scalars that the optimisers may change.
+        source: file that this was read from (not written).
+    """
+
+    trainer: str
+    dataset: str
+    backbone: str = ""
+    subsample_classes: str = "all"
+    source_domains: list[str] = field(default_factory=list)
+    target_domains: list[str] = field(default_factory=list)
+    shots: int = -1
+    seed: int = -1
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    config_sources: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    commit: str | None = None
+    command: list[str] = field(default_factory=list)
+    checkpoint: dict[str, Any] | None = None
+    started: str = ""
+    finished: str = ""
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_memory_mb: dict[str, float | None] = field(default_factory=dict)
+    learned_parameters: int | None = None
+    source: str = ""
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> RunResult:
+        """Return a result without numbers for a config tree given as plain dicts and lists."""
+        data = config["DATASET"]
+        return cls(
+            trainer=config["TRAINER"]["NAME"],
+            dataset=data["NAME"],
+            backbone=config["MODEL"]["BACKBONE"]["NAME"],
+            subsample_classes=data.get("SUBSAMPLE_CLASSES", "all"),
+            source_domains=list(data["SOURCE_DOMAINS"]),
+            target_domains=list(data["TARGET_DOMAINS"]),
+            shots=data["NUM_SHOTS"],
+            seed=config["SEED"],
+            config=config,
+        )
+
+    def identity(self) -> dict[str, Any]:
+        """Return the fields that tell this run from others (see ``IDENTITY``)."""
+        return {name: getattr(self, name) for name in IDENTITY}
+
+    def settings(self) -> dict[str, str]:
+        """Return every config value that could move a number, by dotted key, as JSON text."""
+        return {key: json.dumps(value) for key, value in _leaves(self.config) if key not in NOT_A_SETTING}
+
+    def save(self, directory: str | Path) -> Path:
+        """Write ``results.json`` into ``directory`` and return its path; a reader never sees half of it."""
+        from promptmix.utils import write_json  # here, so that reading results needs no torch
+
+        path = Path(directory) / FILE_NAME
+        tree = {key: value for key, value in asdict(self).items() if key != "source"}
+        write_json({"schema_version": SCHEMA_VERSION} | tree, path)
+        return path
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def load(path: str | Path) -> RunResult:
+    """Read a ``results.json``.
+
+    Raises:
+        DataError: the file is no results file, or a newer promptmix wrote it; remove it or upgrade.
+    """
+    try:
+        tree = json.loads(Path(path).read_text(encoding="utf-8"))
+        schema = int(tree["schema_version"])
+        if schema > SCHEMA_VERSION:
+            raise DataError(
+                f"{path} has schema version {schema}, this promptmix reads up to {SCHEMA_VERSION}; upgrade it"
+            )
+        known = {entry.name for entry in fields(RunResult)}
+        return RunResult(**{key: value for key, value in tree.items() if key in known} | {"source": str(path)})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{path} is not a results file of promptmix ({type(error).__name__}: {error}); "
+            "remove it or name another folder"
+        ) from error
+
+
+def find(directory: str | Path) -> tuple[list[RunResult], list[str]]:
+    """Read every run below ``directory``: ``results.json`` where there is one, else a Dassl log ``log.txt``.
+
+    Returns:
+        The runs in order of their paths, and a note for each log that holds no result.
+
+    Raises:
+        UserError: no such folder, or no run below it.
+    """
+    root = Path(directory)
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder; name the output folder of one or more runs")
+    runs: list[RunResult] = []
+    notes: list[str] = []
+    for folder in sorted(_folders(root)):
+        if (folder / FILE_NAME).is_file():
+            runs.append(load(folder / FILE_NAME))
+            continue
+        log = _newest_log(folder)
+        if log is not None:
+            run = from_log(log)
+            if run is None:
+                notes.append(f"{log}: no finished result with its config, left out")
+            else:
+                runs.append(run)
+    if not runs:
+        shown = f" ({notes[0]})" if notes else ""
+        raise UserError(f"{root}: no {FILE_NAME} and no log.txt with a result below it{shown}; train into it first")
+    return runs, notes
+
+
+def _folders(root: Path) -> Iterator[Path]:
+    for name, _, files in os.walk(root):
+        if any(file == FILE_NAME or file.startswith("log.txt") for file in files):
+            yield Path(name)
+
+
+def _newest_log(folder: Path) -> Path | None:
+    # Dassl never overwrites a log: later runs in a folder write log.txt-<date>.
+    logs = [path for path in folder.glob("log.txt*") if path.is_file()]
+    return max(logs, key=lambda path: (path.stat().st_mtime, path.name), default=None)
+
+
+_METRIC = re.compile(r"^\* ([\w-]+): ([\d.eE+-]+)%?\s*$")
+_SPLIT = re.compile(r"^Evaluate on the \*(\w+)\* set")
+_BANNER = re.compile(r"^\*+\n\*\* Config \*\*\n\*+\n(.*?)(?=^(?:Collecting env info|\*\*)|\Z)", re.M | re.S)
+
+
+def from_log(path: str | Path) -> RunResult | None:
+    """Read a run from a log in Dassl's wording: the printed config, and the last ``=> result`` block of each split.
+
+    Numbers have one decimal there, and only what was printed is known. Returns None for a log without config or result.
+    """
+    text = Path(path).read_text(encoding="utf-8", errors="replace")
+    banner = _BANNER.search(text)
+    metrics = _log_metrics(text)
+    if banner is None or not metrics:
+        return None
+    try:
+        run = RunResult.from_config(_printed_config(banner.group(1)))
+    except (KeyError, TypeError):
+        return None
+    run.metrics = metrics
+    run.source = str(path)
+    written = datetime.fromtimestamp(Path(path).stat().st_mtime, timezone.utc)
+    run.started = run.finished = written.isoformat(timespec="seconds")
+    return run
+
+
+def _log_metrics(text: str) -> dict[str, dict[str, float]]:
+    metrics: dict[str, dict[str, float]] = {}
+    split, inside = "test", False
+    for line in text.splitlines():
+        started = _SPLIT.match(line)
+        if started:
+            split = started.group(1)
+        if line.strip() == "=> result":
+            metrics[split], inside = {}, True
+            continue
+        found = _METRIC.match(line) if inside else None
+        if found and found.group(1) not in ("total", "correct"):
+            name = "error_rate" if found.group(1) == "error" else found.group(1)  # the evaluator's own key
+            metrics[split][name] = float(found.group(2))
+    return metrics
+
+
+def _printed_config(text: str) -> dict[str, Any]:
+    """Read back what ``print(cfg)`` shows: ``KEY: value`` for a leaf, ``KEY:`` for a node, two spaces a level."""
+    root: dict[str, Any] = {}
+    open_nodes = [root]
+    for line in text.splitlines():
+        found = re.match(r"^( *)([A-Z]\w*):( ?)(.*)$", line)
+        if not found:
+            continue
+        indent, key, leaf, value = found.groups()
+        del open_nodes[len(indent) // 2 + 1 :]
+        if leaf:
+            open_nodes[-1][key] = _literal(value)
+        else:
+            open_nodes[-1][key] = {}
+            open_nodes.append(open_nodes[-1][key])
+    return root
+
+
+def _literal(text: str) -> Any:  # noqa: ANN401  (any value of a config)
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+    return list(value) if isinstance(value, tuple) else value
+
+
+def collect_versions() -> dict[str, str]:
+    """Return the versions of Python and of the libraries that decide the numbers."""
+    libraries = {name: version(name) for name in ("torch", "torchvision", "open_clip_torch")}
+    return {"promptmix": __version__, "python": platform.python_version()} | libraries
+
+
+def git_commit() -> str | None:
+    """Return the commit of the checkout that this package lies in, or None for an installed package."""
+    checkout = Path(__file__).resolve().parent.parent
+    if not (checkout / ".git").exists():
+        return None
+    try:
+        commit = _git(checkout, "rev-parse", "HEAD")
+        changed = _git(checkout, "status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return f"{commit}-dirty" if changed else commit
+
+
+def _git(checkout: Path, *command: str) -> str:
+    done = subprocess.run(["git", *command], cwd=checkout, capture_output=True, text=True, timeout=20, check=True)
+    return done.stdout.strip()

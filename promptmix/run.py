@@ -1,0 +1,307 @@
+"""One run from a merged config to ``results.json``: shared by ``promptmix train``, the quick start and sweeps."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import datetime, timezone
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from yacs.config import CfgNode as CN
+
+from promptmix import config, results
+from promptmix.engine import Logger, build_trainer, collect_env_info, set_random_seed, setup_logger
+from promptmix.errors import CheckpointError, UserError
+from promptmix.hookspecs import hookimpl
+from promptmix.plugin_manager import get_plugin_manager
+from promptmix.results import FILE_NAME, RunResult
+from promptmix.utils import get_logger
+
+
+def run(
+    cfg: CN,
+    *,
+    eval_only: bool = False,
+    model_dir: str = "",
+    load_epoch: int | None = None,
+    no_train: bool = False,
+    arguments: dict[str, Any] | None = None,
+    command: list[str] | None = None,
+    on_epoch: Callable[[Any], None] | None = None,
+    quiet: bool = False,
+) -> RunResult | None:
+    """Build the trainer, train and test it (or only test); ``OUTPUT_DIR`` gets ``log.txt`` and ``results.json``.
+
+    The output folder appears only once the data set, the weights and the checkpoint were found.
+
+    Args:
+        cfg: a merged config tree; it is validated and frozen here.
+        eval_only: load ``model_dir`` and test, without training.
+        model_dir: output folder of the run whose learned tensors are evaluated.
+        load_epoch: epoch of the checkpoint; None = the best one, as in Dassl.
+        no_train: only build, and leave nothing behind.
+        arguments: parsed flags, printed at the top of the log.
+        command: command line, kept in ``results.json``.
+        on_epoch: called with the trainer after each epoch.
+        quiet: write to the log only, nothing to standard output or error.
+
+    Returns:
+        The result, or None with ``no_train``.
+
+    Raises:
+        UserError: anything the user asked for that can't be done; the message says what and how to mend it.
+    """
+    config.validate(cfg)
+    cfg.freeze()
+    result = RunResult.from_config(_plain(cfg))
+    if not no_train:
+        _refuse_other_run(result, Path(cfg.OUTPUT_DIR), eval_only)
+    result.config_sources = config.sources(cfg)
+    result.command = command or []
+    result.versions = results.collect_versions()
+    result.commit = results.git_commit()
+    result.checkpoint = {"directory": model_dir, "epoch": load_epoch} if eval_only and model_dir else None
+    recorder = _Recorder(on_epoch)
+    with _Output(cfg.OUTPUT_DIR, quiet) as output:
+        _seed(cfg)
+        _print_header(cfg, arguments or {})
+        trainer = build_trainer(cfg)
+        result.learned_parameters = _count_learned(trainer)
+        if eval_only:
+            _refuse_other_method(result, model_dir)
+            trainer.load_model(model_dir, epoch=load_epoch)
+        if no_train:
+            return None
+        output.open()
+        recorder.ready()
+        with _plugged(recorder):
+            if eval_only or not result.learned_parameters:
+                trainer.test()
+            else:
+                trainer.train()
+        recorder.fill(result)
+        get_logger().info("Results: %s", result.save(cfg.OUTPUT_DIR))
+    return result
+
+
+def finished(cfg: CN) -> RunResult | None:
+    """Return the result in ``OUTPUT_DIR`` if a run with exactly this config finished there, else None."""
+    path = Path(cfg.OUTPUT_DIR) / FILE_NAME
+    if not path.is_file():
+        return None
+    result = results.load(path)
+    return result if result.config == _plain(cfg) and result.metrics else None
+
+
+def _plain(node: Any) -> Any:  # noqa: ANN401  (any config value)
+    """Return a config tree as JSON would give it back: dicts, lists, strings and numbers."""
+    if isinstance(node, dict):
+        return {key: _plain(value) for key, value in node.items()}
+    return [_plain(value) for value in node] if isinstance(node, (list, tuple)) else node
+
+
+def _refuse_other_run(new: RunResult, folder: Path, eval_only: bool) -> None:
+    """Refuse a folder with another run's results: training would resume there and report its numbers as this run's."""
+    path = folder / FILE_NAME
+    if not path.is_file():
+        return
+    old = results.load(path)
+    pairs = [(name, value, new.identity()[name]) for name, value in old.identity().items()]
+    if not eval_only:
+        ours = new.settings()
+        # More epochs are what a resumed run is for.
+        pairs += [(k, v, ours[k]) for k, v in old.settings().items() if k in ours and k != "OPTIM.MAX_EPOCH"]
+    for name, theirs, mine in pairs:
+        if theirs != mine:
+            raise UserError(
+                f"{folder} holds the results of another run ({name} is {theirs} there, {mine} here); "
+                "choose another --output-dir, or remove that folder"
+            )
+
+
+def _refuse_other_method(new: RunResult, model_dir: str) -> None:
+    """Name the trainer in ``model_dir`` where it is another: its tensors would only fit by accident."""
+    path = Path(model_dir) / FILE_NAME
+    if not model_dir or not path.is_file():
+        return
+    old = results.load(path)
+    for what, theirs, ours in (("trainer", old.trainer, new.trainer), ("backbone", old.backbone, new.backbone)):
+        if theirs != ours:
+            raise CheckpointError(
+                f"--model-dir {model_dir} holds a checkpoint of {what} {theirs}, not {ours}; "
+                f"name a folder where {ours} was trained, or evaluate with {theirs}"
+            )
+
+
+def _seed(cfg: CN) -> None:
+    deterministic = cfg.SEED >= 0
+    if deterministic:
+        get_logger().info("Setting fixed seed: %d", cfg.SEED)
+        set_random_seed(cfg.SEED)
+    torch.backends.cudnn.deterministic = deterministic
+    # Benchmarking picks the fastest kernel by timing it, so two seeded runs could use different ones.
+    torch.backends.cudnn.benchmark = not deterministic
+
+
+def _print_header(cfg: CN, arguments: dict[str, Any]) -> None:
+    line = get_logger().info
+    line("***************\n** Arguments **\n***************")
+    for key in sorted(arguments):
+        line("%s: %s", key, arguments[key])
+    line("************\n** Config **\n************\n%s", cfg)
+    line("Collecting env info ...\n** System info **\n%s\n", collect_env_info())
+
+
+def _count_learned(trainer: Any) -> int:  # noqa: ANN401  (a trainer with Dassl's interface)
+    """Count the scalars of the registered models that may change; 0 means that there is nothing to train."""
+    models = (trainer._models[name] for name in trainer.get_model_names())
+    return sum(p.numel() for model in models if model is not None for p in model.parameters() if p.requires_grad)
+
+
+class _Recorder:
+    """Listens to the trainer's events: numbers of each evaluation, and how long training and the last test took."""
+
+    def __init__(self, on_epoch: Callable[[Any], None] | None) -> None:
+        self._on_epoch = on_epoch
+        self._metrics: dict[str, dict[str, float]] = {}
+        self._began = datetime.now(timezone.utc)
+        self._start = self._trained = self._tested = time.monotonic()
+        self._train_seconds = 0.0
+        _forget_peak_memory()
+
+    @hookimpl
+    def before_train(self) -> None:
+        """The first epoch begins: what came before was building."""
+        self._trained = time.monotonic()
+
+    @hookimpl
+    def after_epoch(self, trainer: Any) -> None:  # noqa: ANN401
+        """An epoch, with its validation, is over."""
+        self._train_seconds += time.monotonic() - self._trained
+        self._trained = time.monotonic()
+        if self._on_epoch is not None:
+            self._on_epoch(trainer)
+
+    @hookimpl(trylast=True)  # after plugins that add numbers of their own
+    def after_test(self, split: str, results: dict[str, float]) -> None:
+        """An evaluation is over; the last one of a split counts."""
+        self._metrics[split] = {name: float(value) for name, value in results.items()}
+        self._tested = time.monotonic()
+
+    def ready(self) -> None:
+        """The trainer is built and loaded: a test without training begins here."""
+        self._trained = time.monotonic()
+
+    def fill(self, result: RunResult) -> None:
+        """Write what was heard into ``result``."""
+        result.metrics = self._metrics
+        result.started = self._began.isoformat(timespec="seconds")
+        result.finished = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        seconds = {
+            "total": time.monotonic() - self._start,
+            "train": self._train_seconds,
+            "test": max(0.0, self._tested - self._trained),
+        }
+        result.seconds = {name: round(value, 3) for name, value in seconds.items()}
+        result.peak_memory_mb = _peak_memory()
+
+
+def _forget_peak_memory() -> None:
+    """Start the count of the peak anew, so that a run inside a longer process (the quick start) reports its own."""
+    with contextlib.suppress(OSError):  # Linux only; elsewhere the peak is that of the process so far
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _peak_memory() -> dict[str, float | None]:
+    """Return the peak of resident memory and of CUDA allocations in MiB, None where unknown."""
+    cuda = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else None
+    rss = None
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        rss = float(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) / 1024
+    if rss is None:
+        with contextlib.suppress(ImportError):  # no such module on Windows
+            import resource
+
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            rss = peak / 2**20 if sys.platform == "darwin" else peak / 1024
+    return {"rss": rss and round(rss, 1), "cuda": cuda and round(cuda, 1)}
+
+
+@contextlib.contextmanager
+def _plugged(plugin: object) -> Iterator[None]:
+    manager = get_plugin_manager()
+    manager.register(plugin)
+    try:
+        yield
+    finally:
+        manager.unregister(plugin)
+
+
+class _ToStdout(io.TextIOBase):
+    """A standard error that goes wherever standard output goes, and is never a terminal."""
+
+    def write(self, text: str) -> int:
+        """Pass ``text`` on."""
+        return sys.stdout.write(text)
+
+
+class _Output:
+    """Standard output and the run's folder: keeps what is printed until ``open``, then writes it to ``log.txt``.
+
+    A user error takes away what this run made, so that nothing half-written stays behind.
+
+    Args:
+        directory: the run's output folder.
+        quiet: send nothing to the console, only to the log.
+    """
+
+    def __init__(self, directory: str, quiet: bool) -> None:
+        self._directory = Path(directory)
+        self._console = contextlib.ExitStack()
+        if quiet:
+            self._console.enter_context(contextlib.redirect_stdout(io.StringIO()))
+            self._console.enter_context(contextlib.redirect_stderr(_ToStdout()))
+        self._log = Logger()
+        self._log.file = io.StringIO()
+        self._made: list[Path] = []
+
+    def __enter__(self) -> _Output:
+        sys.stdout = self._log
+        return self
+
+    def open(self) -> None:
+        """Make the folder and the log, and write there what was printed so far.
+
+        Raises:
+            UserError: the folder can't be made or written; choose another ``--output-dir``.
+        """
+        early = self._log.file.getvalue()
+        self._log.close()
+        missing = [path for path in (self._directory, *self._directory.parents) if not path.exists()]
+        try:
+            self._log = setup_logger(self._directory)
+        except OSError as error:
+            raise UserError(
+                f"OUTPUT_DIR {self._directory}: {error.strerror or error}; choose another --output-dir"
+            ) from error
+        self._log.file.write(early)
+        self._made = [Path(self._log.file.name), *missing]
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._log.close()
+        self._console.close()
+        if isinstance(error, UserError):
+            for path in self._made:
+                with contextlib.suppress(OSError):  # a folder that got a checkpoint stays
+                    path.rmdir() if path.is_dir() else path.unlink()

@@ -1,0 +1,254 @@
+"""Tables from runs: grouped by method, data set, protocol and shots; mean and spread over seeds; H of base and new.
+
+How the field reports, and so do we:
+
+* mean and population standard deviation (``numpy.std``) over seeds, as Dassl's ``parse_test_res.py``, and with it
+  half a 95% interval as 1.96 * std / sqrt(n);
+* H is the harmonic mean of the two MEANS, ``2 * base * new / (base + new)``, over the seeds that have both. The spread
+  beside it is that of the H of each seed.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+from tabulate import tabulate, tabulate_formats
+
+from promptmix.errors import UserError
+from promptmix.registry import closest
+from promptmix.results import RunResult
+
+FORMATS = [*tabulate_formats, "csv", "json"]
+SORTS = ("name", "time", "base", "new", "h", "test")
+DEFAULT_METRICS = ("accuracy", "macro_accuracy")
+_LABELS = {"accuracy": "", "macro_accuracy": " (class-balanced)"}
+_PARTS = {"base to new": ("base", "new", "h"), "all classes": ("test",)}
+
+
+@dataclass
+class Cell:
+    """One number of a table: mean and spread (standard deviation or half a 95% interval) over ``count`` seeds."""
+
+    mean: float
+    spread: float
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.2f} ± {self.spread:.2f}" if self.count > 1 else f"{self.mean:.2f}"
+
+
+@dataclass
+class Row:
+    """One line of a table: the runs of one method on one data set, protocol and setting.
+
+    Attributes:
+        method: trainer name.
+        dataset: data set name, with its domains where it has any.
+        protocol: ``base to new`` or ``all classes``.
+        shots: training pictures per class, ``all`` below 1.
+        backbone: backbone name.
+        settings: keys in which this row's configs differ from its neighbours', empty where there is one setting only.
+        started: start of the earliest run.
+        seeds: seeds that stand in any cell.
+        cells: (metric, part) to number; parts are ``base``, ``new``, ``h`` or ``test``.
+    """
+
+    method: str
+    dataset: str
+    protocol: str
+    shots: str
+    backbone: str
+    settings: str
+    started: str = ""
+    seeds: list[int] = field(default_factory=list)
+    cells: dict[tuple[str, str], Cell] = field(default_factory=dict)
+
+
+def aggregate(
+    runs: list[RunResult], metrics: Iterable[str] | None = None, split: str = "test", ci95: bool = False
+) -> tuple[list[Row], list[str], list[str]]:
+    """Group runs and compute mean and spread over seeds.
+
+    Args:
+        runs: what ``promptmix.results.find`` returns.
+        metrics: which numbers; None = accuracy and class-balanced accuracy, as far as the runs have them.
+        split: which evaluation of each run.
+        ci95: half a 95% interval in place of the standard deviation.
+
+    Returns:
+        The rows in order of names, the metrics that stand in them, and notes on what was left out and why.
+
+    Raises:
+        UserError: no run has an evaluation of this split, or a metric of this name.
+    """
+    chosen = _known_metrics(runs, metrics, split)
+    groups: dict[tuple[str, ...], list[RunResult]] = defaultdict(list)
+    for run in runs:
+        groups[_group(run)].append(run)
+    rows: list[Row] = []
+    notes: list[str] = []
+    for key, members in sorted(groups.items()):
+        for settings, same in _by_settings(members).items():
+            protocol, dataset, shots, method, backbone = key
+            row = Row(method, dataset, protocol, shots, backbone, settings, started=min(run.started for run in same))
+            notes += _fill(row, same, chosen, split, ci95)
+            rows.append(row)
+    return rows, chosen, notes
+
+
+def render(rows: list[Row], metrics: list[str], fmt: str = "github", sort: str = "name") -> str:
+    """Return the table(s) as text: one per protocol, or every number on a line of its own for ``csv`` and ``json``.
+
+    Raises:
+        UserError: a format or an order that does not exist.
+    """
+    _check_choice("--format", fmt, FORMATS)
+    _check_choice("--sort", sort, SORTS)
+    rows = sorted(rows, key=lambda row: _order(row, sort, metrics))
+    if fmt == "json":
+        return json.dumps(_long(rows), indent=2, ensure_ascii=False)
+    if fmt == "csv":
+        return _csv(_long(rows))
+    tables = []
+    for protocol, parts in _PARTS.items():
+        mine = [row for row in rows if row.protocol == protocol]
+        if mine:
+            tables.append(_table(mine, metrics, parts, fmt))
+    return "\n\n".join(tables)
+
+
+def harmonic(base: float, new: float) -> float:
+    """Return the harmonic mean of two percentages; 0 where both are 0."""
+    return 2 * base * new / (base + new) if base + new else 0.0
+
+
+def _known_metrics(runs: list[RunResult], metrics: Iterable[str] | None, split: str) -> list[str]:
+    splits = sorted({name for run in runs for name in run.metrics})
+    known = sorted({name for run in runs for name in run.metrics.get(split, {})})
+    if not known:
+        raise UserError(f"--split {split}: no run was evaluated on it; evaluated splits: {', '.join(splits) or 'none'}")
+    for name in metrics or ():
+        _check_choice("--metric", name, known)
+    return list(metrics or [name for name in DEFAULT_METRICS if name in known] or known[:1])
+
+
+def _check_choice(flag: str, value: str, choices: Iterable[str]) -> None:
+    names = list(choices)
+    if value not in names:
+        raise UserError(f"{flag} {value}: unknown{closest(value, names)} (choices: {', '.join(names)})")
+
+
+def _group(run: RunResult) -> tuple[str, ...]:
+    protocol = "all classes" if run.subsample_classes == "all" else "base to new"
+    shots = str(run.shots) if run.shots > 0 else "all"
+    domains = [", ".join(names) for names in (run.source_domains, run.target_domains) if names]
+    dataset = f"{run.dataset} ({' → '.join(dict.fromkeys(domains))})" if domains else run.dataset
+    return protocol, dataset, shots, run.trainer, run.backbone
+
+
+def _by_settings(runs: list[RunResult]) -> dict[str, list[RunResult]]:
+    """Part runs whose configs differ in anything that could move a number, so that they are never averaged together."""
+    flat = [run.settings() for run in runs]
+    shared = set.intersection(*(set(one) for one in flat))  # a plugin's keys are in a config only if it was loaded
+    differing = sorted(key for key in shared if len({one[key] for one in flat}) > 1)
+    parts: dict[str, list[RunResult]] = defaultdict(list)
+    for run, one in zip(runs, flat, strict=True):
+        parts[" ".join(f"{key}={one[key]}" for key in differing)].append(run)
+    return dict(sorted(parts.items()))
+
+
+def _fill(row: Row, runs: list[RunResult], metrics: list[str], split: str, ci95: bool) -> list[str]:
+    """Fill the row's cells and seeds; return notes on duplicates and on seeds without a partner."""
+    by_part: dict[str, dict[Any, RunResult]] = defaultdict(dict)
+    notes: list[str] = []
+    name = f"{row.method} on {row.dataset}"
+    for run in sorted(runs, key=lambda run: (run.finished, run.source)):
+        part = by_part["test" if run.subsample_classes == "all" else run.subsample_classes]
+        # Runs without a seed are different draws, never repetitions of each other.
+        seed = run.seed if run.seed >= 0 else f"unseeded {len(part)}"
+        if seed in part:
+            notes.append(f"{name}, {run.subsample_classes}, seed {seed}: the newest of several runs ({run.source})")
+        part[seed] = run
+    row.seeds = sorted({run.seed for part in by_part.values() for run in part.values()})
+    for metric in metrics:
+        values = {part: _numbers(found, metric, split) for part, found in by_part.items()}
+        for part, numbers in values.items():
+            if numbers:
+                row.cells[metric, part] = _cell(list(numbers.values()), ci95)
+        both = sorted(values.get("base", {}).keys() & values.get("new", {}).keys(), key=str)
+        if both:
+            row.cells[metric, "h"] = _h_cell(values, both, ci95)
+    base, new = by_part.get("base", {}).keys(), by_part.get("new", {}).keys()
+    if base and new and base ^ new:
+        alone = ", ".join(sorted(str(seed) for seed in base ^ new))
+        notes.append(f"{name}: seed {alone} has only one of base and new, so H leaves it out")
+    return list(dict.fromkeys(notes))
+
+
+def _numbers(found: dict[Any, RunResult], metric: str, split: str) -> dict[Any, float]:
+    """Return the metric of each seed that has it (a log may lack what ``results.json`` holds)."""
+    return {seed: run.metrics[split][metric] for seed, run in found.items() if metric in run.metrics.get(split, {})}
+
+
+def _cell(values: list[float], ci95: bool, mean: float | None = None) -> Cell:
+    std = float(np.std(values))
+    spread = 1.96 * std / len(values) ** 0.5 if ci95 else std
+    return Cell(float(np.mean(values)) if mean is None else mean, spread, len(values))
+
+
+def _h_cell(values: dict[str, dict[Any, float]], seeds: list[Any], ci95: bool) -> Cell:
+    base = [values["base"][seed] for seed in seeds]
+    new = [values["new"][seed] for seed in seeds]
+    each = [harmonic(b, n) for b, n in zip(base, new, strict=True)]
+    return _cell(each, ci95, mean=harmonic(float(np.mean(base)), float(np.mean(new))))
+
+
+def _order(row: Row, sort: str, metrics: list[str]) -> tuple[Any, ...]:
+    place = (row.protocol, row.dataset, row.shots.rjust(6))
+    if sort == "time":
+        return (*place, row.started)
+    if sort == "name":
+        return (*place, row.method.lower(), row.settings)
+    cell = row.cells.get((metrics[0], sort))
+    return (*place, -cell.mean if cell else float("inf"))  # best first, rows without the number last
+
+
+def _table(rows: list[Row], metrics: list[str], parts: tuple[str, ...], fmt: str) -> str:
+    columns: dict[str, list[str]] = {"Method": [row.method for row in rows], "Data set": [row.dataset for row in rows]}
+    for title, values in (("Backbone", [row.backbone for row in rows]), ("Settings", [row.settings for row in rows])):
+        if len(set(values)) > 1:
+            columns[title] = values
+    columns["Shots"] = [row.shots for row in rows]
+    columns["Seeds"] = [" ".join("none" if seed < 0 else str(seed) for seed in row.seeds) for row in rows]
+    words = len(columns)
+    for metric in metrics:
+        for part in parts:
+            label = "H" if part == "h" else part.capitalize()
+            title = label + _LABELS.get(metric, f" ({metric})")
+            columns[title] = [str(row.cells.get((metric, part), "-")) for row in rows]
+    align = ("left",) * words + ("right",) * (len(columns) - words)
+    return tabulate(columns, headers="keys", tablefmt=fmt, disable_numparse=True, colalign=align)
+
+
+def _long(rows: list[Row]) -> list[dict[str, Any]]:
+    keys = ("method", "dataset", "protocol", "shots", "backbone", "settings", "seeds")
+    return [
+        {key: getattr(row, key) for key in keys} | {"metric": metric, "part": part} | asdict(cell)
+        for row in rows
+        for (metric, part), cell in row.cells.items()
+    ]
+
+
+def _csv(lines: list[dict[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(lines[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(line | {"seeds": " ".join(map(str, line["seeds"]))} for line in lines)
+    return text.getvalue().rstrip("\n")
