@@ -1,0 +1,1 @@
+"""Logger plugins: where the numbers of a run go besides ``log.txt``."""

@@ -1,0 +1,125 @@
+"""Few-shot splits and base/new classes: the same random calls as Dassl and CoOp, so the same pictures for a seed."""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from promptmix.data.datum import Datum
+from promptmix.errors import ConfigError, DataError
+from promptmix.utils import get_logger, read_json, write_json
+
+__all__ = ["generate_fewshot", "load_split", "save_split", "split_by", "subsample_classes"]
+
+StrPath = str | os.PathLike[str]
+
+
+def split_by(items: Sequence[Datum], attribute: str) -> dict[Any, list[Datum]]:
+    """Group items by an attribute (``label``, ``domain``), groups in order of first appearance."""
+    groups: dict[Any, list[Datum]] = {}
+    for item in items:
+        groups.setdefault(getattr(item, attribute), []).append(item)
+    return groups
+
+
+def generate_fewshot(items: Sequence[Datum], num_shots: int, repeat: bool = False) -> list[Datum]:
+    """Draw ``num_shots`` items of each class with python's generator, classes in order of first appearance.
+
+    Args:
+        items: what to draw from.
+        num_shots: items per class.
+        repeat: where a class has too few, draw with replacement; otherwise all of the class are taken.
+    """
+    chosen: list[Datum] = []
+    for members in split_by(items, "label").values():
+        if len(members) >= num_shots:
+            members = random.sample(members, num_shots)
+        elif repeat:
+            members = random.choices(members, k=num_shots)
+        chosen += members
+    return chosen
+
+
+def subsample_classes(*splits: Sequence[Datum], subsample: str = "all") -> list[list[Datum]]:
+    """Keep the base or the new half of the classes, with labels numbered from 0 again.
+
+    The labels of the first split are sorted; the first ceil(n / 2) are base, the others new. Domains are kept.
+
+    Args:
+        splits: for instance train, val and test.
+        subsample: ``all``, ``base`` or ``new``.
+
+    Raises:
+        ConfigError: ``subsample`` is something else.
+    """
+    if subsample not in ("all", "base", "new"):
+        raise ConfigError(f"DATASET.SUBSAMPLE_CLASSES is {subsample!r}, but must be one of: all, base, new")
+    if subsample == "all":
+        return [list(items) for items in splits]
+    labels = sorted({item.label for item in splits[0]})
+    half = math.ceil(len(labels) / 2)
+    get_logger().info("SUBSAMPLE %s CLASSES!", subsample.upper())
+    relabel = {label: new for new, label in enumerate(labels[:half] if subsample == "base" else labels[half:])}
+    return [
+        [Datum(i.impath, relabel[i.label], i.domain, i.classname) for i in items if i.label in relabel]
+        for items in splits
+    ]
+
+
+def save_split(path: StrPath, splits: Mapping[str, Sequence[Datum]], root: StrPath = "") -> None:
+    """Write splits as JSON: per split a list of ``[path, label, class name]``, as CoOp does; a domain follows if not 0.
+
+    Args:
+        path: the file.
+        splits: name -> items.
+        root: folder that paths are written relative to; those outside it are written as they are.
+    """
+    rows = {
+        name: [
+            [_relative(item.impath, root), item.label, item.classname, *([item.domain] if item.domain else [])]
+            for item in items
+        ]
+        for name, items in splits.items()
+    }
+    write_json(rows, path)
+
+
+def load_split(path: StrPath, root: StrPath = "") -> dict[str, list[Datum]]:
+    """Read splits that ``save_split`` or CoOp wrote.
+
+    Args:
+        path: the file.
+        root: folder that the paths in it are relative to.
+
+    Raises:
+        DataError: the file is missing or of another form.
+    """
+    content = read_json(path)
+    try:
+        return {name: [_datum(row, root) for row in rows] for name, rows in content.items()}
+    except (AttributeError, TypeError, ValueError, IndexError) as error:
+        raise DataError(
+            f"{path} is not a split file: it must map split names to lists of [path, label, class name] ({error}); "
+            "delete it to have it made anew"
+        ) from error
+
+
+def _datum(row: Sequence[Any], root: StrPath) -> Datum:
+    impath, label, classname, *domain = row
+    if not isinstance(impath, str) or not isinstance(classname, str):
+        raise ValueError(f"bad row {row!r}")
+    joined = os.path.join(root, impath) if root else impath
+    return Datum(joined, int(label), int(domain[0]) if domain else 0, classname)
+
+
+def _relative(impath: str, root: StrPath) -> str:
+    if not root:
+        return impath
+    try:
+        return Path(impath).relative_to(root).as_posix()
+    except ValueError:
+        return impath

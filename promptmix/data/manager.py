@@ -1,0 +1,237 @@
+"""Data loaders: the data set's splits as batches, as Dassl makes them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from tabulate import tabulate
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms as T
+from yacs.config import CfgNode
+
+from promptmix.data.base import DatasetBase, build_dataset
+from promptmix.data.datum import Datum
+from promptmix.data.images import read_image
+from promptmix.data.samplers import build_sampler
+from promptmix.data.transforms import INTERPOLATION_MODES, build_transform
+from promptmix.errors import ConfigError, DataError
+from promptmix.utils import get_logger
+
+__all__ = ["DataManager", "DatasetWrapper", "build_data_loader"]
+
+Transform = Callable[[Any], Any]
+Transforms = Transform | Sequence[Transform] | None
+Wrapper = Callable[..., "Dataset[dict[str, Any]]"]
+
+
+class DatasetWrapper(Dataset[dict[str, Any]]):
+    """Items as dictionaries: ``img`` (3, H, W), ``label``, ``domain``, ``impath``, ``index``.
+
+    Args:
+        cfg: the whole config tree.
+        data_source: the items.
+        transform: picture -> tensor. Of several, the second makes ``img2`` and so on; None leaves the picture as it is.
+        is_train: ``DATALOADER.K_TRANSFORMS`` counts in training only; ``img`` is then a list of that many tensors.
+
+    Raises:
+        ConfigError: several copies are asked for without a transform.
+    """
+
+    def __init__(
+        self, cfg: CfgNode, data_source: Sequence[Datum], transform: Transforms = None, is_train: bool = False
+    ) -> None:
+        self.cfg = cfg
+        self.data_source = data_source
+        self.transform = transform
+        self.is_train = is_train
+        self.k_tfm: int = cfg.DATALOADER.K_TRANSFORMS if is_train else 1
+        self.return_img0: bool = cfg.DATALOADER.RETURN_IMG0
+        if self.k_tfm > 1 and transform is None:
+            raise ConfigError(f"DATALOADER.K_TRANSFORMS is {self.k_tfm}, but there is no transform to repeat")
+        # For img0, the picture without augmentation.
+        plain: list[Transform] = [
+            T.Resize(list(cfg.INPUT.SIZE), interpolation=INTERPOLATION_MODES[cfg.INPUT.INTERPOLATION]),
+            T.ToTensor(),
+        ]
+        if "normalize" in cfg.INPUT.TRANSFORMS:
+            plain.append(T.Normalize(mean=cfg.INPUT.PIXEL_MEAN, std=cfg.INPUT.PIXEL_STD))
+        self.to_tensor = T.Compose(plain)
+
+    def __len__(self) -> int:
+        return len(self.data_source)
+
+    def __getitem__(self, idx: int) -> dict[str, Any]:
+        item = self.data_source[idx]
+        img0 = read_image(item.impath)
+        output: dict[str, Any] = {"label": item.label, "domain": item.domain, "impath": item.impath, "index": idx}
+        if self.transform is None:
+            output["img"] = img0
+        else:
+            several = self.transform if isinstance(self.transform, list | tuple) else [self.transform]
+            for number, transform in enumerate(several, start=1):
+                output["img" if number == 1 else f"img{number}"] = self._transform_image(transform, img0)
+        if self.return_img0:
+            output["img0"] = self.to_tensor(img0)
+        return output
+
+    def _transform_image(self, tfm: Transform, img0: Any) -> Any:  # noqa: ANN401
+        """Return one transformed copy, or a list of ``K_TRANSFORMS``."""
+        if self.k_tfm == 1:
+            return tfm(img0)
+        return [tfm(img0) for _ in range(self.k_tfm)]
+
+
+def _seed_worker(worker_id: int) -> None:
+    """Seed python and numpy in a worker from torch's seed, which differs for each worker and epoch."""
+    seed = torch.initial_seed() % 2**32
+    random.seed(seed)
+    np.random.seed(seed)
+
+
+def build_data_loader(
+    cfg: CfgNode,
+    sampler_type: str = "SequentialSampler",
+    data_source: Sequence[Datum] | None = None,
+    batch_size: int = 64,
+    n_domain: int = 0,
+    n_ins: int = 2,
+    tfm: Transforms = None,
+    is_train: bool = True,
+    dataset_wrapper: Wrapper | None = None,
+) -> DataLoader[Any]:
+    """Build the loader of one split.
+
+    Args:
+        cfg: the whole config tree.
+        sampler_type: order of the items, see ``promptmix.data.samplers``.
+        data_source: the items.
+        batch_size: items per batch.
+        n_domain: domains per batch (domain samplers).
+        n_ins: items per class (class sampler).
+        tfm: picture -> tensor.
+        is_train: a last, smaller batch is left out, unless it is the only one.
+        dataset_wrapper: makes the torch data set, called as ``DatasetWrapper`` is.
+
+    Raises:
+        DataError: there are no items.
+        ConfigError: an unknown sampler or sizes that don't go together.
+    """
+    if not data_source:
+        raise DataError(f"a split of data set {cfg.DATASET.NAME} is empty; check its folder and the DATASET settings")
+    sampler = build_sampler(
+        sampler_type, cfg=cfg, data_source=data_source, batch_size=batch_size, n_domain=n_domain, n_ins=n_ins
+    )
+    dataset = (dataset_wrapper or DatasetWrapper)(cfg, data_source, transform=tfm, is_train=is_train)
+    loader: DataLoader[Any] = DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=sampler,
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        drop_last=is_train and len(data_source) >= batch_size,
+        pin_memory=torch.cuda.is_available() and cfg.USE_CUDA and cfg.DEVICE != "cpu",
+        worker_init_fn=_seed_worker,
+    )
+    if not len(loader):
+        raise DataError(f"{sampler_type}: no whole batch of {batch_size} in {len(data_source)} items; lower BATCH_SIZE")
+    return loader
+
+
+class DataManager:
+    """The data set of a config with a loader for each split.
+
+    Args:
+        cfg: the whole config tree.
+        custom_tfm_train: use this transform for training instead of the config's.
+        custom_tfm_test: use this transform for evaluation.
+        dataset_wrapper: makes the torch data set of a split, called as ``DatasetWrapper`` is; this is where a cache of
+            pictures or features comes in.
+    """
+
+    def __init__(
+        self,
+        cfg: CfgNode,
+        custom_tfm_train: Transforms = None,
+        custom_tfm_test: Transforms = None,
+        dataset_wrapper: Wrapper | None = None,
+    ) -> None:
+        dataset = build_dataset(cfg)
+        tfm_train = self._transform(cfg, custom_tfm_train, is_train=True)
+        tfm_test = self._transform(cfg, custom_tfm_test, is_train=False)
+
+        def train_loader(items: list[Datum], node: CfgNode) -> DataLoader[Any]:
+            return build_data_loader(
+                cfg,
+                sampler_type=node.SAMPLER,
+                data_source=items,
+                batch_size=node.BATCH_SIZE,
+                n_domain=node.N_DOMAIN,
+                n_ins=node.N_INS,
+                tfm=tfm_train,
+                is_train=True,
+                dataset_wrapper=dataset_wrapper,
+            )
+
+        def test_loader(items: list[Datum] | None) -> DataLoader[Any]:
+            return build_data_loader(
+                cfg,
+                sampler_type=cfg.DATALOADER.TEST.SAMPLER,
+                data_source=items,
+                batch_size=cfg.DATALOADER.TEST.BATCH_SIZE,
+                tfm=tfm_test,
+                is_train=False,
+                dataset_wrapper=dataset_wrapper,
+            )
+
+        node_x, node_u = cfg.DATALOADER.TRAIN_X, cfg.DATALOADER.TRAIN_U
+        # In this order: samplers may draw random numbers when they are made.
+        self.train_loader_x = train_loader(dataset.train_x, node_x)
+        node_u = node_x if node_u.SAME_AS_X else node_u
+        self.train_loader_u = train_loader(dataset.train_u, node_u) if dataset.train_u else None
+        self.val_loader = test_loader(dataset.val) if dataset.val else None
+        self.test_loader = test_loader(dataset.test)
+        self.dataset: DatasetBase = dataset
+        self._num_classes = dataset.num_classes
+        self._num_source_domains = len(cfg.DATASET.SOURCE_DOMAINS)
+        self._lab2cname = dataset.lab2cname
+        if cfg.VERBOSE:
+            self.show_dataset_summary(cfg)
+
+    @staticmethod
+    def _transform(cfg: CfgNode, custom: Transforms, is_train: bool) -> Transforms:
+        if custom is None:
+            return build_transform(cfg, is_train=is_train)
+        get_logger().info("* Using custom transform for %s", "training" if is_train else "testing")
+        return custom
+
+    @property
+    def num_classes(self) -> int:
+        """Return the number of classes."""
+        return self._num_classes
+
+    @property
+    def num_source_domains(self) -> int:
+        """Return the number of source domains in the config."""
+        return self._num_source_domains
+
+    @property
+    def lab2cname(self) -> dict[int, str]:
+        """Return label -> class name."""
+        return self._lab2cname
+
+    def show_dataset_summary(self, cfg: CfgNode) -> None:
+        """Print the data set's name, domains and sizes as a table."""
+        rows: list[list[Any]] = [["Dataset", cfg.DATASET.NAME]]
+        if cfg.DATASET.SOURCE_DOMAINS:
+            rows.append(["Source", cfg.DATASET.SOURCE_DOMAINS])
+        if cfg.DATASET.TARGET_DOMAINS:
+            rows.append(["Target", cfg.DATASET.TARGET_DOMAINS])
+        rows.append(["# classes", f"{self.num_classes:,}"])
+        for name in ("train_x", "train_u", "val", "test"):
+            items = getattr(self.dataset, name)
+            if items:
+                rows.append([f"# {name}", f"{len(items):,}"])
+        get_logger().info(tabulate(rows))

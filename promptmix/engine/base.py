@@ -1,0 +1,286 @@
+"""The trainer in the abstract: named models with their optimizers and schedules, checkpoints, and the epoch loop."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from promptmix.engine.checkpoint import (
+    BEST_FILE,
+    LAST_FILE,
+    load_checkpoint,
+    load_state_dict_strict,
+    resume_from_checkpoint,
+    save_checkpoint,
+)
+from promptmix.engine.log import LazyWriter
+from promptmix.errors import CheckpointError
+from promptmix.plugin_manager import get_plugin_manager
+from promptmix.utils import get_logger, tolist_if_not
+
+__all__ = ["TrainerBase"]
+
+Names = str | list[str] | None
+
+
+class TrainerBase:
+    """The iterative trainer in the abstract: named models with their optimizers and schedulers, and the epoch loop."""
+
+    def __init__(self) -> None:
+        self._models: OrderedDict[str, nn.Module] = OrderedDict()
+        self._optims: OrderedDict[str, torch.optim.Optimizer | None] = OrderedDict()
+        self._scheds: OrderedDict[str, Any] = OrderedDict()
+        self._writer: Any = None
+        self.epoch = self.start_epoch = self.max_epoch = 0
+        #: The numbers of the latest evaluation of each split.
+        self.last_results: dict[str, dict[str, float]] = {}
+
+    # Models
+
+    def register_model(
+        self,
+        name: str = "model",
+        model: nn.Module | None = None,
+        optim: torch.optim.Optimizer | None = None,
+        sched: Any = None,  # noqa: ANN401
+    ) -> None:
+        """Put a model under the trainer's care: saved, loaded, switched and stepped with the others.
+
+        Args:
+            name: also the name of the folder that its checkpoints go to.
+            model: the module with the learned tensors.
+            optim: its optimizer, if it learns.
+            sched: its learning-rate schedule, stepped once an epoch.
+
+        Raises:
+            AttributeError: called before ``super().__init__()``.
+            ValueError: the name is taken.
+        """
+        if self.__dict__.get("_models") is None:
+            raise AttributeError("call super().__init__() before register_model()")
+        if name in self._models:
+            raise ValueError(f"two models are registered as {name!r}; give each its own name")
+        if model is None:
+            raise ValueError(f"register_model({name!r}) got no model")
+        self._models[name] = model
+        self._optims[name] = optim
+        self._scheds[name] = sched
+
+    def get_model_names(self, names: Names = None) -> list[str]:
+        """Return ``names`` as a list, or all registered names.
+
+        Raises:
+            ValueError: one of ``names`` is not registered.
+        """
+        known = list(self._models)
+        if names is None:
+            return known
+        names = tolist_if_not(names)
+        for name in names:
+            if name not in known:
+                raise ValueError(f"no model is registered as {name!r} (there are: {', '.join(known) or 'none'})")
+        return names
+
+    def set_model_mode(self, mode: str = "train", names: Names = None) -> None:
+        """Switch models to ``train``, or to ``test`` (also called ``eval``)."""
+        if mode not in ("train", "test", "eval"):
+            raise KeyError(f"mode is {mode!r}, but must be train, test or eval")
+        for name in self.get_model_names(names):
+            self._models[name].train(mode == "train")
+
+    # Checkpoints
+
+    def save_model(
+        self,
+        epoch: int,
+        directory: str,
+        is_best: bool = False,
+        val_result: float | None = None,
+        model_name: str = "",
+    ) -> None:
+        """Write a checkpoint of every model to ``<directory>/<name>/``; ``epoch`` counts from 0."""
+        for name in self.get_model_names():
+            optim, sched = self._optims[name], self._scheds[name]
+            state = {
+                "state_dict": self._models[name].state_dict(),
+                "epoch": epoch + 1,
+                "optimizer": None if optim is None else optim.state_dict(),
+                "scheduler": None if sched is None else sched.state_dict(),
+                "val_result": val_result,
+                "trainer": type(self).__name__,
+            }
+            save_checkpoint(state, str(Path(directory, name)), is_best=is_best, model_name=model_name)
+
+    def resume_model_if_exist(self, directory: str) -> int:
+        """Continue from the last checkpoint in ``directory``, if every model has one there.
+
+        Returns:
+            The epoch to begin with; 0 where there is nothing to continue.
+        """
+        names = self.get_model_names()
+        if not names or not all(Path(directory, name, LAST_FILE).is_file() for name in names):
+            get_logger().info("No checkpoint found, train from scratch")
+            return 0
+        get_logger().info("Found checkpoint at %s (will resume training)", directory)
+        start_epoch = 0
+        for name in names:
+            folder = str(Path(directory, name))
+            start_epoch = resume_from_checkpoint(folder, self._models[name], self._optims[name], self._scheds[name])
+        return start_epoch
+
+    def load_model(self, directory: str, epoch: int | None = None) -> None:
+        """Load every model's learned tensors from ``directory``, strictly.
+
+        Args:
+            directory: output folder of a run; empty skips loading.
+            epoch: which checkpoint; by default the one with the best validation result.
+
+        Raises:
+            CheckpointError: no such checkpoint, or it is of another method or config.
+        """
+        log = get_logger()
+        if not directory:
+            log.info(
+                "Note that load_model() is skipped as no pretrained model is given "
+                "(ignore this if it's done on purpose)"
+            )
+            return
+        model_file = BEST_FILE if epoch is None else f"model.pth.tar-{epoch}"
+        for name in self.get_model_names():
+            path = Path(directory, name, model_file)
+            checkpoint = load_checkpoint(path)
+            writer = checkpoint.get("trainer", type(self).__name__)
+            if "state_dict" not in checkpoint:
+                raise CheckpointError(f"{path} has no 'state_dict'; it was not written by a training run")
+            source = str(path) if writer == type(self).__name__ else f"{path} (written by {writer})"
+            load_state_dict_strict(self._models[name], checkpoint["state_dict"], source)
+            result = checkpoint.get("val_result")
+            shown = "none" if result is None else f"{result:.1f}"
+            log.info("Load %s to %s (epoch=%s, val_result=%s)", path, name, checkpoint.get("epoch"), shown)
+
+    # Scalars
+
+    def init_writer(self, log_dir: str) -> None:
+        """Make the TensorBoard writer of this run, unless there is one."""
+        if self._writer is None:
+            get_logger().info("Initialize tensorboard (log_dir=%s)", log_dir)
+            self._writer = LazyWriter(log_dir)
+
+    def close_writer(self) -> None:
+        """Close the TensorBoard writer, if there is one."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def write_scalar(self, tag: str, scalar_value: float, global_step: int | None = None) -> None:
+        """Report a number to every logger plugin."""
+        get_plugin_manager().hook.log_scalar(trainer=self, tag=tag, value=scalar_value, step=global_step)
+
+    # The loop
+
+    def train(self, start_epoch: int, max_epoch: int) -> None:
+        """Run the epochs from ``start_epoch`` up to ``max_epoch``."""
+        self.start_epoch = start_epoch
+        self.max_epoch = max_epoch
+        hook = get_plugin_manager().hook
+        try:
+            self.before_train()
+            hook.before_train(trainer=self)
+            for epoch in range(self.start_epoch, self.max_epoch):
+                self.epoch = epoch
+                self.before_epoch()
+                self.run_epoch()
+                self.after_epoch()
+                hook.after_epoch(trainer=self)
+            self.after_train()
+        finally:
+            hook.after_train(trainer=self)
+            self.close_writer()
+
+    def before_train(self) -> None:
+        """Do what is needed before the first epoch."""
+
+    def after_train(self) -> None:
+        """Do what is needed after the last epoch."""
+
+    def before_epoch(self) -> None:
+        """Do what is needed before each epoch."""
+
+    def after_epoch(self) -> None:
+        """Do what is needed after each epoch."""
+
+    def run_epoch(self) -> None:
+        """Go once through the training data."""
+        raise NotImplementedError
+
+    def test(self, split: str | None = None) -> float:
+        """Evaluate and return the first number."""
+        raise NotImplementedError
+
+    def parse_batch_train(self, *batches: dict[str, Any]) -> Any:  # noqa: ANN401
+        """Take what training needs from a batch and put it on the device."""
+        raise NotImplementedError
+
+    def parse_batch_test(self, batch: dict[str, Any]) -> Any:  # noqa: ANN401
+        """Take what evaluation needs from a batch and put it on the device."""
+        raise NotImplementedError
+
+    def forward_backward(self, *batches: dict[str, Any]) -> dict[str, float] | None:
+        """Learn from one batch; return what the log line should show."""
+        raise NotImplementedError
+
+    def model_inference(self, input: torch.Tensor) -> torch.Tensor:
+        """Return scores (B, C) for a batch of inputs."""
+        raise NotImplementedError
+
+    # One step
+
+    def detect_anomaly(self, loss: torch.Tensor) -> None:
+        """Stop at a loss that is infinite or not a number.
+
+        Raises:
+            FloatingPointError: it is.
+        """
+        if not torch.isfinite(loss).all():
+            raise FloatingPointError("Loss is infinite or NaN!")
+
+    def model_zero_grad(self, names: Names = None) -> None:
+        """Clear the gradients of the models' optimizers."""
+        for optim in self._optimizers(names):
+            optim.zero_grad()
+
+    def model_backward(self, loss: torch.Tensor) -> None:
+        """Check the loss and propagate it."""
+        self.detect_anomaly(loss)
+        loss.backward()
+
+    def model_update(self, names: Names = None) -> None:
+        """Step the models' optimizers."""
+        for optim in self._optimizers(names):
+            optim.step()
+
+    def model_backward_and_update(self, loss: torch.Tensor, names: Names = None) -> None:
+        """Clear gradients, propagate ``loss`` and step the optimizers."""
+        self.model_zero_grad(names)
+        self.model_backward(loss)
+        self.model_update(names)
+
+    def update_lr(self, names: Names = None) -> None:
+        """Step the learning-rate schedules; methods call this after the last batch of an epoch."""
+        for name in self.get_model_names(names):
+            if self._scheds[name] is not None:
+                self._scheds[name].step()
+
+    def get_current_lr(self, names: Names = None) -> float:
+        """Return the learning rate of the first parameter group of the first model that learns."""
+        for optim in self._optimizers(names):
+            return float(optim.param_groups[0]["lr"])
+        return 0.0
+
+    def _optimizers(self, names: Names = None) -> list[torch.optim.Optimizer]:
+        chosen = [self._optims[name] for name in self.get_model_names(names)]
+        return [optim for optim in chosen if optim is not None]

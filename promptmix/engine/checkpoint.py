@@ -1,0 +1,245 @@
+"""Checkpoints: learned tensors and plain numbers only, written whole or not at all, read without running code."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+from collections import Counter, OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from promptmix.errors import CheckpointError
+from promptmix.utils import atomic_write, get_logger, mkdir_if_missing
+
+__all__ = [
+    "load_checkpoint",
+    "load_pretrained_weights",
+    "load_state_dict_strict",
+    "resume_from_checkpoint",
+    "save_checkpoint",
+]
+
+StrPath = str | os.PathLike[str]
+
+#: The text file that names the checkpoint written last.
+LAST_FILE = "checkpoint"
+BEST_FILE = "model-best.pth.tar"
+
+
+def save_checkpoint(
+    state: dict[str, Any],
+    save_dir: StrPath,
+    is_best: bool = False,
+    remove_module_from_keys: bool = True,
+    model_name: str = "",
+) -> None:
+    """Write a checkpoint and note its name in the folder's ``checkpoint`` file.
+
+    Args:
+        state: at least ``state_dict`` and ``epoch`` (epochs done); otherwise tensors and plain values.
+        save_dir: folder of one model; made where missing.
+        is_best: keep a copy as ``model-best.pth.tar``.
+        remove_module_from_keys: drop ``module.``, which DataParallel puts before names.
+        model_name: file name; default ``model.pth.tar-<epoch>``.
+
+    Raises:
+        CheckpointError: ``state`` holds something else than tensors and plain values; the message names the key.
+    """
+    folder = Path(save_dir)
+    mkdir_if_missing(folder)
+    if remove_module_from_keys:
+        state = {**state, "state_dict": _without_module(state["state_dict"])}
+    payload = _plain(state, "checkpoint")
+    path = folder / (model_name or f"model.pth.tar-{state['epoch']}")
+    atomic_write(path, lambda temporary: torch.save(payload, temporary))
+    get_logger().info("Checkpoint saved to %s", path)
+    atomic_write(folder / LAST_FILE, lambda temporary: temporary.write_text(f"{path.name}\n") and None)
+    if is_best:
+        best = folder / BEST_FILE
+        atomic_write(best, lambda temporary: shutil.copy(path, temporary) and None)
+        get_logger().info('Best checkpoint saved to "%s"', best)
+
+
+def load_checkpoint(fpath: StrPath) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU.
+
+    Nothing in the file is executed: a file that needs unpickling of other than tensors and plain values is refused.
+
+    Raises:
+        CheckpointError: no such file, not a checkpoint, or one that holds objects.
+    """
+    path = Path(fpath)
+    if not path.is_file():
+        raise CheckpointError(f"no checkpoint {path}; {_what_is_there(path.parent)}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        # A damaged file comes here too; only one that is well-formed names what it wants to build.
+        wanted = next((line.strip() for line in str(error).splitlines() if "GLOBAL" in line), "")
+        reason = (
+            f"it holds objects besides tensors and numbers ({wanted})" if wanted else "it is damaged or no checkpoint"
+        )
+        raise CheckpointError(
+            f"can't read {path}: {reason}; promptmix never runs code from a file. "
+            "Write it again with promptmix, or save its state_dict alone"
+        ) from error
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"can't read {path} ({first}); it is damaged or no checkpoint") from error
+    if not isinstance(checkpoint, dict):
+        kind = type(checkpoint).__name__
+        raise CheckpointError(f"{path} is no checkpoint: it holds a {kind}, not a dict with 'state_dict'")
+    return checkpoint
+
+
+def load_state_dict_strict(model: nn.Module, state_dict: Mapping[str, Any], source: str) -> None:
+    """Load tensors into ``model``, all of them and no others.
+
+    Args:
+        model: takes the tensors.
+        state_dict: name -> tensor.
+        source: where they come from, for the message.
+
+    Raises:
+        CheckpointError: names or shapes don't agree; nothing is loaded then.
+    """
+    own = model.state_dict()
+    missing = [key for key in own if key not in state_dict]
+    unexpected = [key for key in state_dict if key not in own]
+    shapes = [
+        f"{key} is {tuple(state_dict[key].shape)} there and {tuple(own[key].shape)} here"
+        for key in own
+        if key in state_dict and state_dict[key].shape != own[key].shape
+    ]
+    problems = [f"{word} {_some(keys)}" for word, keys in (("lacks", missing), ("has unknown", unexpected)) if keys]
+    problems += [_some(shapes)] if shapes else []
+    if problems:
+        raise CheckpointError(
+            f"{source} doesn't fit {type(model).__name__}: it {'; '.join(problems)}. "
+            "It is of another method or config; use those that wrote it"
+        )
+    model.load_state_dict(dict(state_dict))
+
+
+def resume_from_checkpoint(
+    fdir: StrPath,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    scheduler: Any = None,  # noqa: ANN401
+) -> int:
+    """Restore a model, and its optimizer and scheduler, from the checkpoint that was written last.
+
+    Args:
+        fdir: folder of one model, with a ``checkpoint`` file.
+        model: takes the tensors.
+        optimizer: takes its state, if given and saved.
+        scheduler: takes its state, if given and saved.
+
+    Returns:
+        The number of epochs done, which is the epoch to go on with.
+
+    Raises:
+        CheckpointError: the folder names no checkpoint or one outside itself, or it doesn't fit.
+    """
+    path = _last_checkpoint(Path(fdir))
+    log = get_logger()
+    log.info('Loading checkpoint from "%s"', path)
+    checkpoint = load_checkpoint(path)
+    for key in ("state_dict", "epoch"):
+        if key not in checkpoint:
+            there = _some(list(checkpoint))
+            raise CheckpointError(f"{path} has no {key!r} (keys: {there}); it was not written by a training run")
+    load_state_dict_strict(model, checkpoint["state_dict"], str(path))
+    log.info("Loaded model weights")
+    if optimizer is not None and checkpoint.get("optimizer") is not None:
+        try:
+            optimizer.load_state_dict(checkpoint["optimizer"])
+        except (ValueError, KeyError) as error:
+            raise CheckpointError(
+                f"the optimizer state in {path} doesn't fit this run ({error}); use the config that wrote it"
+            ) from error
+        log.info("Loaded optimizer")
+    if scheduler is not None and checkpoint.get("scheduler") is not None:
+        scheduler.load_state_dict(checkpoint["scheduler"])
+        log.info("Loaded scheduler")
+    log.info("Previous epoch: %s", checkpoint["epoch"])
+    return int(checkpoint["epoch"])
+
+
+def load_pretrained_weights(model: nn.Module, weight_path: StrPath) -> None:
+    """Load the tensors of a checkpoint that fit ``model`` in name and shape, and say which don't.
+
+    Raises:
+        CheckpointError: the file can't be read, or not one tensor fits.
+    """
+    checkpoint = load_checkpoint(weight_path)
+    loaded = _without_module(checkpoint.get("state_dict", checkpoint))
+    own = model.state_dict()
+    fitting = {key: value for key, value in loaded.items() if key in own and own[key].shape == value.shape}
+    if not fitting:
+        raise CheckpointError(
+            f"nothing in {weight_path} fits {type(model).__name__}: there are {_some(list(loaded))}; "
+            f"the model has {_some(list(own))}"
+        )
+    model.load_state_dict({**own, **fitting})
+    log = get_logger()
+    log.info("Successfully loaded pretrained weights from %s", weight_path)
+    discarded = [key for key in loaded if key not in fitting]
+    if discarded:
+        log.info("Layers discarded due to unmatched keys or size: %s", discarded)
+
+
+def _last_checkpoint(folder: Path) -> Path:
+    """Return the path that the folder's ``checkpoint`` file names, which must lie in the folder."""
+    note = folder / LAST_FILE
+    if not note.is_file():
+        raise CheckpointError(f"no file {note} that names the last checkpoint; {_what_is_there(folder)}")
+    lines = note.read_text(encoding="utf-8", errors="replace").splitlines()
+    name = lines[0].strip() if lines else ""
+    path = folder / name
+    if not name or path.resolve().parent != folder.resolve():
+        raise CheckpointError(f"{note} names {name!r}, but must name a file in its own folder; write such a name there")
+    return path
+
+
+def _without_module(state_dict: Mapping[str, Any]) -> OrderedDict[str, Any]:
+    return OrderedDict((key.removeprefix("module."), value) for key, value in state_dict.items())
+
+
+def _what_is_there(folder: Path) -> str:
+    """Say in a clause what a folder holds."""
+    if not folder.is_dir():
+        return f"there is no folder {folder} either; check the directory given"
+    names = sorted(entry.name for entry in folder.iterdir())
+    return f"the folder holds {_some(names)}" if names else "the folder is empty"
+
+
+def _some(names: list[str], most: int = 6) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(str, names[:most])) + more
+
+
+def _plain(value: Any, where: str) -> Any:  # noqa: ANN401
+    """Return ``value`` with numpy scalars as numbers and tensors detached; refuse any other object."""
+    if isinstance(value, torch.Tensor):
+        return value.detach()
+    if value is None or type(value) in (bool, int, float, str, bytes):
+        return value
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Counter):
+        return Counter({key: _plain(item, f"{where}.{key}") for key, item in value.items()})
+    if isinstance(value, Mapping):
+        return {key: _plain(item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_plain(item, f"{where}[{i}]") for i, item in enumerate(value))
+    raise CheckpointError(
+        f"{where} is a {type(value).__name__}, which can't be stored without pickling code; "
+        "save tensors and plain values only"
+    )

@@ -1,0 +1,252 @@
+"""Trainers with Dassl's interface: data, model, evaluation, resume and log lines that every method shares."""
+
+from __future__ import annotations
+
+import datetime
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from yacs.config import CfgNode
+
+from promptmix.data import DataManager
+from promptmix.engine.base import Names, TrainerBase
+from promptmix.engine.checkpoint import BEST_FILE, load_checkpoint
+from promptmix.engine.evaluator import build_evaluator
+from promptmix.engine.log import progress
+from promptmix.engine.meters import AverageMeter, MetricMeter
+from promptmix.engine.precision import choose_device, clip_gradients
+from promptmix.errors import CheckpointError, ConfigError
+from promptmix.plugin_manager import get_plugin_manager
+from promptmix.registry import TRAINER_REGISTRY
+from promptmix.utils import get_logger
+
+__all__ = ["TRAINER_REGISTRY", "SimpleTrainer", "TrainerBase", "TrainerX", "TrainerXU", "build_trainer"]
+
+
+def build_trainer(cfg: CfgNode) -> TrainerBase:
+    """Build the trainer that ``TRAINER.NAME`` names.
+
+    Raises:
+        RegistryError: no such trainer; the message lists those there are.
+    """
+    get_plugin_manager()
+    trainer_class = TRAINER_REGISTRY.get(cfg.TRAINER.NAME)
+    if cfg.VERBOSE:
+        get_logger().info("Loading trainer: %s", cfg.TRAINER.NAME)
+    trainer: TrainerBase = trainer_class(cfg)
+    return trainer
+
+
+class SimpleTrainer(TrainerBase):
+    """A trainer that builds itself from a config: data, model, evaluator; with resume, model selection and evaluation.
+
+    Args:
+        cfg: the whole config tree.
+    """
+
+    def __init__(self, cfg: CfgNode) -> None:
+        super().__init__()
+        self.check_cfg(cfg)
+        self.device = choose_device(cfg.DEVICE, cfg.USE_CUDA)
+        self.start_epoch = self.epoch = 0
+        self.max_epoch = cfg.OPTIM.MAX_EPOCH
+        self.output_dir: str = cfg.OUTPUT_DIR
+        self.cfg = cfg
+        self.build_data_loader()
+        self.build_model()
+        self.evaluator = build_evaluator(cfg, lab2cname=self.lab2cname)
+        self.best_result = -float("inf")
+
+    def check_cfg(self, cfg: CfgNode) -> None:
+        """Raise ``ConfigError`` for settings that this trainer can't work with."""
+
+    def build_data_loader(self) -> None:
+        """Make the data attributes; an override must make the same ones (``dm`` is optional)."""
+        dm = DataManager(self.cfg)
+        self.train_loader_x: DataLoader[Any] = dm.train_loader_x
+        self.train_loader_u: DataLoader[Any] | None = dm.train_loader_u
+        self.val_loader: DataLoader[Any] | None = dm.val_loader
+        self.test_loader: DataLoader[Any] = dm.test_loader
+        self.num_classes: int = dm.num_classes
+        self.num_source_domains: int = dm.num_source_domains
+        self.lab2cname: dict[int, str] = dm.lab2cname
+        self.dm = dm
+
+    def build_model(self) -> None:
+        """Make the model, its optimizer and its schedule, and register them."""
+        raise NotImplementedError(f"{type(self).__name__} must define build_model()")
+
+    def train(self) -> None:  # type: ignore[override]
+        """Train for ``OPTIM.MAX_EPOCH`` epochs, from where an earlier run stopped."""
+        super().train(self.start_epoch, self.max_epoch)
+
+    def before_train(self) -> None:
+        """Resume if there is something to resume, and open the writer.
+
+        Raises:
+            CheckpointError: ``RESUME`` names a folder without checkpoints, or they don't fit.
+        """
+        directory = self.cfg.RESUME or self.cfg.OUTPUT_DIR
+        self.start_epoch = self.resume_model_if_exist(directory)
+        if self.cfg.RESUME and not self.start_epoch:
+            raise CheckpointError(f"nothing to resume in {directory}; --resume takes the output folder of a run")
+        if self.start_epoch and self.cfg.TEST.FINAL_MODEL == "best_val":
+            self.best_result = self._best_so_far()
+        self.init_writer(str(Path(self.output_dir, "tensorboard")))
+        self.time_start = time.time()
+
+    def after_train(self) -> None:
+        """Evaluate the final model and say how long it took."""
+        log = get_logger()
+        log.info("Finish training")
+        if not self.cfg.TEST.NO_TEST:
+            if self.cfg.TEST.FINAL_MODEL == "best_val":
+                log.info("Deploy the model with the best val performance")
+                self.load_model(self.output_dir)
+            else:
+                log.info("Deploy the last-epoch model")
+            self.test()
+        elapsed = datetime.timedelta(seconds=round(time.time() - self.time_start))
+        log.info("Elapsed: %s", elapsed)
+        self.close_writer()
+
+    def after_epoch(self) -> None:
+        """Validate if the best model is wanted, and write checkpoints when due."""
+        done = self.epoch + 1
+        if not self.cfg.TEST.NO_TEST and self.cfg.TEST.FINAL_MODEL == "best_val":
+            result = self.test(split="val")
+            if result > self.best_result:
+                self.best_result = result
+                self.save_model(self.epoch, self.output_dir, val_result=result, model_name=BEST_FILE)
+        freq = self.cfg.TRAIN.CHECKPOINT_FREQ
+        if done == self.max_epoch or (freq > 0 and done % freq == 0):
+            self.save_model(self.epoch, self.output_dir)
+
+    @torch.no_grad()
+    def test(self, split: str | None = None) -> float:
+        """Evaluate on ``split`` (default ``TEST.SPLIT``; without validation data, the test split).
+
+        Returns:
+            The first of the evaluator's numbers; all of them are in ``last_results[split]``.
+        """
+        self.set_model_mode("eval")
+        self.evaluator.reset()
+        split = split or self.cfg.TEST.SPLIT
+        if split == "val" and self.val_loader is not None:
+            loader = self.val_loader
+        else:
+            split, loader = "test", self.test_loader
+        get_logger().info("Evaluate on the *%s* set", split)
+        for batch in progress(loader, desc=f"evaluate {split}"):
+            inputs, label = self.parse_batch_test(batch)
+            self.evaluator.process(self.model_inference(inputs), label)
+        results = self.evaluator.evaluate()
+        self.last_results[split] = results
+        get_plugin_manager().hook.after_test(trainer=self, split=split, results=results)
+        for name, value in results.items():
+            self.write_scalar(f"{split}/{name}", value, self.epoch)
+        return next(iter(results.values()))
+
+    def model_inference(self, input: torch.Tensor) -> torch.Tensor:
+        """Return the model's scores (B, C)."""
+        scores: torch.Tensor = self.model(input)  # type: ignore[operator]
+        return scores
+
+    def model_update(self, names: Names = None) -> None:
+        """Step the optimizers, gradients limited to ``TRAIN.CLIP_GRAD_NORM`` where it is set."""
+        if self.cfg.TRAIN.CLIP_GRAD_NORM > 0:
+            clip_gradients(self._optimizers(names), self.cfg.TRAIN.CLIP_GRAD_NORM)
+        super().model_update(names)
+
+    def parse_batch_test(self, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return pictures and labels on the device."""
+        return batch["img"].to(self.device), batch["label"].to(self.device)
+
+    def _best_so_far(self) -> float:
+        """Return the validation result of the best model that an interrupted run left in this output folder."""
+        path = Path(self.output_dir, self.get_model_names()[0], BEST_FILE)
+        result = load_checkpoint(path).get("val_result") if path.is_file() else None
+        return -float("inf") if result is None else float(result)
+
+    # What the loops of TrainerX and TrainerXU share
+
+    def _run_batches(self, batches: Iterator[tuple[dict[str, Any], ...]], num_batches: int) -> None:
+        """Learn from each batch, print a line now and then, report scalars."""
+        self.set_model_mode("train")
+        self.num_batches = num_batches
+        losses, batch_time, data_time = MetricMeter(), AverageMeter(), AverageMeter()
+        freq = self.cfg.TRAIN.PRINT_FREQ
+        end = time.time()
+        for self.batch_idx, batch in enumerate(batches):
+            data_time.update(time.time() - end)
+            summary = self.forward_backward(*batch)
+            batch_time.update(time.time() - end)
+            losses.update(summary)
+            if (self.batch_idx + 1) % freq == 0 or num_batches < freq:
+                get_logger().info(self._line(losses, batch_time, data_time))
+            step = self.epoch * num_batches + self.batch_idx
+            for name, meter in losses.meters.items():
+                self.write_scalar("train/" + name, meter.avg, step)
+            self.write_scalar("train/lr", self.get_current_lr(), step)
+            end = time.time()
+
+    def _line(self, losses: MetricMeter, batch_time: AverageMeter, data_time: AverageMeter) -> str:
+        """Return the log line of the present batch."""
+        left = self.num_batches - self.batch_idx - 1 + (self.max_epoch - self.epoch - 1) * self.num_batches
+        eta = datetime.timedelta(seconds=int(batch_time.avg * left))
+        return (
+            f"epoch [{self.epoch + 1}/{self.max_epoch}] batch [{self.batch_idx + 1}/{self.num_batches}] "
+            f"time {batch_time.val:.3f} ({batch_time.avg:.3f}) data {data_time.val:.3f} ({data_time.avg:.3f}) "
+            f"{losses} lr {self.get_current_lr():.4e} eta {eta}"
+        )
+
+
+class TrainerX(SimpleTrainer):
+    """A trainer that learns from labelled data only."""
+
+    def run_epoch(self) -> None:
+        """Go once through the labelled data."""
+        self._run_batches(((batch,) for batch in self.train_loader_x), len(self.train_loader_x))
+
+    def parse_batch_train(self, batch: dict[str, Any]) -> Any:  # type: ignore[override]  # noqa: ANN401
+        """Return pictures, labels and domains on the device."""
+        return tuple(batch[key].to(self.device) for key in ("img", "label", "domain"))
+
+
+class TrainerXU(SimpleTrainer):
+    """A trainer that learns from labelled and unlabelled data together."""
+
+    def run_epoch(self) -> None:
+        """Go through both; ``TRAIN.COUNT_ITER`` says whose length an epoch has, and the shorter one starts again.
+
+        Raises:
+            ConfigError: ``TRAIN.COUNT_ITER`` is unknown, or the data set has no unlabelled part.
+        """
+        if self.train_loader_u is None:
+            dataset = self.cfg.DATASET.NAME
+            raise ConfigError(f"{self.cfg.TRAINER.NAME} needs unlabelled data, but {dataset} has none (train_u)")
+        lengths = {"train_x": len(self.train_loader_x), "train_u": len(self.train_loader_u)}
+        lengths["smaller_one"] = min(lengths.values())
+        count = self.cfg.TRAIN.COUNT_ITER
+        if count not in lengths:
+            raise ConfigError(f"TRAIN.COUNT_ITER is {count!r}, but must be one of: {', '.join(lengths)}")
+        # Both iterators are made before the first batch is drawn, as Dassl does, so that seeds give the same batches.
+        first_x, first_u = iter(self.train_loader_x), iter(self.train_loader_u)
+        streams = _forever(self.train_loader_x, first_x), _forever(self.train_loader_u, first_u)
+        pairs = zip(range(lengths[count]), *streams, strict=False)
+        self._run_batches(((x, u) for _, x, u in pairs), lengths[count])
+
+    def parse_batch_train(self, batch_x: dict[str, Any], batch_u: dict[str, Any]) -> Any:  # type: ignore[override]  # noqa: ANN401
+        """Return labelled pictures, their labels and unlabelled pictures on the device."""
+        return batch_x["img"].to(self.device), batch_x["label"].to(self.device), batch_u["img"].to(self.device)
+
+
+def _forever(loader: DataLoader[Any], first: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield from ``first``, then from new passes over ``loader`` without end."""
+    yield from first
+    while True:
+        yield from loader

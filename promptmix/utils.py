@@ -1,0 +1,171 @@
+"""Small helpers that several rooms need: files, seeds, versions, console messages."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import random
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import torch
+from torch import nn
+
+from promptmix.errors import DataError
+
+__all__ = [
+    "atomic_write",
+    "check_isfile",
+    "collect_env_info",
+    "count_num_param",
+    "get_logger",
+    "listdir_nohidden",
+    "mkdir_if_missing",
+    "read_json",
+    "set_random_seed",
+    "tolist_if_not",
+    "write_json",
+]
+
+
+class _ConsoleHandler(logging.StreamHandler):  # type: ignore[type-arg]
+    """Writes to whatever ``sys.stdout`` is at the moment, so that a later tee or redirection sees the lines too."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+        self.setFormatter(logging.Formatter("%(message)s"))
+
+    @property
+    def stream(self) -> TextIO:  # type: ignore[override]
+        """Return the current standard output."""
+        return sys.stdout
+
+
+def get_logger() -> logging.Logger:
+    """Return the logger whose messages are the program's output: plain lines on standard output, like Dassl's."""
+    logger = logging.getLogger("promptmix")
+    if not any(isinstance(handler, _ConsoleHandler) for handler in logger.handlers):
+        logger.addHandler(_ConsoleHandler())
+        logger.setLevel(logging.INFO)
+        logger.propagate = False  # an application's root handler would print every line a second time
+    return logger
+
+
+def set_random_seed(seed: int) -> None:
+    """Seed python's, numpy's and torch's generators (all CUDA devices too)."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    torch.cuda.manual_seed_all(seed)
+
+
+def mkdir_if_missing(dirname: str | os.PathLike[str]) -> None:
+    """Make a folder and those above it; an empty name means the current folder."""
+    if str(dirname):
+        os.makedirs(dirname, exist_ok=True)
+
+
+def check_isfile(fpath: str | os.PathLike[str]) -> bool:
+    """Return whether ``fpath`` is a file, and warn when it isn't."""
+    found = os.path.isfile(fpath)
+    if not found:
+        warnings.warn(f'No file found at "{fpath}"', stacklevel=2)
+    return found
+
+
+def listdir_nohidden(path: str | os.PathLike[str], sort: bool = False) -> list[str]:
+    """Return the names in a folder without those that start with a dot."""
+    names = [name for name in os.listdir(path) if not name.startswith(".")]
+    return sorted(names) if sort else names
+
+
+def tolist_if_not(x: Any) -> list[Any]:  # noqa: ANN401
+    """Return ``x`` if it is a list, else a list with ``x`` in it."""
+    return x if isinstance(x, list) else [x]
+
+
+def count_num_param(model: nn.Module | None = None, params: Iterable[Any] | None = None) -> int:
+    """Count the numbers in a model's parameters, or in given parameters or parameter groups.
+
+    Raises:
+        ValueError: neither ``model`` nor ``params`` is given.
+    """
+    if model is not None:
+        params = model.parameters()
+    if params is None:
+        raise ValueError("count_num_param needs a model or parameters")
+    total = 0
+    for item in params:
+        tensors = item["params"] if isinstance(item, dict) else item
+        total += sum(p.numel() for p in ([tensors] if isinstance(tensors, torch.Tensor) else tensors))
+    return total
+
+
+def atomic_write(path: str | os.PathLike[str], write: Callable[[Path], None]) -> None:
+    """Have ``write`` fill a temporary file beside ``path``, then put it in place in one step.
+
+    A run that is killed halfway leaves the old file, never half a new one.
+
+    Args:
+        path: the file to make; missing folders are made too.
+        write: gets the temporary path and writes the whole content there.
+    """
+    target = Path(path)
+    mkdir_if_missing(target.parent)
+    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        temporary.chmod(0o666 & ~_umask())  # mkstemp makes private files; results are meant to be shared
+        write(temporary)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def read_json(fpath: str | os.PathLike[str]) -> Any:  # noqa: ANN401
+    """Return the content of a JSON file.
+
+    Raises:
+        DataError: the file is missing or isn't JSON; the message names it.
+    """
+    try:
+        return json.loads(Path(fpath).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise DataError(f"no file {fpath}; check the path") from error
+    except ValueError as error:
+        raise DataError(f"{fpath} is not valid JSON ({error}); mend it or make it anew") from error
+
+
+def write_json(obj: Any, fpath: str | os.PathLike[str]) -> None:  # noqa: ANN401
+    """Write ``obj`` as JSON, whole or not at all; folders are made where missing."""
+    text = json.dumps(obj, indent=4, ensure_ascii=False) + "\n"
+    atomic_write(fpath, lambda path: path.write_text(text, encoding="utf-8") and None)
+
+
+def collect_env_info() -> str:
+    """Return the versions that decide a result, on one line."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = [f"python {platform.python_version()}"]
+    for package in ("promptmix", "torch", "torchvision", "open_clip_torch", "numpy", "pillow"):
+        try:
+            found.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            found.append(f"{package} (not installed)")
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    found += [f"gpu {device}", f"threads {torch.get_num_threads()}", platform.platform(terse=True)]
+    return ", ".join(found)
