@@ -1,0 +1,1 @@
+"""Distillers: losses that teach the soft prompts from hard-prompt teachers."""

@@ -1,0 +1,1 @@
+"""Prompt banks: where the prompts of the experts come from."""

@@ -1,0 +1,98 @@
+"""Soft prompts: M learned context vectors per expert around the class name (CoOp, arXiv 2109.01134, section 3.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from yacs.config import CfgNode
+
+from promptmix import hookimpl
+from promptmix.components import PromptBank, Task
+from promptmix.errors import ConfigError
+from promptmix.registry import Registry
+
+POSITIONS = ("end", "middle", "front")
+
+
+class Soft(PromptBank):
+    """One or more soft prompts ``[V]_1 ... [V]_M [CLASS].``, generic or one context per class.
+
+    Args:
+        task: what the prompts are for.
+        n_ctx: M, context vectors; ignored where ``ctx_init`` is given.
+        ctx_init: words whose token embeddings the context starts from; "" draws from N(0, 0.02).
+        csc: class-specific contexts, (E, C, M, W) instead of (E, M, W).
+        class_token_position: where the class name stands: ``end``, ``middle`` or ``front``.
+        n_prompts: E; prompts after the first always start at random, so that they can differ.
+
+    Raises:
+        ConfigError: an unknown position, no context vector, or ``ctx_init`` together with ``csc``.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        n_ctx: int = 16,
+        ctx_init: str = "",
+        csc: bool = False,
+        class_token_position: str = "end",
+        n_prompts: int = 1,
+    ) -> None:
+        super().__init__()
+        if class_token_position not in POSITIONS:
+            raise ConfigError(f"class token position is {class_token_position!r}; choose from {', '.join(POSITIONS)}")
+        if csc and ctx_init:
+            raise ConfigError(
+                f"class-specific contexts (CSC) start at random, so CTX_INIT {ctx_init!r} would be ignored; drop one"
+            )
+        self.task, self.position = task, class_token_position
+        tower = task.clip.text
+        words = tower.embed(tower.tokenizer.encode(ctx_init.replace("_", " ")))
+        length = len(words) if ctx_init else n_ctx
+        if length < 1 or n_prompts < 1:
+            raise ConfigError(f"a soft prompt needs at least 1 context vector and 1 prompt, not {length} and {n_prompts}")
+        shape = (n_prompts, len(task.classnames), length, tower.width) if csc else (n_prompts, length, tower.width)
+        ctx = torch.empty(shape).normal_(std=0.02)
+        if ctx_init:
+            ctx[0] = words.cpu()
+        self.ctx = nn.Parameter(ctx)
+
+    @staticmethod
+    def add_config(node: CfgNode) -> None:
+        """Declare the bank's settings."""
+        node.N_CTX = 16  # M: context vectors
+        node.CTX_INIT = ""  # words to start from, such as "a photo of a"; then M is their number of tokens
+        node.CSC = False  # one context per class
+        node.CLASS_TOKEN_POSITION = "end"  # end | middle | front
+        node.N_PROMPTS = 1  # E: soft prompts
+
+    @property
+    def num_experts(self) -> int:
+        """Number of prompts E."""
+        return self.ctx.shape[0]
+
+    def forward(self, names: Sequence[str], image_features: Tensor | None = None, *, full_stop: bool | None = None) -> Tensor:
+        """Return normalised text features (E, C, D); prompts end with a full stop unless ``full_stop`` is False."""
+        tower = self.task.clip.text
+        if self.ctx.dim() == 4 and len(names) != self.ctx.shape[1]:
+            raise ConfigError(
+                f"class-specific contexts were learned for {self.ctx.shape[1]} classes and can't serve {len(names)}"
+            )
+        split = {"end": self.ctx.shape[-2], "middle": self.ctx.shape[-2] // 2, "front": 0}[self.position]
+        stop = tower.embed(tower.tokenizer.encode("." if full_stop in (None, True) else ""))[None]
+        before, after = self.ctx[..., :split, :], self.ctx[..., split:, :]
+        prompts = tower.compose(before, tower.tokenizer.class_tokens(names), after, stop)
+        return F.normalize(tower(prompts), dim=-1)
+
+    def references(self, names: Sequence[str]) -> Tensor:
+        """Return the features of the data set's first template, the same for every prompt: (E, C, D)."""
+        return self.task.clip.hard_features(self.task.templates[:1], names).expand(self.num_experts, -1, -1)
+
+
+@hookimpl
+def register_prompt_banks(registry: Registry) -> None:
+    """Add the bank."""
+    registry.register(Soft)

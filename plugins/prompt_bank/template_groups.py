@@ -1,0 +1,107 @@
+"""Template groups: each group of similar hard templates is an expert (MoCoOp, arXiv 2409.12011, section 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import islice
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from yacs.config import CfgNode
+
+from promptmix import hookimpl
+from promptmix.clip import split_template
+from promptmix.components import PromptBank, Task
+from promptmix.errors import ConfigError
+from promptmix.registry import Registry
+
+
+class TemplateGroups(PromptBank):
+    """Soft prompts that start from the first template of each group, with context before and after the class name.
+
+    Args:
+        task: what the prompts are for.
+        templates: hard templates, group after group; () takes the data set's own groups.
+        groups: sizes of consecutive groups of ``templates`` (GROUPS in the authors' configs).
+        correction: learn a vector w (1, D), shared by all experts, that is added to the text features before normalisation.
+
+    Raises:
+        ConfigError: the sizes don't add up to the number of templates, or only one of the two is given.
+    """
+
+    def __init__(self, task: Task, templates: Sequence[str] = (), groups: Sequence[int] = (), correction: bool = True) -> None:
+        super().__init__()
+        self.task = task
+        self.groups = _grouped(templates, groups) if templates or groups else task.template_groups
+        tower = task.clip.text
+        before, after = [], []
+        for group in self.groups:
+            # The authors count words; "itap" is several tokens, so tokens are counted here.
+            texts = split_template(group[0].rstrip(".").rstrip())
+            before.append(nn.Parameter(tower.embed(tower.tokenizer.encode(texts[0])).clone()))
+            after.append(nn.Parameter(tower.embed(tower.tokenizer.encode(texts[1])).clone()))
+        self.before, self.after = nn.ParameterList(before), nn.ParameterList(after)
+        self.correction = nn.Parameter(torch.zeros(1, task.clip.embed_dim)) if correction else None
+        self._references: dict[tuple[str, ...], Tensor] = {}
+
+    @staticmethod
+    def add_config(node: CfgNode) -> None:
+        """Declare the bank's settings."""
+        node.TEMPLATES = ()  # hard templates, group after group; () = the data set's own groups
+        node.GROUPS = ()  # sizes of consecutive groups of TEMPLATES
+        node.CORRECTION = True  # learn the shared correction vector w
+
+    @property
+    def num_experts(self) -> int:
+        """Number of groups E."""
+        return len(self.groups)
+
+    def forward(self, names: Sequence[str], image_features: Tensor | None = None, *, full_stop: bool | None = None) -> Tensor:
+        """Return normalised text features (E, C, D); prompts have no full stop unless ``full_stop`` is True."""
+        tower = self.task.clip.text
+        tokens = tower.tokenizer.class_tokens(names)
+        stop = tower.embed(tower.tokenizer.encode("." if full_stop else ""))[None]
+        features: list[Tensor] = [torch.empty(0)] * self.num_experts
+        # Experts whose contexts have the same lengths go through the tower together.
+        for members in self._by_length().values():
+            before = torch.stack([self.before[i] for i in members])
+            after = torch.stack([self.after[i] for i in members])
+            for i, feature in zip(members, tower(tower.compose(before, tokens, after, stop)), strict=True):
+                features[i] = feature
+        stacked = torch.stack(features)
+        return F.normalize(stacked if self.correction is None else stacked + self.correction, dim=-1)
+
+    def references(self, names: Sequence[str]) -> Tensor:
+        """Return group prototypes P (E, C, D): the mean of the group's normalised hard features, normalised again."""
+        key = tuple(names)
+        if key not in self._references:
+            prototypes = [self.task.clip.ensemble([_with_stop(t) for t in group], key) for group in self.groups]
+            self._references[key] = torch.stack(prototypes)
+        return self._references[key]
+
+    def _by_length(self) -> dict[tuple[int, int], list[int]]:
+        found: dict[tuple[int, int], list[int]] = {}
+        for i, pair in enumerate(zip(self.before, self.after, strict=True)):
+            found.setdefault((len(pair[0]), len(pair[1])), []).append(i)
+        return found
+
+
+def _grouped(templates: Sequence[str], groups: Sequence[int]) -> tuple[tuple[str, ...], ...]:
+    if sum(groups) != len(templates) or any(size < 1 for size in groups):
+        raise ConfigError(
+            f"PROMPT_BANK.TEMPLATEGROUPS.GROUPS {tuple(groups)} must be sizes >= 1 that add up to the number of TEMPLATES, "
+            f"which is {len(templates)}; leave both empty for the data set's own groups"
+        )
+    rest = iter(templates)
+    return tuple(tuple(islice(rest, size)) for size in groups)
+
+
+def _with_stop(template: str) -> str:
+    return template if template.endswith(".") else template + "."
+
+
+@hookimpl
+def register_prompt_banks(registry: Registry) -> None:
+    """Add the bank."""
+    registry.register(TemplateGroups)

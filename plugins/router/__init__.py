@@ -1,0 +1,1 @@
+"""Routers: which experts an image is sent to."""

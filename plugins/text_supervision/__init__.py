@@ -1,0 +1,1 @@
+"""Text supervision: losses that hold soft prompts near hard ones."""

@@ -1,0 +1,217 @@
+"""Loads backbones: the embedded ones, CoOp's names with OpenAI's weights, any open_clip model, or a local file."""
+
+from __future__ import annotations
+
+import json
+import logging
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import open_clip
+import torch
+from open_clip.pretrained import get_pretrained_cfg
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from promptmix.clip.model import CLIP
+from promptmix.clip.tokens import Tokenizer
+from promptmix.errors import WeightsError
+from promptmix.registry import BACKBONE_REGISTRY
+
+if TYPE_CHECKING:
+    from yacs.config import CfgNode
+
+#: CoOp's names for OpenAI's models, all with quick-GELU, and their names in open_clip.
+COOP_NAMES = {
+    "RN50": "RN50",
+    "RN101": "RN101",
+    "RN50x4": "RN50x4",
+    "RN50x16": "RN50x16",
+    "RN50x64": "RN50x64",
+    "ViT-B/32": "ViT-B-32",
+    "ViT-B/16": "ViT-B-16",
+    "ViT-L/14": "ViT-L-14",
+    "ViT-L/14@336px": "ViT-L-14-336",
+}
+EMBEDDED_NAMES = ("tiny-en", "tiny-vit")
+
+
+def load_clip(cfg: CfgNode) -> CLIP:
+    """Load the backbone that ``cfg.MODEL.BACKBONE`` names, frozen, in float32, on the CPU.
+
+    Raises:
+        RegistryError: no backbone and no open_clip model has this name.
+        WeightsError: the weights are missing, can't be downloaded, or don't fit the model.
+    """
+    name = cfg.MODEL.BACKBONE.NAME
+    if name not in BACKBONE_REGISTRY and name in open_clip.list_models():
+        return load_open_clip(cfg)
+    return BACKBONE_REGISTRY.get(name)(cfg)
+
+
+def load_embedded(cfg: CfgNode) -> CLIP:
+    """Load ``tiny-en`` or ``tiny-vit`` from the package (see ``promptmix/assets/README.md``)."""
+    from promptmix.assets import asset_path
+
+    name = cfg.MODEL.BACKBONE.NAME
+    spec = json.loads(asset_path(f"models/{name}.json").read_text(encoding="utf-8"))
+    model = open_clip.CLIP(**spec["model_cfg"])
+    if cfg.MODEL.BACKBONE.PRETRAINED:
+        state: dict[str, Tensor] = {}
+        for file in [cfg.MODEL.BACKBONE.WEIGHTS] if cfg.MODEL.BACKBONE.WEIGHTS else spec["weights"]:
+            path = Path(file) if cfg.MODEL.BACKBONE.WEIGHTS else asset_path(f"models/{file}")
+            state.update(read_weights(path))
+        _fill(model, state, name)
+    return CLIP(
+        model,
+        Tokenizer(asset_path(f"models/{spec['tokenizer']['bpe']}")),
+        name,
+        mean=spec["mean"],
+        std=spec["std"],
+        image_size=spec["image_size"],
+        interpolation=spec["interpolation"],
+    )
+
+
+def load_open_clip(cfg: CfgNode) -> CLIP:
+    """Load CoOp's names or any model of open_clip, with quick-GELU where the weights were trained with it.
+
+    Raises:
+        WeightsError: the tag is unknown, the download failed, or the file does not fit the model.
+    """
+    node = cfg.MODEL.BACKBONE
+    name = COOP_NAMES.get(node.NAME, node.NAME)
+    tag = node.TAG or "openai"
+    known = get_pretrained_cfg(name, tag) or {}
+    if not known and not node.WEIGHTS and node.PRETRAINED:
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
+        raise WeightsError(f"MODEL.BACKBONE.TAG {tag!r} is no pretrained tag of {name} (choices: {tags})")
+    if (open_clip.get_model_config(name) or {}).get("text_cfg", {}).get("hf_tokenizer_name"):
+        raise WeightsError(f"MODEL.BACKBONE.NAME {node.NAME!r} does not use CLIP's tokenizer; choose a model such as ViT-B-16")
+    quick_gelu = node.NAME in COOP_NAMES and tag == "openai" or bool(known.get("quick_gelu"))
+    if not node.PRETRAINED:
+        model = _create(name, None, quick_gelu)
+    elif node.WEIGHTS:
+        state = read_weights(Path(node.WEIGHTS))
+        # OpenAI's layout says all about its model, so that cut-down models load as well.
+        is_openai = "visual.proj" in state and "text_projection" in state or "visual.layer1.0.conv1.weight" in state
+        model = open_clip.CLIP(**openai_config(state)) if is_openai and not node.TAG else _create(name, None, quick_gelu)
+        _fill(model, state, node.WEIGHTS)
+    else:
+        model = _create(name, tag, quick_gelu)
+    size = model.visual.image_size
+    return CLIP(
+        model,
+        Tokenizer(),
+        node.NAME,
+        mean=known.get("mean", open_clip.OPENAI_DATASET_MEAN),
+        std=known.get("std", open_clip.OPENAI_DATASET_STD),
+        image_size=size[0] if isinstance(size, (tuple, list)) else size,
+        interpolation=known.get("interpolation", "bicubic"),
+    )
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Read a state dict in float32 from safetensors, a weights-only PyTorch file, or OpenAI's TorchScript archive.
+
+    Raises:
+        WeightsError: there is no such file, or it holds something other than tensors.
+    """
+    if not path.is_file():
+        raise WeightsError(f"MODEL.BACKBONE.WEIGHTS {path}: no such file; give a .safetensors, .pt or .bin file")
+    try:
+        if path.suffix == ".safetensors":
+            state: Any = load_file(path)
+        elif _is_torchscript(path):
+            # TorchScript archives can't be read weights-only; loading one maps tensors and calls none of its methods.
+            state = torch.jit.load(path, map_location="cpu").state_dict()
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise WeightsError(f"MODEL.BACKBONE.WEIGHTS {path}: not a file of plain tensors ({reason})") from error
+    state = state.get("state_dict", state) if isinstance(state, Mapping) else state
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise WeightsError(f"MODEL.BACKBONE.WEIGHTS {path}: holds no state dict; give the file of a CLIP model")
+    extras = ("input_resolution", "context_length", "vocab_size")
+    return {
+        key.removeprefix("module."): value.float() if value.is_floating_point() else value
+        for key, value in state.items()
+        if key not in extras
+    }
+
+
+def openai_config(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the open_clip model config that OpenAI-layout weights imply (heads are width / 64)."""
+    if "visual.proj" in state:
+        patch = state["visual.conv1.weight"].shape[-1]
+        grid = round((state["visual.positional_embedding"].shape[0] - 1) ** 0.5)
+        vision = {
+            "layers": _count(state, "visual.transformer.resblocks."),
+            "width": state["visual.conv1.weight"].shape[0],
+            "patch_size": patch,
+            "image_size": patch * grid,
+        }
+    else:
+        grid = round((state["visual.attnpool.positional_embedding"].shape[0] - 1) ** 0.5)
+        vision = {
+            "layers": [_count(state, f"visual.layer{stage}.") for stage in (1, 2, 3, 4)],
+            "width": state["visual.layer1.0.conv1.weight"].shape[0],
+            "patch_size": None,
+            "image_size": grid * 32,
+        }
+    width = state["ln_final.weight"].shape[0]
+    text = {
+        "context_length": state["positional_embedding"].shape[0],
+        "vocab_size": state["token_embedding.weight"].shape[0],
+        "width": width,
+        "heads": width // 64,
+        "layers": _count(state, "transformer.resblocks."),
+    }
+    return {
+        "embed_dim": state["text_projection"].shape[1],
+        "vision_cfg": vision,
+        "text_cfg": text,
+        "quick_gelu": True,
+    }
+
+
+def _count(state: Mapping[str, Tensor], prefix: str) -> int:
+    return len({key[len(prefix) :].split(".")[0] for key in state if key.startswith(prefix)})
+
+
+def _create(name: str, tag: str | None, quick_gelu: bool) -> nn.Module:
+    """Build open_clip's model ``name``, downloading the weights of ``tag`` once; without a tag, with random weights."""
+    logging.getLogger().addFilter(_no_random_warning)
+    try:
+        return open_clip.create_model(name, pretrained=tag, force_quick_gelu=quick_gelu, precision="fp32")
+    except Exception as error:
+        raise WeightsError(
+            f"weights of {name} ({tag}) can't be downloaded or loaded ({type(error).__name__}); connect to the network, set "
+            "MODEL.BACKBONE.WEIGHTS to a local file, or use the embedded backbone tiny-en"
+        ) from error
+    finally:
+        logging.getLogger().removeFilter(_no_random_warning)
+
+
+def _no_random_warning(record: logging.LogRecord) -> bool:
+    """Drop open_clip's warning about random weights: they are asked for here, or filled in next."""
+    return "initialized randomly" not in record.getMessage()
+
+
+def _is_torchscript(path: Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+
+
+def _fill(model: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
+    """Load ``state`` strictly, in the precision of the file's numbers (open_clip's own loader rounds to float16)."""
+    try:
+        model.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise WeightsError(f"weights of {what} don't fit MODEL.BACKBONE.NAME's architecture: {reason}") from error

@@ -1,0 +1,93 @@
+"""The frozen vision-language model that every method prompts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from promptmix.clip.text import TextTower
+from promptmix.clip.tokens import Tokenizer
+from promptmix.clip.vision import ImageTower, VisualPrompts
+
+
+class CLIP(nn.Module):
+    """A frozen CLIP: image tower, text tower, and the temperature between them.
+
+    Args:
+        model: an open_clip model; its parameters are frozen here and it is put into evaluation mode.
+        tokenizer: its tokenizer.
+        name: the backbone's name, for messages and results.
+        mean: pixel mean per channel that the model expects.
+        std: pixel standard deviation per channel.
+        image_size: input height and width in pixels.
+        interpolation: how its pictures were resized in training.
+
+    Raises:
+        ConfigError: the text tower can't be prompted (see ``TextTower``).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Tokenizer,
+        name: str,
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+        image_size: int,
+        interpolation: str = "bicubic",
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.mean, self.std = tuple(mean), tuple(std)
+        self.image_size, self.interpolation = image_size, interpolation
+        self.text = TextTower(model, tokenizer)
+        self.image = ImageTower(model.visual)
+        self.logit_scale = model.logit_scale
+        self.requires_grad_(False)
+        self.eval()
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The text tower's tokenizer."""
+        return self.text.tokenizer
+
+    @property
+    def embed_dim(self) -> int:
+        """Width D of the joint space."""
+        projection = self.text.text_projection
+        if isinstance(projection, nn.Linear):
+            return projection.out_features
+        return self.text.width if projection is None else projection.shape[1]
+
+    @property
+    def scale(self) -> Tensor:
+        """The factor on cosines, s = exp(logit_scale)."""
+        return self.logit_scale.exp()
+
+    def train(self, mode: bool = True) -> CLIP:
+        """Stay in evaluation mode: batch norms and dropout of a frozen model must not move."""
+        return super().train(False)
+
+    def encode_image(self, images: Tensor, prompts: VisualPrompts | None = None) -> Tensor:
+        """Return normalised image features (B, D) of images (B, 3, S, S)."""
+        return F.normalize(self.image(images, prompts), dim=-1)
+
+    @torch.no_grad()
+    def hard_features(self, templates: Sequence[str], names: Sequence[str]) -> Tensor:
+        """Return the normalised features (P, C, D) of P hard prompts ``template.format(name)`` for C names."""
+        features = [self.text(self.text.compose_text(template, names))[0] for template in templates]
+        return F.normalize(torch.stack(features), dim=-1)
+
+    @torch.no_grad()
+    def ensemble(self, templates: Sequence[str], names: Sequence[str]) -> Tensor:
+        """Return classifier weights (C, D): the mean of the templates' normalised features, normalised again."""
+        return F.normalize(self.hard_features(templates, names).mean(dim=0), dim=-1)
+
+    def extra_repr(self) -> str:
+        """Name, width and temperature for ``print(model)``."""
+        return f"name={self.name!r}, embed_dim={self.embed_dim}, scale={math.exp(self.logit_scale.item()):.1f}"

@@ -1,0 +1,321 @@
+"""CLIP's text tower, computed once for what the classes share.
+
+The tower is causal and its feature is read at EOT. Hence, exactly: tokens after EOT don't matter, and the tokens in front of the
+class name have the same keys and values for every class. A set of prompts is therefore kept as one shared *prefix* (SOT and
+what stands before the class name) and a packed *tail* (class name to EOT, no padding), and every linear layer runs on
+``P + N`` tokens per prompt instead of ``C * 77``. Deep prompts replace prefix positions, so they keep the sharing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+
+import torch
+import torch.nn.functional as F
+from open_clip.transformer import QuickGELU, ResidualAttentionBlock
+from torch import Tensor, nn
+
+from promptmix.clip.tokens import ClassTokens, Tokenizer
+from promptmix.errors import ConfigError
+
+#: Deep prompts: {layer: (E, n, W)}; before that layer they replace the n positions behind SOT. Layer 0 is the input itself.
+DeepPrompts = Mapping[int, Tensor]
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Token embeddings (without positions) of E prompts over C classes, cut where the classes begin to differ.
+
+    Attributes:
+        prefix: (E, P, W), from SOT to the last token that all classes share.
+        tail: (E, N, W), the other tokens up to EOT, class after class without padding; N = sum of ``lengths``.
+        lengths: tail tokens of each of the C classes.
+    """
+
+    prefix: Tensor
+    tail: Tensor
+    lengths: tuple[int, ...]
+
+
+class TextTower(nn.Module):
+    """The frozen text tower of an open_clip model, taking prompts as embeddings.
+
+    Args:
+        model: an ``open_clip`` CLIP model, or one whose text tower is ``model.text``.
+        tokenizer: the tokenizer that the tower was trained with.
+
+    Raises:
+        ConfigError: the tower is not a CLIP text transformer (for instance a Hugging Face encoder).
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        source = getattr(model, "text", model)
+        if not hasattr(source, "token_embedding") or getattr(source, "cls_emb", None) is not None:
+            raise ConfigError(
+                f"MODEL.BACKBONE.NAME: the text tower {type(source).__name__} is not a CLIP text transformer read at EOT; "
+                "choose a model with CLIP's own text tower, such as ViT-B-16"
+            )
+        self.tokenizer = tokenizer
+        self.token_embedding = source.token_embedding
+        self.positional_embedding = source.positional_embedding
+        self.transformer = source.transformer
+        self.ln_final = source.ln_final
+        self.text_projection = source.text_projection
+        self.register_buffer("attn_mask", source.attn_mask, persistent=False)
+        pool = getattr(source, "pool_type", getattr(source, "text_pool_type", "argmax"))
+        if pool not in ("argmax", "eos"):
+            raise ConfigError(f"MODEL.BACKBONE.NAME: the text feature is read by {pool!r}, but prompts need a tower read at EOT")
+        self.shares_prefix = self.attn_mask is not None and all(type(block) is ResidualAttentionBlock for block in self.blocks)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The transformer's layers, first to last."""
+        return self.transformer.resblocks
+
+    @property
+    def width(self) -> int:
+        """Token width W."""
+        return self.token_embedding.weight.shape[1]
+
+    @property
+    def context_length(self) -> int:
+        """Longest prompt in tokens, SOT and EOT included."""
+        return self.positional_embedding.shape[0]
+
+    def embed(self, ids: Sequence[int]) -> Tensor:
+        """Return the token embeddings (len(ids), W) of ``ids``."""
+        weight = self.token_embedding.weight
+        return weight[torch.tensor(ids, dtype=torch.long, device=weight.device)]
+
+    def compose(self, *pieces: Tensor | ClassTokens) -> Prompts:
+        """Put E prompts over C classes together, adding SOT and EOT.
+
+        Args:
+            pieces: in reading order: contexts shared by all classes (E, m, W), class-specific contexts (E, C, m, W), and the
+                class names. E is that of the tensors; a piece with E = 1 serves all prompts.
+
+        Raises:
+            ConfigError: the longest prompt does not fit the tower's context length.
+        """
+        names = next(piece for piece in pieces if isinstance(piece, ClassTokens))
+        experts = max((piece.shape[0] for piece in pieces if isinstance(piece, Tensor)), default=1)
+        edges = self.embed([self.tokenizer.sot, self.tokenizer.eot])
+        everything: list[Tensor | ClassTokens] = [edges[None, :1], *pieces, edges[None, 1:]]
+        shared = next(i for i, piece in enumerate(everything) if isinstance(piece, ClassTokens) or piece.dim() == 4)
+        prefix = torch.cat([_expand(piece, experts) for piece in everything[:shared]], dim=1)
+        sources, signature = [], []
+        for piece in everything[shared:]:
+            if isinstance(piece, ClassTokens):
+                rows, kind = self.embed(piece.flat)[None], "names"
+            else:
+                rows, kind = piece.flatten(1, -2), ("shared" if piece.dim() == 3 else "class")
+            sources.append(_expand(rows, experts))
+            signature.append((kind, piece.shape[-2] if isinstance(piece, Tensor) else 0))
+        index, lengths = _packing(tuple(signature), names.lengths, str(prefix.device))
+        tail = torch.cat(sources, dim=1).index_select(1, index)
+        longest = prefix.shape[1] + max(lengths)
+        if longest > self.context_length:
+            raise ConfigError(
+                f"the longest prompt has {longest} tokens, but this backbone reads {self.context_length}; "
+                f"shorten the context or the class name {names.names[lengths.index(max(lengths))]!r}"
+            )
+        return Prompts(prefix, tail, lengths)
+
+    def compose_text(self, template: str, names: Sequence[str]) -> Prompts:
+        """Put the hard prompts ``template.format(name)`` of all ``names`` together (E = 1), sharing their common first tokens."""
+        ids = [self.tokenizer.encode(template.format(name.replace("_", " "))) for name in names]
+        shared = _common_prefix(ids)
+        rest = ClassTokens(tuple(names), tuple(tuple(row[shared:]) for row in ids))
+        return self.compose(self.embed(ids[0][:shared])[None], rest)
+
+    def forward(self, prompts: Prompts, deep: DeepPrompts | None = None) -> Tensor:
+        """Encode prompts.
+
+        Args:
+            prompts: E prompts over C classes.
+            deep: prompts for deeper layers, ``{layer: (E or 1, n, W)}``.
+
+        Returns:
+            Text features (E, C, D), not normalised.
+
+        Raises:
+            ConfigError: deep prompts are longer than the shared prefix, or the tower can't take them.
+        """
+        if deep:
+            widest = max(prompt.shape[-2] for prompt in deep.values())
+            if widest >= prompts.prefix.shape[1]:
+                raise ConfigError(
+                    f"deep text prompts replace {widest} positions behind SOT, but only {prompts.prefix.shape[1] - 1} context "
+                    "tokens stand before the class name; use as many context tokens in front of the class name"
+                )
+        if not self.shares_prefix:
+            from promptmix.clip.reference import encode_plain
+
+            return encode_plain(self, prompts, deep)
+        return self._encode_shared(prompts, deep or {})
+
+    def _encode_shared(self, prompts: Prompts, deep: DeepPrompts) -> Tensor:
+        start = prompts.prefix.shape[1]
+        layout = _layout(prompts.lengths, start, str(prompts.prefix.device))
+        position = self.positional_embedding
+        x = torch.cat([prompts.prefix + position[:start], prompts.tail + position[layout.positions]], dim=1)
+        last = len(self.blocks) - 1
+        for i, block in enumerate(self.blocks):
+            if i in deep and i > 0:
+                new = _expand(deep[i], x.shape[0])
+                x = torch.cat([x[:, :1], new.to(x.dtype), x[:, 1 + new.shape[1] :]], dim=1)
+            x = _shared_block(block, x, start, layout, last=i == last)
+        return self.project(self.ln_final(x))
+
+    def project(self, x: Tensor) -> Tensor:
+        """Map EOT states (..., W) into the joint space (..., D)."""
+        if isinstance(self.text_projection, nn.Linear):
+            return self.text_projection(x)
+        return x if self.text_projection is None else x @ self.text_projection
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where the packed tail tokens of C classes stand; all tensors on the tower's device.
+
+    Attributes:
+        positions: (N,) position in the prompt of each tail token.
+        padded: (C, T) row of the packed tail for each class and place; places behind EOT repeat row 0.
+        packed: (N,) place in the flattened (C * T) grid of each packed row.
+        ends: (C,) packed row of each class's EOT.
+        causal: (T, T) bool, True where a query may look.
+        reach: (C, 1, T) bool, True up to the class's EOT.
+    """
+
+    positions: Tensor
+    padded: Tensor
+    packed: Tensor
+    ends: Tensor
+    causal: Tensor
+    reach: Tensor
+
+
+@lru_cache(maxsize=64)
+def _layout(lengths: tuple[int, ...], start: int, device: str) -> _Layout:
+    count = torch.tensor(lengths)
+    place = torch.arange(int(count.max()))
+    inside = place[None, :] < count[:, None]
+    first = count.cumsum(0) - count
+    padded = torch.where(inside, first[:, None] + place[None, :], 0)
+    causal = place[None, :] <= place[:, None]
+    parts = (
+        (start + place).expand_as(inside)[inside],
+        padded,
+        inside.flatten().nonzero().flatten(),
+        first + count - 1,
+        causal,
+        inside[:, None, :],
+    )
+    return _Layout(*(part.to(device) for part in parts))
+
+
+@lru_cache(maxsize=64)
+def _packing(
+    signature: tuple[tuple[str, int], ...], name_lengths: tuple[int, ...], device: str
+) -> tuple[Tensor, tuple[int, ...]]:
+    """Return the rows (N,) that pick the tail, class after class, from the concatenated pieces, and the tail lengths."""
+    rows: list[int] = []
+    lengths = []
+    starts = (0, *accumulate(name_lengths))
+    for c, name_length in enumerate(name_lengths):
+        offset, begin = 0, len(rows)
+        for kind, m in signature:
+            if kind == "names":
+                rows.extend(range(offset + starts[c], offset + starts[c] + name_length))
+                offset += sum(name_lengths)
+            elif kind == "class":
+                rows.extend(range(offset + c * m, offset + (c + 1) * m))
+                offset += len(name_lengths) * m
+            else:
+                rows.extend(range(offset, offset + m))
+                offset += m
+        lengths.append(len(rows) - begin)
+    return torch.tensor(rows, device=device), tuple(lengths)
+
+
+def _shared_block(block: ResidualAttentionBlock, x: Tensor, start: int, layout: _Layout, *, last: bool) -> Tensor:
+    """One transformer layer on packed tokens (E, P + N, W); the last layer gives EOT states (E, C, W) only."""
+    attention = block.attn
+    width = x.shape[-1]
+    weight, bias = attention.in_proj_weight, attention.in_proj_bias
+    normed = block.ln_1(x)
+    if last:
+        # Only EOT asks in the last layer, and nobody reads the other tokens' outputs.
+        x = x[:, start + layout.ends]
+        query = F.linear(normed[:, start + layout.ends], weight[:width], bias[:width])
+        key, value = F.linear(normed, weight[width:], bias[width:]).split(width, dim=-1)
+        heads = _attend_tail(query.unsqueeze(2), key, value, start, layout, layout.reach, attention.num_heads).squeeze(2)
+    else:
+        query, key, value = F.linear(normed, weight, bias).split(width, dim=-1)
+        grid = query[:, start:][:, layout.padded]  # (E, C, T, W)
+        tail = _attend_tail(grid, key, value, start, layout, layout.causal, attention.num_heads)
+        tail = tail.flatten(1, 2)[:, layout.packed]
+        prefix = [_split(part[:, :start], attention.num_heads) for part in (query, key, value)]
+        front = F.scaled_dot_product_attention(*prefix, is_causal=True).transpose(1, 2).flatten(2)
+        heads = torch.cat([front, tail], dim=1)
+    x = x + block.ls_1(attention.out_proj(heads))
+    return x + block.ls_2(_mlp(block.mlp, block.ln_2(x)))
+
+
+def _attend_tail(query: Tensor, key: Tensor, value: Tensor, start: int, layout: _Layout, allowed: Tensor, heads: int) -> Tensor:
+    """Attention of tail tokens over the shared prefix and their own class's tail.
+
+    Args:
+        query: (E, C, Q, W), already projected; Q is T, or 1 for EOT alone.
+        key: (E, P + N, W), packed.
+        value: (E, P + N, W), packed.
+        start: prefix length P.
+        layout: where the tail's tokens stand.
+        allowed: bool, broadcast to (C, Q, T): which places of its own tail a query may see.
+        heads: number of heads H.
+
+    Returns:
+        (E, C, Q, W), heads joined, not yet projected.
+    """
+    experts, classes, queries, width = query.shape
+    size = width // heads
+    q = query.view(experts, classes, queries, heads, size).permute(0, 3, 1, 2, 4) * size**-0.5  # (E, H, C, Q, d)
+    k_own, v_own = (
+        part[:, start:][:, layout.padded].view(experts, classes, -1, heads, size).permute(0, 3, 1, 2, 4) for part in (key, value)
+    )  # (E, H, C, T, d)
+    k_shared, v_shared = (_split(part[:, :start], heads) for part in (key, value))  # (E, H, P, d)
+    flat = q.reshape(experts, heads, classes * queries, size)
+    to_shared = (flat @ k_shared.transpose(-1, -2)).view(experts, heads, classes, queries, start)
+    to_own = (q @ k_own.transpose(-1, -2)).masked_fill(~allowed, float("-inf"))
+    weights = torch.cat([to_shared, to_own], dim=-1).softmax(dim=-1).to(value.dtype)
+    shared = weights[..., :start].reshape(experts, heads, classes * queries, start) @ v_shared
+    own = weights[..., start:] @ v_own
+    mixed = shared.view(experts, heads, classes, queries, size) + own
+    return mixed.permute(0, 2, 3, 1, 4).reshape(experts, classes, queries, width)
+
+
+def _mlp(mlp: nn.Sequential, x: Tensor) -> Tensor:
+    """The block's MLP; quick-GELU goes through SiLU, which keeps one hidden tensor for the backward pass instead of two."""
+    if not isinstance(mlp.gelu, QuickGELU):
+        return mlp(x)
+    hidden = F.silu(mlp.c_fc(x).mul_(1.702)).mul_(1 / 1.702)
+    return mlp.c_proj(hidden)
+
+
+def _split(x: Tensor, heads: int) -> Tensor:
+    """(E, L, W) to (E, H, L, d)."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def _expand(piece: Tensor, experts: int) -> Tensor:
+    return piece if piece.shape[0] == experts else piece.expand(experts, *piece.shape[1:])
+
+
+def _common_prefix(rows: Sequence[Sequence[int]]) -> int:
+    """Return how many first tokens all rows share, leaving each row at least one of its own."""
+    shortest = min(len(row) for row in rows) - 1
+    return next((i for i in range(shortest) if any(row[i] != rows[0][i] for row in rows)), max(shortest, 0))

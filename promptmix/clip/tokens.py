@@ -1,0 +1,84 @@
+"""Tokens: CLIP's byte-pair encoding, templates and class names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import chain
+from pathlib import Path
+
+from open_clip import SimpleTokenizer
+
+from promptmix.errors import ConfigError
+
+
+class Tokenizer:
+    """CLIP's tokenizer, giving ids without SOT, EOT and padding.
+
+    Args:
+        bpe: file of merges (``.txt.gz``); None takes the one that open_clip ships.
+    """
+
+    def __init__(self, bpe: Path | None = None) -> None:
+        self._simple = SimpleTokenizer() if bpe is None else SimpleTokenizer(bpe_path=str(bpe))
+        self.sot: int = self._simple.sot_token_id
+        self.eot: int = self._simple.eot_token_id
+        self._encode = lru_cache(maxsize=65536)(self._encode_uncached)
+
+    def _encode_uncached(self, text: str) -> tuple[int, ...]:
+        return tuple(self._simple.encode(self._simple.clean_fn(text)))
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Return the ids of ``text``; empty for empty text."""
+        return self._encode(text)
+
+    def class_tokens(self, names: Sequence[str]) -> ClassTokens:
+        """Return the tokens of class names, underscores read as spaces.
+
+        Raises:
+            ConfigError: a name has no tokens; give every class a readable name.
+        """
+        ids = tuple(self.encode(name.replace("_", " ")) for name in names)
+        for name, row in zip(names, ids, strict=True):
+            if not row:
+                raise ConfigError(f"class name {name!r} has no tokens; give every class a readable name")
+        return ClassTokens(tuple(names), ids)
+
+
+@dataclass(frozen=True)
+class ClassTokens:
+    """The token ids of C class names, each of its own length.
+
+    Attributes:
+        names: the C names as the data set writes them.
+        ids: C rows of token ids.
+    """
+
+    names: tuple[str, ...]
+    ids: tuple[tuple[int, ...], ...]
+
+    @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each name."""
+        return tuple(len(row) for row in self.ids)
+
+    @cached_property
+    def flat(self) -> tuple[int, ...]:
+        """All ids, class after class."""
+        return tuple(chain.from_iterable(self.ids))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def split_template(template: str) -> tuple[str, str]:
+    """Return the texts before and after the class name of a template.
+
+    Raises:
+        ConfigError: ``{}`` does not stand in the template exactly once.
+    """
+    if template.count("{}") != 1:
+        raise ConfigError(f"template {template!r} must contain {{}} exactly once, where the class name goes")
+    before, after = template.split("{}")
+    return before.strip(), after.strip()

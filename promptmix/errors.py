@@ -1,0 +1,35 @@
+"""Errors that a user can cause and mend. The command line prints them as one line and exits with code 2."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """Something the user asked for can't be done; the message says what, with which value, and how to mend it."""
+
+    def __str__(self) -> str:
+        """Return the message as written (``KeyError`` would print it in quotes)."""
+        return str(self.args[0]) if self.args else ""
+
+
+class ConfigError(UserError, ValueError):
+    """A configuration key or value that is unknown, of the wrong type, out of range, or would be ignored."""
+
+
+class RegistryError(UserError, KeyError):
+    """A name that no registry entry has, or that is taken already."""
+
+
+class DataError(UserError, OSError):
+    """A data set, picture or split that is missing or unreadable."""
+
+
+class WeightsError(UserError, OSError):
+    """Backbone weights that can't be found, downloaded or matched to the model."""
+
+
+class CheckpointError(UserError, OSError):
+    """A checkpoint that is missing, unreadable or of another method."""
+
+
+class PluginError(UserError, ImportError):
+    """A plugin that can't be loaded or that implements an unknown hook."""

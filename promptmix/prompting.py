@@ -1,0 +1,109 @@
+"""The trainer that every prompt-learning method extends: frozen CLIP, learned prompts, text encoded once per evaluation."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from yacs.config import CfgNode
+
+from promptmix.clip import load_clip
+from promptmix.components import PromptLearner, Task
+from promptmix.engine import TrainerX, build_lr_scheduler, build_optimizer
+from promptmix.engine.checkpoint import load_pretrained_weights
+from promptmix.engine.evaluator import compute_accuracy
+from promptmix.engine.precision import Precision
+from promptmix.utils import count_num_param, get_logger
+
+
+class PromptTrainer(TrainerX):
+    """A Dassl trainer for prompts on a frozen CLIP. A method defines its config node and ``build_learner``.
+
+    Class attributes:
+        roles: default component per role (``{"ROUTER": "HardPromptTopK"}``); a role that is not named here is not used.
+    """
+
+    roles: ClassVar[dict[str, str]] = {}
+
+    @staticmethod
+    def add_config(node: CfgNode) -> None:
+        """Declare the method's settings in its node ``TRAINER.<NAME IN UPPER CASE>``, one commented key each."""
+
+    @classmethod
+    def validate(cls, cfg: CfgNode) -> None:
+        """Raise ``ConfigError`` for settings that can't work or would be ignored; ``cfg`` is the whole tree."""
+
+    def build_learner(self, task: Task) -> PromptLearner:
+        """Return the method's learned part for ``task``."""
+        raise NotImplementedError(f"{type(self).__name__} must define build_learner(task)")
+
+    @property
+    def node(self) -> CfgNode:
+        """The method's own config node."""
+        return self.cfg.TRAINER[self.cfg.TRAINER.NAME.upper()]
+
+    def build_model(self) -> None:
+        """Load the frozen model, build the learner, its optimizer and schedule, and register them as ``prompt_learner``."""
+        cfg, log = self.cfg, get_logger()
+        log.info("Loading CLIP (backbone: %s)", cfg.MODEL.BACKBONE.NAME)
+        self.clip = load_clip(cfg).to(self.device)
+        self.precision = Precision(cfg.TRAINER.PREC, self.device)
+        self.model = self.build_learner(self._task()).to(self.device)
+        if cfg.MODEL.INIT_WEIGHTS:
+            load_pretrained_weights(self.model, cfg.MODEL.INIT_WEIGHTS)
+        log.info("Learned parameters: %s", f"{count_num_param(self.model):,}")
+        self._classifier: Any = None
+        self._testing = False
+        if any(True for _ in self.model.parameters()):
+            optim = build_optimizer(self.model, cfg.OPTIM)
+            self.register_model("prompt_learner", self.model, optim, build_lr_scheduler(optim, cfg.OPTIM))
+
+    def _task(self) -> Task:
+        dataset = self.dm.dataset
+        names = tuple(self.lab2cname[label] for label in range(self.num_classes))
+        templates = tuple(getattr(dataset, "templates", ())) or ("a photo of a {}.",)
+        groups = tuple(tuple(group) for group in getattr(dataset, "template_groups", ())) or ((templates[0],),)
+        return Task(self.clip, names, tuple(getattr(dataset, "all_classnames", names)), templates, groups)
+
+    def forward_backward(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Learn from one batch.
+
+        Returns:
+            What the log line shows: loss, accuracy of the batch in percent, and the parts of the loss.
+        """
+        images, labels = self.parse_batch_train(batch)
+        with self.precision.autocast():
+            terms = self.model.loss(self.encode_images(images), labels)
+        optimizers = [optim for optim in self._optims.values() if optim is not None]
+        self.precision.backward_and_update(
+            terms.total, optimizers, clip_norm=self.cfg.TRAIN.CLIP_GRAD_NORM, backward=self.model_backward
+        )
+        if self.batch_idx + 1 == self.num_batches:
+            self.update_lr()
+        parts = {name: value.detach() for name, value in terms.parts.items()}
+        return {"loss": terms.total.detach(), "acc": compute_accuracy(terms.logits, labels)[0], **parts}
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Return normalised image features (B, D), without gradient where the image side is frozen."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.model.image_is_frozen):
+            return self.model.encode_images(images)
+
+    def parse_batch_train(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Return images (B, 3, S, S) and labels (B,) on the device."""
+        return batch["img"].to(self.device, non_blocking=True), batch["label"].to(self.device, non_blocking=True)
+
+    def test(self, split: str | None = None) -> float:
+        """Evaluate, encoding the text side once."""
+        self._testing, self._classifier = True, None
+        try:
+            return super().test(split)
+        finally:
+            self._testing, self._classifier = False, None
+
+    def model_inference(self, input: Tensor) -> Tensor:
+        """Return class scores (B, C) in float32 for images (B, 3, S, S)."""
+        with self.precision.autocast():
+            if self._classifier is None or not self._testing:
+                self._classifier = self.model.classifier()
+            return self.model.logits(self.encode_images(input), self._classifier).float()

@@ -1,0 +1,101 @@
+"""Registries: the names that YAML and the command line use, and what stands behind them."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from promptmix.errors import RegistryError
+
+
+def closest(name: str, choices: list[str]) -> str:
+    """Return ``; did you mean 'X'?`` for the choice nearest to ``name``, or an empty string."""
+    lower = {choice.lower(): choice for choice in choices}
+    near = difflib.get_close_matches(name.lower(), lower, n=1)
+    return f"; did you mean {lower[near[0]]!r}?" if near else ""
+
+
+class Registry:
+    """A table of names, with Dassl's interface: ``register`` as decorator or call, ``get``, ``registered_names``.
+
+    Args:
+        name: what the entries are, used in messages (``"trainer"``).
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._entries: dict[str, Any] = {}
+
+    def register(self, obj: Any = None, *, name: str | None = None, force: bool = False) -> Any:  # noqa: ANN401
+        """Add ``obj`` under ``name`` (default: its ``__name__``); without ``obj``, return a decorator.
+
+        Raises:
+            RegistryError: the name is taken by something else; choose another, or pass ``force=True`` to replace it.
+        """
+        if obj is None:
+            return lambda later: self.register(later, name=name, force=force)
+        key = name or obj.__name__
+        if self._entries.get(key, obj) is not obj and not force:
+            raise RegistryError(
+                f"{self._name} {key!r} is registered already by {self.origin(key)}; "
+                "register yours under another name, or with force=True to replace it"
+            )
+        self._entries[key] = obj
+        return obj
+
+    def get(self, name: str) -> Any:  # noqa: ANN401
+        """Return the entry called ``name``.
+
+        Raises:
+            RegistryError: no entry has this name; the message lists those there are.
+        """
+        if name not in self._entries:
+            names = self.registered_names()
+            raise RegistryError(
+                f"unknown {self._name} {name!r}{closest(name, names)} (choices: {', '.join(names) or 'none'}); "
+                "a plugin that brings it must be installed or named with --plugin"
+            )
+        return self._entries[name]
+
+    def registered_names(self) -> list[str]:
+        """Return all names in alphabetical order."""
+        return sorted(self._entries, key=str.lower)
+
+    def origin(self, name: str) -> str:
+        """Return the module that defined the entry, with the version of its package where it states one."""
+        module: str = getattr(self.get(name), "__module__", "unknown")
+        version = getattr(sys.modules.get(module.split(".")[0]), "__version__", None)
+        return f"{module} ({version})" if version else module
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.registered_names())
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+TRAINER_REGISTRY = Registry("trainer")
+DATASET_REGISTRY = Registry("dataset")
+BACKBONE_REGISTRY = Registry("backbone")
+PROMPT_BANK_REGISTRY = Registry("prompt bank")
+ROUTER_REGISTRY = Registry("router")
+TEXT_SUPERVISION_REGISTRY = Registry("text supervision")
+DISTILLER_REGISTRY = Registry("distiller")
+EVALUATOR_REGISTRY = Registry("evaluator")
+
+#: Every registry by the plural that ``promptmix list`` and the ``register_*`` hooks use.
+REGISTRIES: dict[str, Registry] = {
+    "trainers": TRAINER_REGISTRY,
+    "datasets": DATASET_REGISTRY,
+    "backbones": BACKBONE_REGISTRY,
+    "prompt_banks": PROMPT_BANK_REGISTRY,
+    "routers": ROUTER_REGISTRY,
+    "text_supervisions": TEXT_SUPERVISION_REGISTRY,
+    "distillers": DISTILLER_REGISTRY,
+    "evaluators": EVALUATOR_REGISTRY,
+}
