@@ -238,7 +238,7 @@ def from_log(path: str | Path) -> RunResult | None:
     run.metrics = metrics
     run.source = str(path)
     written = datetime.fromtimestamp(Path(path).stat().st_mtime, timezone.utc)
-    run.started = run.finished = written.isoformat(timespec="seconds")
+    run.started = run.finished = written.isoformat(timespec="milliseconds")
     return run
 
 

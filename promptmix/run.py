@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO, cast
 
 import torch
 from yacs.config import CfgNode as CN
 
 from promptmix import config, results
-from promptmix.engine import Logger, build_trainer, collect_env_info, set_random_seed, setup_logger
+from promptmix.engine import Logger, SimpleTrainer, build_trainer, collect_env_info, set_random_seed, setup_logger
 from promptmix.errors import CheckpointError, UserError
 from promptmix.hookspecs import hookimpl
 from promptmix.plugin_manager import get_plugin_manager
@@ -35,7 +35,7 @@ def run(
     command: list[str] | None = None,
     on_epoch: Callable[[Any], None] | None = None,
     quiet: bool = False,
-) -> RunResult | None:
+) -> RunResult:
     """Build the trainer, train and test it (or only test); ``OUTPUT_DIR`` gets ``log.txt`` and ``results.json``.
 
     The output folder appears only once the data set, the weights and the checkpoint were found.
@@ -52,7 +52,7 @@ def run(
         quiet: write to the log only, nothing to standard output or error.
 
     Returns:
-        The result, or None with ``no_train``.
+        The result; with ``no_train`` it has no numbers and is written nowhere.
 
     Raises:
         UserError: anything the user asked for that can't be done; the message says what and how to mend it.
@@ -71,17 +71,17 @@ def run(
     with _Output(cfg.OUTPUT_DIR, quiet) as output:
         _seed(cfg)
         _print_header(cfg, arguments or {})
-        trainer = build_trainer(cfg)
+        trainer: Any = build_trainer(cfg)  # any class with Dassl's interface
         result.learned_parameters = _count_learned(trainer)
         if eval_only:
             _refuse_other_method(result, model_dir)
             trainer.load_model(model_dir, epoch=load_epoch)
         if no_train:
-            return None
+            return result
         output.open()
         recorder.ready()
         with _plugged(recorder):
-            if eval_only or not result.learned_parameters:
+            if eval_only or _has_nothing_to_train(trainer):
                 trainer.test()
             else:
                 trainer.train()
@@ -164,6 +164,11 @@ def _count_learned(trainer: Any) -> int:  # noqa: ANN401  (a trainer with Dassl'
     return sum(p.numel() for model in models if model is not None for p in model.parameters() if p.requires_grad)
 
 
+def _has_nothing_to_train(trainer: Any) -> bool:  # noqa: ANN401
+    """Tell whether the epoch loop would have no parameter to move (CoOp's ZeroshotCLIP); a loop of its own is trusted."""
+    return not _count_learned(trainer) and type(trainer).train is SimpleTrainer.train
+
+
 class _Recorder:
     """Listens to the trainer's events: numbers of each evaluation, and how long training and the last test took."""
 
@@ -201,8 +206,8 @@ class _Recorder:
     def fill(self, result: RunResult) -> None:
         """Write what was heard into ``result``."""
         result.metrics = self._metrics
-        result.started = self._began.isoformat(timespec="seconds")
-        result.finished = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        result.started = self._began.isoformat(timespec="milliseconds")
+        result.finished = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
         seconds = {
             "total": time.monotonic() - self._start,
             "train": self._train_seconds,
@@ -270,8 +275,9 @@ class _Output:
         if quiet:
             self._console.enter_context(contextlib.redirect_stdout(io.StringIO()))
             self._console.enter_context(contextlib.redirect_stderr(_ToStdout()))
+        self._early = io.StringIO()
         self._log = Logger()
-        self._log.file = io.StringIO()
+        self._log.file = self._early
         self._made: list[Path] = []
 
     def __enter__(self) -> _Output:
@@ -284,21 +290,18 @@ class _Output:
         Raises:
             UserError: the folder can't be made or written; choose another ``--output-dir``.
         """
-        early = self._log.file.getvalue()
+        early = self._early.getvalue()
         self._log.close()
         missing = [path for path in (self._directory, *self._directory.parents) if not path.exists()]
         try:
             self._log = setup_logger(self._directory)
         except OSError as error:
-            raise UserError(
-                f"OUTPUT_DIR {self._directory}: {error.strerror or error}; choose another --output-dir"
-            ) from error
-        self._log.file.write(early)
-        self._made = [Path(self._log.file.name), *missing]
+            raise UserError(f"OUTPUT_DIR {self._directory}: {error.strerror or error}; choose another --output-dir") from error
+        file = cast(TextIO, self._log.file)
+        file.write(early)
+        self._made = [Path(file.name), *missing]
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._log.close()
         self._console.close()
         if isinstance(error, UserError):

@@ -179,9 +179,9 @@ def _fill(row: Row, runs: list[RunResult], metrics: list[str], split: str, ci95:
     row.seeds = sorted({run.seed for part in by_part.values() for run in part.values()})
     for metric in metrics:
         values = {part: _numbers(found, metric, split) for part, found in by_part.items()}
-        for part, numbers in values.items():
+        for name_of_part, numbers in values.items():
             if numbers:
-                row.cells[metric, part] = _cell(list(numbers.values()), ci95)
+                row.cells[metric, name_of_part] = _cell(list(numbers.values()), ci95)
         both = sorted(values.get("base", {}).keys() & values.get("new", {}).keys(), key=str)
         if both:
             row.cells[metric, "h"] = _h_cell(values, both, ci95)

@@ -13,9 +13,7 @@ KINDS = (*REGISTRIES, "hooks", "plugins")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
-    parser.add_argument(
-        "kind", nargs="?", default="", help=f"one of {', '.join(KINDS)}; default: all but hooks, plugins"
-    )
+    parser.add_argument("kind", nargs="?", default="", help=f"one of {', '.join(KINDS)}; default: all but hooks, plugins")
     parser.add_argument("--plugin", action="append", default=[], metavar="MODULE|FILE", help="load a plugin first")
 
 
@@ -47,13 +45,13 @@ def show(kind: str, plugins: list[str]) -> int:
         headers, rows = tables[kind]
         sys.stdout.write(tabulate(rows(), headers=headers) + "\n")
         return 0
-    rows = [
+    entries = [
         (name if first else "", entry, registry.origin(entry))
         for name, registry in REGISTRIES.items()
         if kind in ("", name)
         for first, entry in zip([True, *[False] * len(registry)], registry, strict=False)
     ]
-    sys.stdout.write(tabulate(rows, headers=("Kind", "Name", "From")) + "\n")
+    sys.stdout.write(tabulate(entries, headers=("Kind", "Name", "From")) + "\n")
     return 0
 
 

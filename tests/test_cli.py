@@ -1,0 +1,360 @@
+"""The command line: CoOp's flags, one line for each user error, and nothing half-written."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from promptmix import results
+from promptmix.cli import Parser, main
+from promptmix.commands import COMMANDS, train
+from promptmix.commands.configure import resolve_config
+from promptmix.errors import ConfigError, UserError
+
+HERE = Path(__file__).resolve().parent
+PLUGIN = str(HERE / "dots_plugin.py")
+
+
+@pytest.fixture
+def dots(tmp_path):
+    """Return the start of a command that trains `Linear` on `Dots` into tmp_path/out."""
+    folder = tmp_path / "data" / "dots"
+    folder.mkdir(parents=True)
+    for name, grey in {"black": 0, "dark": 80, "light": 160, "white": 255}.items():
+        Image.new("RGB", (8, 8), (grey, grey, grey)).save(folder / f"{name}.png")
+    config = tmp_path / "dots.yaml"
+    tree = {
+        "DATASET": {"NAME": "Dots"},
+        "DATALOADER": {"NUM_WORKERS": 0, "TRAIN_X": {"BATCH_SIZE": 4}},
+        "INPUT": {"SIZE": [8, 8], "TRANSFORMS": ["normalize"]},
+        "OPTIM": {"MAX_EPOCH": 2, "NAME": "sgd", "LR": 0.01},
+    }
+    config.write_text(yaml.safe_dump(tree))
+    return [
+        *("train", "--plugin", PLUGIN, "--config-file", str(config), "--root", str(tmp_path / "data")),
+        *("--output-dir", str(tmp_path / "out"), "--trainer", "Linear", "--seed", "1"),
+    ]
+
+
+def swap(command, flag, value):
+    command = list(command)
+    command[command.index(flag) + 1] = value
+    return command
+
+
+def fails(capsys, argv, *words):
+    """Run a command that must end as a user error; return its line."""
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("promptmix: error: ")
+    assert len(error.strip().splitlines()) == 1
+    assert "Traceback" not in error
+    for word in words:
+        assert word in error
+    return error
+
+
+def test_a_run_leaves_log_result_and_checkpoint(dots, tmp_path, capsys):
+    assert main(dots) == 0
+    out = tmp_path / "out"
+    shown = capsys.readouterr().out
+    log = (out / "log.txt").read_text()
+    for text in (shown, log):
+        for line in ("** Arguments **", "** Config **", "** System info **", "=> result", "* accuracy: ", "Elapsed: "):
+            assert line in text
+    assert (out / "head" / "model.pth.tar-2").is_file()
+    run = results.load(out / "results.json")
+    assert (run.trainer, run.dataset, run.seed, run.subsample_classes) == ("Linear", "Dots", 1, "all")
+    assert run.learned_parameters == 3 * 8 * 8 * 4 + 4
+    assert 0 <= run.metrics["test"]["accuracy"] <= 100
+    assert run.config["OPTIM"]["MAX_EPOCH"] == 2
+    assert run.config_sources["SEED"] == "--seed"
+    assert run.config_sources["OPTIM.LR"].endswith("dots.yaml")
+    assert {"python", "torch", "torchvision", "open_clip_torch", "promptmix"} <= run.versions.keys()
+    assert run.seconds["total"] >= run.seconds["train"] > 0
+    assert run.seconds["test"] > 0
+    assert run.peak_memory_mb["rss"] > 1
+    assert run.command[:2] == ["promptmix", "train"]
+    assert run.started <= run.finished
+    assert sys.stdout.__class__.__name__ != "Logger"
+
+
+def test_the_log_alone_gives_the_same_row(dots, tmp_path):
+    assert main(dots) == 0
+    run = results.load(tmp_path / "out" / "results.json")
+    back = results.from_log(tmp_path / "out" / "log.txt")
+    assert back.identity() == run.identity()
+    assert back.settings() == run.settings()
+    assert back.metrics["test"]["accuracy"] == pytest.approx(run.metrics["test"]["accuracy"], abs=0.06)
+
+
+def test_evaluation_of_a_checkpoint_gives_the_numbers_of_its_run(dots, tmp_path):
+    assert main(dots) == 0
+    trained = results.load(tmp_path / "out" / "results.json")
+    again = swap(dots, "--output-dir", str(tmp_path / "again"))
+    assert main([*again, "--eval-only", "--model-dir", str(tmp_path / "out"), "--load-epoch", "2"]) == 0
+    tested = results.load(tmp_path / "again" / "results.json")
+    assert tested.metrics == trained.metrics
+    assert tested.checkpoint == {"directory": str(tmp_path / "out"), "epoch": 2}
+    assert tested.seconds["train"] == 0
+    assert not (tmp_path / "again" / "head").exists()
+
+
+def test_same_seed_same_numbers_and_weights(dots, tmp_path):
+    states = []
+    for name in ("a", "b"):
+        assert main(swap(dots, "--output-dir", str(tmp_path / name))) == 0
+        states.append(torch.load(tmp_path / name / "head" / "model.pth.tar-2", weights_only=True)["state_dict"])
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+def test_no_train_builds_and_leaves_nothing(dots, tmp_path):
+    assert main([*dots, "--no-train"]) == 0
+    assert not (tmp_path / "out").exists()
+
+
+def test_more_epochs_resume(dots, tmp_path, capsys):
+    assert main(dots) == 0
+    assert main([*dots, "OPTIM.MAX_EPOCH", "3"]) == 0
+    assert "will resume training" in capsys.readouterr().out
+    assert (tmp_path / "out" / "head" / "model.pth.tar-3").is_file()
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        (["OPTIM.LRR", "0.1"], ["OPTIM.LRR", "did you mean 'LR'"]),
+        (["OPTIM.LR", "fast"], ["OPTIM.LR", "'fast'", "float"]),
+        (["OPTIM.LR"], ["OPTIM.LR", "has no value"]),
+        (["SEED", "one"], ["SEED"]),
+        (["DATASET.SUBSAMPLE_CLASSES", "old"], ["'old'", "'base'", "'new'"]),
+        (["--eval-only", "--model-dir", "nowhere", "--load-epoch", "2"], ["nowhere"]),
+        (["--plugin", "no_such_module_here"], ["no_such_module_here"]),
+        (["--plugin", "./missing.py"], ["missing.py"]),
+        (["--sed", "1"], ["--sed", "did you mean '--seed'"]),
+        (["--load-epoch", "last"], ["--load-epoch", "last"]),
+        (["--resume", "nowhere"], ["nowhere"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_user_errors_are_one_line_and_leave_nothing(dots, tmp_path, capsys, extra, words):
+    fails(capsys, [*dots, *extra], *words)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "words"),
+    [
+        ("--trainer", "Lineer", ["Lineer", "did you mean 'Linear'", "CoOp"]),
+        ("--root", "no/such/folder", ["no/such/folder", "--root"]),
+        ("--root", ".", ["no folder", "dots", "--root"]),
+        ("--config-file", "configs/quikstart.yaml", ["quikstart", "no such file"]),
+    ],
+)
+def test_wrong_values_are_one_line_and_leave_nothing(dots, tmp_path, capsys, monkeypatch, flag, value, words):
+    monkeypatch.chdir(tmp_path)
+    fails(capsys, swap(dots, flag, value), *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_cannot_be_downloaded(dots, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("open_clip.create_model", unreachable)
+    command = [*swap(dots, "--trainer", "CoOp"), "--backbone", "ViT-B/16"]
+    fails(capsys, command, "MODEL.BACKBONE.WEIGHTS", "tiny-en")
+    assert not (tmp_path / "out").exists()
+
+
+def unreachable(*args, **keys):
+    raise OSError("network is unreachable")
+
+
+def test_checkpoint_of_another_method(dots, tmp_path, capsys):
+    assert main(dots) == 0
+    other = swap(swap(dots, "--trainer", "OtherLinear"), "--output-dir", str(tmp_path / "other"))
+    evaluate = [*other, "--eval-only", "--model-dir", str(tmp_path / "out"), "--load-epoch", "2"]
+    capsys.readouterr()
+    fails(capsys, evaluate, "Linear", "OtherLinear", "--model-dir")
+    (tmp_path / "out" / "results.json").unlink()  # then the tensors themselves must tell
+    fails(capsys, evaluate, "model.pth.tar-2")
+    resume = [*other, "--resume", str(tmp_path / "out")]
+    fails(capsys, resume, "model.pth.tar-2")
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("extra", [["--trainer", "OtherLinear"], ["--seed", "2"], ["OPTIM.LR", "0.5"]])
+def test_folder_of_another_run_is_refused(dots, tmp_path, capsys, extra):
+    assert main(dots) == 0
+    before = (tmp_path / "out" / "results.json").read_text()
+    capsys.readouterr()
+    fails(capsys, [*dots, *extra], "another run", "--output-dir")
+    assert (tmp_path / "out" / "results.json").read_text() == before
+
+
+def test_output_folder_that_is_a_file(dots, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    fails(capsys, swap(dots, "--output-dir", str(tmp_path / "file" / "out")), "OUTPUT_DIR")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_debug_shows_the_traceback(dots):
+    with pytest.raises(UserError):
+        main([*dots, "--debug", "OPTIM.LRR", "0.1"])
+
+
+def test_interrupt_is_one_line_and_says_how_to_go_on(dots, capsys, monkeypatch):
+    def interrupt(*args, **keys):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("promptmix.run.build_trainer", interrupt)
+    assert main(dots) == 130
+    error = capsys.readouterr().err
+    assert "interrupted" in error and "goes on from the last checkpoint" in error
+
+
+def test_flags_with_many_values_stop_at_the_overrides():
+    parser = Parser()
+    train.add_arguments(parser)
+    words = ["--source-domains", "art", "photo", "--output-dir", "OUT.DIR", "OPTIM.LR", "-1", "INPUT.SIZE", "(8, 8)"]
+    flags, opts = train.split_arguments(parser, words)
+    assert parser.parse_args(flags).source_domains == ["art", "photo"]
+    assert opts == ["OPTIM.LR", "-1", "INPUT.SIZE", "(8, 8)"]
+
+
+def test_every_flag_of_coop_is_there():
+    parser = Parser()
+    train.add_arguments(parser)
+    flags = (
+        "--root --output-dir --resume --seed --source-domains --target-domains --transforms --config-file "
+        "--dataset-config-file --trainer --backbone --head --eval-only --model-dir --load-epoch --no-train"
+    )
+    assert set(flags.split()) <= set(parser.flags())
+
+
+def test_overrides_win_over_flags_and_flags_over_files(dots, tmp_path):
+    data = tmp_path / "data.yaml"
+    data.write_text("DATASET:\n  NAME: Dots\nOPTIM:\n  LR: 0.5\n  MOMENTUM: 0.1\nSEED: 7\n")
+    assert main([*dots, "--dataset-config-file", str(data), "OPTIM.MAX_EPOCH", "1", "SEED", "3"]) == 0
+    config = results.load(tmp_path / "out" / "results.json").config
+    assert config["OPTIM"]["LR"] == 0.01  # method file over data set file
+    assert config["OPTIM"]["MOMENTUM"] == 0.1
+    assert config["OPTIM"]["MAX_EPOCH"] == 1
+    assert config["SEED"] == 3
+
+
+@pytest.fixture
+def comparison(dots, tmp_path):
+    """Return a quick start over two seeds of `Linear` on `Dots`, into tmp_path/quick."""
+    config = Path(dots[dots.index("--config-file") + 1])
+    tree = yaml.safe_load(config.read_text())
+    tree["DATASET"]["ROOT"] = str(tmp_path / "data")
+    config.write_text(yaml.safe_dump(tree))
+    words = ["--plugin", PLUGIN, "--config-file", str(config), "--seeds", "1", "2", "--trainers", "Linear"]
+    return ["quickstart", *words, "--output-dir", str(tmp_path / "quick")]
+
+
+def test_quickstart_trains_on_base_tests_on_new_and_prints_the_table(comparison, tmp_path, capsys):
+    assert main(comparison) == 0
+    shown = capsys.readouterr().out
+    lines = shown.splitlines()
+    assert [line.split(":")[0] for line in lines[:4]] == [
+        f"[{number}/4] Linear seed {seed} {part}"
+        for number, (seed, part) in enumerate(((1, "base"), (1, "new"), (2, "base"), (2, "new")), start=1)
+    ]
+    assert "| Linear" in shown and "Base" in shown and "=> result" not in shown
+    base = results.load(tmp_path / "quick" / "Linear" / "seed1" / "base" / "results.json")
+    new = results.load(tmp_path / "quick" / "Linear" / "seed1" / "new" / "results.json")
+    assert (base.subsample_classes, new.subsample_classes) == ("base", "new")
+    assert new.checkpoint == {"directory": str(tmp_path / "quick" / "Linear" / "seed1" / "base"), "epoch": 2}
+    assert "=> result" in (tmp_path / "quick" / "Linear" / "seed2" / "new" / "log.txt").read_text()
+
+
+def test_quickstart_goes_on_where_it_stopped(comparison, tmp_path, capsys):
+    assert main(comparison) == 0
+    first = capsys.readouterr().out
+    paths = sorted((tmp_path / "quick").rglob("results.json"))
+    before = [path.read_text() for path in paths]
+    paths[0].unlink()  # the base run of seed 1, so that its test on new classes is stale
+    assert main(comparison) == 0
+    second = capsys.readouterr().out
+    assert second.count("finished before") == 2
+    assert [path.read_text() for path in paths[2:]] == before[2:]
+    assert paths[0].is_file() and paths[1].read_text() != before[1]
+    table = [line for line in first.splitlines() if line.startswith("|")]
+    assert table == [line for line in second.splitlines() if line.startswith("|")]
+
+
+def test_parse_prints_the_table(dots, tmp_path, capsys):
+    for seed in ("1", "2"):
+        folder = str(tmp_path / "runs" / seed)
+        assert main(swap(swap(dots, "--seed", seed), "--output-dir", folder)) == 0
+    capsys.readouterr()
+    assert main(["parse", str(tmp_path / "runs"), "--format", "json"]) == 0
+    lines = json.loads(capsys.readouterr().out)
+    assert lines[0]["method"] == "Linear" and lines[0]["count"] == 2
+    assert main(["parse", str(tmp_path / "runs")]) == 0
+    assert capsys.readouterr().out.startswith("| Method")
+    (tmp_path / "empty").mkdir()
+    fails(capsys, ["parse", str(tmp_path / "empty")], "no results.json")
+
+
+def test_list_shows_entries_with_their_origin(capsys):
+    assert main(["list", "trainers", "--plugin", PLUGIN]) == 0
+    shown = capsys.readouterr().out
+    assert "CoOp" in shown and "promptmix.trainers.coop" in shown and "Linear" in shown
+    assert main(["list", "hooks"]) == 0
+    assert "extend_config" in capsys.readouterr().out
+    assert main(["list", "plugins", "--plugin", PLUGIN]) == 0
+    assert "dots_plugin" in capsys.readouterr().out
+    assert main(["train", "--list"]) == 0
+    assert "MoCoOp" in capsys.readouterr().out
+    fails(capsys, ["list", "trainer"], "did you mean 'trainers'")
+
+
+def test_shipped_configs_are_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert resolve_config("configs/quickstart.yaml").is_file()
+    assert resolve_config("quickstart.yaml") == resolve_config("configs/quickstart.yaml")
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "quickstart.yaml").write_text("SEED: 1\n")
+    assert resolve_config("configs/quickstart.yaml").samefile(tmp_path / "configs" / "quickstart.yaml")
+    with pytest.raises(ConfigError, match="did you mean 'configs/quickstart.yaml'"):
+        resolve_config("configs/quickstrat.yaml")
+
+
+def test_help_needs_no_torch():
+    code = (
+        "import sys; from promptmix.cli import main, COMMANDS;"
+        "assert main(['--help']) == 0; assert all(main([name, '--help']) == 0 for name in COMMANDS);"
+        "sys.exit('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert all(name in done.stdout for name in COMMANDS)
+
+
+@pytest.mark.parametrize(("argv", "code"), [([], 2), (["--help"], 0), (["--version"], 0), (["train", "--help"], 0)])
+def test_exit_codes_of_help(argv, code, capsys):
+    assert main(argv) == code
+    assert "promptmix" in capsys.readouterr().out
+
+
+def test_unknown_command_suggests(capsys):
+    fails(capsys, ["trian"], "did you mean 'train'")
+
+
+def test_doors_work_without_installation(tmp_path):
+    for door in ("train", "parse_results"):
+        command = [sys.executable, "-I", str(HERE.parent / "tools" / f"{door}.py"), "--help"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "usage: promptmix" in done.stdout
+
+
+def test_quickstart_refuses_a_wrong_name_before_it_runs(comparison, tmp_path, capsys):
+    fails(capsys, [*comparison, "--trainers", "Linear", "Lineer"], "did you mean 'Linear'")
+    assert not (tmp_path / "quick").exists()

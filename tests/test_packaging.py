@@ -1,0 +1,121 @@
+"""The rules of the house that a machine can check: who imports whom, thin doors, and what gets installed."""
+
+import ast
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ROOMS = ("trainers", "plugins", "configs")
+
+
+def imported(path):
+    """Return every module that a file imports, relative ones resolved against its installed name."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    package = (parts if parts[0] == "promptmix" else ("promptmix", *parts))[:-1]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join([*above, *([node.module] if node.module else [])])
+            yield module
+            yield from (f"{module}.{name.name}" for name in node.names)
+
+
+def within(module, package):
+    return module == package or module.startswith(package + ".")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "promptmix").rglob("*.py")), ids=lambda path: path.name)
+def test_the_core_imports_no_room(path):
+    for module in imported(path):
+        for room in ROOMS:
+            assert not within(module, room) and not within(module, f"promptmix.{room}"), f"{path} imports {module}"
+
+
+@pytest.mark.parametrize(
+    "path",
+    sorted(p for room in ("trainers", "plugins") for p in (ROOT / room).rglob("*.py")),
+    ids=lambda path: path.name,
+)
+def test_rooms_import_the_core_and_never_a_sibling(path):
+    for module in imported(path):
+        for room in (*ROOMS, "tools", "tests"):
+            assert not within(module, room) and not within(module, f"promptmix.{room}"), f"{path} imports {module}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tools").glob("*.py")), ids=lambda path: path.name)
+def test_tools_import_nothing_of_ours_but_the_command_line(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    ours = {module for module in imported(path) if within(module, "promptmix")}
+    if "promptmix.cli" in ours:
+        assert ours == {"promptmix.cli", "promptmix.cli.main"}
+        assert len(path.read_text(encoding="utf-8").splitlines()) < 20
+    assert ast.get_docstring(tree)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_is_not_importable_from_the_root(room):
+    code = f"import {room}"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "ImportError" in done.stderr and f"promptmix.{room}" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    out = tmp_path_factory.mktemp("wheel")
+    source = tmp_path_factory.mktemp("source")
+    # A copy of what git would commit: building leaves a build/ folder that would bring stale files into the next wheel.
+    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    with tarfile.open(out / "source.tar", "w") as archive:
+        for name in filter(None, names.split("\0")):
+            if (ROOT / name).is_file():
+                archive.add(ROOT / name, name)
+    with tarfile.open(out / "source.tar") as archive:
+        archive.extractall(source, filter="data")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(source)]
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+    (built,) = out.glob("promptmix-*.whl")
+    return zipfile.ZipFile(built)
+
+
+def test_the_wheel_holds_everything_under_one_name(wheel):
+    names = set(wheel.namelist())
+    tops = {name.split("/")[0] for name in names}
+    assert [top for top in tops if not top.startswith("promptmix-")] == ["promptmix"]
+    for room, suffixes in {
+        "promptmix": None,
+        "trainers": (".py",),
+        "plugins": (".py",),
+        "configs": (".py", ".yaml"),
+    }.items():
+        for path in (ROOT / room).rglob("*"):
+            if not path.is_file() or "__pycache__" in path.parts or (suffixes and path.suffix not in suffixes):
+                continue
+            inside = path.relative_to(ROOT).as_posix()
+            assert (inside if room == "promptmix" else f"promptmix/{inside}") in names
+
+
+def test_the_wheel_works_from_another_folder(wheel, tmp_path):
+    site = tmp_path / "site"
+    wheel.extractall(site)
+    code = (
+        "import promptmix, pathlib; from promptmix.cli import main; from promptmix.commands.configure import resolve_config;"
+        f"assert pathlib.Path(promptmix.__file__).is_relative_to({str(site)!r});"
+        "assert resolve_config('configs/quickstart.yaml').is_file();"
+        "raise SystemExit(main(['list']))"
+    )
+    environment = os.environ | {"PYTHONPATH": str(site)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert "promptmix.trainers." in done.stdout
