@@ -1,0 +1,123 @@
+"""The prefix-shared text tower against the plain pass at full length."""
+
+from __future__ import annotations
+
+import open_clip
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from promptmix.clip import TextTower, Tokenizer
+from promptmix.clip.reference import encode_plain
+from promptmix.errors import ConfigError
+
+WORDS = ["dog", "sea lion", "red double-decker bus", "itap", "a", "pine_tree", "Cessna 172", "crème brûlée", "o'clock"]
+TOKENIZER = Tokenizer()
+
+
+def tower(quick_gelu: bool = True, causal: bool = True, layers: int = 3) -> TextTower:
+    torch.manual_seed(0)
+    text = {"context_length": 40, "width": 32, "heads": 2, "layers": layers, "no_causal_mask": not causal}
+    vision = {"image_size": 8, "layers": 1, "width": 64, "patch_size": 8}
+    model = open_clip.CLIP(24, vision, text, quick_gelu=quick_gelu)
+    for parameter in model.parameters():
+        parameter.data.normal_(std=0.2)
+    return TextTower(model, TOKENIZER).requires_grad_(False)
+
+
+SHARED = {gelu: tower(gelu) for gelu in (True, False)}
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    names=st.lists(st.sampled_from(WORDS), min_size=1, max_size=6),
+    experts=st.integers(1, 3),
+    before=st.integers(0, 5),
+    after=st.integers(0, 4),
+    class_specific=st.booleans(),
+    stop=st.booleans(),
+    depth=st.integers(0, 3),
+    quick_gelu=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_equals_plain_pass(names, experts, before, after, class_specific, stop, depth, quick_gelu, seed):
+    text = SHARED[quick_gelu]
+    generator = torch.Generator().manual_seed(seed)
+    middle = (len(names),) if class_specific else ()
+    contexts = [torch.randn(experts, *middle, m, 32, generator=generator) for m in (before, after)]
+    # Deep prompts replace positions that all classes share, so they need a generic context in front.
+    replaced = 0 if class_specific else before
+    deep = {layer: torch.randn(experts, replaced, 32, generator=generator) for layer in range(1, depth)} if replaced else {}
+    end = text.embed(TOKENIZER.encode("." if stop else ""))[None]
+    weight = torch.randn(experts, len(names), 24, generator=generator)
+
+    def run(encode):
+        learned = [part.clone().requires_grad_() for part in (*contexts, *deep.values())]
+        prompts = text.compose(learned[0], TOKENIZER.class_tokens(names), learned[1], end)
+        features = encode(prompts, dict(zip(deep, learned[2:], strict=True)))
+        normal = torch.nn.functional.normalize(features, dim=-1)
+        gradients = torch.autograd.grad((normal * weight).sum(), learned, allow_unused=True)
+        return features.detach(), [torch.zeros(0) if g is None else g for g in gradients]
+
+    ours, gradients = run(text)
+    plain, expected = run(lambda prompts, deep: encode_plain(text, prompts, deep))
+    torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
+    for gradient, reference in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(gradient, reference, rtol=1e-4, atol=1e-4 * float(reference.abs().max() if reference.numel() else 1))
+
+
+def test_hard_prompts_equal_open_clip():
+    model = open_clip.CLIP(24, {"image_size": 8, "layers": 1, "width": 64, "patch_size": 8}, {"width": 32, "heads": 2, "layers": 2})
+    text = TextTower(model, TOKENIZER)
+    templates = ["a photo of a {}, a type of animal.", "{} texture.", "itap of my {}."]
+    for template in templates:
+        ids = open_clip.tokenize([template.format(word.replace("_", " ")) for word in WORDS])
+        with torch.no_grad():
+            torch.testing.assert_close(text(text.compose_text(template, WORDS))[0], model.encode_text(ids), rtol=1e-5, atol=1e-5)
+
+
+def test_fewer_flops_than_plain():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    text = SHARED[True]
+    prompts = text.compose(torch.randn(1, 4, 32), TOKENIZER.class_tokens(["dog", "cat"] * 10))
+    counts = []
+    for encode in (text, lambda prompts: encode_plain(text, prompts)):
+        with FlopCounterMode(display=False) as counter:
+            encode(prompts)
+        counts.append(counter.get_total_flops())
+    assert counts[0] * 15 < counts[1]
+
+
+def test_tower_without_causal_mask_takes_the_plain_pass():
+    text = tower(causal=False)
+    assert not text.shares_prefix
+    prompts = text.compose(torch.randn(2, 4, 32), TOKENIZER.class_tokens(["dog", "sea lion"]))
+    torch.testing.assert_close(text(prompts), encode_plain(text, prompts))
+
+
+def test_bf16_autocast_stays_near_fp32():
+    text = SHARED[True]
+    prompts = text.compose(torch.randn(1, 4, 32), TOKENIZER.class_tokens(WORDS))
+    with torch.autocast("cpu", torch.bfloat16):
+        low = text(prompts)
+    cosine = torch.nn.functional.cosine_similarity(low.float(), text(prompts), dim=-1)
+    assert cosine.min() > 0.995
+
+
+def test_too_long_a_prompt_is_refused():
+    with pytest.raises(ConfigError, match=r"reads 40.*shorten"):
+        SHARED[True].compose(torch.randn(1, 39, 32), TOKENIZER.class_tokens(["dog"]))
+
+
+def test_deep_prompts_without_room_are_refused():
+    text = SHARED[True]
+    prompts = text.compose(torch.randn(1, 2, 32), TOKENIZER.class_tokens(["dog"]))
+    with pytest.raises(ConfigError, match="3 positions"):
+        text(prompts, {1: torch.randn(1, 3, 32)})
+
+
+def test_class_name_without_tokens_is_refused():
+    with pytest.raises(ConfigError, match="no tokens"):
+        TOKENIZER.class_tokens(["dog", " "])

@@ -1,0 +1,103 @@
+"""What the parity tests share: the golden weights as a backbone, and the comparison with the authors' numbers."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import torch
+from torch import Tensor, nn
+
+from promptmix.clip import CLIP, Tokenizer
+from promptmix.clip.load import openai_config
+from promptmix.components import LossTerms, PromptLearner, Task
+
+FOLDER = Path(__file__).resolve().parent.parent / "golden"
+RELATIVE = 1e-4
+
+
+@lru_cache(maxsize=1)
+def seeded():
+    """The module that rebuilds weights, pictures and learned tensors."""
+    spec = importlib.util.spec_from_file_location("golden_weights", FOLDER / "weights.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def golden_clip() -> CLIP:
+    """A new frozen CLIP with the golden weights."""
+    state = {name: torch.from_numpy(value) for name, value in seeded().state_dict().items()}
+    model = open_clip.CLIP(**openai_config(state))
+    model.load_state_dict(state)
+    mean, std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
+    return CLIP(model, Tokenizer(), "golden", mean=mean, std=std, image_size=64)
+
+
+def golden_task(clip: CLIP | None = None, classes: int = 5, templates: tuple[str, ...] = ("a photo of a {}.",)) -> Task:
+    """The golden class names; the first ``classes`` are told apart, all five are known."""
+    names = tuple(seeded().CLASSNAMES)
+    return Task(clip or golden_clip(), names[:classes], names, templates, (templates,))
+
+
+def images() -> Tensor:
+    return torch.from_numpy(seeded().images())
+
+
+def labels(classes: int = 5) -> Tensor:
+    """The golden labels; with fewer classes the highest label is the last class, as in the recorded runs."""
+    return torch.tensor(seeded().LABELS).clamp(max=classes - 1)
+
+
+def numbers(case: str) -> dict[str, np.ndarray]:
+    with np.load(FOLDER / f"{case}.npz") as file:
+        return {name: file[name] for name in file.files}
+
+
+def set_learned(case: str, learner: nn.Module, names: dict[str, str]) -> dict[str, nn.Parameter]:
+    """Give every learned tensor its golden value; ``names`` maps the authors' names to ours.
+
+    Returns:
+        Our parameters by the authors' names; all of the case's tensors and all of the learner's take part.
+    """
+    shapes = json.loads((FOLDER / f"{case}.json").read_text())["learned"]
+    ours = dict(learner.named_parameters())
+    assert set(names) == set(shapes)
+    assert set(names.values()) == set(ours)
+    with torch.no_grad():
+        for theirs, our in names.items():
+            value = torch.from_numpy(seeded().learned(case, theirs, tuple(shapes[theirs])))
+            ours[our].copy_(value.reshape(ours[our].shape))
+    return {theirs: ours[our] for theirs, our in names.items()}
+
+
+def close(ours: Tensor | float, theirs: np.ndarray, scale: float | None = None) -> None:
+    """Assert agreement to 1e-4 of the largest number (or of ``scale``)."""
+    ours = ours.detach().double().numpy() if isinstance(ours, Tensor) else np.asarray(ours)
+    if theirs.size:
+        reference = np.abs(theirs).max() if scale is None else scale
+        assert np.abs(ours.reshape(theirs.shape) - theirs).max() <= RELATIVE * max(reference, 1e-12)
+
+
+def compare(case: str, learner: PromptLearner, names: dict[str, str], classes: int = 5) -> LossTerms:
+    """Assert that logits, loss and every gradient are the authors'; return the loss terms for further checks."""
+    parameters = set_learned(case, learner, names)
+    expected = numbers(case)
+    features = learner.encode_images(images())
+    with torch.no_grad():
+        close(learner.logits(features, learner.classifier()), expected["logits"])
+    terms = learner.loss(features, labels(classes))
+    close(terms.total, expected["loss"])
+    terms.total.backward()
+    for theirs, parameter in parameters.items():
+        if f"gradnorm:{theirs}" not in expected:
+            continue
+        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        norm = float(expected[f"gradnorm:{theirs}"])
+        close(gradient.norm(), expected[f"gradnorm:{theirs}"])
+        close(gradient.flatten()[:256], expected[f"gradhead:{theirs}"], scale=norm)
+    return terms
