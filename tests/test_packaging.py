@@ -2,9 +2,9 @@
 
 import ast
 import os
+import shutil
 import subprocess
 import sys
-import tarfile
 import zipfile
 from pathlib import Path
 
@@ -72,15 +72,11 @@ def test_a_room_is_not_importable_from_the_root(room):
 def wheel(tmp_path_factory):
     out = tmp_path_factory.mktemp("wheel")
     source = tmp_path_factory.mktemp("source")
-    # A copy of what git would commit: building leaves a build/ folder that would bring stale files into the next wheel.
-    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    names = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    with tarfile.open(out / "source.tar", "w") as archive:
-        for name in filter(None, names.split("\0")):
-            if (ROOT / name).is_file():
-                archive.add(ROOT / name, name)
-    with tarfile.open(out / "source.tar") as archive:
-        archive.extractall(source, filter="data")
+    # A copy: building leaves a build/ folder, whose stale files would get into the next wheel.
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for name in ("promptmix", *ROOMS):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(source)]
     subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
     (built,) = out.glob("promptmix-*.whl")
@@ -119,3 +115,11 @@ def test_the_wheel_works_from_another_folder(wheel, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "promptmix.trainers." in done.stdout
+
+
+def test_ci_runs_the_test_command_of_the_readme():
+    """The README's command is found where .ci/run looks for it: the first code block after the marker."""
+    _, marked = (ROOT / "README.md").read_text(encoding="utf-8").split("<!-- test-command -->")
+    command = marked.split("```")[1]
+    assert command.startswith("bash\n") and command.rstrip().endswith("-m pytest")
+    assert "test-command" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
