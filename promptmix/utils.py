@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 
-class _ConsoleHandler(logging.StreamHandler):  # type: ignore[type-arg]
+class _ConsoleHandler(logging.StreamHandler):
     """Writes to whatever ``sys.stdout`` is at the moment, so that a later tee or redirection sees the lines too."""
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class _ConsoleHandler(logging.StreamHandler):  # type: ignore[type-arg]
         self.setFormatter(logging.Formatter("%(message)s"))
 
     @property
-    def stream(self) -> TextIO:  # type: ignore[override]
+    def stream(self) -> TextIO:
         """Return the current standard output."""
         return sys.stdout
 
@@ -108,7 +108,7 @@ def count_num_param(model: nn.Module | None = None, params: Iterable[Any] | None
     return total
 
 
-def atomic_write(path: str | os.PathLike[str], write: Callable[[Path], None]) -> None:
+def atomic_write(path: str | os.PathLike[str], write: Callable[[Path], object]) -> None:
     """Have ``write`` fill a temporary file beside ``path``, then put it in place in one step.
 
     A run that is killed halfway leaves the old file, never half a new one.
@@ -153,15 +153,15 @@ def read_json(fpath: str | os.PathLike[str]) -> Any:  # noqa: ANN401
 def write_json(obj: Any, fpath: str | os.PathLike[str]) -> None:  # noqa: ANN401
     """Write ``obj`` as JSON, whole or not at all; folders are made where missing."""
     text = json.dumps(obj, indent=4, ensure_ascii=False) + "\n"
-    atomic_write(fpath, lambda path: path.write_text(text, encoding="utf-8") and None)
+    atomic_write(fpath, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def collect_env_info() -> str:
     """Return the versions that decide a result, on one line."""
     from importlib.metadata import PackageNotFoundError, version
 
-    found = [f"python {platform.python_version()}"]
-    for package in ("promptmix", "torch", "torchvision", "open_clip_torch", "numpy", "pillow"):
+    found = [f"python {platform.python_version()}", f"torch {torch.__version__}"]
+    for package in ("promptmix", "torchvision", "open_clip_torch", "numpy", "pillow"):
         try:
             found.append(f"{package} {version(package)}")
         except PackageNotFoundError:

@@ -41,9 +41,7 @@ class DatasetWrapper(Dataset[dict[str, Any]]):
         ConfigError: several copies are asked for without a transform.
     """
 
-    def __init__(
-        self, cfg: CfgNode, data_source: Sequence[Datum], transform: Transforms = None, is_train: bool = False
-    ) -> None:
+    def __init__(self, cfg: CfgNode, data_source: Sequence[Datum], transform: Transforms = None, is_train: bool = False) -> None:
         self.cfg = cfg
         self.data_source = data_source
         self.transform = transform
@@ -122,9 +120,7 @@ def build_data_loader(
     """
     if not data_source:
         raise DataError(f"a split of data set {cfg.DATASET.NAME} is empty; check its folder and the DATASET settings")
-    sampler = build_sampler(
-        sampler_type, cfg=cfg, data_source=data_source, batch_size=batch_size, n_domain=n_domain, n_ins=n_ins
-    )
+    sampler = build_sampler(sampler_type, cfg=cfg, data_source=data_source, batch_size=batch_size, n_domain=n_domain, n_ins=n_ins)
     dataset = (dataset_wrapper or DatasetWrapper)(cfg, data_source, transform=tfm, is_train=is_train)
     loader: DataLoader[Any] = DataLoader(
         dataset,

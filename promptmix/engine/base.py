@@ -144,10 +144,7 @@ class TrainerBase:
         """
         log = get_logger()
         if not directory:
-            log.info(
-                "Note that load_model() is skipped as no pretrained model is given "
-                "(ignore this if it's done on purpose)"
-            )
+            log.info("Note that load_model() is skipped as no pretrained model is given (ignore this if it's done on purpose)")
             return
         model_file = BEST_FILE if epoch is None else f"model.pth.tar-{epoch}"
         for name in self.get_model_names():

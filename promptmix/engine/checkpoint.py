@@ -59,10 +59,10 @@ def save_checkpoint(
     path = folder / (model_name or f"model.pth.tar-{state['epoch']}")
     atomic_write(path, lambda temporary: torch.save(payload, temporary))
     get_logger().info("Checkpoint saved to %s", path)
-    atomic_write(folder / LAST_FILE, lambda temporary: temporary.write_text(f"{path.name}\n") and None)
+    atomic_write(folder / LAST_FILE, lambda temporary: temporary.write_text(f"{path.name}\n"))
     if is_best:
         best = folder / BEST_FILE
-        atomic_write(best, lambda temporary: shutil.copy(path, temporary) and None)
+        atomic_write(best, lambda temporary: shutil.copy(path, temporary))
         get_logger().info('Best checkpoint saved to "%s"', best)
 
 
@@ -82,9 +82,7 @@ def load_checkpoint(fpath: StrPath) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         # A damaged file comes here too; only one that is well-formed names what it wants to build.
         wanted = next((line.strip() for line in str(error).splitlines() if "GLOBAL" in line), "")
-        reason = (
-            f"it holds objects besides tensors and numbers ({wanted})" if wanted else "it is damaged or no checkpoint"
-        )
+        reason = f"it holds objects besides tensors and numbers ({wanted})" if wanted else "it is damaged or no checkpoint"
         raise CheckpointError(
             f"can't read {path}: {reason}; promptmix never runs code from a file. "
             "Write it again with promptmix, or save its state_dict alone"
@@ -240,6 +238,5 @@ def _plain(value: Any, where: str) -> Any:  # noqa: ANN401
     if isinstance(value, list | tuple):
         return type(value)(_plain(item, f"{where}[{i}]") for i, item in enumerate(value))
     raise CheckpointError(
-        f"{where} is a {type(value).__name__}, which can't be stored without pickling code; "
-        "save tensors and plain values only"
+        f"{where} is a {type(value).__name__}, which can't be stored without pickling code; save tensors and plain values only"
     )

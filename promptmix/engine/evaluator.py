@@ -149,8 +149,7 @@ def compute_accuracy(
     Returns:
         One tensor of shape (1,) per k.
     """
-    if isinstance(output, tuple | list):
-        output = output[0]
-    guesses = output.topk(min(max(topk), output.shape[1]), dim=1).indices  # (B, K), best first
+    scores = output if isinstance(output, torch.Tensor) else output[0]
+    guesses = scores.topk(min(max(topk), scores.shape[1]), dim=1).indices  # (B, K), best first
     hits = guesses.eq(target.view(-1, 1))
     return [hits[:, :k].any(dim=1).float().mean().mul(100.0).view(1) for k in topk]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO, TypeVar
@@ -60,9 +60,7 @@ class Logger:
     def __enter__(self) -> Logger:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401
@@ -107,7 +105,7 @@ def progress(items: Iterable[T], desc: str = "", total: int | None = None) -> It
     if sys.stderr.isatty():
         yield from tqdm(items, desc=desc or None, total=total, file=sys.stderr, leave=False, dynamic_ncols=True)
         return
-    if total is None and hasattr(items, "__len__"):
+    if total is None and isinstance(items, Sized):
         total = len(items)
     start = last = time.monotonic()
     for done, item in enumerate(items):

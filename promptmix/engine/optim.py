@@ -72,10 +72,9 @@ def _staged_groups(model: nn.Module | Iterable[Any], optim_cfg: CfgNode) -> list
     """Split a module's children into old ones at ``LR * BASE_LR_MULT`` and ``NEW_LAYERS`` at ``LR``."""
     if not isinstance(model, nn.Module):
         raise TypeError("OPTIM.STAGED_LR needs a module with named children, not a list of parameters")
-    if isinstance(model, nn.DataParallel):
-        model = model.module
+    module: nn.Module = model.module if isinstance(model, nn.DataParallel) else model
     new_layers = [optim_cfg.NEW_LAYERS] if isinstance(optim_cfg.NEW_LAYERS, str) else list(optim_cfg.NEW_LAYERS)
-    children = dict(model.named_children())
+    children = dict(module.named_children())
     unknown = sorted(set(new_layers) - set(children))
     if unknown:
         known = ", ".join(children)
@@ -109,7 +108,7 @@ class EpochSchedule(LRScheduler):
         self.warmup_lr = warmup_lr
         super().__init__(optimizer)
 
-    def get_lr(self) -> list[float]:
+    def get_lr(self) -> list[float | torch.Tensor]:
         """Return the rate of each parameter group at the present epoch."""
         if self.warmup_lr is not None and self.last_epoch < self.warmup_epoch:
             return [self.warmup_lr(self.last_epoch, float(base)) for base in self.base_lrs]

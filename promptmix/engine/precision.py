@@ -30,9 +30,7 @@ def choose_device(name: str = "auto", use_cuda: bool = True) -> torch.device:
     if name == "cuda" and not use_cuda:
         raise ConfigError("DEVICE is 'cuda' but USE_CUDA is False; leave one of them out")
     if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(
-            "DEVICE is 'cuda' but PyTorch sees no GPU; set it to 'auto' or 'cpu', or install a CUDA build"
-        )
+        raise ConfigError("DEVICE is 'cuda' but PyTorch sees no GPU; set it to 'auto' or 'cpu', or install a CUDA build")
     wanted = name == "cuda" or (name == "auto" and use_cuda and torch.cuda.is_available())
     return torch.device("cuda" if wanted else "cpu")
 

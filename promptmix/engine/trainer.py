@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
@@ -47,6 +48,8 @@ class SimpleTrainer(TrainerBase):
     Args:
         cfg: the whole config tree.
     """
+
+    model: nn.Module  # made by build_model()
 
     def __init__(self, cfg: CfgNode) -> None:
         super().__init__()
@@ -153,7 +156,7 @@ class SimpleTrainer(TrainerBase):
 
     def model_inference(self, input: torch.Tensor) -> torch.Tensor:
         """Return the model's scores (B, C)."""
-        scores: torch.Tensor = self.model(input)  # type: ignore[operator]
+        scores: torch.Tensor = self.model(input)
         return scores
 
     def model_update(self, names: Names = None) -> None:
