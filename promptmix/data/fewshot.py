@@ -64,10 +64,7 @@ def subsample_classes(*splits: Sequence[Datum], subsample: str = "all") -> list[
     half = math.ceil(len(labels) / 2)
     get_logger().info("SUBSAMPLE %s CLASSES!", subsample.upper())
     relabel = {label: new for new, label in enumerate(labels[:half] if subsample == "base" else labels[half:])}
-    return [
-        [Datum(i.impath, relabel[i.label], i.domain, i.classname) for i in items if i.label in relabel]
-        for items in splits
-    ]
+    return [[Datum(i.impath, relabel[i.label], i.domain, i.classname) for i in items if i.label in relabel] for items in splits]
 
 
 def save_split(path: StrPath, splits: Mapping[str, Sequence[Datum]], root: StrPath = "") -> None:
@@ -80,8 +77,7 @@ def save_split(path: StrPath, splits: Mapping[str, Sequence[Datum]], root: StrPa
     """
     rows = {
         name: [
-            [_relative(item.impath, root), item.label, item.classname, *([item.domain] if item.domain else [])]
-            for item in items
+            [_relative(item.impath, root), item.label, item.classname, *([item.domain] if item.domain else [])] for item in items
         ]
         for name, items in splits.items()
     }
