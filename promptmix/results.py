@@ -161,15 +161,12 @@ def load(path: str | Path) -> RunResult:
         tree = json.loads(Path(path).read_text(encoding="utf-8"))
         schema = int(tree["schema_version"])
         if schema > SCHEMA_VERSION:
-            raise DataError(
-                f"{path} has schema version {schema}, this promptmix reads up to {SCHEMA_VERSION}; upgrade it"
-            )
+            raise DataError(f"{path} has schema version {schema}, this promptmix reads up to {SCHEMA_VERSION}; upgrade it")
         known = {entry.name for entry in fields(RunResult)}
         return RunResult(**{key: value for key, value in tree.items() if key in known} | {"source": str(path)})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
-            f"{path} is not a results file of promptmix ({type(error).__name__}: {error}); "
-            "remove it or name another folder"
+            f"{path} is not a results file of promptmix ({type(error).__name__}: {error}); remove it or name another folder"
         ) from error
 
 
@@ -217,6 +214,7 @@ def _newest_log(folder: Path) -> Path | None:
 
 
 _METRIC = re.compile(r"^\* ([\w-]+): ([\d.eE+-]+)%?\s*$")
+_LOG_NAMES = {"error": "error_rate", "macro_acc": "macro_accuracy"}  # what a log line is called in results.json
 _SPLIT = re.compile(r"^Evaluate on the \*(\w+)\* set")
 _BANNER = re.compile(r"^\*+\n\*\* Config \*\*\n\*+\n(.*?)(?=^(?:Collecting env info|\*\*)|\Z)", re.M | re.S)
 
@@ -254,8 +252,7 @@ def _log_metrics(text: str) -> dict[str, dict[str, float]]:
             continue
         found = _METRIC.match(line) if inside else None
         if found and found.group(1) not in ("total", "correct"):
-            name = "error_rate" if found.group(1) == "error" else found.group(1)  # the evaluator's own key
-            metrics[split][name] = float(found.group(2))
+            metrics[split][_LOG_NAMES.get(found.group(1), found.group(1))] = float(found.group(2))
     return metrics
 
 

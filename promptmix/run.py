@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
+from importlib.resources import files
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO, cast
@@ -15,7 +16,7 @@ from typing import Any, TextIO, cast
 import torch
 from yacs.config import CfgNode as CN
 
-from promptmix import config, results
+from promptmix import config, memory, results
 from promptmix.engine import Logger, SimpleTrainer, build_trainer, collect_env_info, set_random_seed, setup_logger
 from promptmix.errors import CheckpointError, UserError
 from promptmix.hookspecs import hookimpl
@@ -62,7 +63,9 @@ def run(
     result = RunResult.from_config(_plain(cfg))
     if not no_train:
         _refuse_other_run(result, Path(cfg.OUTPUT_DIR), eval_only)
-    result.config_sources = config.sources(cfg)
+    # A shipped config is called by its name, not by where this machine keeps it.
+    shipped = str(files("promptmix.configs"))
+    result.config_sources = {key: who.replace(shipped, "configs") for key, who in config.sources(cfg).items()}
     result.command = command or []
     result.versions = results.collect_versions()
     result.commit = results.git_commit()
@@ -178,7 +181,7 @@ class _Recorder:
         self._began = datetime.now(timezone.utc)
         self._start = self._trained = self._tested = time.monotonic()
         self._train_seconds = 0.0
-        _forget_peak_memory()
+        memory.reset_peak()  # so that a run in a longer process, as in the quick start, reports its own
 
     @hookimpl
     def before_train(self) -> None:
@@ -214,31 +217,7 @@ class _Recorder:
             "test": max(0.0, self._tested - self._trained),
         }
         result.seconds = {name: round(value, 3) for name, value in seconds.items()}
-        result.peak_memory_mb = _peak_memory()
-
-
-def _forget_peak_memory() -> None:
-    """Start the count of the peak anew, so that a run inside a longer process (the quick start) reports its own."""
-    with contextlib.suppress(OSError):  # Linux only; elsewhere the peak is that of the process so far
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-
-
-def _peak_memory() -> dict[str, float | None]:
-    """Return the peak of resident memory and of CUDA allocations in MiB, None where unknown."""
-    cuda = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else None
-    rss = None
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-        rss = float(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) / 1024
-    if rss is None:
-        with contextlib.suppress(ImportError):  # no such module on Windows
-            import resource
-
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            rss = peak / 2**20 if sys.platform == "darwin" else peak / 1024
-    return {"rss": rss and round(rss, 1), "cuda": cuda and round(cuda, 1)}
+        result.peak_memory_mb = memory.peak_mb()
 
 
 @contextlib.contextmanager

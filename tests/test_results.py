@@ -83,7 +83,7 @@ def dassl_log(seed, accuracy, part="base"):
             f"************\n** Config **\n************\n{cfg}\nCollecting env info ...\n** System info **\nPyTorch 1.8",
             "Evaluate on the *val* set\n=> result\n* total: 10\n* accuracy: 11.0%",
             "Evaluate on the *test* set\n=> result\n* total: 3,669\n* correct: 3,000",
-            f"* accuracy: {accuracy}%\n* error: {100 - accuracy:.1f}%\n* macro_f1: 84.1%\nElapsed: 0:01:02\n",
+            f"* accuracy: {accuracy}%\n* error: {100 - accuracy:.1f}%\n* macro_f1: 84.1%\n* macro_acc: 83.0%\nElapsed: 0:01:02\n",
         ]
     )
 
@@ -99,7 +99,7 @@ def test_dassl_log_is_read_where_there_is_no_json(tmp_path):
     first = runs[0]
     assert (first.trainer, first.dataset, first.backbone, first.shots) == ("CoCoOp", "OxfordPets", "ViT-B/16", 16)
     assert first.source_domains == ["art", "photo"]
-    assert first.metrics["test"] == {"accuracy": 85.3, "error_rate": 14.7, "macro_f1": 84.1}
+    assert first.metrics["test"] == {"accuracy": 85.3, "error_rate": 14.7, "macro_f1": 84.1, "macro_accuracy": 83.0}
     assert first.metrics["val"] == {"accuracy": 11.0}
     assert first.config["OPTIM"]["WARMUP_CONS_LR"] == 1e-5
     assert first.config["DATASET"]["ROOT"] == ""
