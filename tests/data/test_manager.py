@@ -2,6 +2,7 @@
 
 import os
 import random
+import sys
 import zipfile
 
 import numpy as np
@@ -211,3 +212,23 @@ def test_unreadable_pictures_are_named(tmp_path, path):
         file.writestr("a.txt", "no picture")
     with pytest.raises(DataError, match=path.split("::")[-1] if "pack" in path else path.split("::")[0]):
         read_image(str(tmp_path / path))
+
+
+def test_download_unpacks_beside_the_archive(tmp_path, items, capsys):
+    source = tmp_path / "source.zip"
+    with zipfile.ZipFile(source, "w") as file:
+        file.write(items[0].impath, "images/0.png")
+    dataset = DatasetBase(train_x=items)
+    target = tmp_path / "data" / "toy" / "toy.zip"
+    dataset.download_data(source.as_uri(), str(target), from_gdrive=False)
+    assert (target.parent / "images" / "0.png").is_file()
+    assert f"File extracted to {target.parent}" in capsys.readouterr().out
+    with pytest.raises(DataError, match="can't get .*gone.zip.*unpack it in"):
+        dataset.download_data((tmp_path / "gone.zip").as_uri(), str(tmp_path / "data" / "gone.zip"), from_gdrive=False)
+    assert sorted(entry.name for entry in (tmp_path / "data").iterdir()) == ["toy"]
+
+
+def test_download_from_drive_without_gdown_says_so(tmp_path, items, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gdown", None)
+    with pytest.raises(DataError, match="takes the package gdown"):
+        DatasetBase(train_x=items).download_data("https://drive.example/x", str(tmp_path / "x.zip"))
