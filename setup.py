@@ -8,8 +8,8 @@ from setuptools import find_packages, setup
 # name in every CoOp checkout: these rooms install inside promptmix.
 ROOMS = ("trainers", "plugins", "configs")
 
-# What is not Python and must come along, by suffix: YAML trees, model descriptions and weights, pictures, licences.
-DATA = ["*.yaml", "*.json", "*.safetensors", "*.zip", "*.gz", "*.txt", "*.md", "LICENSE*", "NOTICE*"]
+# What is not Python and must come along, by suffix: YAML trees, model descriptions and weights, pictures, splits, licences.
+DATA = ["*.yaml", "*.json", "*.csv", "*.safetensors", "*.zip", "*.gz", "*.txt", "*.md", "LICENSE*", "NOTICE*"]
 
 
 def room_packages() -> list[str]:
@@ -21,6 +21,6 @@ def room_packages() -> list[str]:
 setup(
     packages=find_packages(include=["promptmix", "promptmix.*"]) + room_packages(),
     package_dir={"promptmix": "promptmix"} | {f"promptmix.{room}": room for room in ROOMS},
-    package_data={"promptmix": [f"assets/**/{pattern}" for pattern in DATA], "promptmix.configs": ["**/*.yaml"]},
+    package_data={"promptmix": [f"**/{pattern}" for pattern in DATA], "promptmix.configs": ["**/*.yaml"]},
     include_package_data=False,
 )
