@@ -1,8 +1,8 @@
 """The four roles of a mixture of prompts, and how YAML chooses who plays them.
 
 B images, C classes, E experts (prompts), K experts chosen per image, D joint width. A component is a class with plain constructor
-arguments ``(task, [bank,] **settings)``; its config node ``<ROLE>.<NAME IN UPPER CASE>`` holds the settings under the same
-names in upper case, declared by ``add_config``.
+arguments, ``(task, **settings)`` for a bank and ``(task, bank, **settings)`` for the other roles; its config node
+``<ROLE>.<NAME IN UPPER CASE>`` holds the settings under the same names in upper case, declared by ``add_config``.
 """
 
 from __future__ import annotations
@@ -136,6 +136,9 @@ class Router(Component, ABC):
 
 class TextSupervision(Component, ABC):
     """A loss that holds soft prompts near hard ones."""
+
+    #: Whether it also takes the features (B, E, C, D) of banks with ``per_image``.
+    takes_per_image: bool = False
 
     @abstractmethod
     def forward(self, bank: PromptBank, text_features: Tensor) -> Tensor:

@@ -18,11 +18,10 @@ from yacs.config import CfgNode
 
 from promptmix import hookimpl
 from promptmix.components import PromptLearner, Task
-from promptmix.config import source_of
-from promptmix.errors import ConfigError
+from promptmix.context import add_context_keys, build_soft_prompt, validate_context
 from promptmix.mixture import Mixture
 from promptmix.prompting import PromptTrainer
-from promptmix.registry import PROMPT_BANK_REGISTRY, Registry
+from promptmix.registry import Registry
 
 
 class CoOp(PromptTrainer):
@@ -31,31 +30,16 @@ class CoOp(PromptTrainer):
     @staticmethod
     def add_config(node: CfgNode) -> None:
         """Declare CoOp's keys, as the authors name them."""
-        node.N_CTX = 16  # M: context vectors
-        node.CSC = False  # class-specific contexts: one context per class
-        node.CTX_INIT = ""  # words to start from, such as "a photo of a"; then M is their number of tokens
-        node.CLASS_TOKEN_POSITION = "end"  # end | middle | front
+        add_context_keys(node)
 
     @classmethod
     def validate(cls, cfg: CfgNode) -> None:
         """Refuse a context length that the initial words would override."""
-        node = cfg.TRAINER.COOP
-        if node.CTX_INIT and source_of(cfg, "TRAINER.COOP.N_CTX") == "command line":
-            raise ConfigError(
-                f"TRAINER.COOP.N_CTX {node.N_CTX} would be ignored, since CTX_INIT {node.CTX_INIT!r} sets the length; drop one"
-            )
+        validate_context(cfg, "TRAINER.COOP")
 
     def build_learner(self, task: Task) -> PromptLearner:
         """Return one soft prompt without router, supervision or distiller."""
-        node = self.node
-        bank = PROMPT_BANK_REGISTRY.get("Soft")(
-            task,
-            n_ctx=node.N_CTX,
-            ctx_init=node.CTX_INIT,
-            csc=node.CSC,
-            class_token_position=node.CLASS_TOKEN_POSITION,
-        )
-        return Mixture(task, bank)
+        return Mixture(task, build_soft_prompt(task, self.node))
 
 
 @hookimpl

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from promptmix import hookimpl
 from promptmix.components import PromptBank, Task
+from promptmix.context import initial_context
 from promptmix.errors import ConfigError
 from promptmix.registry import Registry
 
@@ -49,16 +49,8 @@ class Soft(PromptBank):
                 f"class-specific contexts (CSC) start at random, so CTX_INIT {ctx_init!r} would be ignored; drop one"
             )
         self.task, self.position = task, class_token_position
-        tower = task.clip.text
-        words = tower.embed(tower.tokenizer.encode(ctx_init.replace("_", " ")))
-        length = len(words) if ctx_init else n_ctx
-        if length < 1 or n_prompts < 1:
-            raise ConfigError(f"a soft prompt needs at least 1 context vector and 1 prompt, not {length} and {n_prompts}")
-        shape = (n_prompts, len(task.classnames), length, tower.width) if csc else (n_prompts, length, tower.width)
-        ctx = torch.empty(shape).normal_(std=0.02)
-        if ctx_init:
-            ctx[0] = words.cpu()
-        self.ctx = nn.Parameter(ctx)
+        leading = (n_prompts, len(task.classnames)) if csc else (n_prompts,)
+        self.ctx = nn.Parameter(initial_context(task.clip.text, n_ctx, ctx_init, *leading))
 
     @staticmethod
     def add_config(node: CfgNode) -> None:

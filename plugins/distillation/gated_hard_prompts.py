@@ -1,0 +1,94 @@
+"""Gated distillation from hard prompts (MoPD, arXiv 2412.19087, section 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from yacs.config import CfgNode
+
+from promptmix import hookimpl
+from promptmix.components import Distiller, PromptBank, Routing, Task
+from promptmix.errors import ConfigError
+from promptmix.registry import Registry
+
+
+class GatedHardPrompts(Distiller):
+    """P hard prompts teach; a gate (D, P) chooses K of them for each image and weighs them by a.
+
+    With teachers h_j = s <f, hard_j>: MPD = mean_b sum_j a_j T^2 KL(softmax(h_j / T) || softmax(student / T)) hands on what
+    they know, and MPS = mean_b sum_j a_j CE(h_j, y) teaches the gate which of them to trust.
+
+    Args:
+        task: the frozen model and class names.
+        bank: the student's prompts; unused.
+        templates: the P hard templates; () = the data set's own.
+        k: teachers kept per image, at most P.
+        t: temperature T of the distillation.
+        mpd_weight: factor on MPD, the authors' 1 - W.
+        mps_weight: factor on MPS, the authors' W2.
+
+    Raises:
+        ConfigError: ``k`` is below 1 or above the number of teachers, or ``t`` is not positive.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        bank: PromptBank,
+        templates: Sequence[str] = (),
+        k: int = 2,
+        t: float = 1.0,
+        mpd_weight: float = 0.2,
+        mps_weight: float = 0.1,
+    ) -> None:
+        super().__init__()
+        templates = templates or task.templates
+        if not 1 <= k <= len(templates) or t <= 0:
+            raise ConfigError(
+                f"gated distillation keeps K = {k} teachers at temperature T = {t}; choose K from 1 to the number of hard "
+                f"templates, {len(templates)}, and T above 0"
+            )
+        self.scale, self.k, self.t = task.clip.scale.item(), k, t
+        self.mpd_weight, self.mps_weight = mpd_weight, mps_weight
+        self.register_buffer("teachers", task.clip.hard_features(templates, task.classnames), persistent=False)  # (P, C, D)
+        self.gate = nn.Parameter(torch.zeros(task.clip.embed_dim, len(templates)))
+
+    @staticmethod
+    def add_config(node: CfgNode) -> None:
+        """Declare the distiller's settings."""
+        node.TEMPLATES = ()  # the P hard templates; () = the data set's own
+        node.K = 2  # teachers kept per image
+        node.T = 1.0  # temperature of the distillation
+        node.MPD_WEIGHT = 0.2  # 1 - W in the paper, where CE_WEIGHT is W
+        node.MPS_WEIGHT = 0.1  # W2
+
+    def forward(self, image_features: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the weighted sum of both losses (scalar)."""
+        mpd, mps = self.terms(image_features, logits, labels)
+        return self.mpd_weight * mpd + self.mps_weight * mps
+
+    def route(self, image_features: Tensor) -> Routing:
+        """Return which teachers (B, K) each image listens to, and their weights a."""
+        return Routing.top_k(image_features @ self.gate, self.k)
+
+    def terms(self, image_features: Tensor, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return MPD and MPS (scalars) for features (B, D), student logits (B, C) and labels (B,)."""
+        routing = self.route(image_features)
+        with torch.no_grad():
+            # All teachers' scores (B, P, C) are a matrix product; picking features first would take a (B, K, C, D) copy.
+            scores = torch.einsum("bd,pcd->bpc", image_features.to(self.teachers.dtype), self.teachers)
+            taught = self.scale * scores.take_along_dim(routing.experts[:, :, None], dim=1).float()  # (B, K, C)
+        target = (taught / self.t).log_softmax(dim=-1)
+        student = (logits.float() / self.t).log_softmax(dim=-1)[:, None].expand_as(target)
+        divergence = self.t**2 * F.kl_div(student, target, reduction="none", log_target=True).sum(dim=-1)  # (B, K)
+        wrong = F.cross_entropy(taught.transpose(1, 2), labels[:, None].expand(-1, self.k), reduction="none")  # (B, K)
+        return tuple((routing.weights * part).sum(dim=1).mean() for part in (divergence, wrong))  # type: ignore[return-value]
+
+
+@hookimpl
+def register_distillers(registry: Registry) -> None:
+    """Add the distiller."""
+    registry.register(GatedHardPrompts)

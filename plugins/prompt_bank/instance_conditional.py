@@ -1,0 +1,108 @@
+"""Instance-conditional prompts: a small network shifts the context by each image's feature (CoCoOp, arXiv 2203.05557)."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from yacs.config import CfgNode
+
+from promptmix import hookimpl
+from promptmix.components import PromptBank, Task
+from promptmix.context import initial_context
+from promptmix.errors import ConfigError
+from promptmix.registry import Registry
+
+
+class InstanceConditional(PromptBank):
+    """Soft prompts ``v_m + pi(f)``: the meta-net pi maps an image feature to one vector that is added to every context vector.
+
+    All images' prompts go through the text tower at once, each as an expert of its own: what the classes share is computed
+    once per image, never once per image and class.
+
+    Args:
+        task: what the prompts are for.
+        n_ctx: M, context vectors; ignored where ``ctx_init`` is given.
+        ctx_init: words whose token embeddings the first prompt starts from; "" draws from N(0, 0.02).
+        n_prompts: E; prompts after the first start at random.
+        reduction: the meta-net's hidden width is the joint width D over this.
+        image_chunk: images whose prompts are encoded together where no gradient is wanted, which bounds the memory.
+
+    Raises:
+        ConfigError: no context vector, no prompt, or a factor below 1.
+    """
+
+    per_image = True
+
+    def __init__(
+        self,
+        task: Task,
+        n_ctx: int = 4,
+        ctx_init: str = "",
+        n_prompts: int = 1,
+        reduction: int = 16,
+        image_chunk: int = 16,
+    ) -> None:
+        super().__init__()
+        joint = task.clip.embed_dim
+        if not 1 <= reduction <= joint or image_chunk < 1:
+            raise ConfigError(
+                f"instance-conditional prompts: REDUCTION is {reduction} (choose from 1 to the joint width, {joint}) "
+                f"and IMAGE_CHUNK is {image_chunk} (choose 1 or more)"
+            )
+        self.task, self.image_chunk = task, image_chunk
+        self.ctx = nn.Parameter(initial_context(task.clip.text, n_ctx, ctx_init, n_prompts))
+        hidden = joint // reduction
+        layers = (
+            ("linear1", nn.Linear(joint, hidden)),
+            ("relu", nn.ReLU()),
+            ("linear2", nn.Linear(hidden, task.clip.text.width)),
+        )
+        self.meta_net = nn.Sequential(OrderedDict(layers))
+
+    @staticmethod
+    def add_config(node: CfgNode) -> None:
+        """Declare the bank's settings."""
+        node.N_CTX = 4  # M: context vectors
+        node.CTX_INIT = ""  # words to start from, such as "a photo of a"; then M is their number of tokens
+        node.N_PROMPTS = 1  # E: soft prompts, all shifted by the same vector
+        node.REDUCTION = 16  # joint width D over the meta-net's hidden width
+        node.IMAGE_CHUNK = 16  # images encoded together in evaluation; less needs less memory
+
+    @property
+    def num_experts(self) -> int:
+        """Number of prompts E."""
+        return self.ctx.shape[0]
+
+    def forward(self, names: Sequence[str], image_features: Tensor | None = None, *, full_stop: bool | None = None) -> Tensor:
+        """Return normalised text features (B, E, C, D) for image features (B, D); prompts end with a full stop by default.
+
+        Raises:
+            ValueError: no image features were given.
+        """
+        if image_features is None:
+            raise ValueError("instance-conditional prompts need image features; check bank.per_image before calling")
+        chunk = len(image_features) if torch.is_grad_enabled() else self.image_chunk
+        stop = full_stop in (None, True)
+        return torch.cat([self._encode(names, part, stop) for part in image_features.split(chunk)])
+
+    def _encode(self, names: Sequence[str], image_features: Tensor, full_stop: bool) -> Tensor:
+        tower = self.task.clip.text
+        shift = self.meta_net(image_features)  # (B, W)
+        ctx = (self.ctx + shift[:, None, None]).flatten(0, 1)  # (B * E, M, W)
+        stop = tower.embed(tower.tokenizer.encode("." if full_stop else ""))[None]
+        features = tower(tower.compose(ctx, tower.tokenizer.class_tokens(names), stop))
+        return F.normalize(features, dim=-1).unflatten(0, (len(image_features), -1))
+
+    def references(self, names: Sequence[str]) -> Tensor:
+        """Return the features of the data set's first template, the same for every prompt: (E, C, D)."""
+        return self.task.clip.hard_features(self.task.templates[:1], names).expand(self.num_experts, -1, -1)
+
+
+@hookimpl
+def register_prompt_banks(registry: Registry) -> None:
+    """Add the bank."""
+    registry.register(InstanceConditional)

@@ -1,0 +1,107 @@
+"""Noisy top-K gating with load balancing: Outrageously Large Neural Networks (Shazeer et al., ICLR 2017, arXiv 1701.06538).
+
+| paper | here |
+|---|---|
+| W_g, W_noise, both starting at zero | ``gate``, ``noise`` |
+| H(x)_i = (x W_g)_i + N(0, 1) softplus((x W_noise)_i), equation 4 | ``Routing.logits``; in evaluation without the noise |
+| G(x) = softmax(KeepTopK(H(x), k)), equations 3 and 5 | ``Routing.weights`` |
+| L_importance = w_importance CV(sum_x G(x))^2, equations 6 and 7 | ``IMPORTANCE_WEIGHT`` |
+| P(x, i) and L_load = w_load CV(sum_x P(x, i))^2, appendix A | ``chance_of_choice``, ``LOAD_WEIGHT`` |
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from yacs.config import CfgNode
+
+from promptmix import hookimpl
+from promptmix.components import PromptBank, Router, Routing, Task
+from promptmix.errors import ConfigError
+from promptmix.registry import Registry
+
+
+@dataclass(frozen=True)
+class NoisyRouting(Routing):
+    """A choice under noise.
+
+    Attributes:
+        clean: (B, E) logits without noise.
+        spread: (B, E) standard deviation of the noise on each.
+    """
+
+    clean: Tensor
+    spread: Tensor
+
+
+class NoisyTopK(Router):
+    """Keeps the K largest of the noisy logits, and is pushed to use all experts alike.
+
+    Args:
+        task: what is routed.
+        bank: the experts.
+        k: experts kept per image, at most E.
+        importance_weight: factor on the squared variation of the experts' summed weights.
+        load_weight: factor on the squared variation of the experts' expected number of images.
+
+    Raises:
+        ConfigError: ``k`` is below 1 or above the number of experts.
+    """
+
+    def __init__(
+        self, task: Task, bank: PromptBank, k: int = 2, importance_weight: float = 0.1, load_weight: float = 0.1
+    ) -> None:
+        super().__init__()
+        if not 1 <= k <= bank.num_experts:
+            raise ConfigError(f"ROUTER.NOISYTOPK.K is {k}; choose from 1 to the number of experts, {bank.num_experts}")
+        self.k, self.importance_weight, self.load_weight = k, importance_weight, load_weight
+        self.gate = nn.Parameter(torch.zeros(task.clip.embed_dim, bank.num_experts))
+        self.noise = nn.Parameter(torch.zeros(task.clip.embed_dim, bank.num_experts))
+
+    @staticmethod
+    def add_config(node: CfgNode) -> None:
+        """Declare the router's settings."""
+        node.K = 2  # experts kept per image
+        node.IMPORTANCE_WEIGHT = 0.1  # w_importance
+        node.LOAD_WEIGHT = 0.1  # w_load
+
+    def forward(self, image_features: Tensor) -> NoisyRouting:
+        """Route normalised image features (B, D); noise is drawn in training mode only."""
+        clean = (image_features @ self.gate).float()
+        spread = F.softplus((image_features @ self.noise).float())
+        logits = clean + torch.randn_like(clean) * spread if self.training else clean
+        kept = Routing.top_k(logits, self.k)
+        return NoisyRouting(kept.experts, kept.weights, logits, clean, spread)
+
+    def loss(self, routing: Routing, image_features: Tensor, labels: Tensor) -> Tensor:
+        """Return L_importance + L_load (scalar)."""
+        assert isinstance(routing, NoisyRouting)  # noqa: S101  (what ``forward`` returned)
+        importance = routing.dense.sum(dim=0)
+        load = chance_of_choice(routing, self.k).sum(dim=0)
+        return self.importance_weight * variation(importance) + self.load_weight * variation(load)
+
+
+def chance_of_choice(routing: NoisyRouting, k: int) -> Tensor:
+    """Return P(x, i) (B, E): how likely expert i is among the K if only its own noise were drawn again."""
+    experts = routing.logits.shape[-1]
+    if k == experts:
+        return torch.ones_like(routing.clean)
+    highest = routing.logits.topk(k + 1, dim=-1).values
+    chosen = torch.zeros_like(routing.logits, dtype=torch.bool).scatter(1, routing.experts, True)
+    # The K-th largest of the others: one further down the list for an expert that is itself among the K largest.
+    threshold = torch.where(chosen, highest[:, k:], highest[:, k - 1 : k])
+    return torch.special.ndtr((routing.clean - threshold) / routing.spread)
+
+
+def variation(values: Tensor) -> Tensor:
+    """Return the squared coefficient of variation of ``values`` (E,): variance over squared mean."""
+    return values.var(correction=0) / values.mean().square().clamp_min(1e-10)
+
+
+@hookimpl
+def register_routers(registry: Registry) -> None:
+    """Add the router."""
+    registry.register(NoisyTopK)

@@ -1,0 +1,78 @@
+"""Text supervision by distance: soft features are held near fixed hard ones, by cosine (KgCoOp) or by L1 (PromptSRC)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from yacs.config import CfgNode
+
+from promptmix import hookimpl
+from promptmix.components import PromptBank, Task, TextSupervision
+from promptmix.registry import Registry
+from promptmix.templates import IMAGENET_80
+
+
+class CosineToHard(TextSupervision):
+    """1 - mean cosine of soft and hard features, over experts and classes (KgCoOp, arXiv 2303.13283).
+
+    Args:
+        task: the class names.
+        bank: the experts; their own hard references are the target unless templates are given.
+        templates: hard templates whose ensemble is the target of all experts.
+    """
+
+    takes_per_image = True
+
+    def __init__(self, task: Task, bank: PromptBank, templates: Sequence[str] = ()) -> None:
+        super().__init__()
+        hard = task.clip.ensemble(templates, task.classnames)[None] if templates else bank.references(task.classnames)
+        self.register_buffer("hard", hard, persistent=False)  # (E or 1, C, D)
+
+    @staticmethod
+    def add_config(node: CfgNode) -> None:
+        """Declare the supervision's settings."""
+        node.TEMPLATES = ()  # hard templates to stay near; () = each expert's own references
+
+    def forward(self, bank: PromptBank, text_features: Tensor) -> Tensor:
+        """Return the loss (scalar) of features (E, C, D) or (B, E, C, D)."""
+        return 1 - F.cosine_similarity(text_features.float(), self.hard.float(), dim=-1).mean()
+
+
+class L1ToEnsemble(TextSupervision):
+    """Mean absolute difference to the averaged features of many templates (PromptSRC, arXiv 2307.06948).
+
+    The templates' features are averaged as they come from the tower and normalised once, as the authors' code does.
+
+    Args:
+        task: the class names.
+        bank: the experts; unused, all of them have the same target.
+        templates: what is averaged; () = OpenAI's 80 for ImageNet.
+    """
+
+    takes_per_image = True
+
+    def __init__(self, task: Task, bank: PromptBank, templates: Sequence[str] = ()) -> None:
+        super().__init__()
+        tower = task.clip.text
+        with torch.no_grad():
+            features = [tower(tower.compose_text(template, task.classnames))[0] for template in templates or IMAGENET_80]
+        self.register_buffer("hard", F.normalize(torch.stack(features).mean(dim=0), dim=-1), persistent=False)  # (C, D)
+
+    @staticmethod
+    def add_config(node: CfgNode) -> None:
+        """Declare the supervision's settings."""
+        node.TEMPLATES = ()  # hard templates that are averaged; () = OpenAI's 80 for ImageNet
+
+    def forward(self, bank: PromptBank, text_features: Tensor) -> Tensor:
+        """Return the loss (scalar) of features (E, C, D) or (B, E, C, D)."""
+        return (text_features.float() - self.hard.float()).abs().mean()
+
+
+@hookimpl
+def register_text_supervisions(registry: Registry) -> None:
+    """Add both supervisions."""
+    registry.register(CosineToHard)
+    registry.register(L1ToEnsemble)

@@ -1,0 +1,72 @@
+"""Soft contexts: how they start, and CoOp's four settings for them, which every method with a soft prompt shares."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from yacs.config import CfgNode
+
+from promptmix.clip.text import TextTower
+from promptmix.components import PromptBank, Task
+from promptmix.config import get_key, source_of
+from promptmix.errors import ConfigError
+from promptmix.registry import PROMPT_BANK_REGISTRY
+
+
+def initial_context(tower: TextTower, n_ctx: int, words: str, *leading: int) -> Tensor:
+    """Return the start of ``leading[0]`` contexts.
+
+    Args:
+        tower: whose token embeddings the words have.
+        n_ctx: context vectors M; the number of tokens of ``words`` where those are given.
+        words: what the first context starts from ("a photo of a"); the others, or all where it is "", are drawn from
+            N(0, 0.02), so that they can differ.
+        leading: sizes in front of the (M, W) of one context, the number of prompts first.
+
+    Returns:
+        A tensor (*leading, M, W) on the CPU.
+
+    Raises:
+        ConfigError: no context vector, or no prompt.
+    """
+    start = tower.embed(tower.tokenizer.encode(words.replace("_", " ")))
+    length = len(start) if words else n_ctx
+    if length < 1 or leading[0] < 1:
+        raise ConfigError(f"a soft prompt needs at least 1 context vector and 1 prompt, not {length} and {leading[0]}")
+    context = torch.empty(*leading, length, tower.width).normal_(std=0.02)
+    if words:
+        context[0] = start.cpu()
+    return context
+
+
+def add_context_keys(node: CfgNode, n_ctx: int = 16, ctx_init: str = "") -> None:
+    """Declare the settings of one soft prompt in a trainer's node, as CoOp names them."""
+    node.N_CTX = n_ctx  # M: context vectors
+    node.CSC = False  # class-specific contexts: one context per class
+    node.CTX_INIT = ctx_init  # words to start from, such as "a photo of a"; then M is their number of tokens
+    node.CLASS_TOKEN_POSITION = "end"  # end | middle | front
+
+
+def validate_context(cfg: CfgNode, node: str) -> None:
+    """Refuse a context length that the initial words would override.
+
+    Args:
+        cfg: the whole tree.
+        node: dotted key of the node that holds ``N_CTX`` and ``CTX_INIT``.
+
+    Raises:
+        ConfigError: both were given on the command line.
+    """
+    settings = get_key(cfg, node)
+    if settings.CTX_INIT and source_of(cfg, f"{node}.N_CTX") == "command line":
+        raise ConfigError(
+            f"{node}.N_CTX {settings.N_CTX} would be ignored, since CTX_INIT {settings.CTX_INIT!r} sets the length; drop one"
+        )
+
+
+def build_soft_prompt(task: Task, node: CfgNode) -> PromptBank:
+    """Return one soft prompt with the settings that ``add_context_keys`` declared."""
+    bank: PromptBank = PROMPT_BANK_REGISTRY.get("Soft")(
+        task, n_ctx=node.N_CTX, ctx_init=node.CTX_INIT, csc=node.CSC, class_token_position=node.CLASS_TOKEN_POSITION
+    )
+    return bank
