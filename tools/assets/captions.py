@@ -36,7 +36,7 @@ TEMPLATES = (
 )
 # What a caption names: the concept itself, one of its tags, the kind of its subgroup, or the kind of its group.
 KINDS = ("label", "tag", "subgroup", "group", "label of a kind")
-KIND_WEIGHTS = (0.5, 0.2, 0.15, 0.05, 0.1)
+KIND_WEIGHTS = (0.45, 0.2, 0.15, 0.05, 0.15)
 
 
 def bare(phrase: str) -> str:

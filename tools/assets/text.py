@@ -10,17 +10,16 @@ from pathlib import Path
 import open_clip
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from assets.captions import Captions
 from assets.concepts import load_concepts
 from assets.towers import BPE_FILE, CONTEXT_LENGTH, SCALE, VOCAB_SIZE, build
 
-STEPS = 3000
+STEPS = 1600
 BATCH = 192
 LEARNING_RATE = 1.5e-3
-WEIGHT_DECAY = 0.05
-SAVE_EVERY = 1000
+WEIGHT_DECAY = 0.1
+SAVE_EVERY = 400
 SEED = 1
 
 
@@ -83,7 +82,7 @@ def train_text_tower(work: Path, steps: int = STEPS) -> None:
     tokenize, start = tokenizer(work), time.time()
     for step in range(steps):
         texts, wanted = captions.batch(BATCH)
-        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        with torch.autocast("cpu", torch.bfloat16):
             features = encode_text(model, trim(tokenize(texts)))
         loss = F.cross_entropy(SCALE * features.float() @ targets.T, wanted)
         optimizer.zero_grad()
