@@ -10,10 +10,12 @@ from yacs.config import CfgNode
 
 from promptmix.clip import load_clip
 from promptmix.components import PromptLearner, Task
+from promptmix.data.views import CachedViews, cache_views
 from promptmix.engine import TrainerX, build_lr_scheduler, build_optimizer
 from promptmix.engine.checkpoint import load_pretrained_weights
 from promptmix.engine.evaluator import compute_accuracy
 from promptmix.engine.precision import Precision
+from promptmix.errors import ConfigError
 from promptmix.utils import count_num_param, get_logger
 
 
@@ -48,6 +50,7 @@ class PromptTrainer(TrainerX):
         cfg, log = self.cfg, get_logger()
         log.info("Loading CLIP (backbone: %s)", cfg.MODEL.BACKBONE.NAME)
         self.clip = load_clip(cfg).to(self.device)
+        self._check_input()
         self.precision = Precision(cfg.TRAINER.PREC, self.device)
         self.model = self.build_learner(self._task()).to(self.device)
         if cfg.MODEL.INIT_WEIGHTS:
@@ -59,12 +62,47 @@ class PromptTrainer(TrainerX):
             optim = build_optimizer(self.model, cfg.OPTIM)
             self.register_model("prompt_learner", self.model, optim, build_lr_scheduler(optim, cfg.OPTIM))
 
+    def _check_input(self) -> None:
+        """Warn where pictures reach the model otherwise than it was trained: it still runs, but worse than it could."""
+        wanted = {
+            "INPUT.SIZE": (self.cfg.INPUT.SIZE, (self.clip.image_size,) * 2),
+            "INPUT.PIXEL_MEAN": (self.cfg.INPUT.PIXEL_MEAN, self.clip.mean),
+            "INPUT.PIXEL_STD": (self.cfg.INPUT.PIXEL_STD, self.clip.std),
+        }
+        for key, (given, expected) in wanted.items():
+            if max(abs(a - b) for a, b in zip(given, expected, strict=True)) > 1e-3:
+                shown = [round(number, 8) for number in expected]
+                get_logger().warning("%s is %s, but backbone %s was trained with %s", key, list(given), self.clip.name, shown)
+
     def _task(self) -> Task:
         dataset = self.dm.dataset
         names = tuple(self.lab2cname[label] for label in range(self.num_classes))
         templates = tuple(getattr(dataset, "templates", ())) or ("a photo of a {}.",)
         groups = tuple(tuple(group) for group in getattr(dataset, "template_groups", ())) or ((templates[0],),)
         return Task(self.clip, names, tuple(getattr(dataset, "all_classnames", names)), templates, groups)
+
+    def before_train(self) -> None:
+        """Resume if there is something to resume; then encode cached views, if asked for.
+
+        Raises:
+            ConfigError: views are to be cached, but the method changes the image features while it trains.
+        """
+        super().before_train()
+        views = self.cfg.INPUT.CACHED_VIEWS
+        if not views:
+            return
+        if not self.model.image_is_frozen:
+            raise ConfigError(
+                f"INPUT.CACHED_VIEWS is {views}, but {self.cfg.TRAINER.NAME} trains the image side, "
+                "so features can't be kept; set it to 0"
+            )
+        get_logger().info("Encoding %d cached views of %d pictures", views, len(self.train_loader_x.dataset))  # type: ignore[arg-type]
+        self.train_loader_x = cache_views(self.train_loader_x, views, lambda images: self.encode_images(images.to(self.device)))
+
+    def before_epoch(self) -> None:
+        """Turn to the next cached view."""
+        if isinstance(self.train_loader_x.dataset, CachedViews):
+            self.train_loader_x.dataset.view = self.epoch % self.cfg.INPUT.CACHED_VIEWS
 
     def forward_backward(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Learn from one batch.
@@ -85,12 +123,17 @@ class PromptTrainer(TrainerX):
         return {"loss": terms.total.detach(), "acc": compute_accuracy(terms.logits, labels)[0], **parts}
 
     def encode_images(self, images: Tensor) -> Tensor:
-        """Return normalised image features (B, D), without gradient where the image side is frozen."""
+        """Return normalised image features (B, D), without gradient where the image side is frozen.
+
+        Cached views come as features already and are passed on.
+        """
+        if images.dim() == 2:
+            return images
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.model.image_is_frozen):
             return self.model.encode_images(images)
 
     def parse_batch_train(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Return images (B, 3, S, S) and labels (B,) on the device."""
+        """Return images (B, 3, S, S), or cached features (B, D), and labels (B,) on the device."""
         return batch["img"].to(self.device, non_blocking=True), batch["label"].to(self.device, non_blocking=True)
 
     def test(self, split: str | None = None) -> float:

@@ -11,5 +11,6 @@ COMMANDS: dict[str, str] = {
     "quickstart": "train and compare methods on the embedded pictures, offline",
     "train": "train and test one method (all flags of CoOp's train.py)",
     "parse": "make tables from the results of several runs",
+    "bench": "measure the text tower against the plain pass at full length",
     "list": "show what is registered: trainers, data sets, backbones, plugins, ...",
 }

@@ -1,0 +1,107 @@
+"""Plugins: hooks as a contract, loading by name and file, and a package that is really installed."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from promptmix import hookspecs
+from promptmix.errors import PluginError, RegistryError
+from promptmix.plugin_manager import get_plugin_manager, load_plugin
+from promptmix.registry import REGISTRIES, ROUTER_REGISTRY, Registry
+
+ROOT = Path(__file__).resolve().parent.parent
+HOOKS = {name: spec for name, spec in vars(hookspecs).items() if hasattr(spec, "promptmix_spec")}
+
+
+@pytest.mark.parametrize("name", sorted(HOOKS))
+def test_every_hook_says_when_it_fires_and_is_fired_somewhere(name):
+    assert inspect.getdoc(HOOKS[name]).startswith("Fires ")
+    kind = name.removeprefix("register_")
+    if name.startswith("register_"):
+        assert kind in REGISTRIES
+        return
+    calls = [
+        node.func.attr
+        for file in (ROOT / "promptmix").rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+    ]
+    assert name in calls
+
+
+def test_built_ins_come_in_through_the_hooks():
+    manager = get_plugin_manager()
+    names = {name for name, _ in manager.list_name_plugin()}
+    assert {"promptmix.trainers.coop", "promptmix.plugins.router.topk", "promptmix.clip.backbones"} <= names
+    assert not [h for h in ("register_trainers", "register_routers") if not getattr(manager.hook, h).get_hookimpls()]
+
+
+def test_a_file_comes_in_by_path(tmp_path):
+    file = tmp_path / "my_router.py"
+    file.write_text(
+        "from promptmix import hookimpl\nfrom promptmix.components import Router\n"
+        "class FromFile(Router):\n    def forward(self, f): ...\n"
+        "@hookimpl\ndef register_routers(registry): registry.register(FromFile)\n"
+    )
+    load_plugin(str(file))
+    load_plugin(str(file))  # twice is once
+    assert ROUTER_REGISTRY.get("FromFile").__name__ == "FromFile"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("from promptmix import hookimpl\n@hookimpl\ndef register_router(registry): ...\n", "register_routers"),
+        ("import no_such_module\n", "ModuleNotFoundError"),
+        ("1 +\n", "SyntaxError"),
+    ],
+)
+def test_a_broken_plugin_is_named(tmp_path, text, words):
+    file = tmp_path / "broken.py"
+    file.write_text(text)
+    with pytest.raises(PluginError, match=words):
+        load_plugin(str(file))
+    assert not [name for name, _ in get_plugin_manager().list_name_plugin() if "broken" in name]
+
+
+def test_a_missing_file_is_named():
+    with pytest.raises(PluginError, match=r"no_such/router\.py: no such file"):
+        load_plugin("no_such/router.py")
+
+
+def test_registry_refuses_a_taken_name_and_lists_choices():
+    registry = Registry("router")
+    registry.register(dict, name="A")
+    with pytest.raises(RegistryError, match="registered already"):
+        registry.register(list, name="A")
+    assert registry.register(list, name="A", force=True) is list
+    with pytest.raises(RegistryError, match=r"unknown router 'a'; did you mean 'A'\? \(choices: A\)"):
+        registry.get("a")
+
+
+def test_an_installed_package_brings_a_router_that_mocoop_uses_from_yaml(tmp_path):
+    """pip installs the package; the router is chosen and set in YAML; no line of ours knows it."""
+    site, out = tmp_path / "site", tmp_path / "out"
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    copy = tmp_path / "package"
+    subprocess.run(["cp", "-r", ROOT / "tests/plugin_package", copy], check=True)
+    subprocess.run([*pip, "--target", site, copy], check=True, timeout=120)
+    (tmp_path / "run.yaml").write_text(
+        f"_BASE_: {ROOT / 'configs/quickstart.yaml'}\n"
+        "DATASET: {NUM_SHOTS: 1}\nOPTIM: {MAX_EPOCH: 1}\n"
+        "ROUTER: {NAME: FirstExpert, FIRSTEXPERT: {EXPERT: 2}}\n"
+    )
+    command = [sys.executable, "-m", "promptmix.cli", "train", "--trainer", "MoCoOp", "--config-file", tmp_path / "run.yaml"]
+    paths = os.pathsep.join([str(site), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    subprocess.run([*command, "--output-dir", out, "--seed", "1"], check=True, timeout=300, env={**os.environ, "PYTHONPATH": paths})
+    result = json.loads((out / "results.json").read_text())
+    assert result["config"]["ROUTER"]["FIRSTEXPERT"]["EXPERT"] == 2
+    assert result["metrics"]["test"]["accuracy"] > 10
