@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from promptmix.components import Distiller, LossTerms, PromptBank, PromptLearner, Router, Task, TextSupervision
+from promptmix.errors import ConfigError
 
 
 class Mixture(PromptLearner):
@@ -29,6 +30,9 @@ class Mixture(PromptLearner):
         router_weight: factor on the router's loss.
         text_weight: factor on the text supervision.
         distill_weight: factor on the distiller's loss.
+
+    Raises:
+        ConfigError: the prompts differ from image to image, but the supervision takes one set of text features.
     """
 
     def __init__(
@@ -45,6 +49,11 @@ class Mixture(PromptLearner):
         distill_weight: float = 1.0,
     ) -> None:
         super().__init__(task)
+        if bank.per_image and supervision is not None and not supervision.takes_per_image:
+            raise ConfigError(
+                f"TEXT_SUPERVISION.NAME {type(supervision).__name__} takes one set of text features, but the prompts of "
+                f"{type(bank).__name__} differ from image to image; choose another of the two"
+            )
         self.bank, self.router, self.supervision, self.distiller = bank, router, supervision, distiller
         self.ce_weight, self.router_weight = ce_weight, router_weight
         self.text_weight, self.distill_weight = text_weight, distill_weight

@@ -26,7 +26,7 @@ from promptmix.components import PromptLearner, Task, build_component
 from promptmix.config import source_of
 from promptmix.errors import ConfigError
 from promptmix.prompting import PromptTrainer
-from promptmix.registry import PROMPT_BANK_REGISTRY, TEXT_SUPERVISION_REGISTRY, Registry
+from promptmix.registry import Registry
 
 #: The weight that belongs to each role a mixture may do without.
 WEIGHTS = {"ROUTER": "ROUTER_WEIGHT", "TEXT_SUPERVISION": "TEXT_WEIGHT", "DISTILLER": "DISTILL_WEIGHT"}
@@ -47,7 +47,7 @@ class Mixture(PromptTrainer):
 
     @classmethod
     def validate(cls, cfg: CfgNode) -> None:
-        """Refuse a mixture without prompts, weights that nobody reads, and parts that don't fit each other."""
+        """Refuse a mixture without prompts, and weights that nobody reads."""
         if cfg.PROMPT_BANK.NAME == "none":
             raise ConfigError("PROMPT_BANK.NAME is 'none', but a mixture can't do without prompts; leave the key out")
         for role, weight in WEIGHTS.items():
@@ -56,13 +56,6 @@ class Mixture(PromptTrainer):
                 raise ConfigError(
                     f"{key} (set by {source_of(cfg, key)}) would be ignored, since {role}.NAME names nobody; drop it"
                 )
-        bank = PROMPT_BANK_REGISTRY.get(cfg.PROMPT_BANK.NAME or cls.roles["PROMPT_BANK"])
-        supervision = cfg.TEXT_SUPERVISION.NAME
-        if bank.per_image and supervision not in ("", "none") and not TEXT_SUPERVISION_REGISTRY.get(supervision).takes_per_image:
-            raise ConfigError(
-                f"TEXT_SUPERVISION.NAME {supervision} needs one set of text features, but the prompts of {bank.__name__} differ "
-                "from image to image; choose another bank or supervision (CosineToHard, L1ToEnsemble)"
-            )
 
     def build_learner(self, task: Task) -> PromptLearner:
         """Return the composition that the config states."""

@@ -4,14 +4,15 @@ Beier Zhu, Yulei Niu, Yucheng Han, Yue Wu, Hanwang Zhang. ICCV 2023. https://arx
 
 | paper | here |
 |---|---|
-| v, prompt | ``Soft.ctx`` (1, M, W) |
+| v, prompt | ``Soft.ctx`` (1, M, W), M = 16; the last vectors start from a hard prompt's words, those before them at zero |
 | G_d = gradient of L_ce, domain direction | ``specific`` |
 | G_g = gradient of L_kl, general direction | ``general``; L_kl is ``ZeroshotKL`` with temperature ``T`` |
 | G_prograd | ``project`` |
 | lambda | ``LAMBDA`` |
 
-Deviations from the authors' code: the projection lives here, where theirs needs a fork of Dassl; it also works under ``amp``,
-where theirs fails. L_kl is reported as a divergence (theirs leaves out the teacher's entropy, which has no gradient).
+Deviations from the authors' code: initial words are counted in tokens; the projection lives here, where theirs needs a fork of
+Dassl; it also works under ``amp``, where theirs fails. L_kl is reported as a divergence (theirs leaves out the teacher's entropy,
+which has no gradient).
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from promptmix import hookimpl
 from promptmix.components import LossTerms, PromptLearner, Task
-from promptmix.context import add_context_keys, build_soft_prompt, validate_context
+from promptmix.context import add_context_keys, build_soft_prompt
 from promptmix.engine.evaluator import compute_accuracy
 from promptmix.errors import ConfigError
 from promptmix.mixture import Mixture
@@ -55,24 +57,32 @@ class ProGrad(PromptTrainer):
     @staticmethod
     def add_config(node: CfgNode) -> None:
         """Declare ProGrad's keys, as the authors name them."""
-        add_context_keys(node)
+        add_context_keys(node, ctx_init="a photo of a")  # here the words fill the last of N_CTX vectors
+        node.TEMPLATES = ()  # ours: hard prompts of the zero-shot model, ensembled; () = the data set's first
         node.LAMBDA = 1.0  # how much of the conflicting part is taken out, from 0 (CoOp) to 1 (all)
         node.T = 1.0  # temperature of the divergence
 
     @classmethod
     def validate(cls, cfg: CfgNode) -> None:
-        """Refuse a negative factor, and a context length that the initial words would override."""
+        """Refuse a negative factor."""
         factor = cfg.TRAINER.PROGRAD.LAMBDA
         if factor < 0:
             raise ConfigError(
                 f"TRAINER.PROGRAD.LAMBDA is {factor}, which would add the conflict; choose 0 or more (1 in the paper)"
             )
-        validate_context(cfg, "TRAINER.PROGRAD")
 
     def build_learner(self, task: Task) -> PromptLearner:
         """Return one soft prompt whose divergence from the zero-shot model is measured, but not part of the loss."""
-        bank = build_soft_prompt(task, self.node)
-        distiller = DISTILLER_REGISTRY.get("ZeroshotKL")(task, bank, t=self.node.T)
+        node = self.node
+        bank = build_soft_prompt(task, node)
+        missing = node.N_CTX - bank.ctx.shape[-2]
+        if missing < 0:
+            raise ConfigError(
+                f"TRAINER.PROGRAD.N_CTX is {node.N_CTX}, but CTX_INIT {node.CTX_INIT!r} has {bank.ctx.shape[-2]} tokens; "
+                "shorten the words or lengthen the context"
+            )
+        bank.ctx = nn.Parameter(F.pad(bank.ctx.detach(), (0, 0, missing, 0)))
+        distiller = DISTILLER_REGISTRY.get("ZeroshotKL")(task, bank, templates=node.TEMPLATES, t=node.T)
         return Mixture(task, bank, distiller=distiller, distill_weight=0.0)
 
     def forward_backward(self, batch: dict[str, Any]) -> dict[str, Any]:
