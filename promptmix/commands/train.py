@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 from promptmix.commands.configure import make_config
+from promptmix.errors import ConfigError
 
 #: Flag to config key, as in CoOp.
 FLAGS = {
@@ -65,7 +66,11 @@ def split_arguments(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[l
 
 
 def run(args: argparse.Namespace) -> int:
-    """Merge the config and run."""
+    """Merge the config and run.
+
+    Raises:
+        UserError: something that can't be done, such as a run without ``--trainer``.
+    """
     if args.list:
         from promptmix.commands import list as list_command
 
@@ -73,6 +78,12 @@ def run(args: argparse.Namespace) -> int:
     values: dict[str, Any] = vars(args)
     flags = {flag: (key, values[flag[2:].replace("-", "_")]) for flag, key in FLAGS.items()}
     cfg = make_config([args.dataset_config_file, args.config_file], flags, args.opts, args.plugin)
+    for key, flag in (("TRAINER.NAME", "--trainer"), ("DATASET.NAME", "--dataset-config-file")):
+        group, name = key.split(".")
+        if not cfg[group][name]:
+            raise ConfigError(
+                f"{key} is not set: give {flag}, or a --config-file that sets it (`promptmix list` shows the names)"
+            )
     from promptmix.run import run as run_one
 
     run_one(
