@@ -1,0 +1,93 @@
+"""Finds pictures that are missing or damaged before they can stop a run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from PIL import Image
+
+from promptmix.data.datum import Datum
+from promptmix.errors import DataError
+from promptmix.utils import get_logger
+
+__all__ = ["decode_problem", "find_bad", "quick_problem", "without_bad"]
+
+#: What a whole file of a format begins and ends with.
+_MARKS = ((b"\xff\xd8", b"\xff\xd9"), (b"\x89PNG", b"IEND\xaeB`\x82"))
+_THREADS = 16  # they mostly wait for the disk or the network
+
+
+def quick_problem(path: str) -> str:
+    """Return what is wrong with a picture, "" for nothing found, from its first and last bytes where these tell.
+
+    A JPEG or PNG that ends as it should is taken for whole without decoding it; any other is decoded.
+    """
+    if "::" in path:
+        return ""  # inside a pack, whose own checksums guard it
+    try:
+        with open(path, "rb") as file:
+            head = file.read(8)
+            if not head:
+                return "empty file"
+            file.seek(-min(8, os.fstat(file.fileno()).st_size), os.SEEK_END)
+            tail = file.read(8)
+    except FileNotFoundError:
+        return "missing"
+    except OSError as error:
+        return f"unreadable ({error.strerror})"
+    if any(head.startswith(begin) and tail.endswith(end) for begin, end in _MARKS):
+        return ""
+    return decode_problem(path)
+
+
+def decode_problem(path: str) -> str:
+    """Return what is wrong with a picture, "" for nothing, by decoding all of it (JPEGs at an eighth of their size)."""
+    try:
+        with Image.open(path) as image:
+            image.draft("RGB", (max(1, image.width // 8), max(1, image.height // 8)))
+            image.load()
+    except FileNotFoundError:
+        return "missing"
+    except Exception as error:  # decoders raise many kinds
+        return f"damaged ({error})" if os.path.getsize(path) else "empty file"
+    return ""
+
+
+def find_bad(paths: Iterable[str], problem: Callable[[str], str] = quick_problem) -> dict[str, str]:
+    """Return path -> what is wrong with it, for each of ``paths`` that is missing or damaged, in their order."""
+    unique = list(dict.fromkeys(paths))
+    with ThreadPoolExecutor(_THREADS) as pool:
+        found = list(pool.map(problem, unique, chunksize=64))
+    return {path: wrong for path, wrong in zip(unique, found, strict=True) if wrong}
+
+
+def without_bad(name: str, splits: Sequence[list[Datum]], skip: bool, remedy: str) -> list[list[Datum]]:
+    """Refuse a run whose pictures are not all there, or leave the bad ones out.
+
+    Args:
+        name: the data set.
+        splits: the items that the run will read.
+        skip: leave bad pictures out and say how many (``DATASET.SKIP_BAD``).
+        remedy: clause for the message.
+
+    Raises:
+        DataError: pictures are bad and ``skip`` is False, or without them a class would have no training picture left.
+    """
+    bad = find_bad(item.impath for items in splits for item in items)
+    if not bad:
+        return list(splits)
+    shown = ", ".join(f"{path}: {wrong}" for path, wrong in list(bad.items())[:5])
+    more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+    if not skip:
+        raise DataError(
+            f"data set {name}: {len(bad)} pictures can't be read ({shown}{more}); {remedy}, "
+            "or leave them out with --skip-bad (DATASET.SKIP_BAD True)"
+        )
+    get_logger().warning("%s: %d pictures are left out (%s%s)", name, len(bad), shown, more)
+    kept = [[item for item in items if item.impath not in bad] for items in splits]
+    lost = {item.classname for item in splits[0]} - {item.classname for item in kept[0]}
+    if lost:
+        raise DataError(f"data set {name}: no training picture of {sorted(lost)[0]!r} can be read; {remedy}")
+    return kept
