@@ -44,7 +44,8 @@ def cache_views(loader: DataLoader[Any], views: int, encode: Callable[[Tensor], 
     """
     source: Any = loader.dataset
     plain = DataLoader(source, batch_size=loader.batch_size, num_workers=loader.num_workers, worker_init_fn=loader.worker_init_fn)
-    features = torch.stack([torch.cat([encode(batch["img"]).cpu() for batch in plain]) for _ in range(views)])
+    with torch.random.fork_rng():  # the epochs then draw the same batches as without a cache
+        features = torch.stack([torch.cat([encode(batch["img"]).cpu() for batch in plain]) for _ in range(views)])
     # Features are in memory, so that worker processes would only cost.
     return DataLoader(
         CachedViews(features, source.data_source),
