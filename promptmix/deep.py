@@ -199,14 +199,13 @@ class DeepPromptTrainer(PromptTrainer):
 
     def independent_parts(self, task: Task) -> tuple[TextPrompts, VisionPrompts | None]:
         """Return the prompts of both towers that the keys of ``add_independent_config`` describe."""
-        node = self.node
-        text_depth = self.depth("PROMPT_DEPTH_TEXT", text=True)
+        node, vision = self.node, None
+        if node.N_CTX_VISION:  # first, since a backbone without visual prompts is the larger mistake
+            depth = self.depth("PROMPT_DEPTH_VISION", vision=True)
+            vision = VisionPrompts(self.clip.image.width, node.N_CTX_VISION, depth)
+        depth = self.depth("PROMPT_DEPTH_TEXT", text=True)
         start, words = start_words(self.clip, self.node_name, node.N_CTX_TEXT, node.CTX_INIT, "N_CTX_TEXT")
-        text = TextPrompts(task, start, words, text_depth)
-        if not node.N_CTX_VISION:
-            return text, None
-        vision_depth = self.depth("PROMPT_DEPTH_VISION", vision=True)
-        return text, VisionPrompts(self.clip.image.width, node.N_CTX_VISION, vision_depth)
+        return TextPrompts(task, start, words, depth), vision
 
 
 def add_independent_config(node: CfgNode, *, n_ctx: int, depth: int) -> None:

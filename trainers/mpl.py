@@ -54,7 +54,7 @@ class ModularPrompts(DeepLearner):
         """Return the schedule: the mapped context at the input, then remove and add."""
         steps = {0: PromptStep(self.couple(self.text.ctx))}
         for layer, (maps, prompt) in enumerate(zip(self.add, self.text.deeper, strict=True), start=1):
-            steps[layer] = PromptStep(torch.cat([f(prompt) for f in maps]), remove=self.n_remove)
+            steps[layer] = PromptStep(torch.cat([f(prompt) for f in maps.children()]), remove=self.n_remove)
         return steps
 
     def classifier(self) -> Tensor:

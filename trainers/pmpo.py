@@ -65,6 +65,8 @@ class PartitionedPrompts(DeepLearner):
         manual_weight: their share in the class feature.
     """
 
+    manual: Tensor
+
     def __init__(
         self, task: Task, text: TextPrompts, depth: int, templates: Sequence[str] = (), manual_weight: float = 0.5
     ) -> None:

@@ -55,6 +55,8 @@ class SelfRegulatingPrompts(IndependentPrompts):
         image_weight: lambda_2.
     """
 
+    ensemble: Tensor
+
     def __init__(
         self, task: Task, text: TextPrompts, vision: VisionPrompts | None, text_weight: float = 25.0, image_weight: float = 10.0
     ) -> None:

@@ -37,6 +37,8 @@ class VisualPromptLearner(DeepLearner):
         words: hard prompt before the class name.
     """
 
+    text: Tensor
+
     def __init__(self, task: Task, vision: VisionPrompts, words: str) -> None:
         super().__init__(task)
         self.vision = vision

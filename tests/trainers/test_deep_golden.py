@@ -95,12 +95,13 @@ def test_short_training_equals_the_plain_tower(case, monkeypatch):
     """Three SGD steps through the prefix-shared tower and through the plain one have the same losses, and learn."""
     runs = []
     for shared in (True, False):
-        monkeypatch.setattr(frozen().text, "shares_prefix", shared)
         torch.manual_seed(0)
         learner = build(case)
+        monkeypatch.setattr(frozen().text, "shares_prefix", shared)
         if case in NAMES:
             set_learned(case, learner, NAMES[case])
         runs.append(train(learner, 3))
+        monkeypatch.undo()
     assert runs[0][-1] < runs[0][0]
     assert runs[0] == pytest.approx(runs[1], rel=1e-3)
 

@@ -1,0 +1,124 @@
+"""What every built-in trainer must do: the whole registry, from its defaults, on a small random CLIP."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import promptmix
+from promptmix.config import get_cfg, merge_file, merge_opts, validate
+from promptmix.engine import load_checkpoint
+from promptmix.errors import UserError
+from promptmix.plugin_manager import get_plugin_manager
+from promptmix.registry import TRAINER_REGISTRY
+from tests.trainers.toy import CLASSES, LAYERS, first_step, scores, toy_cfg, toy_trainer
+
+get_plugin_manager()
+BUILT_IN = "promptmix.trainers."  # what is installed or loaded besides has tests of its own
+TRAINERS = [name for name in TRAINER_REGISTRY if TRAINER_REGISTRY.get(name).__module__.startswith(BUILT_IN)]
+LEARNED = [name for name in TRAINERS if name != "ZeroshotCLIP"]
+BASE, NEW = 3, 2
+CONFIGS = next(Path(folder) / "configs" for folder in promptmix.__path__ if (Path(folder) / "configs").is_dir())
+YAMLS = [path for path in sorted(CONFIGS.rglob("*.yaml")) if not path.name.startswith("_")]
+
+
+def learned_tensors(trainer):
+    return {f"{model}.{name}": p for model, module in trainer._models.items() for name, p in module.named_parameters()}
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_builds_from_its_defaults_and_scores_every_class(room, name):
+    found = scores(toy_trainer(room, name))
+    assert found.shape == (2 * BASE, BASE)
+    assert found.dtype == torch.float32
+    assert found.isfinite().all()
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_every_learned_tensor_and_no_other_gets_a_gradient(room, name):
+    trainer = toy_trainer(room, name)
+    before = {key: value.clone() for key, value in trainer.clip.state_dict().items()}
+    first_step(trainer)
+    learned = learned_tensors(trainer)
+    assert learned
+    # A template may end with the class name, so that its context behind the name is empty.
+    assert [key for key, p in learned.items() if p.numel() and (p.grad is None or not p.grad.any())] == []
+    assert [key for key, p in trainer.clip.named_parameters() if p.grad is not None or p.requires_grad] == []
+    assert all(torch.equal(value, before[key]) for key, value in trainer.clip.state_dict().items())
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_same_seed_same_loss(room, name):
+    losses = [first_step(toy_trainer(room, name, seed=3))["loss"].item() for _ in range(2)]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_checkpoint_holds_what_was_learned_and_nothing_else(room, name, tmp_path):
+    trainer = toy_trainer(room, name)
+    first_step(trainer)
+    trainer.save_model(0, str(tmp_path))
+    saved = load_checkpoint(tmp_path / "prompt_learner" / "model.pth.tar-1")["state_dict"]
+    assert set(saved) == {key for key, _ in trainer.model.named_parameters()}
+    other = toy_trainer(room, name, seed=2)
+    other.load_model(str(tmp_path), epoch=1)
+    assert torch.equal(scores(other), scores(trainer))
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_base_checkpoint_evaluates_on_new_classes(room, name, tmp_path):
+    trainer = toy_trainer(room, name)
+    first_step(trainer)
+    trainer.save_model(0, str(tmp_path))
+    new = toy_trainer(room, name, classes="new", seed=2)
+    new.load_model(str(tmp_path), epoch=1)
+    assert scores(new).shape == (2 * NEW, NEW)
+    assert 0 <= new.test() <= 100
+    ours, theirs = learned_tensors(new), learned_tensors(trainer)
+    assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
+
+
+@pytest.mark.parametrize(("name", "option"), [("CoOp", "TRAINER.COOP.CSC"), ("Mixture", "PROMPT_BANK.SOFT.CSC")])
+def test_class_specific_contexts_refuse_new_classes(room, name, option, tmp_path):
+    trainer = toy_trainer(room, name, option, True)
+    first_step(trainer)
+    trainer.save_model(0, str(tmp_path))
+    with pytest.raises(UserError, match=r"ctx|class") as refusal:
+        toy_trainer(room, name, option, True, classes="new").load_model(str(tmp_path), epoch=1)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.relative_to(CONFIGS).as_posix())
+def test_shipped_config_merges_and_validates(room, path):
+    cfg = get_cfg()
+    merge_file(cfg, path)
+    merge_opts(cfg, ["TRAINER.NAME", cfg.TRAINER.NAME or trainer_of(path)], source="the test")
+    merge_opts(cfg, ["DATASET.NAME", cfg.DATASET.NAME or "ToyPictures"], source="the test")
+    validate(cfg)
+
+
+def trainer_of(path: Path) -> str:
+    """Configs of a method lie in a folder of its name; data sets and the quick start serve every trainer."""
+    return path.parent.name if path.parent.parent.name == "trainers" else "ZeroshotCLIP"
+
+
+@pytest.mark.parametrize("name", [name for name in TRAINERS if CONFIGS.joinpath("trainers", name, "tiny.yaml").is_file()])
+def test_tiny_config_runs_on_the_embedded_backbone(room, name):
+    cfg = toy_cfg(room, name)
+    merge_file(cfg, CONFIGS / "trainers" / name / "tiny.yaml")
+    ours = {"DATASET.NAME": "ToyPictures", "DATASET.SOURCE_DOMAINS": (), "DATALOADER.TRAIN_X.BATCH_SIZE": 2}
+    plain = {"MODEL.BACKBONE.WEIGHTS": "", "MODEL.BACKBONE.PRETRAINED": False}
+    merge_opts(cfg, [part for pair in {**ours, **plain}.items() for part in pair], source="the test")
+    validate(cfg)
+    trainer = TRAINER_REGISTRY.get(name)(cfg)
+    assert scores(trainer).isfinite().all()
+    if name in LEARNED:
+        assert first_step(trainer)["loss"].isfinite()
+
+
+def test_defaults_fit_the_toy():
+    """The toy has as many layers as ViT-B/16 and an odd number of classes; otherwise the tests above would show less."""
+    assert LAYERS == 12
+    assert len(CLASSES) == BASE + NEW
