@@ -18,10 +18,10 @@ from assets.towers import SCALE, VISION_CFGS, build, encode, load_image_tower, p
 
 PICTURES = 49152
 CHUNK = 256
-STEPS = 2400
+STEPS = 2200
 BATCH = 128
 # The share of steps that see half of the patches: they cost half, and the tower loses nothing by it.
-DROP_SHARE = 0.75
+DROP_SHARE = 0.85
 LEARNING_RATE = 2e-3
 WARMUP = 100
 COSINE_WEIGHT = 10.0

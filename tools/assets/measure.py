@@ -34,10 +34,11 @@ def load_packed(out: Path, name: str) -> tuple[torch.nn.Module, open_clip.Simple
     return model.eval(), tokenizer, description["image_size"]
 
 
-def read_pack(out: Path, style: str, codes: list[str]) -> np.ndarray:
-    """Return the pictures (N, 64, 64, 3) of a pack in the order of the hexcodes."""
+def read_pack(out: Path, style: str, codes: list[str], size: int) -> np.ndarray:
+    """Return the pictures (N, size, size, 3) of a pack in the order of the hexcodes, resized as at run time."""
     with zipfile.ZipFile(out / "emoji" / f"{style}.zip") as pack:
-        return np.stack([np.asarray(Image.open(io.BytesIO(pack.read(f"{c}.webp"))).convert("RGB")) for c in codes])
+        pictures = [Image.open(io.BytesIO(pack.read(f"{code}.webp"))).convert("RGB") for code in codes]
+    return np.stack([np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC)) for picture in pictures])
 
 
 def _accuracy(images: torch.Tensor, texts: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
@@ -68,7 +69,7 @@ def report(out: Path) -> None:
 
         labels, kinds = texts([concept["label"] for concept in concepts]), texts(families)
         for style in HELD_OUT_STYLES:
-            images = read_pack(out, style, [concept["hexcode"] for concept in concepts])
+            images = read_pack(out, style, [concept["hexcode"] for concept in concepts], size)
             features = F.normalize(encode(model.visual, images, size), dim=-1)
             over = [_accuracy(features[rows], labels[rows], torch.arange(len(rows)))[0] for rows in (seen, novel)]
             plain, balanced = _accuracy(features[test_rows], kinds, test_labels)

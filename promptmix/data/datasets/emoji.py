@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from yacs.config import CfgNode
@@ -61,7 +61,7 @@ class _EmojiBase(DatasetBase):
         super().__init__(train_x=train, val=val or None, test=test)
         self.all_classnames = list(classes)
 
-    def _pictures(self, styles: Sequence[str], members: dict[str, Sequence[str]], classes: Sequence[str]) -> list[Datum]:
+    def _pictures(self, styles: Sequence[str], members: Mapping[str, Sequence[str]], classes: Sequence[str]) -> list[Datum]:
         """Return the pictures of every style, class by class.
 
         Args:
