@@ -80,7 +80,7 @@ def _dispatch(arguments: list[str]) -> int:
         return 0
     if name not in COMMANDS:
         raise UserError(f"unknown command {name!r}{closest(name, list(COMMANDS))} (commands: {', '.join(COMMANDS)})")
-    module = importlib.import_module(f"promptmix.commands.{name}")
+    module = importlib.import_module(f"promptmix.commands.{name.replace('-', '_')}")
     parser = Parser(prog=f"promptmix {name}", description=COMMANDS[name], allow_abbrev=False)
     module.add_arguments(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")

@@ -12,5 +12,6 @@ COMMANDS: dict[str, str] = {
     "train": "train and test one method (all flags of CoOp's train.py)",
     "parse": "make tables from the results of several runs",
     "bench": "measure the text tower against the plain pass at full length",
+    "new-plugin": "write a package of your own that adds a router, another part, or a trainer",
     "list": "show what is registered: trainers, data sets, backbones, plugins, ...",
 }

@@ -1,0 +1,133 @@
+"""The example packages and what ``promptmix new-plugin`` writes are really installed and run, without a change to our code."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from promptmix.cli import main
+from promptmix.commands.new_plugin import KINDS, package
+from promptmix.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = {"promptmix-nearest-router": "router", "promptmix-task-residual": "trainer"}
+QUICK = ["VERBOSE", "False", "OPTIM.MAX_EPOCH", "2", "DATASET.NUM_SHOTS", "2"]
+
+
+def install(sources: list[Path], tmp_path: Path) -> dict[str, str]:
+    """Install packages into a folder of their own and return the environment that sees it."""
+    copies = []
+    for source in sources:  # setuptools builds inside the source folder
+        copies.append(tmp_path / "sources" / source.name)
+        shutil.copytree(source, copies[-1])
+    target = tmp_path / "site"
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--target"]
+    done = subprocess.run(
+        [*command, str(target), *map(str, copies)],
+        env=os.environ | {"PIP_DISABLE_PIP_VERSION_CHECK": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return os.environ | {"PYTHONPATH": os.pathsep.join([str(target), str(ROOT)])}
+
+
+def promptmix(env: dict[str, str], cwd: Path, *arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "promptmix.cli", *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory) -> dict[str, str]:
+    return install([ROOT / "examples" / name for name in EXAMPLES], tmp_path_factory.mktemp("examples"))
+
+
+def results(folder: Path) -> dict:
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_examples_are_listed_with_their_package(installed, tmp_path):
+    listed = promptmix(installed, tmp_path, "list")
+    for line in (
+        "NearestRouter",
+        "promptmix_nearest_router (0.1.0)",
+        "TaskResidual",
+        "DrawnShapes",
+        "promptmix_task_residual (0.1.0)",
+    ):
+        assert line in listed
+
+
+def test_example_router_serves_mocoop_from_yaml(installed, tmp_path):
+    (tmp_path / "nearest.yaml").write_text(
+        f"_BASE_: {ROOT / 'configs' / 'quickstart.yaml'}\n"
+        "TRAINER:\n  NAME: MoCoOp\nROUTER:\n  NAME: NearestRouter\n  NEARESTROUTER:\n    K: 2\n"
+    )
+    run = ["train", "--config-file", "nearest.yaml", "--seed", "1", "--output-dir", "out", *QUICK]
+    promptmix(installed, tmp_path, *run)
+    found = results(tmp_path / "out")
+    assert found["config"]["ROUTER"]["NAME"] == "NearestRouter"
+    assert found["metrics"]["test"]["accuracy"] > 0
+
+
+def test_example_trainer_learns_its_data_set(installed, tmp_path):
+    run = ["train", "--config-file", "configs/quickstart.yaml", "--seed", "1", "--root", ".", "--output-dir", "out"]
+    shapes = [*QUICK, "DATASET.NAME", "DrawnShapes", "DATASET.SUBSAMPLE_CLASSES", "all"]
+    promptmix(installed, tmp_path, *run, "--trainer", "TaskResidual", *shapes, "OPTIM.MAX_EPOCH", "20", "OPTIM.LR", "0.1")
+    found = results(tmp_path / "out")
+    assert len(list((tmp_path / "drawn_shapes").rglob("*.png"))) == 9 * 28
+    assert found["learned_parameters"] == 9 * 128
+    promptmix(installed, tmp_path, *run[:-1], "zero", "--trainer", "ZeroshotCLIP", *shapes)
+    learned, zeroshot = (results(tmp_path / name)["metrics"]["test"]["accuracy"] for name in ("out", "zero"))
+    assert learned > zeroshot
+
+
+@pytest.mark.parametrize(("name", "kind"), EXAMPLES.items())
+def test_example_setup_is_the_template(name, kind):
+    """What a package must say to be found stands once, in the template of ``promptmix new-plugin``."""
+    setup = (ROOT / "examples" / name / "setup.py").read_text()
+    summary = setup.split('description="')[1].split('"')[0]
+    assert setup == package(name, kind, summary)["setup.py"]
+
+
+def test_new_plugins_install_and_run(tmp_path, capsys):
+    for kind in KINDS:
+        assert main(["new-plugin", f"promptmix-fresh-{kind}", "--kind", kind, "--directory", str(tmp_path / "new")]) == 0
+        assert "Next: pip install" in capsys.readouterr().out
+    env = install(sorted((tmp_path / "new").iterdir()), tmp_path)
+    tests = [str(path) for path in (tmp_path / "new").rglob("test_*.py")]
+    assert len(tests) == len(KINDS)
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests], cwd=tmp_path, env=env)
+    assert done.returncode == 0
+    run = ["train", "--config-file", "configs/quickstart.yaml", "--seed", "1", *QUICK]
+    roles = ["PROMPT_BANK.NAME", "FreshPromptBank", "TEXT_SUPERVISION.NAME", "FreshTextSupervision"]
+    roles += ["ROUTER.NAME", "FreshRouter", "DISTILLER.NAME", "FreshDistiller"]
+    promptmix(env, tmp_path, *run[:3], "--output-dir", "mixed", "--trainer", "Mixture", *run[3:], *roles)
+    assert results(tmp_path / "mixed")["metrics"]["test"]["accuracy"] > 0
+    promptmix(env, tmp_path, *run[:3], "--no-train", "--trainer", "FreshTrainer", *run[3:])
+
+
+@pytest.mark.parametrize("name", ["Router", "promptmix", "my_router", "promptmix-", "-router", "promptmix-1st"])
+def test_new_plugin_refuses_names_that_make_no_package(name):
+    with pytest.raises(UserError, match="words of small letters"):
+        package(name, "router")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["promptmix-soft"], "Soft is taken by"), (["torch"], "a module torch is installed"), (["promptmix-a"], "is there already")],
+)
+def test_new_plugin_refuses_what_would_not_load(tmp_path, capsys, arguments, message):
+    (tmp_path / "promptmix-a").mkdir()
+    assert main(["new-plugin", *arguments, "--directory", str(tmp_path)]) == 2
+    assert message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["promptmix-a"]
