@@ -73,8 +73,9 @@ class _EmojiBase(DatasetBase):
             ConfigError: There is no such style.
         """
         self.is_input_domain_valid(styles)
+        packs = {style: asset_path(f"emoji/{style}.zip") for style in styles}
         return [
-            Datum(f"{asset_path(f'emoji/{style}.zip')}::{hexcode}.webp", label, self.domains.index(style), name)
+            Datum(f"{packs[style]}::{hexcode}.webp", label, self.domains.index(style), name)
             for style in styles
             for label, name in enumerate(classes)
             for hexcode in members[name]
