@@ -17,7 +17,17 @@ from promptmix.data.records import read_records
 from promptmix.errors import DataError
 from promptmix.utils import get_logger
 
-__all__ = ["PACKAGED", "READERS", "Splits", "list_folder", "packaged_text", "read_classnames", "read_splits", "shuffled_split"]
+__all__ = [
+    "PACKAGED",
+    "READERS",
+    "Splits",
+    "list_folder",
+    "packaged_rows",
+    "packaged_text",
+    "read_classnames",
+    "read_splits",
+    "shuffled_split",
+]
 
 #: Part -> items, in the order train, val, test.
 Splits = dict[str, list[Datum]]
@@ -127,7 +137,7 @@ def _read_split(about: Description, folder: Path) -> Splits:
     if path.is_file():
         get_logger().info("Reading split from %s", path)
         return _three_parts(load_split(path, images), path)
-    rows = _packaged_rows(about.split_file)
+    rows = packaged_rows(about.split_file)
     prefix = str(images)
     return {
         part: [Datum(os.path.join(prefix, path), label, 0, name) for path, label, name in rows[part]]
@@ -143,7 +153,8 @@ def _three_parts(splits: Splits, path: Path) -> Splits:
 
 
 @lru_cache(maxsize=2)  # a sweep in one process reads the same split again and again
-def _packaged_rows(name: str) -> dict[str, list[tuple[str, int, str]]]:
+def packaged_rows(name: str) -> dict[str, list[tuple[str, int, str]]]:
+    """Return a packaged split, part -> rows of path, label and class name; not to be changed."""
     rows: dict[str, list[tuple[str, int, str]]] = json.loads(packaged_text(f"{name}.gz"))
     return rows
 

@@ -1,0 +1,175 @@
+"""ImageFolder and CSV: layouts, shots, base and new, domains, and what they refuse."""
+
+import random
+
+import pytest
+
+from promptmix.config import merge_opts, validate
+from promptmix.data import build_dataset
+from promptmix.errors import ConfigError, DataError
+from promptmix.utils import set_random_seed
+from tests.data.trees import build, config, tiny_jpeg
+
+CLASSES = ("ant", "bee", "cat", "dog", "elk")
+
+
+def folder(root, prefix="", count=10, classes=CLASSES):
+    for name in classes:
+        for k in range(count):
+            tiny_jpeg(root / prefix / name / f"{k:02}.jpg")
+    return root
+
+
+def own(name, root, opts=(), **keys):
+    cfg = config(name, root, **keys)
+    merge_opts(cfg, list(opts))
+    return build_dataset(cfg)
+
+
+def test_one_folder_is_split_by_ratio_and_its_own_seed(tmp_path):
+    folder(tmp_path)
+    random.seed(3)
+    state = random.getstate()
+    dataset = build("ImageFolder", tmp_path)
+    assert random.getstate() == state
+    assert [len(items) for items in (dataset.train_x, dataset.val, dataset.test)] == [25, 10, 15]
+    assert dataset.classnames == dataset.all_classnames == list(CLASSES)
+    paths = [i.impath for items in (dataset.train_x, dataset.val, dataset.test) for i in items]
+    assert len(set(paths)) == 50
+    again = own("ImageFolder", tmp_path, SEED=7)
+    assert [i.impath for i in again.test] == [i.impath for i in dataset.test]
+    other = own(
+        "ImageFolder", tmp_path, ["DATASET.IMAGEFOLDER.SPLIT_SEED", "2", "DATASET.IMAGEFOLDER.SPLIT_RATIO", "(0.8, 0, 0.2)"]
+    )
+    assert other.val is None and len(other.test) == 10
+    assert {i.impath for i in other.test} != {i.impath for i in dataset.test}
+
+
+def test_train_val_test_folders_shots_base_and_new(tmp_path):
+    for part, count in (("train", 6), ("val", 5), ("test", 2)):
+        folder(tmp_path, part, count)
+    set_random_seed(1)
+    base = build("ImageFolder", tmp_path, NUM_SHOTS=3, SUBSAMPLE_CLASSES="base")
+    assert [len(items) for items in (base.train_x, base.val, base.test)] == [9, 9, 6]
+    assert base.classnames == ["ant", "bee", "cat"] and base.all_classnames == list(CLASSES)
+    new = build("ImageFolder", tmp_path, NUM_SHOTS=3, SUBSAMPLE_CLASSES="new")
+    assert new.classnames == ["dog", "elk"] and {i.label for i in new.test} == {0, 1}
+
+
+def test_train_and_val_alone_test_on_val(tmp_path):
+    folder(tmp_path, "train", 2)
+    folder(tmp_path, "val", 1)
+    dataset = build("ImageFolder", tmp_path)
+    assert [i.impath for i in dataset.test] == [i.impath for i in dataset.val]
+
+
+def test_a_class_called_train_is_a_class(tmp_path):
+    folder(tmp_path, classes=("train", "bus"))
+    assert build("ImageFolder", tmp_path).classnames == ["bus", "train"]
+
+
+def test_domains_of_folders(tmp_path):
+    folder(tmp_path, "photo")
+    folder(tmp_path, "sketch", classes=CLASSES[:4])
+    opts = ["DATASET.IMAGEFOLDER.DOMAINS", "True"]
+    both = own("ImageFolder", tmp_path, opts)
+    assert both.domains == ["photo", "sketch"] and {i.domain for i in both.train_x} == {0, 1}
+    cross = own("ImageFolder", tmp_path, opts, SOURCE_DOMAINS=("sketch",), TARGET_DOMAINS=("sketch",))
+    assert cross.classnames == list(CLASSES[:4]) and {i.domain for i in cross.test} == {1}
+    with pytest.raises(DataError, match="'elk' has test but no training"):
+        own("ImageFolder", tmp_path, opts, SOURCE_DOMAINS=("sketch",), TARGET_DOMAINS=("photo",))
+    with pytest.raises(ConfigError, match="photo, sketch"):
+        own("ImageFolder", tmp_path, opts, SOURCE_DOMAINS=("painting",))
+
+
+def test_class_names_from_a_file_and_templates(tmp_path):
+    folder(tmp_path, classes=("n1", "n2"))
+    (tmp_path / "names.txt").write_text("n1 great white shark\nn2 hen\n")
+    dataset = own(
+        "ImageFolder",
+        tmp_path,
+        ["DATASET.IMAGEFOLDER.CLASSNAMES", "names.txt", "DATASET.IMAGEFOLDER.TEMPLATES", "('a drawing of a {}.',)"],
+    )
+    assert dataset.classnames == ["great white shark", "hen"] and dataset.templates == ["a drawing of a {}."]
+
+
+def table(root, header, lines, name="labels.csv"):
+    (root / name).write_text("\n".join([header, *lines]) + "\n")
+
+
+def test_csv_with_splits_and_domains(tmp_path):
+    lines = []
+    for k in range(12):
+        tiny_jpeg(tmp_path / "pics" / f"{k}.jpg")
+        label, part, domain = ("cat", "big dog")[k % 2], ("train", "val", "test")[k // 4], ("day", "night")[k // 2 % 2]
+        lines.append(f'./pics/{k}.jpg, "{label}", {part}, {domain}')
+    table(tmp_path, "path,label,split,domain", lines)
+    dataset = build("CSV", tmp_path)
+    assert [len(items) for items in (dataset.train_x, dataset.val, dataset.test)] == [4, 4, 4]
+    assert dataset.classnames == ["big dog", "cat"] and dataset.domains == ["day", "night"]
+    night = build("CSV", tmp_path, SOURCE_DOMAINS=("day",), TARGET_DOMAINS=("night",), NUM_SHOTS=1)
+    assert {i.domain for i in night.train_x} == {0} and {i.domain for i in night.test} == {1}
+
+
+def test_csv_without_a_split_and_with_numbers_for_labels(tmp_path):
+    lines = []
+    for k in range(30):
+        tiny_jpeg(tmp_path / f"{k}.jpg")
+        lines.append(f"{k}.jpg,{(2, 10, 9)[k % 3]}")
+    table(tmp_path, "path,label", lines, "mine.csv")
+    dataset = own("CSV", tmp_path, ["DATASET.CSV.FILE", "mine.csv"])
+    assert dataset.classnames == ["2", "9", "10"] and len(dataset.train_x) == 15
+    assert own("CSV", "", ["DATASET.CSV.FILE", str(tmp_path / "mine.csv")]).num_classes == 3
+
+
+@pytest.mark.parametrize(
+    ("header", "lines", "words"),
+    [
+        ("path,name", ["a.jpg,cat"], "no column 'label'"),
+        ("path,label,split", ["a.jpg,cat,training"], "line 2"),
+        ("path,label,split", ["a.jpg,cat,train", "a.jpg,cat,"], "some rows have a split"),
+        ("path,label", ["a.jpg,"], "line 2"),
+        ("path,label", [], "no pictures"),
+        ("path,label", ["a.jpg,cat"], "too few to split"),
+        ("path,label,split", ["gone.jpg,cat,train", "a.jpg,cat,test"], "gone.jpg: missing"),
+        ("path,label,split", ["a.jpg,cat,train"], "no test pictures"),
+    ],
+)
+def test_csv_refuses_in_one_line(tmp_path, header, lines, words):
+    tiny_jpeg(tmp_path / "a.jpg")
+    table(tmp_path, header, lines)
+    with pytest.raises(DataError, match=words) as caught:
+        build("CSV", tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_folders_refuse(tmp_path):
+    with pytest.raises(DataError, match="DATASET.ROOT is not set"):
+        build("ImageFolder", "")
+    with pytest.raises(DataError, match="no pictures"):
+        build("ImageFolder", tmp_path)
+    folder(tmp_path)
+    with pytest.raises(ConfigError, match="SPLIT_RATIO"):
+        own("ImageFolder", tmp_path, ["DATASET.IMAGEFOLDER.SPLIT_RATIO", "(0.5, 0.2, 0.2)"])
+    with pytest.raises(DataError, match="no file|No such file"):
+        build("CSV", tmp_path)
+
+
+def test_settings_of_another_data_set_are_refused(tmp_path):
+    cfg = config("OxfordPets", tmp_path)
+    cfg.TRAINER.NAME = "ZeroshotCLIP"
+    merge_opts(cfg, ["DATASET.CSV.FILE", "a.csv"])
+    with pytest.raises(ConfigError, match="DATASET.CSV.FILE .* would be ignored by data set OxfordPets"):
+        validate(cfg)
+
+
+def test_skip_bad_leaves_out_and_a_class_never_vanishes(tmp_path):
+    for part in ("train", "test"):
+        folder(tmp_path, part, 2)
+    (tmp_path / "train" / "ant" / "00.jpg").write_bytes(b"")
+    with pytest.raises(DataError, match="00.jpg: empty file"):
+        build("ImageFolder", tmp_path)
+    assert len(build("ImageFolder", tmp_path, SKIP_BAD=True).train_x) == 9
+    (tmp_path / "train" / "ant" / "01.jpg").write_bytes(b"\xff\xd8 cut")
+    with pytest.raises(DataError, match="no training picture of 'ant'"):
+        build("ImageFolder", tmp_path, SKIP_BAD=True)
