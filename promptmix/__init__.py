@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 __version__ = "0.1.0"
 
@@ -13,4 +14,13 @@ if (_above / "setup.py").is_file() and (_above / "trainers").is_dir():
 
 from promptmix.hookspecs import hookimpl, hookspec  # noqa: E402  (needs __path__ as set above)
 
-__all__ = ["__version__", "hookimpl", "hookspec"]
+__all__ = ["__version__", "hookimpl", "hookspec", "load"]
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401
+    """Import ``load`` when it is asked for: it brings torch, which ``promptmix --help`` does without."""
+    if name == "load":
+        from promptmix.predict import load
+
+        return load
+    raise AttributeError(f"module 'promptmix' has no attribute {name!r}")

@@ -12,7 +12,18 @@ from yacs.config import CfgNode as CN
 from promptmix.errors import ConfigError
 from promptmix.registry import Registry, closest
 
-__all__ = ["CN", "get_cfg", "get_cfg_default", "get_key", "merge_file", "merge_opts", "source_of", "sources", "validate"]
+__all__ = [
+    "CN",
+    "get_cfg",
+    "get_cfg_default",
+    "get_key",
+    "merge_file",
+    "merge_opts",
+    "merge_tree",
+    "source_of",
+    "sources",
+    "validate",
+]
 
 #: Values that a key may take, for keys whose choices no registry knows.
 CHOICES: dict[str, tuple[Any, ...]] = {
@@ -199,8 +210,17 @@ def merge_file(cfg: CN, path: str | Path) -> None:
     base = tree.pop("_BASE_", None)
     if base is not None:
         merge_file(cfg, path.parent / str(base))
+    merge_tree(cfg, tree, str(path))
+
+
+def merge_tree(cfg: CN, tree: dict[str, Any], source: str) -> None:
+    """Merge a tree of plain values, as a YAML file or ``results.json`` holds it, into ``cfg``.
+
+    Raises:
+        ConfigError: an unknown key, a wrong type or an empty value.
+    """
     for key, value in _leaves(tree, cfg):
-        _set(cfg, key, value, str(path))
+        _set(cfg, key, value, source)
 
 
 def merge_opts(cfg: CN, opts: list[str], source: str = "command line") -> None:

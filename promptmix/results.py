@@ -83,6 +83,7 @@ class RunResult:
         finished: end of the run, ISO 8601 in UTC.
         seconds: ``total``, ``train`` (with validation after each epoch) and ``test``.
         peak_memory_mb: largest resident memory (``rss``) and CUDA allocation (``cuda``), in MiB; None where unknown.
+        vocabulary: the data set's words: ``classnames``, ``all_classnames``, ``templates``, ``template_groups``.
         learned_parameters: number of scalars that the optimisers may change.
         source: file that this was read from (not written).
     """
@@ -107,6 +108,7 @@ class RunResult:
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory_mb: dict[str, float | None] = field(default_factory=dict)
     learned_parameters: int | None = None
+    vocabulary: dict[str, Any] = field(default_factory=dict)
     source: str = ""
 
     @classmethod

@@ -76,6 +76,7 @@ def run(
         _print_header(cfg, arguments or {})
         trainer: Any = build_trainer(cfg)  # any class with Dassl's interface
         result.learned_parameters = _count_learned(trainer)
+        result.vocabulary = _vocabulary(trainer)
         if eval_only:
             _refuse_other_method(result, model_dir)
             trainer.load_model(model_dir, epoch=load_epoch)
@@ -165,6 +166,13 @@ def _count_learned(trainer: Any) -> int:  # noqa: ANN401  (a trainer with Dassl'
     """Count the scalars of the registered models that may change; 0 means that there is nothing to train."""
     models = (trainer._models[name] for name in trainer.get_model_names())
     return sum(p.numel() for model in models if model is not None for p in model.parameters() if p.requires_grad)
+
+
+def _vocabulary(trainer: Any) -> dict[str, Any]:  # noqa: ANN401
+    """Return the words of the trainer's data set, with which its prompts can be used without the data set."""
+    dataset = getattr(getattr(trainer, "dm", None), "dataset", None)
+    names = ("classnames", "all_classnames", "templates", "template_groups")
+    return {name: _plain(getattr(dataset, name)) for name in names if hasattr(dataset, name)}
 
 
 def _has_nothing_to_train(trainer: Any) -> bool:  # noqa: ANN401

@@ -10,6 +10,8 @@ from __future__ import annotations
 COMMANDS: dict[str, str] = {
     "quickstart": "train and compare methods on the embedded pictures, offline",
     "train": "train and test one method (all flags of CoOp's train.py)",
+    "data": "list, check and download data sets",
+    "predict": "classify any picture with what a run learned",
     "parse": "make tables from the results of several runs",
     "bench": "measure the text tower against the plain pass at full length",
     "new-plugin": "write a package of your own that adds a router, another part, or a trainer",

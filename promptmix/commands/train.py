@@ -12,6 +12,7 @@ from promptmix.errors import ConfigError
 #: Flag to config key, as in CoOp.
 FLAGS = {
     "--root": "DATASET.ROOT",
+    "--skip-bad": "DATASET.SKIP_BAD",
     "--output-dir": "OUTPUT_DIR",
     "--resume": "RESUME",
     "--seed": "SEED",
@@ -31,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
     add = parser.add_argument
     add("--root", default="", help="folder of the data sets")
+    add("--skip-bad", action="store_const", const=True, help="leave out missing or damaged pictures instead of stopping")
     add("--output-dir", default="", help="folder for log.txt, results.json and checkpoints")
     add("--resume", default="", metavar="DIR", help="output folder of an earlier run, whose training goes on")
     add("--seed", type=int, help="seed of all random numbers; negative = not seeded")

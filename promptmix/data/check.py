@@ -85,7 +85,7 @@ def _check_split(about: Description, report: Report, splits: Splits) -> None:
     prefix = str(report.folder / about.images)
     for part in ("train", "val", "test"):
         here = [(os.path.relpath(item.impath, prefix), item.label, item.classname) for item in splits[part]]
-        there = [tuple(row) for row in theirs[part]]
+        there = [(row[0], row[1], row[2]) for row in theirs[part]]
         if here != there:
             wrong = f"wrong split: {part} in {path.name} is not CoOp's ({_difference(here, there)})"
             report.findings.append(f"{wrong}; remove the file to use the packaged one")

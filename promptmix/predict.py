@@ -1,0 +1,236 @@
+"""Classifies any picture with what a run learned, also among class names that it never saw.
+
+``promptmix.load("output/run").predict(["cat.jpg"], classnames=["cat", "dog"])``. The data set of the run is not needed: its words
+(class names, templates) are in ``results.json``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from promptmix import config, results
+from promptmix.components import PromptLearner
+from promptmix.data.images import read_image
+from promptmix.data.transforms import build_transform
+from promptmix.engine.checkpoint import BEST_FILE, LAST_FILE
+from promptmix.errors import CheckpointError, ConfigError, DataError
+from promptmix.plugin_manager import get_plugin_manager, load_plugin
+from promptmix.prompting import PromptTrainer
+from promptmix.registry import TRAINER_REGISTRY
+from promptmix.results import FILE_NAME, RunResult
+from promptmix.utils import get_logger
+
+__all__ = ["Prediction", "Predictor", "load"]
+
+Picture = str | Path | Image.Image
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a picture shows.
+
+    Attributes:
+        image: its path, or "" for one that was given as a picture.
+        classnames: class names, the most probable first.
+        probabilities: their probabilities.
+    """
+
+    image: str
+    classnames: tuple[str, ...]
+    probabilities: tuple[float, ...]
+
+    @property
+    def classname(self) -> str:
+        """The most probable class."""
+        return self.classnames[0]
+
+    @property
+    def probability(self) -> float:
+        """Its probability."""
+        return self.probabilities[0]
+
+
+def load(run: str | Path, *, epoch: int | None = None, device: str = "", plugins: Sequence[str] = ()) -> Predictor:
+    """Load the learned prompts of a run for predictions.
+
+    Args:
+        run: output folder of the run.
+        epoch: which checkpoint; None = the one that the run was tested with.
+        device: auto, cpu or cuda; "" = as the run.
+        plugins: modules or files that the run loaded with ``--plugin``.
+
+    Raises:
+        UserError: the folder holds no run, its checkpoint is missing, or its method can't be rebuilt.
+    """
+    return Predictor(run, epoch=epoch, device=device, plugins=plugins)
+
+
+class Predictor:
+    """A run's method with its learned tensors, without its data set. Arguments as for ``load``.
+
+    Attributes:
+        result: the run's ``results.json``.
+        classnames: names of the classes that the run told apart.
+    """
+
+    def __init__(self, run: str | Path, *, epoch: int | None = None, device: str = "", plugins: Sequence[str] = ()) -> None:
+        get_plugin_manager()
+        for plugin in plugins:
+            load_plugin(plugin)
+        folder = Path(run)
+        self.result = _read(folder)
+        cfg = config.get_cfg()
+        config.merge_tree(cfg, self.result.config, str(folder / FILE_NAME))
+        cfg.VERBOSE, cfg.MODEL.INIT_WEIGHTS = False, ""  # the checkpoint holds every learned tensor
+        cfg.DEVICE = device or cfg.DEVICE
+        cfg.freeze()
+        self._folder = folder
+        self.classnames: tuple[str, ...] = tuple(self.result.vocabulary["classnames"])
+        with _quiet():
+            self._trainer = _without_data(cfg, self.result.vocabulary)
+            self._load(folder, epoch)
+            self._trainer.set_model_mode("eval")
+            transform = build_transform(cfg, is_train=False)
+        if transform is None:
+            raise ConfigError(
+                f"the run in {folder} was made with INPUT.NO_TRANSFORM, so its method can't be given plain pictures"
+            )
+        self._transform = transform
+        self._learner_of = lru_cache(maxsize=8)(self._build_learner)
+
+    def predict(
+        self, images: Iterable[Picture] | Picture, classnames: Sequence[str] | None = None, *, batch_size: int = 32
+    ) -> list[Prediction]:
+        """Classify pictures.
+
+        Args:
+            images: paths (``pack.zip::member`` too) or pictures; one, or several.
+            classnames: names to choose from; None = the run's own.
+            batch_size: pictures at a time.
+
+        Raises:
+            DataError: a picture can't be read.
+            ConfigError: the names are fewer than one, or one is twice there.
+            CheckpointError: the run's prompts belong to its own classes.
+        """
+        names = self.classnames if classnames is None else tuple(classnames)
+        if not names or len(set(names)) < len(names) and classnames is not None:
+            raise ConfigError(f"class names {list(names)} must be one or more, each once")
+        given = [images] if isinstance(images, Picture) else list(images)
+        found: list[Prediction] = []
+        with torch.no_grad(), _quiet():
+            learner = self._learner_of(names)
+            with self._trainer.precision.autocast():
+                classifier = learner.classifier()
+            for start in range(0, len(given), batch_size):
+                batch = given[start : start + batch_size]
+                found += self._batch(learner, classifier, batch, names)
+        return found
+
+    def _batch(self, learner: PromptLearner, classifier: Any, batch: list[Picture], names: tuple[str, ...]) -> list[Prediction]:  # noqa: ANN401
+        pictures = [image.convert("RGB") if isinstance(image, Image.Image) else read_image(str(image)) for image in batch]
+        inputs = torch.stack([self._transform(picture) for picture in pictures]).to(self._trainer.device)
+        with self._trainer.precision.autocast():
+            logits: Tensor = learner.logits(learner.encode_images(inputs), classifier)
+        probabilities, order = logits.float().softmax(dim=-1).cpu().sort(dim=-1, descending=True, stable=True)
+        return [
+            Prediction("" if isinstance(image, Image.Image) else str(image), tuple(names[i] for i in ranks), tuple(values))
+            for image, ranks, values in zip(batch, order.tolist(), probabilities.tolist(), strict=True)
+        ]
+
+    def _load(self, folder: Path, epoch: int | None) -> None:
+        """Load the checkpoint that the run was tested with, or that of ``epoch``."""
+        tested = self.result.checkpoint or {}
+        if tested:
+            epoch = tested["epoch"] if epoch is None else epoch
+            folder = Path(tested["directory"])
+        elif epoch is None and self._trainer.get_model_names():
+            place = folder / self._trainer.get_model_names()[0]
+            best = self.result.config["TEST"]["FINAL_MODEL"] == "best_val" and (place / BEST_FILE).is_file()
+            epoch = None if best else _last_epoch(place)
+        self._trainer.load_model(str(folder), epoch=epoch)
+
+    def _build_learner(self, names: tuple[str, ...]) -> PromptLearner:
+        """Return the learner for ``names``, with the run's learned tensors."""
+        learned: PromptLearner = self._trainer.model
+        if names == self.classnames:
+            return learned
+        task = self._trainer._task()
+        own = {name: tensor.shape for name, tensor in learned.state_dict().items()}
+
+        def build(names: tuple[str, ...]) -> PromptLearner:
+            known = tuple(dict.fromkeys((*task.all_classnames, *names)))
+            fresh: PromptLearner = self._trainer.build_learner(replace(task, classnames=names, all_classnames=known))
+            shapes = {name: tensor.shape for name, tensor in fresh.state_dict().items()}
+            if shapes != own:
+                raise CheckpointError(
+                    f"{self._folder} learned a context for each of its own {len(self.classnames)} classes, which can't serve "
+                    "other names; leave the class names out, or train without class-specific contexts"
+                )
+            return fresh
+
+        if len(names) == len(self.classnames):
+            # As many names as before would fit tensors per class by accident: with one more they don't.
+            build((*names, names[0]))
+        learner = build(names)
+        learner.load_state_dict(learned.state_dict())
+        return learner.to(self._trainer.device).eval()
+
+
+def _read(folder: Path) -> RunResult:
+    path = folder / FILE_NAME
+    if not path.is_file():
+        raise DataError(f"no {path}; name the output folder of a run that finished")
+    result = results.load(path)
+    if not result.vocabulary.get("classnames"):
+        raise DataError(f"{path} has no class names (an older promptmix wrote it); test that run again with --eval-only")
+    return result
+
+
+def _last_epoch(place: Path) -> int:
+    """Return the epoch of the checkpoint that was written last."""
+    note = place / LAST_FILE
+    name = note.read_text(encoding="utf-8").strip() if note.is_file() else ""
+    number = name.rpartition("-")[2]
+    if not number.isdecimal():
+        raise CheckpointError(f"no checkpoint in {place}; name the output folder of a run that trained, or an epoch")
+    return int(number)
+
+
+def _without_data(cfg: config.CN, vocabulary: dict[str, Any]) -> Any:  # noqa: ANN401
+    """Build the run's trainer around its words instead of its data set."""
+    trainer_class = TRAINER_REGISTRY.get(cfg.TRAINER.NAME)
+    if not issubclass(trainer_class, PromptTrainer):
+        raise ConfigError(f"predictions need a PromptTrainer, which {cfg.TRAINER.NAME} is not; evaluate it with --eval-only")
+    names = list(vocabulary["classnames"])
+
+    def build_data_loader(self: Any) -> None:  # noqa: ANN401
+        self.train_loader_x = self.train_loader_u = self.val_loader = self.test_loader = None
+        self.num_classes, self.num_source_domains, self.lab2cname = len(names), 0, dict(enumerate(names))
+        self.dm = SimpleNamespace(dataset=SimpleNamespace(**vocabulary))
+
+    # Under the trainer's own name, which is what a checkpoint knows its writer by.
+    return type(trainer_class.__name__, (trainer_class,), {"build_data_loader": build_data_loader})(cfg)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the trainer's progress messages off the output, but not its warnings."""
+    logger = get_logger()
+    before = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)

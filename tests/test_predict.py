@@ -1,0 +1,161 @@
+"""Predictions with trained prompts on the embedded model, with the data set gone, also for names never seen."""
+
+import csv
+import io
+import json
+import shutil
+import zipfile
+
+import pytest
+from PIL import Image
+
+import promptmix
+from promptmix.assets import asset_path
+from promptmix.cli import main
+from promptmix.config import get_cfg, merge_opts
+from promptmix.errors import CheckpointError, ConfigError, DataError
+from promptmix.run import run
+
+PICTURES = {"cat": "1f408", "dog": "1f415", "bus": "1f68c", "violin": "1f3bb"}
+OPTS = {
+    "DATASET.NAME": "ImageFolder",
+    "MODEL.BACKBONE.NAME": "tiny-en",
+    "INPUT.SIZE": (128, 128),
+    "INPUT.PIXEL_MEAN": [0.5] * 3,
+    "INPUT.PIXEL_STD": [0.5] * 3,
+    "INPUT.TRANSFORMS": ["center_crop", "normalize"],
+    "DATALOADER.NUM_WORKERS": 0,
+    "DATALOADER.TRAIN_X.BATCH_SIZE": 4,
+    "OPTIM.NAME": "sgd",
+    "OPTIM.LR": 0.002,
+    "OPTIM.MAX_EPOCH": 2,
+    "SEED": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    for style in ("fluent_3d", "openmoji_color"):
+        with zipfile.ZipFile(asset_path(f"emoji/{style}.zip")) as pack:
+            for name, code in PICTURES.items():
+                (folder / f"{name}-{style}.webp").write_bytes(pack.read(f"{code}.webp"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, pictures):
+    """One run per method on three of the classes, whose data folder is then taken away."""
+    out, data = tmp_path_factory.mktemp("runs"), tmp_path_factory.mktemp("data")
+    for path in pictures.iterdir():
+        name = path.name.split("-")[0]
+        for part in ("train", "test") if name != "violin" else ():
+            (data / part / name).mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, data / part / name)
+    for name, more in {
+        "CoOp": ["TRAINER.COOP.N_CTX", "4"],
+        "CSC": ["TRAINER.COOP.CSC", "True", "TRAINER.COOP.N_CTX", "4"],
+        "MoCoOp": ["ROUTER.HARDPROMPTTOPK.K", "1"],
+        "ZeroshotCLIP": [],
+    }.items():
+        cfg = get_cfg()
+        merge_opts(cfg, [part for pair in OPTS.items() for part in pair])
+        trainer = "CoOp" if name == "CSC" else name
+        merge_opts(cfg, ["TRAINER.NAME", trainer, "OUTPUT_DIR", str(out / name), "DATASET.ROOT", str(data), *more])
+        run(cfg, quiet=True)
+    shutil.rmtree(data)
+    return out
+
+
+def test_the_same_numbers_as_the_runs_own_test(runs, pictures):
+    for name in ("CoOp", "CSC", "MoCoOp", "ZeroshotCLIP"):
+        predictor = promptmix.load(runs / name)
+        assert predictor.classnames == ("bus", "cat", "dog")
+        images = sorted(path for path in pictures.iterdir() if not path.name.startswith("violin"))
+        found = predictor.predict(images)
+        right = sum(prediction.classname == path.name.split("-")[0] for prediction, path in zip(found, images, strict=True))
+        assert 100 * right / len(images) == pytest.approx(predictor.result.metrics["test"]["accuracy"])
+        assert all(sum(prediction.probabilities) == pytest.approx(1, abs=1e-5) for prediction in found)
+
+
+@pytest.mark.parametrize("name", ["CoOp", "MoCoOp", "ZeroshotCLIP"])
+def test_names_never_seen(runs, pictures, name):
+    predictor = promptmix.load(runs / name)
+    image = pictures / "violin-fluent_3d.webp"
+    best = predictor.predict(image, ["hammer", "violin", "police_car", "tree"])[0]
+    assert best.image == str(image) and sorted(best.classnames) == ["hammer", "police_car", "tree", "violin"]
+    assert best.classname == "violin"
+    # A subset and another order score as the same names do among all.
+    own = predictor.predict(image)[0]
+    mixed = predictor.predict(image, ["dog", "bus", "cat"])[0]
+    assert mixed.classnames == own.classnames and mixed.probabilities == pytest.approx(own.probabilities, abs=1e-5)
+
+
+def test_pictures_and_batches(runs, pictures):
+    predictor = promptmix.load(runs / "CoOp")
+    paths = sorted(pictures.iterdir())
+    opened = [Image.open(path) for path in paths]
+    one, several = predictor.predict(opened, batch_size=3), predictor.predict(paths)
+    assert [p.probabilities for p in one] == [pytest.approx(p.probabilities, abs=1e-5) for p in several]
+    assert one[0].image == "" and predictor.predict([]) == []
+
+
+@pytest.mark.parametrize("names", [["cow", "hen", "pig"], ["dog", "cat", "bus"], ["cow", "hen"]])
+def test_class_specific_contexts_refuse_other_names(runs, pictures, names):
+    predictor = promptmix.load(runs / "CSC")
+    with pytest.raises(CheckpointError, match="own 3 classes"):
+        predictor.predict(pictures / "cat-fluent_3d.webp", names)
+
+
+def test_the_command_writes_table_json_lines_and_csv(runs, pictures, capsys):
+    command = [
+        "predict",
+        "--model-dir",
+        str(runs / "CoOp"),
+        str(pictures),
+        "--classnames",
+        "cat,dog,bus,violin",
+        "--top",
+        "2",
+    ]
+    assert main([*command, "--format", "jsonl"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(rows) == 8 and all(len(row["predictions"]) == 2 for row in rows)
+    assert main([*command, "--format", "csv"]) == 0
+    table = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [row["classname"] for row in table[::2]] == [row["predictions"][0]["classname"] for row in rows]
+    assert main(command) == 0
+    assert "Probability" in capsys.readouterr().out
+    names = pictures.parent / "names.txt"
+    names.write_text("cat\ndog\n")
+    assert main([*command[:4], "--classnames", str(names), "--format", "jsonl"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 8
+
+
+def test_errors_are_one_line(runs, pictures, tmp_path, capsys):
+    image = str(pictures / "cat-fluent_3d.webp")
+    (tmp_path / "empty").mkdir()
+    for arguments, words in (
+        ([image, "--model-dir", str(tmp_path)], "no "),
+        ([str(tmp_path / "none.jpg"), "--model-dir", str(runs / "CoOp")], "none.jpg"),
+        ([str(tmp_path / "empty"), "--model-dir", str(runs / "CoOp")], "no pictures"),
+        ([image, "--model-dir", str(runs / "CoOp"), "--top", "0"], "--top"),
+        ([image, "--model-dir", str(runs / "CoOp"), "--classnames", ","], "--classnames"),
+        ([image, "--model-dir", str(runs / "CoOp"), "--load-epoch", "9"], "model.pth.tar-9"),
+        ([image, "--model-dir", str(runs / "CSC"), "--classnames", "a,b,c"], "context for each"),
+    ):
+        assert main(["predict", *arguments]) == 2
+        error = capsys.readouterr().err
+        assert words in error and error.count("promptmix: error") == 1
+    predictor = promptmix.load(runs / "ZeroshotCLIP")
+    for names in ([], ["cat", "cat"]):
+        with pytest.raises(ConfigError, match="each once"):
+            predictor.predict(image, names)
+    with pytest.raises(DataError, match="not a results file|no class names"):
+        (tmp_path / "results.json").write_text('{"schema_version": 1}')
+        promptmix.load(tmp_path)
+
+
+def test_unknown_attributes_still_fail():
+    with pytest.raises(AttributeError, match="nonsense"):
+        promptmix.nonsense  # noqa: B018
