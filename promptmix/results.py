@@ -20,6 +20,8 @@ from promptmix.errors import DataError, UserError
 
 SCHEMA_VERSION = 1
 FILE_NAME = "results.json"
+#: The whole config of a run, written before it trains; ``--config-file`` takes it.
+CONFIG_NAME = "run_config.yaml"
 #: What tells one run from another: two runs that differ in any of these never share an output folder.
 IDENTITY = (
     "trainer",
@@ -85,6 +87,9 @@ class RunResult:
         peak_memory_mb: largest resident memory (``rss``) and CUDA allocation (``cuda``), in MiB; None where unknown.
         vocabulary: the data set's words: ``classnames``, ``all_classnames``, ``templates``, ``template_groups``.
         learned_parameters: number of scalars that the optimisers may change.
+        protocol: the protocol of ``promptmix run`` that this run is part of; "" = by itself.
+        title: what tables call the data set; "" = ``dataset``.
+        trained_on: what tables call the data set that the evaluated prompts come from, where it is another one.
         source: file that this was read from (not written).
     """
 
@@ -109,6 +114,9 @@ class RunResult:
     peak_memory_mb: dict[str, float | None] = field(default_factory=dict)
     learned_parameters: int | None = None
     vocabulary: dict[str, Any] = field(default_factory=dict)
+    protocol: str = ""
+    title: str = ""
+    trained_on: str = ""
     source: str = ""
 
     @classmethod

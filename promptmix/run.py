@@ -7,6 +7,7 @@ import io
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import datetime, timezone
 from importlib.resources import files
 from pathlib import Path
@@ -14,15 +15,17 @@ from types import TracebackType
 from typing import Any, TextIO, cast
 
 import torch
+import yaml
 from yacs.config import CfgNode as CN
 
 from promptmix import config, memory, results
 from promptmix.engine import Logger, SimpleTrainer, build_trainer, collect_env_info, set_random_seed, setup_logger
+from promptmix.engine.checkpoint import LAST_FILE
 from promptmix.errors import CheckpointError, UserError
 from promptmix.hookspecs import hookimpl
 from promptmix.plugin_manager import get_plugin_manager
-from promptmix.results import FILE_NAME, RunResult
-from promptmix.utils import get_logger
+from promptmix.results import CONFIG_NAME, FILE_NAME, RunResult
+from promptmix.utils import atomic_write, get_logger
 
 
 def run(
@@ -36,6 +39,7 @@ def run(
     command: list[str] | None = None,
     on_epoch: Callable[[Any], None] | None = None,
     quiet: bool = False,
+    labels: dict[str, str] | None = None,
 ) -> RunResult:
     """Build the trainer, train and test it (or only test); ``OUTPUT_DIR`` gets ``log.txt`` and ``results.json``.
 
@@ -51,6 +55,7 @@ def run(
         command: command line, kept in ``results.json``.
         on_epoch: called with the trainer after each epoch.
         quiet: write to the log only, nothing to standard output or error.
+        labels: ``protocol``, ``title`` and ``trained_on`` of the result, for tables.
 
     Returns:
         The result; with ``no_train`` it has no numbers and is written nowhere.
@@ -60,7 +65,7 @@ def run(
     """
     config.validate(cfg)
     cfg.freeze()
-    result = RunResult.from_config(_plain(cfg))
+    result = replace(RunResult.from_config(_plain(cfg)), **(labels or {}))  # type: ignore[arg-type]
     if not no_train:
         _refuse_other_run(result, Path(cfg.OUTPUT_DIR), eval_only)
     # A shipped config is called by its name, not by where this machine keeps it.
@@ -82,7 +87,7 @@ def run(
             trainer.load_model(model_dir, epoch=load_epoch)
         if no_train:
             return result
-        output.open()
+        output.open(cfg)
         recorder.ready()
         with _plugged(recorder):
             if eval_only or _has_nothing_to_train(trainer):
@@ -111,11 +116,13 @@ def _plain(node: Any) -> Any:  # noqa: ANN401  (any config value)
 
 
 def _refuse_other_run(new: RunResult, folder: Path, eval_only: bool) -> None:
-    """Refuse a folder with another run's results: training would resume there and report its numbers as this run's."""
-    path = folder / FILE_NAME
-    if not path.is_file():
+    """Refuse a folder with another run: training would resume there and report its numbers as this run's."""
+    if (folder / FILE_NAME).is_file():
+        old = results.load(folder / FILE_NAME)
+    elif (folder / CONFIG_NAME).is_file() and any(folder.glob(f"*/{LAST_FILE}")):  # cut off, with something to resume
+        old = RunResult.from_config(yaml.safe_load((folder / CONFIG_NAME).read_text(encoding="utf-8")))
+    else:
         return
-    old = results.load(path)
     pairs = [(name, value, new.identity()[name]) for name, value in old.identity().items()]
     if not eval_only:
         ours = new.settings()
@@ -124,7 +131,7 @@ def _refuse_other_run(new: RunResult, folder: Path, eval_only: bool) -> None:
     for name, theirs, mine in pairs:
         if theirs != mine:
             raise UserError(
-                f"{folder} holds the results of another run ({name} is {theirs} there, {mine} here); "
+                f"{folder} holds another run ({name} is {theirs} there, {mine} here); "
                 "choose another --output-dir, or remove that folder"
             )
 
@@ -271,16 +278,22 @@ class _Output:
         sys.stdout = self._log
         return self
 
-    def open(self) -> None:
-        """Make the folder and the log, and write there what was printed so far.
+    def open(self, cfg: CN) -> None:
+        """Make the folder, the config and the log, and write there what was printed so far.
+
+        Args:
+            cfg: what the run was asked to do.
 
         Raises:
             UserError: the folder can't be made or written; choose another ``--output-dir``.
         """
         early = self._early.getvalue()
         self._log.close()
-        missing = [path for path in (self._directory, *self._directory.parents) if not path.exists()]
+        note = self._directory / CONFIG_NAME
+        missing = [path for path in (note, self._directory, *self._directory.parents) if not path.exists()]
         try:
+            text: str = cfg.dump()
+            atomic_write(note, lambda path: path.write_text(text, encoding="utf-8"))
             self._log = setup_logger(self._directory)
         except OSError as error:
             raise UserError(f"OUTPUT_DIR {self._directory}: {error.strerror or error}; choose another --output-dir") from error
