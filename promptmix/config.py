@@ -89,6 +89,7 @@ def get_cfg_default() -> CN:
     cfg.DATASET.CIFAR_C_LEVEL = 1
     cfg.DATASET.ALL_AS_UNLABELED = False
     cfg.DATASET.SUBSAMPLE_CLASSES = "all"  # CoOp's key: all | base | new
+    cfg.DATASET.TEMPLATE_GROUPS = ()  # ours: groups of templates in place of the data set's own; () = its own
     cfg.DATASET.CLASS_ORDER = "sorted"  # ours: sorted | seeded (class order drawn from SEED, so base/new differ by seed)
 
     cfg.DATALOADER = CN()

@@ -78,7 +78,8 @@ class PromptTrainer(TrainerX):
         dataset = self.dm.dataset
         names = tuple(self.lab2cname[label] for label in range(self.num_classes))
         templates = tuple(getattr(dataset, "templates", ())) or ("a photo of a {}.",)
-        groups = tuple(tuple(group) for group in getattr(dataset, "template_groups", ())) or ((templates[0],),)
+        given = self.cfg.DATASET.TEMPLATE_GROUPS or getattr(dataset, "template_groups", ())
+        groups = tuple(tuple(group) for group in given) or ((templates[0],),)
         return Task(self.clip, names, tuple(getattr(dataset, "all_classnames", names)), templates, groups)
 
     def before_train(self) -> None:
