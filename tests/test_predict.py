@@ -159,3 +159,20 @@ def test_errors_are_one_line(runs, pictures, tmp_path, capsys):
 def test_unknown_attributes_still_fail():
     with pytest.raises(AttributeError, match="nonsense"):
         promptmix.nonsense  # noqa: B018
+
+
+def test_training_stops_at_bad_pictures_or_skips_them(pictures, tmp_path, capsys):
+    for path in pictures.iterdir():
+        for part in ("train", "test"):
+            target = tmp_path / part / path.name.split("-")[0] / path.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, target)
+    bad = tmp_path / "train" / "cat" / "cut.webp"
+    bad.write_bytes(next(pictures.iterdir()).read_bytes()[:200])
+    opts = [str(part) for pair in OPTS.items() for part in pair]
+    command = ["train", "--root", str(tmp_path), "--trainer", "ZeroshotCLIP", "--output-dir", str(tmp_path / "out")]
+    assert main([*command, *opts]) == 2
+    captured = capsys.readouterr()
+    assert f"{bad}: damaged" in captured.err and "--skip-bad" in captured.err and not (tmp_path / "out").exists()
+    assert main([*command, "--skip-bad", *opts]) == 0
+    assert "1 pictures are left out" in capsys.readouterr().out
