@@ -266,6 +266,8 @@ def validate(cfg: CN) -> None:
     _refuse_strangers(cfg, "TRAINER", cfg.TRAINER.NAME)
     own = getattr(trainer, "roles", {})
     for role, registry in ROLES.items():
+        if role not in cfg:
+            continue  # a tree of Dassl's form, which has no mixtures
         if role not in own and cfg[role].NAME:
             raise ConfigError(f"{role}.NAME is {cfg[role].NAME!r}, but {cfg.TRAINER.NAME} has no such role; remove the key")
         chosen = (cfg[role].NAME or own[role]) if role in own else "none"
@@ -284,8 +286,9 @@ def _refuse_strangers(cfg: CN, group: str, chosen: str) -> None:
             by_source.setdefault(source, []).append(key)
     for source, keys in by_source.items():
         strangers = [key for key in keys if not key.startswith(f"{group}.{chosen.upper()}.")]
-        # A role's settings in a file belong to the trainer they are written beside, so a shared file may carry them.
-        shared = source != "command line" and (len(strangers) < len(keys) or group != "TRAINER")
+        # A role's settings in a file belong to the trainer they are written beside, so any file may carry them.
+        methods = {key.split(".")[1] for key in keys}
+        shared = source != "command line" and (len(strangers) < len(keys) or len(methods) > 1 or group != "TRAINER")
         if strangers and not shared:
             raise ConfigError(
                 f"{strangers[0]} (set by {source}) would be ignored: {cfg.TRAINER.NAME} reads "

@@ -90,9 +90,11 @@ def test_what_validation_refuses(cfg, opts, error, words):
         validate(cfg)
 
 
-def test_a_file_for_several_methods_serves_each(cfg, tmp_path):
+@pytest.mark.parametrize("trainer", ["CoOp", "MoCoOp", "ZeroshotCLIP"])
+def test_a_file_for_several_methods_serves_each(cfg, tmp_path, trainer):
     (tmp_path / "run.yaml").write_text("TRAINER: {COOP: {N_CTX: 4}, MOCOOP: {TEXT_WEIGHT: 1.0}}\n")
     merge_file(cfg, tmp_path / "run.yaml")
+    merge_opts(cfg, ["TRAINER.NAME", trainer])
     validate(cfg)
 
 
