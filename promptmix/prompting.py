@@ -8,14 +8,15 @@ import torch
 from torch import Tensor
 from yacs.config import CfgNode
 
+from promptmix import convert
 from promptmix.clip import load_clip
 from promptmix.components import PromptLearner, Task
 from promptmix.data.views import CachedViews, cache_views
 from promptmix.engine import TrainerX, build_lr_scheduler, build_optimizer
-from promptmix.engine.checkpoint import load_pretrained_weights
+from promptmix.engine.checkpoint import load_pretrained_weights, load_state_dict_strict
 from promptmix.engine.evaluator import compute_accuracy
 from promptmix.engine.precision import Precision
-from promptmix.errors import ConfigError
+from promptmix.errors import CheckpointError, ConfigError
 from promptmix.utils import count_num_param, get_logger
 
 
@@ -136,6 +137,25 @@ class PromptTrainer(TrainerX):
     def parse_batch_train(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Return images (B, 3, S, S), or cached features (B, D), and labels (B,) on the device."""
         return batch["img"].to(self.device, non_blocking=True), batch["label"].to(self.device, non_blocking=True)
+
+    def load_model(self, directory: str, epoch: int | None = None) -> None:
+        """Load learned tensors from a run's output folder: ours, converted, or written by the authors' code of this method.
+
+        Raises:
+            CheckpointError: no such checkpoint, or it is of another method, config or backbone.
+        """
+        theirs = convert.find_theirs(directory, self.cfg.TRAINER.NAME, epoch) if directory else None
+        if theirs is None:
+            super().load_model(directory, epoch)
+            return
+        theirs.models = {name: state for name, state in theirs.models.items() if name in self._models}
+        convert.check_backbone(theirs, self.clip.image.visual)
+        for name, model in self._models.items():
+            if name in theirs.models:
+                load_state_dict_strict(model, theirs.models[name], theirs.source)
+            elif any(True for _ in model.parameters()):  # averages of weights only matter to training that goes on
+                raise CheckpointError(f"{theirs.source} holds nothing for {name}, which this config also trains")
+        get_logger().info("Load %s of the authors' code (epoch=%s)", theirs.source, theirs.epoch)
 
     def test(self, split: str | None = None) -> float:
         """Evaluate, encoding the text side once."""

@@ -141,7 +141,17 @@ class RunResult:
 
     def settings(self) -> dict[str, str]:
         """Return every config value that could move a number, by dotted key, as JSON text."""
-        return {key: json.dumps(value) for key, value in _leaves(self.config) if key not in NOT_A_SETTING}
+        nodes = self.config.get("TRAINER", {})
+        # Other methods' nodes are in the tree with whatever defaults the program that ran has; nobody read them. A method
+        # without a node of its own reads another's, as the authors' KgCoOp reads CoOp's.
+        names = [name for name, node in nodes.items() if isinstance(node, dict)]
+        own = [name for name in names if name.upper() == self.trainer.upper()]
+        others = tuple(f"TRAINER.{name}." for name in names if own and name not in own)
+        return {
+            key: json.dumps(value)
+            for key, value in _leaves(self.config)
+            if key not in NOT_A_SETTING and not key.startswith(others)
+        }
 
     def save(self, directory: str | Path) -> Path:
         """Write ``results.json`` into ``directory`` and return its path; a reader never sees half of it."""
@@ -180,8 +190,12 @@ def load(path: str | Path) -> RunResult:
         ) from error
 
 
-def find(directory: str | Path) -> tuple[list[RunResult], list[str]]:
-    """Read every run below ``directory``: ``results.json`` where there is one, else a Dassl log ``log.txt``.
+def find(directory: str | Path, test_log: bool = False) -> tuple[list[RunResult], list[str]]:
+    """Read every run below ``directory``: ``results.json`` where there is one, else a log of Dassl (``log.txt``).
+
+    Args:
+        directory: folder of runs, at any depth.
+        test_log: only runs that evaluated an earlier run's checkpoint, without training.
 
     Returns:
         The runs in order of their paths, and a note for each log that holds no result.
@@ -195,20 +209,31 @@ def find(directory: str | Path) -> tuple[list[RunResult], list[str]]:
     runs: list[RunResult] = []
     notes: list[str] = []
     for folder in sorted(_folders(root)):
-        if (folder / FILE_NAME).is_file():
-            runs.append(load(folder / FILE_NAME))
-            continue
-        log = _newest_log(folder)
-        if log is not None:
-            run = from_log(log)
-            if run is None:
-                notes.append(f"{log}: no finished result with its config, left out")
-            else:
-                runs.append(run)
+        run = read_run(folder)
+        if run is None:
+            notes.append(f"{_newest_log(folder)}: no finished result with its config, left out")
+        else:
+            runs.append(run)
     if not runs:
         shown = f" ({notes[0]})" if notes else ""
         raise UserError(f"{root}: no {FILE_NAME} and no log.txt with a result below it{shown}; train into it first")
+    if test_log:
+        runs = [run for run in runs if run.checkpoint is not None]
+        if not runs:
+            raise UserError(f"{root}: no run below it evaluated without training; leave out --test-log to read those that did")
     return runs, notes
+
+
+def read_run(folder: str | Path) -> RunResult | None:
+    """Read the run in ``folder`` from its ``results.json``, or from its newest log; None where there is no result.
+
+    Raises:
+        DataError: there is a ``results.json``, but it can't be read.
+    """
+    if Path(folder, FILE_NAME).is_file():
+        return load(Path(folder, FILE_NAME))
+    log = _newest_log(Path(folder))
+    return None if log is None else from_log(log)
 
 
 def _folders(root: Path) -> Iterator[Path]:
@@ -225,7 +250,8 @@ def _newest_log(folder: Path) -> Path | None:
 
 _METRIC = re.compile(r"^\* ([\w-]+): ([\d.eE+-]+)%?\s*$")
 _LOG_NAMES = {"error": "error_rate", "macro_acc": "macro_accuracy"}  # what a log line is called in results.json
-_SPLIT = re.compile(r"^Evaluate on the \*(\w+)\* set")
+_SPLIT = re.compile(r"^(?:Evaluate on the \*|Do evaluation on )(\w+)\*? set")  # the second is that of older Dassl
+_ARGUMENT = re.compile(r"^(eval_only|load_epoch|model_dir): (.*)$", re.M)
 _BANNER = re.compile(r"^\*+\n\*\* Config \*\*\n\*+\n(.*?)(?=^(?:Collecting env info|\*\*)|\Z)", re.M | re.S)
 
 
@@ -245,6 +271,10 @@ def from_log(path: str | Path) -> RunResult | None:
         return None
     run.metrics = metrics
     run.source = str(path)
+    arguments = dict(_ARGUMENT.findall(text[: banner.start()]))
+    if arguments.get("eval_only") == "True":
+        epoch = arguments.get("load_epoch", "")
+        run.checkpoint = {"directory": arguments.get("model_dir", ""), "epoch": int(epoch) if epoch.isdigit() else None}
     written = datetime.fromtimestamp(Path(path).stat().st_mtime, timezone.utc)
     run.started = run.finished = written.isoformat(timespec="milliseconds")
     return run

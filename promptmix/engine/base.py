@@ -10,10 +10,9 @@ import torch
 from torch import nn
 
 from promptmix.engine.checkpoint import (
-    BEST_FILE,
     LAST_FILE,
-    load_checkpoint,
     load_state_dict_strict,
+    read_model,
     resume_from_checkpoint,
     save_checkpoint,
 )
@@ -146,10 +145,8 @@ class TrainerBase:
         if not directory:
             log.info("Note that load_model() is skipped as no pretrained model is given (ignore this if it's done on purpose)")
             return
-        model_file = BEST_FILE if epoch is None else f"model.pth.tar-{epoch}"
         for name in self.get_model_names():
-            path = Path(directory, name, model_file)
-            checkpoint = load_checkpoint(path)
+            checkpoint, path = read_model(Path(directory, name), epoch)
             writer = checkpoint.get("trainer", type(self).__name__)
             if "state_dict" not in checkpoint:
                 raise CheckpointError(f"{path} has no 'state_dict'; it was not written by a training run")

@@ -12,15 +12,22 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+from promptmix.engine.optim import EpochSchedule
+from promptmix.engine.unpickle import read_pickled
 from promptmix.errors import CheckpointError
-from promptmix.utils import atomic_write, get_logger, mkdir_if_missing
+from promptmix.utils import atomic_write, get_logger, mkdir_if_missing, read_json, write_json
 
 __all__ = [
+    "export_model",
     "load_checkpoint",
     "load_pretrained_weights",
     "load_state_dict_strict",
+    "read_export",
+    "read_model",
     "resume_from_checkpoint",
     "save_checkpoint",
 ]
@@ -30,6 +37,9 @@ StrPath = str | os.PathLike[str]
 #: The text file that names the checkpoint written last.
 LAST_FILE = "checkpoint"
 BEST_FILE = "model-best.pth.tar"
+#: A model as `promptmix convert` writes it: tensors, and what else is known of them.
+EXPORT_FILE, EXPORT_NOTE = "model.safetensors", "model.json"
+_EXPORT_VERSION = 1
 
 
 def save_checkpoint(
@@ -69,7 +79,8 @@ def save_checkpoint(
 def load_checkpoint(fpath: StrPath) -> dict[str, Any]:
     """Read a checkpoint onto the CPU.
 
-    Nothing in the file is executed: a file that needs unpickling of other than tensors and plain values is refused.
+    Nothing in the file is executed. Schedulers that Dassl's trainers pickle come as inert placeholders; a file that needs
+    any other object is refused.
 
     Raises:
         CheckpointError: no such file, not a checkpoint, or one that holds objects.
@@ -78,7 +89,7 @@ def load_checkpoint(fpath: StrPath) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"no checkpoint {path}; {_what_is_there(path.parent)}")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = _read(path)
     except pickle.UnpicklingError as error:
         # A damaged file comes here too; only one that is well-formed names what it wants to build.
         wanted = next((line.strip() for line in str(error).splitlines() if "GLOBAL" in line), "")
@@ -94,6 +105,70 @@ def load_checkpoint(fpath: StrPath) -> dict[str, Any]:
         kind = type(checkpoint).__name__
         raise CheckpointError(f"{path} is no checkpoint: it holds a {kind}, not a dict with 'state_dict'")
     return checkpoint
+
+
+def _read(path: Path) -> Any:  # noqa: ANN401
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "GLOBAL" not in str(error):
+            raise
+        return read_pickled(path)
+
+
+def read_model(folder: StrPath, epoch: int | None = None) -> tuple[dict[str, Any], Path]:
+    """Read the checkpoint of one model.
+
+    Args:
+        folder: the model's own folder in a run's output folder, or one that ``export_model`` wrote.
+        epoch: which checkpoint; None = the one with the best validation result, or the only one of an export.
+
+    Returns:
+        The checkpoint, and the file that it comes from.
+
+    Raises:
+        CheckpointError: there is none, or it can't be read.
+    """
+    path = Path(folder, BEST_FILE if epoch is None else f"model.pth.tar-{epoch}")
+    if not path.is_file() and Path(folder, EXPORT_NOTE).is_file():
+        return read_export(folder, epoch), Path(folder, EXPORT_FILE)
+    return load_checkpoint(path), path
+
+
+def export_model(state_dict: Mapping[str, torch.Tensor], folder: StrPath, note: Mapping[str, Any]) -> Path:
+    """Write tensors as ``model.safetensors``, and ``note`` (trainer, epoch, val_result) with their shapes as ``model.json``.
+
+    Returns:
+        The file with the tensors.
+    """
+    path = Path(folder, EXPORT_FILE)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
+    atomic_write(path, lambda temporary: save_file(tensors, temporary))
+    shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    write_json({"schema_version": _EXPORT_VERSION, **note, "tensors": shapes}, Path(folder, EXPORT_NOTE))
+    return path
+
+
+def read_export(folder: StrPath, epoch: int | None = None) -> dict[str, Any]:
+    """Read what ``export_model`` wrote, as a checkpoint.
+
+    Args:
+        folder: the model's folder.
+        epoch: the epoch that is asked for; None takes what there is.
+
+    Raises:
+        CheckpointError: it is of another epoch or a newer promptmix, or the tensors are missing or damaged.
+    """
+    note, path = read_json(Path(folder, EXPORT_NOTE)), Path(folder, EXPORT_FILE)
+    if not isinstance(note, dict) or note.get("schema_version", 0) > _EXPORT_VERSION or "trainer" not in note:
+        raise CheckpointError(f"{Path(folder, EXPORT_NOTE)} is of another form than this promptmix writes; upgrade it")
+    if epoch is not None and note.get("epoch") != epoch:
+        raise CheckpointError(f"{path} is of epoch {note.get('epoch')}, not {epoch}; leave --load-epoch out")
+    try:
+        state = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"can't read {path} ({error}); convert the checkpoint again") from error
+    return {**note, "state_dict": state}
 
 
 def load_state_dict_strict(model: nn.Module, state_dict: Mapping[str, Any], source: str) -> None:
@@ -164,10 +239,18 @@ def resume_from_checkpoint(
             ) from error
         log.info("Loaded optimizer")
     if scheduler is not None and checkpoint.get("scheduler") is not None:
-        scheduler.load_state_dict(checkpoint["scheduler"])
+        scheduler.load_state_dict(_schedule_state(scheduler, checkpoint))
         log.info("Loaded scheduler")
     log.info("Previous epoch: %s", checkpoint["epoch"])
     return int(checkpoint["epoch"])
+
+
+def _schedule_state(scheduler: Any, checkpoint: Mapping[str, Any]) -> Any:  # noqa: ANN401
+    """Return the state that ``scheduler`` goes on from; ours follows from the epoch, so that Dassl's own state will do."""
+    state = checkpoint["scheduler"]
+    if isinstance(scheduler, EpochSchedule) and isinstance(state, Mapping) and "last_lr" not in state and "_last_lr" in state:
+        return {"last_epoch": int(checkpoint["epoch"]), "last_lr": state["_last_lr"]}
+    return state
 
 
 def load_pretrained_weights(model: nn.Module, weight_path: StrPath) -> None:

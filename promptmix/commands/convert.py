@@ -1,0 +1,44 @@
+"""``promptmix convert IN OUT``: a checkpoint from one layout to another, ours or that of the authors' code."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from promptmix.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags."""
+    add = parser.add_argument
+    add("source", metavar="IN", help="output folder of a run of promptmix or of the authors' code, or a converted one")
+    add("target", metavar="OUT", help="folder to write; `--model-dir OUT` evaluates it")
+    add(
+        "--to",
+        choices=("promptmix", "coop"),
+        default="promptmix",
+        help="promptmix: safetensors and JSON; coop: the authors' layout",
+    )
+    add("--trainer", default="", help="method that wrote IN, where neither its log nor its names tell")
+    add("--load-epoch", type=int, metavar="N", help="epoch of the checkpoint; default: the best one, else the last")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Read, rename, write.
+
+    Raises:
+        UserError: OUT holds something already, or IN no checkpoint of a known method.
+    """
+    from promptmix import convert
+
+    target = Path(args.target)
+    if target.is_dir() and any(target.iterdir()):
+        raise UserError(f"{target} is not empty; name a new folder")
+    learned = convert.read(args.source, args.load_epoch, args.trainer)
+    written = [convert.write_theirs(learned, target)] if args.to == "coop" else convert.write_ours(learned, target)
+    count = sum(tensor.numel() for state in learned.models.values() for tensor in state.values())
+    sys.stdout.write(f"{learned.trainer}, epoch {learned.epoch}: {count:,} numbers from {learned.source}\n")
+    for path in written:
+        sys.stdout.write(f"-> {path}\n")
+    return 0

@@ -1,0 +1,431 @@
+"""Checkpoints of the CoOp family in their authors' layout and in ours: one table of names, read both ways.
+
+The authors' trainers save either the prompt learner alone (``ctx``) or the whole model with the frozen CLIP in it
+(``prompt_learner.ctx``, ``image_encoder.VPT``, ...), always with buffers of the class names. What is learned is renamed, what is
+listed as not learned is dropped, and anything else is an error that names it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from promptmix.engine.checkpoint import (
+    BEST_FILE,
+    EXPORT_NOTE,
+    LAST_FILE,
+    export_model,
+    load_checkpoint,
+    read_export,
+    save_checkpoint,
+)
+from promptmix.errors import CheckpointError
+
+__all__ = [
+    "LAYOUTS",
+    "Layout",
+    "Learned",
+    "Rule",
+    "check_backbone",
+    "find_theirs",
+    "read",
+    "to_ours",
+    "to_theirs",
+    "write_ours",
+    "write_theirs",
+]
+
+#: Our name of the model that holds a method's learned tensors.
+LEARNER = "prompt_learner"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One name, or a family of names, in both layouts.
+
+    Attributes:
+        theirs: the authors' name; ``{i}`` and ``{j}`` stand for numbers.
+        ours: our name; ``{i-1}`` and ``{i+1}`` are allowed. ``<model>/<name>`` belongs to another registered model.
+        expert_axis: ours has a leading axis of size 1 that theirs lacks.
+    """
+
+    theirs: str
+    ours: str
+    expert_axis: bool = False
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the authors' code of one method saves it.
+
+    Attributes:
+        folder: name under which their trainer registers its model.
+        rules: the learned tensors.
+        whole: the whole model was registered, so that names start with ``prompt_learner.`` and the frozen CLIP is in the file.
+        unused: names that their code saves and never uses, besides ``_BUFFERS`` (regular expressions).
+    """
+
+    folder: str
+    rules: tuple[Rule, ...]
+    whole: bool = False
+    unused: tuple[str, ...] = field(default=())
+
+
+def _both(theirs: str, ours: str) -> tuple[Rule, Rule]:
+    """Weight and bias of a linear map."""
+    return Rule(f"{theirs}.weight", f"{ours}.weight"), Rule(f"{theirs}.bias", f"{ours}.bias")
+
+
+_CTX = Rule("ctx", "bank.ctx", expert_axis=True)
+_DEEP_CTX = (Rule("ctx", "text.ctx"), Rule("compound_prompts_text.{i}", "text.deeper.{i}"))
+_VISUAL = (
+    Rule("image_encoder.VPT", "vision.layers.0"),
+    Rule("image_encoder.transformer.resblocks.{i}.VPT_shallow", "vision.layers.{i}"),
+)
+_INDEPENDENT = (
+    Rule("ctx", "text.ctx"),
+    Rule("text_encoder.transformer.resblocks.{i}.VPT_shallow", "text.deeper.{i-1}"),
+    *_VISUAL,
+)
+
+#: Trainer name -> layout. Names are those of the authors' released code.
+LAYOUTS: dict[str, Layout] = {
+    "CoOp": Layout("prompt_learner", (_CTX,)),
+    "CoCoOp": Layout(
+        "prompt_learner",
+        (_CTX, *_both("meta_net.linear1", "bank.meta_net.linear1"), *_both("meta_net.linear2", "bank.meta_net.linear2")),
+    ),
+    "KgCoOp": Layout("prompt_learner", (_CTX,), unused=(r"bias_vectors", r"meta_net\.linear1\.(weight|bias)")),
+    "ProGrad": Layout("prompt_learner", (_CTX,)),
+    "MoPD": Layout("prompt_learner", (_CTX, Rule("gate", "distiller.gate"))),
+    "MaPLe": Layout(
+        "MultiModalPromptLearner",
+        (*_DEEP_CTX, *_both("proj", "couple.0"), *_both("compound_prompt_projections.{i}", "couple.{i+1}")),
+        whole=True,
+    ),
+    "MPL": Layout(
+        "MultiModalPromptLearner",
+        (*_DEEP_CTX, *_both("proj", "couple"), *_both("txt2img_proj.{i}.{j}", "add.{j}.{i}")),
+        whole=True,
+    ),
+    "IVLP": Layout("VLPromptLearner", _INDEPENDENT, whole=True),
+    "PromptSRC": Layout("VLPromptLearner", _INDEPENDENT, whole=True, unused=(r"ZS_image_encoder\..*",)),
+    "VPT": Layout("prompt_learner", _VISUAL, whole=True),
+    "MoCoOp": Layout(
+        "prompt_learner",
+        (
+            Rule("ctx_before_{i}", "bank.before.{i}"),
+            Rule("ctx_after_{i}", "bank.after.{i}"),
+            Rule("w", "bank.correction"),
+            *_both("gate", "router.gate"),
+            *_both("image_encoder.transformer.resblocks.{i}.ln_1", "image_norms/{i}_ln_1"),
+            *_both("image_encoder.transformer.resblocks.{i}.ln_2", "image_norms/{i}_ln_2"),
+        ),
+        whole=True,
+        unused=(r"class_text_features", r"grouped_prototypes"),
+    ),
+}
+
+#: What every method saves for the class names it was trained with.
+_BUFFERS = re.compile(r"token_(prefix|suffix|middle)\w*|tokenized_prompts\w*|name_lens")
+_FROZEN = re.compile(r"(image_encoder|text_encoder)\..+|logit_scale")
+_NUMBER = re.compile(r"\{([ij])([+-]1)?\}")
+
+
+@dataclass
+class Learned:
+    """What a checkpoint holds, by our names.
+
+    Attributes:
+        trainer: name of the method.
+        models: registered model -> its tensors.
+        source: file that it was read from.
+        epoch: epochs of training done, if known.
+        val_result: validation result, if any.
+        frozen: the frozen image tower that came along, by CLIP's names; empty where only the learner was saved.
+    """
+
+    trainer: str
+    models: dict[str, dict[str, Tensor]]
+    source: str
+    epoch: int | None = None
+    val_result: float | None = None
+    frozen: dict[str, Tensor] = field(default_factory=dict)
+
+
+def to_ours(trainer: str, state: Mapping[str, Tensor], source: str) -> Learned:
+    """Rename a state dict of the authors' code.
+
+    Args:
+        trainer: name of the method, one of ``LAYOUTS``.
+        state: their names -> tensors.
+        source: where it comes from, for messages.
+
+    Raises:
+        CheckpointError: the method is not in the table, or a name is neither learned nor known to be of no use.
+    """
+    layout = layout_of(trainer)
+    models: dict[str, dict[str, Tensor]] = {LEARNER: {}}
+    frozen: dict[str, Tensor] = {}
+    strange: list[str] = []
+    for key, tensor in state.items():
+        name = key.removeprefix("module.").removeprefix("prompt_learner.")
+        is_frozen = layout.whole and _FROZEN.fullmatch(name)
+        found = _apply(layout.rules, name)
+        if found:
+            model, _, ours = found[0].rpartition("/")
+            models.setdefault(model or LEARNER, {})[ours] = tensor.unsqueeze(0) if found[1] else tensor
+        elif not (is_frozen or _BUFFERS.fullmatch(name) or any(re.fullmatch(unused, name) for unused in layout.unused)):
+            strange.append(key)
+        if is_frozen and name.startswith("image_encoder.") and "VPT" not in name:
+            frozen[name.removeprefix("image_encoder.")] = tensor
+    if strange:
+        more = f" and {len(strange) - 4} more" if len(strange) > 4 else ""
+        raise CheckpointError(
+            f"{source}: {', '.join(strange[:4])}{more} is not known of {trainer} as its authors saved it; "
+            "name the trainer that wrote the checkpoint"
+        )
+    return Learned(trainer, models, source, frozen=frozen)
+
+
+def to_theirs(learned: Learned) -> dict[str, Tensor]:
+    """Return the learned tensors by the authors' names.
+
+    Raises:
+        CheckpointError: the method is not in the table, or the authors' code has no place for a tensor.
+    """
+    layout = layout_of(learned.trainer)
+    state: dict[str, Tensor] = {}
+    extras = {rule.ours.partition("/")[0] for rule in layout.rules if "/" in rule.ours}
+    for model, tensors in learned.models.items():
+        if model != LEARNER and model not in extras:
+            continue  # such as PromptSRC's running average, which the authors do not save
+        for name, tensor in tensors.items():
+            ours = name if model == LEARNER else f"{model}/{name}"
+            found = _apply(layout.rules, ours, backwards=True)
+            if found is None or found[1] and tensor.shape[0] != 1:
+                shape = tuple(tensor.shape)
+                raise CheckpointError(f"{learned.source}: {name} {shape} has no name in the authors' code of {learned.trainer}")
+            theirs = found[0]
+            prefix = "prompt_learner." if layout.whole and not _FROZEN.fullmatch(theirs) else ""
+            state[prefix + theirs] = tensor.squeeze(0) if found[1] else tensor
+    return state
+
+
+def layout_of(trainer: str) -> Layout:
+    """Return the authors' layout of a method.
+
+    Raises:
+        CheckpointError: the table has none.
+    """
+    if trainer not in LAYOUTS:
+        raise CheckpointError(f"no layout of the authors' checkpoints is known for {trainer!r} (known: {', '.join(LAYOUTS)})")
+    return LAYOUTS[trainer]
+
+
+def _apply(rules: Iterable[Rule], name: str, backwards: bool = False) -> tuple[str, bool] | None:
+    """Return the other layout's name and whether the expert axis differs, or None where no rule fits."""
+    for rule in rules:
+        source, target = (rule.ours, rule.theirs) if backwards else (rule.theirs, rule.ours)
+        numbers = _match(source, name)
+        if numbers is not None:
+            return _fill(target, numbers), rule.expert_axis
+    return None
+
+
+def _fill(pattern: str, numbers: Mapping[str, int]) -> str:
+    return _NUMBER.sub(lambda found: str(numbers[found[1]] + int(found[2] or 0)), pattern)
+
+
+def _match(pattern: str, name: str) -> dict[str, int] | None:
+    """Return the numbers that make ``pattern`` equal ``name``; ``{i-1}`` at 0 means that i is 1."""
+    parts = _NUMBER.split(pattern)  # text, letter, offset, text, letter, offset, ..., text
+    regex = re.escape(parts[0])
+    for letter, text in zip(parts[1::3], parts[3::3], strict=True):
+        regex += rf"(?P<{letter}>\d+){re.escape(text)}"
+    found = re.fullmatch(regex, name)
+    if found is None:
+        return None
+    offsets = dict(zip(parts[1::3], parts[2::3], strict=True))
+    return {letter: int(found[letter]) - int(offset or 0) for letter, offset in offsets.items()}
+
+
+# Folders
+
+
+def find_theirs(directory: str | Path, trainer: str, epoch: int | None = None) -> Learned | None:
+    """Read what the authors' code of ``trainer`` left in ``directory``.
+
+    Args:
+        directory: output folder of a run.
+        trainer: name of the method.
+        epoch: which checkpoint; None = the best, as in Dassl.
+
+    Returns:
+        None where the folder is not in the authors' layout (or the method not in the table).
+
+    Raises:
+        CheckpointError: it is, but the file can't be read or holds something unknown.
+    """
+    if trainer not in LAYOUTS:
+        return None
+    path = Path(directory, LAYOUTS[trainer].folder, BEST_FILE if epoch is None else f"model.pth.tar-{epoch}")
+    if not path.is_file():
+        return None
+    checkpoint = load_checkpoint(path)
+    return _theirs(trainer, checkpoint, path) if _is_theirs(trainer, checkpoint) else None
+
+
+def _is_theirs(trainer: str, checkpoint: Mapping[str, Any]) -> bool:
+    """Tell the authors' names from ours, which never overlap; their trainers also run on our engine (``--coop-repo``)."""
+    rules, state = LAYOUTS[trainer].rules, checkpoint.get("state_dict", {})
+    return any(_apply(rules, key.removeprefix("module.").removeprefix("prompt_learner.")) for key in state)
+
+
+def _theirs(trainer: str, checkpoint: Mapping[str, Any], path: Path) -> Learned:
+    if "state_dict" not in checkpoint:
+        raise CheckpointError(f"{path} has no 'state_dict'; it was not written by a training run")
+    learned = to_ours(trainer, checkpoint["state_dict"], str(path))
+    learned.epoch, learned.val_result = checkpoint.get("epoch"), checkpoint.get("val_result")
+    return learned
+
+
+def read(directory: str | Path, epoch: int | None = None, trainer: str = "") -> Learned:
+    """Read a checkpoint of any form: ours, our export, or the authors'.
+
+    Args:
+        directory: output folder of a run, or what ``write_ours`` or ``write_theirs`` made.
+        epoch: which checkpoint; None = the best, else the last.
+        trainer: name of the method; needed where neither the file nor the folder says it.
+
+    Raises:
+        CheckpointError: there is none, or it can't be told of which method it is.
+    """
+    root = Path(directory)
+    exported = sorted(note.parent for note in root.glob(f"*/{EXPORT_NOTE}"))
+    if exported:
+        checkpoints = {folder.name: read_export(folder, epoch) for folder in exported}
+        return _ours(checkpoints, str(root))
+    files = {folder.name: _choose(folder, epoch) for folder in sorted(root.glob("*")) if any(folder.glob("*.pth.tar*"))}
+    if not files:
+        raise CheckpointError(
+            f"{root} holds no checkpoint (<name>/model.pth.tar-N, or a converted one); name a run's output folder"
+        )
+    checkpoints = {name: load_checkpoint(path) for name, path in files.items()}
+    writers = {checkpoint.get("trainer", "") for checkpoint in checkpoints.values()}
+    if "" not in writers and not any(_is_theirs(name, c) for name in writers & set(LAYOUTS) for c in checkpoints.values()):
+        return _ours(checkpoints, str(root))
+    if len(files) > 1:
+        raise CheckpointError(
+            f"{root} holds several models ({', '.join(files)}), none written by promptmix; convert one at a time"
+        )
+    ((name, path),) = files.items()
+    trainer = trainer or "".join(writers & set(LAYOUTS)) or _written_by(root) or _guess(checkpoints[name], path)
+    return _theirs(trainer, checkpoints[name], path)
+
+
+def _ours(checkpoints: Mapping[str, Mapping[str, Any]], source: str) -> Learned:
+    first = checkpoints.get(LEARNER) or next(iter(checkpoints.values()))
+    models = {name: dict(checkpoint["state_dict"]) for name, checkpoint in checkpoints.items()}
+    return Learned(first["trainer"], models, source, first.get("epoch"), first.get("val_result"))
+
+
+def _choose(folder: Path, epoch: int | None) -> Path:
+    """Return the checkpoint of ``epoch``; by default the best, else the one written last."""
+    if epoch is not None:
+        return folder / f"model.pth.tar-{epoch}"
+    note = folder / LAST_FILE
+    last = note.read_text(encoding="utf-8").split() if note.is_file() else []
+    for path in (folder / BEST_FILE, *(folder / Path(name).name for name in last[:1])):
+        if path.is_file():
+            return path
+    names = sorted(path.name for path in folder.glob("*.pth.tar*"))
+    if len(names) == 1:
+        return folder / names[0]
+    raise CheckpointError(f"{folder} holds {', '.join(names)}; say which with --load-epoch N")
+
+
+def _written_by(root: Path) -> str:
+    """Return the trainer that the folder's results or log name, or an empty string."""
+    from promptmix.results import read_run
+
+    run = read_run(root)
+    return run.trainer if run is not None and run.trainer in LAYOUTS else ""
+
+
+def _guess(checkpoint: Mapping[str, Any], path: Path) -> str:
+    """Return the only method of the table whose names these are.
+
+    Raises:
+        CheckpointError: there are several, or none.
+    """
+    state, fitting = checkpoint.get("state_dict", {}), []
+    for trainer, layout in LAYOUTS.items():
+        try:
+            learned = to_ours(trainer, state, str(path))
+        except CheckpointError:
+            continue
+        needed = {rule.ours for rule in layout.rules if "{" not in rule.theirs}
+        if layout.folder == path.parent.name and needed <= set(learned.models[LEARNER]):
+            fitting.append(trainer)
+    if len(fitting) == 1:
+        return fitting[0]
+    found = (
+        f"it could be of {', '.join(fitting)}" if fitting else f"its names ({', '.join(list(state)[:4])}) are of no known method"
+    )
+    raise CheckpointError(f"{path}: which method wrote it? {found}; say it with --trainer")
+
+
+def write_ours(learned: Learned, directory: str | Path) -> list[Path]:
+    """Write each model as ``<name>/model.safetensors`` with ``model.json`` beside it, which ``--model-dir`` takes.
+
+    Returns:
+        The files with tensors.
+    """
+    note = {"trainer": learned.trainer, "epoch": learned.epoch, "val_result": learned.val_result}
+    return [export_model(state, Path(directory, name), note) for name, state in learned.models.items()]
+
+
+def write_theirs(learned: Learned, directory: str | Path) -> Path:
+    """Write the learned tensors as the authors' trainer would have, for its ``--model-dir``: best and by epoch.
+
+    Returns:
+        The file. Their loaders ask for no more than the learned tensors; frozen ones come from the backbone.
+
+    Raises:
+        CheckpointError: the authors' code has no place for a tensor.
+    """
+    folder = Path(directory, layout_of(learned.trainer).folder)
+    epoch = learned.epoch or 0
+    state = {"state_dict": to_theirs(learned), "epoch": epoch, "val_result": learned.val_result}
+    save_checkpoint(state, folder, is_best=True)
+    return folder / f"model.pth.tar-{epoch}"
+
+
+def check_backbone(learned: Learned, visual: torch.nn.Module) -> None:
+    """Compare the frozen image tower that came with a checkpoint to the one it is to be used with.
+
+    Args:
+        learned: from ``find_theirs``.
+        visual: the image tower, with CLIP's names.
+
+    Raises:
+        CheckpointError: a tensor differs by more than fp16 rounding: another backbone, or layer norms that were trained.
+    """
+    own = visual.state_dict()
+    for name, theirs in learned.frozen.items():
+        if "image_norms" in learned.models and re.search(r"\.ln_[12]\.", name):
+            continue  # these are trained, and loaded
+        mine = own.get(name)
+        if mine is None or mine.shape != theirs.shape or not torch.equal(mine.cpu().half(), theirs.half()):
+            what = f"{tuple(theirs.shape)} there, {tuple(mine.shape)} here" if mine is not None else "not in the backbone here"
+            raise CheckpointError(
+                f"{learned.source} came with another image tower: {name} differs ({what}); set MODEL.BACKBONE to the one it was "
+                "trained on, or TRAINER.MOCOOP.TUNE_LAYERNORM where layer norms were trained"
+            )
