@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import sys
+from collections import ChainMap
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from promptmix.errors import RegistryError
@@ -26,7 +28,7 @@ class Registry:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._entries: dict[str, Any] = {}
+        self._entries: ChainMap[str, Any] = ChainMap({})
 
     def register(self, obj: Any = None, *, name: str | None = None, force: bool = False) -> Any:  # noqa: ANN401
         """Add ``obj`` under ``name`` (default: its ``__name__``); without ``obj``, return a decorator.
@@ -37,7 +39,7 @@ class Registry:
         if obj is None:
             return lambda later: self.register(later, name=name, force=force)
         key = name or obj.__name__
-        if self._entries.get(key, obj) is not obj and not force:
+        if self._entries.maps[0].get(key, obj) is not obj and not force:
             raise RegistryError(
                 f"{self._name} {key!r} is registered already by {self.origin(key)}; "
                 "register yours under another name, or with force=True to replace it"
@@ -58,6 +60,20 @@ class Registry:
                 "a plugin that brings it must be installed or named with --plugin"
             )
         return self._entries[name]
+
+    @contextmanager
+    def layer(self) -> Iterator[dict[str, Any]]:
+        """Take names anew inside the context: they hide earlier entries of the same name, and are gone afterwards.
+
+        Yields:
+            The entries that were added in the context so far.
+        """
+        below = self._entries
+        self._entries = below.new_child()
+        try:
+            yield self._entries.maps[0]  # type: ignore[misc]
+        finally:
+            self._entries = below
 
     def registered_names(self) -> list[str]:
         """Return all names in alphabetical order."""
