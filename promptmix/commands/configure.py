@@ -48,6 +48,11 @@ def load_plugins(names: Iterable[str]) -> None:
     from promptmix.plugin_manager import get_plugin_manager, load_plugin
 
     get_plugin_manager()
+    names = list(names)
+    if names:
+        from promptmix import dassl
+
+        dassl.install()  # so that a plugin in Dassl's idiom runs where no Dassl is installed
     for name in names:
         load_plugin(name)
 

@@ -48,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model-dir", default="", metavar="DIR", help="output folder of the run to test, with --eval-only")
     add("--load-epoch", type=int, metavar="N", help="test the checkpoint of this epoch; default: the best one")
     add("--no-train", action="store_true", help="build everything, but do not train")
+    add("--coop-repo", default="", metavar="DIR", help="run a trainer of this checkout of CoOp or one of its forks, as it is")
     add("--plugin", action="append", default=[], metavar="MODULE|FILE", help="load a plugin; may be repeated")
     add("--device", choices=("auto", "cpu", "cuda"), help="where to compute")
     add("--list", action="store_true", help="show what is registered, as `promptmix list` does")
@@ -78,6 +79,21 @@ def run(args: argparse.Namespace) -> int:
 
         return list_command.show("", args.plugin)
     values: dict[str, Any] = vars(args)
+    options: dict[str, Any] = {
+        "eval_only": args.eval_only,
+        "model_dir": args.model_dir,
+        "load_epoch": args.load_epoch,
+        "no_train": args.no_train,
+        "arguments": {key: value for key, value in values.items() if key not in ("argv", "debug", "list")},
+        "command": ["promptmix", *args.argv],
+    }
+    if args.coop_repo:
+        from promptmix.commands.configure import load_plugins
+        from promptmix.dassl.checkout import run_checkout
+
+        load_plugins(args.plugin)
+        run_checkout(args.coop_repo, args, **options)
+        return 0
     flags = {flag: (key, values[flag[2:].replace("-", "_")]) for flag, key in FLAGS.items()}
     cfg = make_config([args.dataset_config_file, args.config_file], flags, args.opts, args.plugin)
     for key, flag in (("TRAINER.NAME", "--trainer"), ("DATASET.NAME", "--dataset-config-file")):
@@ -88,13 +104,5 @@ def run(args: argparse.Namespace) -> int:
             )
     from promptmix.run import run as run_one
 
-    run_one(
-        cfg,
-        eval_only=args.eval_only,
-        model_dir=args.model_dir,
-        load_epoch=args.load_epoch,
-        no_train=args.no_train,
-        arguments={key: value for key, value in values.items() if key not in ("argv", "debug", "list")},
-        command=["promptmix", *args.argv],
-    )
+    run_one(cfg, **options)
     return 0

@@ -1,0 +1,32 @@
+"""``dassl.data.transforms``: from a picture to a tensor."""
+
+from __future__ import annotations
+
+from promptmix.dassl.importing import lacking
+from promptmix.data.randaugment import RandAugment, RandAugment2, RandAugmentFixMatch
+from promptmix.data.transforms import (
+    INTERPOLATION_MODES,
+    Cutout,
+    GaussianNoise,
+    InstanceNormalization,
+    Random2DTranslation,
+    build_transform,
+)
+
+__all__ = [
+    "INTERPOLATION_MODES",
+    "Cutout",
+    "GaussianNoise",
+    "InstanceNormalization",
+    "RandAugment",
+    "RandAugment2",
+    "RandAugmentFixMatch",
+    "Random2DTranslation",
+    "build_transform",
+]
+
+__getattr__ = lacking(
+    "dassl.data.transforms",
+    ["CIFAR10Policy", "ImageNetPolicy", "SVHNPolicy"],
+    "torchvision.transforms.AutoAugment stands for it; INPUT.TRANSFORMS takes imagenet_policy and the like",
+)
