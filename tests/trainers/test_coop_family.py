@@ -90,7 +90,8 @@ def emoji(*files: str, opts: tuple[str, ...] = ()):
 
 def test_prograd_steps_along_the_projected_gradient():
     trainer = emoji(
-        "configs/trainers/ProGrad/tiny.yaml", opts=("OPTIM.LR", "0.5", "OPTIM.MOMENTUM", "0.0", "OPTIM.WEIGHT_DECAY", "0.0")
+        "configs/trainers/ProGrad/tiny.yaml",
+        opts=("OPTIM.LR", "0.5", "OPTIM.MOMENTUM", "0.0", "OPTIM.WEIGHT_DECAY", "0.0", "TRAINER.PROGRAD.N_CTX", "16"),
     )
     ctx = trainer.model.bank.ctx
     assert ctx.shape[:2] == (1, 16)
@@ -101,7 +102,7 @@ def test_prograd_steps_along_the_projected_gradient():
     trainer.num_batches, trainer.batch_idx = 10, 0
     features = trainer.encode_images(batch["img"])
     logits = trainer.model.logits(features, trainer.model.classifier())
-    teacher = trainer.clip.ensemble(trainer.model.task.templates[:1], trainer.model.task.classnames)
+    teacher = trainer.clip.ensemble(trainer.node.TEMPLATES, trainer.model.task.classnames)
     taught = (trainer.clip.scale * features @ teacher.T).softmax(dim=-1)
     (specific,) = torch.autograd.grad(F.cross_entropy(logits, batch["label"]), ctx, retain_graph=True)
     # The authors' form, without the teacher's entropy.
