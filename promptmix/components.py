@@ -72,6 +72,8 @@ class PromptBank(Component, ABC):
 
     #: Whether prompts depend on the image, so that ``forward`` gives (B, E, C, D).
     per_image: bool = False
+    #: Whether something is learned for each class, which then serves these very class names only.
+    class_specific: bool = False
 
     @property
     @abstractmethod
@@ -167,6 +169,8 @@ class PromptLearner(nn.Module, ABC):
 
     #: Whether image features can be computed without gradient, and so once for all epochs.
     image_is_frozen: bool = True
+    #: Whether something is learned for each class, which then serves these very class names only.
+    class_specific: bool = False
 
     def __init__(self, task: Task) -> None:
         super().__init__()

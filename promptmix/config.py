@@ -280,11 +280,8 @@ def validate(cfg: CN) -> None:
 
 def _refuse_strangers(cfg: CN, group: str, chosen: str) -> None:
     """Refuse keys under ``group`` of another method than ``chosen``, unless the file that sets them serves several methods."""
-    by_source: dict[str, list[str]] = {}
-    for key, source in sources(cfg).items():
-        if key.startswith(f"{group}.") and key.count(".") > 1:
-            by_source.setdefault(source, []).append(key)
-    for source, keys in by_source.items():
+    for source, written in cfg.__dict__.get("_written", {}).items():
+        keys = [key for key in written if key.startswith(f"{group}.") and key.count(".") > 1]
         strangers = [key for key in keys if not key.startswith(f"{group}.{chosen.upper()}.")]
         # A role's settings in a file belong to the trainer they are written beside, so any file may carry them.
         methods = {key.split(".")[1] for key in keys}
@@ -337,6 +334,7 @@ def _set(cfg: CN, key: str, value: Any, source: str) -> None:  # noqa: ANN401
 
 
 def _coerce(key: str, value: Any, old: Any, source: str) -> Any:  # noqa: ANN401
+    cfg.__dict__.setdefault("_written", {}).setdefault(source, []).append(key)  # also what is overwritten later
     """Return ``value`` in the type of ``old``; ints become floats, lists and tuples change into each other."""
     if value is None or isinstance(value, dict):
         shown = "empty (None)" if value is None else "a mapping"

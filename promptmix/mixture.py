@@ -55,6 +55,7 @@ class Mixture(PromptLearner):
                 f"{type(bank).__name__} differ from image to image; choose another of the two"
             )
         self.bank, self.router, self.supervision, self.distiller = bank, router, supervision, distiller
+        self.class_specific = bank.class_specific
         self.ce_weight, self.router_weight = ce_weight, router_weight
         self.text_weight, self.distill_weight = text_weight, distill_weight
 

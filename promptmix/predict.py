@@ -23,7 +23,7 @@ from promptmix import config, results
 from promptmix.components import PromptLearner
 from promptmix.data.images import read_image
 from promptmix.data.transforms import build_transform
-from promptmix.engine.checkpoint import BEST_FILE, LAST_FILE
+from promptmix.engine.checkpoint import BEST_FILE, LAST_FILE, load_state_dict_strict
 from promptmix.errors import CheckpointError, ConfigError, DataError
 from promptmix.plugin_manager import get_plugin_manager, load_plugin
 from promptmix.prompting import PromptTrainer
@@ -166,25 +166,15 @@ class Predictor:
         learned: PromptLearner = self._trainer.model
         if names == self.classnames:
             return learned
+        if learned.class_specific:
+            raise CheckpointError(
+                f"{self._folder} learned a context for each of its own {len(self.classnames)} classes, which can't serve "
+                "other names; leave the class names out, or train without class-specific contexts"
+            )
         task = self._trainer._task()
-        own = {name: tensor.shape for name, tensor in learned.state_dict().items()}
-
-        def build(names: tuple[str, ...]) -> PromptLearner:
-            known = tuple(dict.fromkeys((*task.all_classnames, *names)))
-            fresh: PromptLearner = self._trainer.build_learner(replace(task, classnames=names, all_classnames=known))
-            shapes = {name: tensor.shape for name, tensor in fresh.state_dict().items()}
-            if shapes != own:
-                raise CheckpointError(
-                    f"{self._folder} learned a context for each of its own {len(self.classnames)} classes, which can't serve "
-                    "other names; leave the class names out, or train without class-specific contexts"
-                )
-            return fresh
-
-        if len(names) == len(self.classnames):
-            # As many names as before would fit tensors per class by accident: with one more they don't.
-            build((*names, names[0]))
-        learner = build(names)
-        learner.load_state_dict(learned.state_dict())
+        known = tuple(dict.fromkeys((*task.all_classnames, *names)))
+        learner: PromptLearner = self._trainer.build_learner(replace(task, classnames=names, all_classnames=known))
+        load_state_dict_strict(learner, learned.state_dict(), str(self._folder))
         return learner.to(self._trainer.device).eval()
 
 

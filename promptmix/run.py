@@ -83,7 +83,7 @@ def run(
         result.learned_parameters = _count_learned(trainer)
         result.vocabulary = _vocabulary(trainer)
         if eval_only:
-            _refuse_other_method(result, model_dir)
+            _refuse_other_method(result, model_dir, getattr(trainer, "model", None))
             trainer.load_model(model_dir, epoch=load_epoch)
         if no_train:
             return result
@@ -136,7 +136,7 @@ def _refuse_other_run(new: RunResult, folder: Path, eval_only: bool) -> None:
             )
 
 
-def _refuse_other_method(new: RunResult, model_dir: str) -> None:
+def _refuse_other_method(new: RunResult, model_dir: str, learner: Any) -> None:  # noqa: ANN401  (a Dassl trainer's model)
     """Name the trainer in ``model_dir`` where it is another: its tensors would only fit by accident."""
     path = Path(model_dir) / FILE_NAME
     if not model_dir or not path.is_file():
@@ -149,6 +149,12 @@ def _refuse_other_method(new: RunResult, model_dir: str) -> None:
                 f"name a folder where {ours} was trained, or evaluate with {theirs}"
             )
 
+    names = old.vocabulary.get("classnames")
+    if getattr(learner, "class_specific", False) and names and names != new.vocabulary.get("classnames"):
+        raise CheckpointError(
+            f"--model-dir {model_dir} learned a context for each of its own {len(names)} classes, which can't serve other names; "
+            "evaluate it on those classes, or train without class-specific contexts"
+        )
 
 def _seed(cfg: CN) -> None:
     deterministic = cfg.SEED >= 0

@@ -98,6 +98,13 @@ def test_a_file_for_several_methods_serves_each(cfg, tmp_path, trainer):
     validate(cfg)
 
 
+def test_a_shared_file_stays_shared_when_a_key_of_it_is_overridden(cfg, tmp_path):
+    (tmp_path / "run.yaml").write_text("TRAINER: {COOP: {N_CTX: 4}, MOCOOP: {TEXT_WEIGHT: 1.0}}\n")
+    merge_file(cfg, tmp_path / "run.yaml")
+    merge_opts(cfg, ["TRAINER.COOP.N_CTX", "8"])
+    validate(cfg)
+
+
 def test_a_file_for_another_method_is_refused(cfg, tmp_path):
     (tmp_path / "run.yaml").write_text("TRAINER: {MOCOOP: {TEXT_WEIGHT: 1.0}}\n")
     merge_file(cfg, tmp_path / "run.yaml")

@@ -48,7 +48,7 @@ class Soft(PromptBank):
             raise ConfigError(
                 f"class-specific contexts (CSC) start at random, so CTX_INIT {ctx_init!r} would be ignored; drop one"
             )
-        self.task, self.position = task, class_token_position
+        self.task, self.position, self.class_specific = task, class_token_position, csc
         leading = (n_prompts, len(task.classnames)) if csc else (n_prompts,)
         self.ctx = nn.Parameter(initial_context(task.clip.text, n_ctx, ctx_init, *leading))
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from promptmix.cli import main
 from promptmix.commands.configure import make_config
 from promptmix.config import validate
 from promptmix.data.views import CachedViews
 from promptmix.engine import build_trainer, set_random_seed
-from promptmix.errors import ConfigError
+from promptmix.errors import CheckpointError, ConfigError
 
 SMALL = ["DATASET.NUM_SHOTS", "1", "OPTIM.MAX_EPOCH", "2", "DATALOADER.TRAIN_X.BATCH_SIZE", "8", "VERBOSE", "False"]
 TINY_VIT = ["MODEL.BACKBONE.NAME", "tiny-vit", "INPUT.SIZE", "(64, 64)"]
@@ -86,3 +87,16 @@ def test_text_is_encoded_once_per_evaluation(tmp_path, name, monkeypatch):
 def test_pictures_prepared_for_another_model_are_warned_about(tmp_path, capsys):
     trainer(tmp_path, "ZeroshotCLIP", "INPUT.PIXEL_MEAN", "[0.1, 0.1, 0.1]")
     assert "INPUT.PIXEL_MEAN is [0.1, 0.1, 0.1], but backbone tiny-en was trained with [0.5, 0.5, 0.5]" in capsys.readouterr().out
+
+
+def test_class_specific_contexts_serve_their_own_classes_only(tmp_path):
+    """Ten base and ten new classes would fit each other's tensors."""
+    flags = ["train", "--trainer", "CoOp", "--config-file", "configs/quickstart.yaml", "--seed", "1"]
+    opts = [*SMALL, "TRAINER.COOP.CSC", "True", "TRAINER.COOP.CTX_INIT", "", "DATASET.NAME", "EmojiConcepts"]
+    opts += ["DATASET.EMOJI.NUM_CONCEPTS", "20"]
+    assert main([*flags, "--output-dir", str(tmp_path / "base"), *opts]) == 0
+    evaluate = [*flags, "--output-dir", str(tmp_path / "new"), "--eval-only", "--model-dir", str(tmp_path / "base")]
+    evaluate += ["--load-epoch", "2"]
+    with pytest.raises(CheckpointError, match=r"each of its own 10 classes"):
+        main([*evaluate, "--debug", *opts, "DATASET.SUBSAMPLE_CLASSES", "new"])
+    assert main([*evaluate, *opts]) == 0

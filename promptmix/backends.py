@@ -1,0 +1,297 @@
+"""Where the jobs of a sweep run: processes on this machine, Ray, or Slurm. None of them schedules anything cleverly.
+
+Each backend takes jobs and yields (index, outcome) as they end, in whatever order. What a job leaves behind is its results
+tree, which is all that a later sweep looks at.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from multiprocessing import connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from promptmix.errors import UserError
+from promptmix.protocols import Job, execute
+
+#: Imported once by the process that local jobs are forked from: a job then starts in a fraction of a second.
+_PRELOAD = ["open_clip", "torch.utils.tensorboard", "promptmix.run", "promptmix.prompting"]
+_POLL_SECONDS = 2.0  # between two looks at Slurm's queue
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a job ended.
+
+    Attributes:
+        error: one line, where it failed.
+        numbers: accuracy of each part, in percent.
+        seconds: how long it took.
+    """
+
+    error: str = ""
+    numbers: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Options:
+    """How jobs are spread.
+
+    Attributes:
+        jobs: how many run at a time.
+        threads: CPU threads of each.
+        gpus: GPUs of this machine to spread local jobs over; 0 = none.
+        address: of a Ray cluster; "" starts Ray on this machine.
+        slurm: parameters of submitit's executor (``timeout_min``, ``slurm_partition``, ...).
+        folder: where a backend keeps its own files.
+        command: command line, kept in every ``results.json``.
+    """
+
+    jobs: int = 1
+    threads: int = 1
+    gpus: int = 0
+    address: str = ""
+    slurm: dict[str, Any] = field(default_factory=dict)
+    folder: str = "."
+    command: tuple[str, ...] = ()
+
+
+Started = Callable[[int], None]
+Backend = Callable[[Sequence[Job], Options, Started], Iterator[tuple[int, Outcome]]]
+
+
+def cpus() -> int:
+    """Return the number of CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def work(job: Job, threads: int, command: Sequence[str] = (), directory: str = "") -> Outcome:
+    """Run one job in this process; whatever goes wrong is in the outcome.
+
+    Args:
+        job: what to run.
+        threads: CPU threads.
+        command: command line, kept in ``results.json``.
+        directory: folder that the job's relative paths start from; "" = the current one.
+    """
+    import torch
+
+    begin = time.monotonic()
+    try:
+        if directory:
+            os.chdir(directory)
+        torch.set_num_threads(threads)
+        parts = execute(job, command=command)
+    except UserError as error:
+        return Outcome(" ".join(str(error).split()), seconds=time.monotonic() - begin)
+    except Exception as error:
+        report = Path(job.folder, "error.txt")
+        with contextlib.suppress(OSError):
+            report.parent.mkdir(parents=True, exist_ok=True)
+            report.write_text(traceback.format_exc(), encoding="utf-8")
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        return Outcome(f"{text[:2000]} (traceback in {report})", seconds=time.monotonic() - begin)
+    Path(job.folder, "error.txt").unlink(missing_ok=True)
+    numbers = {Path(run.config["OUTPUT_DIR"]).name: run.metrics.get("test", {}).get("accuracy", float("nan")) for run in parts}
+    return Outcome(numbers=numbers, seconds=time.monotonic() - begin)
+
+
+# This machine
+
+
+@dataclass
+class _Running:
+    index: int
+    slot: int
+    process: BaseProcess
+    receiver: connection.Connection
+
+
+def local(jobs: Sequence[Job], options: Options, started: Started) -> Iterator[tuple[int, Outcome]]:
+    """Run each job in a process of its own, so that a crash takes one job and not the sweep; they end when the driver dies."""
+    context = _context()
+    os.environ.setdefault("OMP_NUM_THREADS", str(options.threads))
+    waiting, running = deque(range(len(jobs))), dict[int, _Running]()
+    free = deque(range(options.jobs))
+    try:
+        while waiting or running:
+            while waiting and free:
+                index, slot = waiting.popleft(), free.popleft()
+                gpu = slot % options.gpus if options.gpus else None
+                receiver, sender = context.Pipe(duplex=False)
+                process = context.Process(target=_child, args=(jobs[index], options, gpu, sender))
+                process.start()
+                sender.close()
+                running[process.sentinel] = _Running(index, slot, process, receiver)
+                started(index)
+            for sentinel in connection.wait(list(running)):
+                one = running.pop(sentinel)  # type: ignore[call-overload]
+                free.append(one.slot)
+                yield one.index, _received(one)
+    finally:
+        for one in running.values():
+            one.process.terminate()
+        for one in running.values():
+            one.process.join()
+
+
+def _context() -> Any:  # noqa: ANN401  (multiprocessing's contexts share no useful type)
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    return context
+
+
+def _child(job: Job, options: Options, gpu: int | None, sender: connection.Connection) -> None:
+    """Run a job in its own process and send its outcome."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the driver, which ends its jobs
+    threading.Thread(target=_follow_parent, daemon=True).start()
+    if gpu is not None:
+        visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible[gpu] if visible else str(gpu)  # CUDA starts later
+    # What a run prints is in its log; what libraries print around it, or while they crash, is kept beside it.
+    console = Path(job.folder, "console.txt")
+    console.parent.mkdir(parents=True, exist_ok=True)
+    with console.open("w") as file:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    outcome = work(job, options.threads, options.command)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    if not outcome.error:
+        console.unlink(missing_ok=True)
+    sender.send(outcome)
+    sender.close()
+
+
+def _follow_parent() -> None:
+    """End this process when the driver ends, however that happens."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+
+def _received(one: _Running) -> Outcome:
+    one.process.join()
+    try:
+        outcome: Outcome = one.receiver.recv()
+    except EOFError:
+        code = one.process.exitcode or 0
+        how = f"was killed by signal {-code}" + (" (out of memory?)" if code == -9 else "") if code < 0 else f"exited with {code}"
+        outcome = Outcome(f"its process {how}; see console.txt in its folder")
+    one.receiver.close()
+    return outcome
+
+
+# Ray
+
+
+def on_ray(jobs: Sequence[Job], options: Options, started: Started) -> Iterator[tuple[int, Outcome]]:
+    """Run each job as a Ray task, on the cluster at ``options.address`` or on one that is started on this machine.
+
+    Workers need this package, and the same paths as the driver.
+
+    Raises:
+        UserError: Ray is not installed, or no cluster answers at the address.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise UserError("--backend ray needs Ray; install it with: pip install 'promptmix[ray]'") from error
+    here = {} if options.address else {"num_cpus": options.jobs * options.threads, "include_dashboard": False}
+    try:
+        ray.init(address=options.address or "local", log_to_driver=False, **here)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        where = f"--address {options.address}" if options.address else "--backend ray"
+        raise UserError(f"{where}: {' '.join(str(error).split())}; start Ray there, or leave --address out") from error
+    try:
+        gpus = 1 if ray.cluster_resources().get("GPU", 0) and all(job.device != "cpu" for job in jobs) else 0
+        # A crashed worker is a failed job, which the next sweep repeats; tasks with a GPU get a process of their own.
+        task = ray.remote(num_cpus=options.threads, num_gpus=gpus, max_retries=0)(work)
+        pending: dict[Any, int] = {}
+        for index, job in enumerate(jobs):
+            pending[task.remote(job, options.threads, options.command, str(Path.cwd()))] = index
+            started(index)
+        while pending:
+            (ref,), _ = ray.wait(list(pending), num_returns=1)
+            try:
+                outcome = ray.get(ref)
+            except Exception as error:  # Ray wraps whatever ended the worker
+                outcome = Outcome(" ".join(f"{type(error).__name__}: {error}".split())[:2000])
+            yield pending.pop(ref), outcome
+    finally:
+        ray.shutdown()  # also ends tasks that still run
+
+
+# Slurm
+
+
+def on_slurm(jobs: Sequence[Job], options: Options, started: Started, cluster: str = "slurm") -> Iterator[tuple[int, Outcome]]:
+    """Run the jobs as one Slurm array, ``options.jobs`` at a time; an interrupted driver cancels what has not ended.
+
+    Args:
+        jobs: what to run.
+        options: how.
+        started: told of each job that was queued.
+        cluster: submitit's name of the cluster; ``local`` runs processes on this machine through the same calls.
+
+    Raises:
+        UserError: submitit is not installed, this machine has no Slurm, or a parameter that submitit does not know.
+    """
+    try:
+        import submitit
+    except ImportError as error:
+        raise UserError("--backend slurm needs submitit; install it with: pip install 'promptmix[slurm]'") from error
+    if cluster == "slurm" and shutil.which("sbatch") is None:
+        raise UserError("--backend slurm: no sbatch on the PATH; run the sweep on a login node of your cluster")
+    try:
+        executor = submitit.AutoExecutor(folder=str(Path(options.folder, "slurm")), cluster=cluster)
+        executor.update_parameters(
+            **{"name": "promptmix", "cpus_per_task": options.threads, "slurm_array_parallelism": options.jobs} | options.slurm
+        )
+    except (NameError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"slurm: {' '.join(str(error).split())}; give parameters of submitit's AutoExecutor") from error
+    with executor.batch():
+        queued = [executor.submit(work, job, options.threads, options.command, str(Path.cwd())) for job in jobs]
+    for index in range(len(jobs)):
+        started(index)
+    pending = dict(enumerate(queued))
+    try:
+        while pending:
+            for index in [index for index, one in pending.items() if one.done()]:
+                yield index, _from_slurm(pending.pop(index))
+            if pending:
+                time.sleep(_POLL_SECONDS)
+    finally:
+        for one in pending.values():
+            one.cancel()
+
+
+def _from_slurm(queued: Any) -> Outcome:  # noqa: ANN401  (a job of submitit)
+    error = queued.exception()
+    if error is None:
+        outcome: Outcome = queued.result()
+        return outcome
+    # submitit's message carries the job's whole standard error, the cause last.
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return Outcome(f"Slurm job {queued.job_id}: {lines[-1] if lines else type(error).__name__} (log: {queued.paths.stderr})")
+
+
+BACKENDS: dict[str, Backend] = {"local": local, "ray": on_ray, "slurm": on_slurm}

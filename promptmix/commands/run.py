@@ -1,0 +1,112 @@
+"""``promptmix run PROTOCOL``: a protocol of the field over methods, data sets, shots and seeds, then its table."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from promptmix.commands.train import split_arguments
+from promptmix.errors import ConfigError
+from promptmix.protocols import PROTOCOLS, Job
+
+if TYPE_CHECKING:
+    from promptmix.results import RunResult
+
+__all__ = ["add_arguments", "run", "run_all", "split_arguments"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags."""
+    add = parser.add_argument
+    about = "; ".join(f"{name}: {protocol.summary}" for name, protocol in PROTOCOLS.items())
+    add("protocol", choices=tuple(PROTOCOLS), help=about)
+    add("--trainer", "--trainers", dest="trainers", nargs="+", required=True, metavar="NAME", help="methods")
+    add("--datasets", nargs="+", required=True, metavar="NAME|YAML", help="data sets to train on, by name or config file")
+    add("--targets", nargs="+", default=[], metavar="NAME", help="data sets or domains to test on; default: those of the papers")
+    add("--seeds", type=int, nargs="+", default=[1, 2, 3], metavar="N", help="default: 1 2 3")
+    add("--shots", type=int, nargs="+", default=[16], metavar="N", help="training pictures per class; default: 16")
+    add(
+        "--config-file",
+        default="",
+        metavar="YAML",
+        help="methods' config, with {trainer} and {dataset} filled in; default on the embedded pictures: the method's tiny.yaml",
+    )
+    add("--root", default="", help="folder of the data sets")
+    add("--output-dir", default="output/runs", help="runs go to OUTPUT/PROTOCOL/DATASET/TRAINER/shotsN/seedN/PART")
+    add("--device", choices=("auto", "cpu", "cuda"), default="", help="where to compute")
+    add("--plugin", action="append", default=[], metavar="MODULE|FILE", help="load a plugin; may be repeated")
+    add("--format", default="github", help="format of the table, as in `promptmix parse`")
+    add("opts", nargs="*", metavar="KEY VALUE", help="config overrides at the end (OPTIM.MAX_EPOCH 5)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run what has not finished before, then print the table.
+
+    Raises:
+        UserError: something that can't be done; nothing has run then, unless a data set or checkpoint turned out bad.
+    """
+    from promptmix.commands.configure import load_plugins
+    from promptmix.protocols import default_config, folder_of
+
+    if len(args.opts) % 2:
+        raise ConfigError(f"command line: overrides come as KEY VALUE pairs, but {args.opts[-1]!r} has no value")
+    load_plugins(args.plugin)
+    jobs = [
+        Job(
+            protocol=args.protocol,
+            trainer=trainer,
+            dataset=dataset,
+            folder=folder_of(args.output_dir, args.protocol, dataset, trainer, "", shots, seed),
+            seed=seed,
+            shots=shots,
+            targets=tuple(args.targets),
+            config_file=args.config_file or default_config(trainer, dataset),
+            settings=tuple(args.opts),
+            plugins=tuple(args.plugin),
+            root=args.root,
+            device=args.device,
+        )
+        for dataset in args.datasets
+        for trainer in args.trainers
+        for shots in args.shots
+        for seed in args.seeds
+    ]
+    run_all(jobs, args, sort="name")
+    return 0
+
+
+def run_all(jobs: list[Job], args: argparse.Namespace, sort: str) -> list[RunResult]:
+    """Check every job, run them one after another in this process, and print the table.
+
+    Args:
+        jobs: what to run.
+        args: flags ``format``, ``output_dir`` and the command line ``argv``.
+        sort: order of the table's rows.
+
+    Raises:
+        UserError: a job that can't be done.
+    """
+    from promptmix import results, tables
+    from promptmix.progress import Lines
+    from promptmix.protocols import check, execute, parts
+
+    started = time.monotonic()
+    tables.check_choice("--format", args.format, tables.FORMATS)
+    for job in jobs:  # a wrong name or setting shows now, not after the first methods have run
+        check(job)
+    progress = Lines(total=sum(len(parts(job)) for job in jobs))
+    done: list[RunResult] = []
+    try:
+        for job in jobs:
+            done += execute(job, progress, ["promptmix", *args.argv])
+    finally:
+        progress.close()
+    rows, metrics, notes = tables.aggregate(done)
+    sys.stdout.write(f"\n{tables.render(rows + tables.averages(rows, metrics), metrics, args.format, sort=sort)}\n")
+    for note in notes:
+        sys.stderr.write(f"note: {note}\n")
+    took = f"{len(done)} runs in {time.monotonic() - started:.0f} s"
+    sys.stdout.write(f"\n{took}; each has its {results.FILE_NAME} and log.txt below {args.output_dir}\n")
+    return done

@@ -1,0 +1,122 @@
+"""``promptmix sweep FILE``: every run that a sweep file asks for, on this machine, Ray or Slurm, then the tables."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from promptmix.errors import UserError
+
+if TYPE_CHECKING:
+    from promptmix.backends import Backend, Options
+    from promptmix.protocols import Job
+    from promptmix.sweep import Sweep
+
+LOG = "sweep.log"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags."""
+    add = parser.add_argument
+    add("file", metavar="FILE.yaml", help="methods, data sets, seeds, protocols, overrides (see configs/sweeps/emoji.yaml)")
+    add("--jobs", type=int, metavar="N", help="runs at a time; default: one per GPU, or per CPU where there is none")
+    add("--threads", type=int, metavar="N", help="CPU threads of each run; default: CPUs / jobs")
+    add("--backend", choices=("local", "ray", "slurm"), default="local", help="where they run; default: processes here")
+    add(
+        "--address",
+        default="",
+        metavar="HOST:PORT",
+        help="of a Ray cluster (auto: the one that is found); default: start one here",
+    )
+    add("--dry-run", action="store_true", help="only check everything and show what would run")
+    add("--format", default="github", help="format of the tables, as in `promptmix parse`")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run what has not finished before, then print the tables.
+
+    Returns:
+        0, or 1 where some runs failed; they are listed, and the next sweep tries them again.
+
+    Raises:
+        UserError: a sweep that can't be run as written; nothing has run then.
+    """
+    from promptmix import results, sweep, tables
+    from promptmix.backends import BACKENDS
+    from promptmix.protocols import check, is_done
+
+    tables.check_choice("--format", args.format, tables.FORMATS)
+    if args.address and args.backend != "ray":
+        raise UserError(f"--address {args.address} is for --backend ray, not {args.backend}; leave it out")
+    plan = sweep.read(args.file)
+    if plan.slurm and args.backend != "slurm":
+        plan.slurm.clear()
+    options = _options(args, plan)
+    for job in plan.jobs:
+        check(job)
+    if args.dry_run:
+        for job in plan.jobs:
+            sys.stdout.write(f"{'done' if is_done(job) else 'to do'}  {job.protocol} {job.name}: {job.folder}\n")
+        return 0
+    failed = _run_all(plan.jobs, options, BACKENDS[args.backend], Path(plan.output))
+    if len(failed) < len(plan.jobs):
+        rows, metrics, notes = tables.aggregate(results.find(plan.output)[0])
+        sys.stdout.write(f"\n{tables.render(rows + tables.averages(rows, metrics), metrics, args.format)}\n")
+        for note in notes:
+            sys.stderr.write(f"note: {note}\n")
+    if failed:
+        sys.stderr.write(f"{len(failed)} of {len(plan.jobs)} failed; the same command tries them again:\n")
+        sys.stderr.writelines(f"  {job.protocol} {job.name}: {error}\n" for job, error in failed)
+    return 1 if failed else 0
+
+
+def _options(args: argparse.Namespace, plan: Sweep) -> Options:
+    """Return how many jobs run at a time, with how many threads."""
+    from promptmix.backends import Options, cpus
+
+    for flag, number in (("--jobs", args.jobs), ("--threads", args.threads)):
+        if number is not None and number < 1:
+            raise UserError(f"{flag} is {number}, but must be at least 1")
+    import torch
+
+    gpus = 0 if all(job.device == "cpu" for job in plan.jobs) else torch.cuda.device_count()
+    jobs = args.jobs or gpus or cpus()
+    threads = args.threads or max(1, cpus() // jobs)
+    command = ("promptmix", *args.argv)
+    return Options(jobs, threads, gpus, args.address, plan.slurm, plan.output, command)
+
+
+def _run_all(jobs: list[Job], options: Options, backend: Backend, output: Path) -> list[tuple[Job, str]]:
+    """Run the jobs that have not finished before; return those that failed, with the reason."""
+    from promptmix.backends import Outcome
+    from promptmix.progress import Grid
+    from promptmix.protocols import is_done
+
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        log = (output / LOG).open("a", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"output {output}: {error.strerror or error}; choose another in the sweep file") from error
+    failed: list[tuple[Job, str]] = []
+    with log:
+        grid = Grid(jobs, log)
+        try:
+            left = []
+            for index, job in enumerate(jobs):
+                if is_done(job):
+                    grid.ended(index, Outcome(), "finished before")
+                else:
+                    left.append(index)
+            grid.say(f"{len(left)} of {len(jobs)} to run, {options.jobs} at a time with {options.threads} thread(s) each")
+            # Closing the generator ends what still runs when this is interrupted.
+            with contextlib.closing(backend([jobs[i] for i in left], options, lambda i: grid.started(left[i]))) as outcomes:
+                for place, outcome in outcomes:
+                    grid.ended(left[place], outcome)
+                    if outcome.error:
+                        failed.append((jobs[left[place]], outcome.error))
+        finally:
+            grid.close()
+    return failed

@@ -1,0 +1,411 @@
+"""The field's protocols, each in one description: what is trained, and what is evaluated from the same checkpoint.
+
+A ``Job`` is one training with every evaluation that belongs to it; its folder holds one run folder for each. What has
+finished with the same config is skipped, and a training that was cut off goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from promptmix.commands.configure import make_config, resolve_config
+from promptmix.errors import ConfigError, UserError
+from promptmix.registry import DATASET_REGISTRY, closest
+
+if TYPE_CHECKING:
+    from yacs.config import CfgNode
+
+    from promptmix.results import RunResult
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What is trained, and what is evaluated with the same learned tensors.
+
+    Attributes:
+        summary: one line for the help.
+        part: folder of the run that trains and is tested on the classes it trained on.
+        classes: classes that it trains on: all or base.
+        new: also evaluate the new classes of the same data set.
+        targets: source -> what is evaluated beside it if nobody says otherwise; data sets, or domains of the source.
+            None = the protocol has no targets.
+    """
+
+    summary: str
+    part: str
+    classes: str
+    new: bool = False
+    targets: dict[str, tuple[str, ...]] | None = None
+
+
+_TEN = (
+    *("Caltech101", "OxfordPets", "StanfordCars", "OxfordFlowers", "Food101", "FGVCAircraft"),
+    *("SUN397", "DescribableTextures", "EuroSAT", "UCF101"),
+)
+_STYLES = ("fluent_3d", "openmoji_black", "fluent_high_contrast")
+
+PROTOCOLS: dict[str, Protocol] = {
+    "few-shot": Protocol("train on all classes, test on them", part="all", classes="all"),
+    "base-to-new": Protocol("train on the base classes, test on base and new ones", part="base", classes="base", new=True),
+    "cross-dataset": Protocol(
+        "train on all classes of one data set, test on others",
+        part="source",
+        classes="all",
+        targets={"ImageNet": _TEN, "EmojiFamilies": ("EmojiConcepts",), "EmojiConcepts": ("EmojiFamilies",)},
+    ),
+    "domain-generalization": Protocol(
+        "train on all classes of one data set, test on its variants: other data sets, or other domains of the same",
+        part="source",
+        classes="all",
+        targets={
+            "ImageNet": ("ImageNetV2", "ImageNetSketch", "ImageNetA", "ImageNetR"),
+            "EmojiFamilies": _STYLES,
+            "EmojiConcepts": _STYLES,
+        },
+    ),
+}
+
+#: Keys that the protocol sets, with the flag that sets them.
+_FIXED = {
+    "TRAINER.NAME": "--trainer",
+    "DATASET.NAME": "--datasets",
+    "DATASET.NUM_SHOTS": "--shots",
+    "DATASET.SUBSAMPLE_CLASSES": "the protocol",
+    "SEED": "--seeds",
+    "OUTPUT_DIR": "--output-dir",
+    "RESUME": "the output folder",
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training and what is evaluated from it; plain values only, so that it can be sent to another machine.
+
+    Attributes:
+        protocol: a name of ``PROTOCOLS``.
+        trainer: a name of the trainer registry.
+        dataset: a name of the data set registry, or a YAML file; "" = the one that ``config_file`` names.
+        folder: where the run folders go.
+        seed: random seed.
+        shots: training pictures per class; None = as configured.
+        targets: for protocols with targets; empty = their defaults.
+        config_file: the method's config; ``{trainer}`` and ``{dataset}`` (its file's name) are filled in.
+        settings: ``KEY VALUE`` pairs.
+        variant: name of a set of overrides, for people.
+        plugins: modules or files to load.
+        root: folder of the data sets.
+        device: auto, cpu or cuda; "" = as configured.
+    """
+
+    protocol: str
+    trainer: str
+    dataset: str
+    folder: str
+    seed: int
+    shots: int | None = None
+    targets: tuple[str, ...] = ()
+    config_file: str = ""
+    settings: tuple[Any, ...] = ()
+    variant: str = ""
+    plugins: tuple[str, ...] = ()
+    root: str = ""
+    device: str = ""
+
+    @property
+    def name(self) -> str:
+        """Return a line that tells this job from its neighbours."""
+        shots = "" if self.shots is None else f"{self.shots} shots"
+        data = title(self.dataset) if self.dataset else ""
+        return " ".join(filter(None, (self.trainer, self.variant, data, shots, f"seed {self.seed}")))
+
+
+@dataclass(frozen=True)
+class Part:
+    """One run of a job: the training, or one evaluation.
+
+    Attributes:
+        name: its folder in the job's folder.
+        dataset: as in ``Job``.
+        classes: all, base or new.
+        domains: domains to test on; empty = as configured.
+    """
+
+    name: str
+    dataset: str
+    classes: str
+    domains: tuple[str, ...] = ()
+
+
+@cache
+def dataset_files() -> dict[str, str]:
+    """Return the shipped config of each data set, by the name in the registry."""
+    shipped = Path(str(files("promptmix.configs")), "datasets")
+    found = {path: yaml.safe_load(path.read_text(encoding="utf-8")) for path in sorted(shipped.glob("*.yaml"))}
+    return {tree["DATASET"]["NAME"]: str(path) for path, tree in found.items()}
+
+
+def is_file(dataset: str) -> bool:
+    """Tell whether ``dataset`` is a YAML file rather than a name."""
+    return dataset.endswith((".yaml", ".yml"))
+
+
+def title(dataset: str) -> str:
+    """Return what tables call a data set: its name, or the name of the file that describes it."""
+    return Path(dataset).stem if is_file(dataset) else dataset
+
+
+def registry_name(dataset: str) -> str:
+    """Return the name in the data set registry.
+
+    Raises:
+        ConfigError: a file that can't be read, or that names no data set.
+        RegistryError: no such data set.
+    """
+    name = dataset
+    if is_file(dataset):
+        path = resolve_config(dataset)
+        try:
+            name = str(yaml.safe_load(path.read_text(encoding="utf-8"))["DATASET"]["NAME"])
+        except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError) as error:
+            raise ConfigError(f"data set file {path} must be YAML that sets DATASET.NAME (`promptmix list datasets`)") from error
+    DATASET_REGISTRY.get(name)
+    return name
+
+
+def parts(job: Job) -> list[Part]:
+    """Return the runs of a job: the training first, then what is evaluated from it.
+
+    Raises:
+        UserError: targets for a protocol that has none, no targets for one that needs some, or an unknown one.
+    """
+    protocol = PROTOCOLS[job.protocol]
+    found = [Part(protocol.part, job.dataset, protocol.classes)]
+    if protocol.new:
+        found.append(Part("new", job.dataset, "new"))
+    if protocol.targets is None:
+        if job.targets:
+            raise ConfigError(f"--targets {' '.join(job.targets)}: {job.protocol} has no targets; leave them out")
+        return found
+    source = registry_name(job.dataset)
+    targets = job.targets or protocol.targets.get(source, ())
+    if not targets:
+        known = ", ".join(protocol.targets)
+        raise ConfigError(f"{job.protocol} from {source}: give --targets; there are defaults for {known} only")
+    return [*found, *(_target(job, source, target) for target in targets)]
+
+
+def _target(job: Job, source: str, target: str) -> Part:
+    """Return the evaluation of a data set, or of a domain of the source."""
+    name = f"to-{title(target)}"
+    if is_file(target) or target in DATASET_REGISTRY:
+        if registry_name(target) == source and title(target) == title(job.dataset):
+            raise ConfigError(f"--targets {target}: is the source itself, which is evaluated anyway; leave it out")
+        return Part(name, target, "all")
+    domains = tuple(getattr(DATASET_REGISTRY.get(source), "domains", ()))
+    if job.protocol != "domain-generalization" or (domains and target not in domains):
+        known = [*DATASET_REGISTRY, *(domains if job.protocol == "domain-generalization" else ())]
+        raise ConfigError(
+            f"--targets {target}: no data set{closest(target, known)}"
+            + (f", and no domain of {source} (domains: {', '.join(domains)})" if domains else "")
+        )
+    return Part(name, job.dataset, "all", (target,))
+
+
+def make_part_config(job: Job, part: Part, more: Sequence[Any] = ()) -> CfgNode:
+    """Return the config of one run: the method's file, then the data set's, which says what it is, then the job's settings.
+
+    Args:
+        job: the job.
+        part: one of its parts.
+        more: ``KEY VALUE`` pairs of the protocol itself.
+
+    Raises:
+        UserError: a file, key or value that does not fit, or a key that the protocol sets.
+    """
+    for key in job.settings[::2]:
+        if key in _FIXED:
+            raise ConfigError(f"{key} is set by {_FIXED[key]} in `{job.protocol}`; remove it from the overrides")
+    name = registry_name(part.dataset) if part.dataset else ""
+    data_file = part.dataset if is_file(part.dataset) else dataset_files().get(name, "")
+    method_file = job.config_file.replace("{trainer}", job.trainer).replace("{dataset}", Path(data_file).stem or name)
+    flags: dict[str, tuple[str, Any]] = {
+        "--trainer": ("TRAINER.NAME", job.trainer),
+        "--datasets": ("DATASET.NAME", name),
+        "--root": ("DATASET.ROOT", job.root),
+        "--seeds": ("SEED", job.seed),
+        "--shots": ("DATASET.NUM_SHOTS", job.shots),
+        "--device": ("DEVICE", job.device),
+        job.protocol: ("DATASET.SUBSAMPLE_CLASSES", part.classes),
+        "--targets": ("DATASET.TARGET_DOMAINS", part.domains or None),
+        "--output-dir": ("OUTPUT_DIR", str(Path(job.folder, part.name))),
+    }
+    return make_config([method_file, data_file], flags, [*job.settings, *more], job.plugins)
+
+
+def check(job: Job) -> None:
+    """Build and validate the config of every run of a job, so that mistakes show before anything runs.
+
+    Raises:
+        UserError: there is one.
+    """
+    from promptmix import config
+    from promptmix.commands.configure import load_plugins
+
+    load_plugins(job.plugins)
+    for part in parts(job):
+        config.validate(make_part_config(job, part))
+
+
+def done_parts(job: Job) -> Iterator[tuple[Part, CfgNode, RunResult | None]]:
+    """Yield each part with its config and, where it has finished with that config, its result.
+
+    An evaluation counts only if it began after the training that it evaluates had ended, so consume this lazily: a part's
+    result is looked up when it is asked for.
+    """
+    from promptmix import results
+    from promptmix.run import finished
+
+    trained: RunResult | None = None
+    for number, part in enumerate(parts(job)):
+        cfg = make_part_config(job, part, _groups(trained, part, job))
+        result = finished(cfg)
+        if number and (trained is None or (result is not None and result.started < trained.finished)):
+            result = None
+        yield part, cfg, result
+        if number == 0:
+            path = Path(cfg.OUTPUT_DIR, results.FILE_NAME)
+            trained = results.load(path) if path.is_file() else None
+
+
+def is_done(job: Job) -> bool:
+    """Tell whether every part has finished."""
+    return all(result is not None for _, _, result in done_parts(job))
+
+
+def _groups(trained: RunResult | None, part: Part, job: Job) -> list[Any]:
+    """Return the override that lets experts keep the template groups they were trained with on another data set."""
+    if trained is None or not trained.learned_parameters or part.dataset == job.dataset:
+        return []
+    groups = trained.vocabulary.get("template_groups") or []
+    return ["DATASET.TEMPLATE_GROUPS", tuple(groups)] if groups else []
+
+
+@dataclass
+class Watcher:
+    """What is told about a job while it runs; every method may be left as it is."""
+
+    def begin(self, job: Job, part: Part) -> None:
+        """A part begins."""
+
+    def epoch(self, trainer: Any) -> None:  # noqa: ANN401  (a trainer with Dassl's interface)
+        """An epoch of the training is over."""
+
+    def end(self, result: RunResult, skipped: bool) -> None:
+        """A part has its result, now or from before."""
+
+
+def execute(job: Job, watcher: Watcher | None = None, command: Sequence[str] = ()) -> list[RunResult]:
+    """Run what is missing of a job, in this process.
+
+    Args:
+        job: what to run.
+        watcher: told of every part and epoch.
+        command: command line, kept in ``results.json``.
+
+    Returns:
+        The result of every part.
+
+    Raises:
+        UserError: a run that can't be done.
+    """
+    from promptmix.run import run
+
+    watcher = watcher or Watcher()
+    found: list[RunResult] = []
+    with _alone(Path(job.folder)):
+        for part, cfg, result in done_parts(job):
+            watcher.begin(job, part)
+            if result is not None:
+                watcher.end(result, skipped=True)
+                found.append(result)
+                continue
+            labels = {"protocol": job.protocol, "title": title(part.dataset)}
+            options: dict[str, Any] = {}
+            if found:
+                last = None if cfg.TEST.FINAL_MODEL == "best_val" else cfg.OPTIM.MAX_EPOCH
+                model_dir = found[0].config["OUTPUT_DIR"] if found[0].learned_parameters else ""
+                options = {"eval_only": True, "model_dir": model_dir, "load_epoch": last}
+                if part.dataset != job.dataset:
+                    labels["trained_on"] = title(job.dataset)
+            result = run(cfg, quiet=True, on_epoch=watcher.epoch, command=list(command), labels=labels, **options)
+            watcher.end(result, skipped=False)
+            found.append(result)
+    return found
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Wait until no other process works in ``folder``: one that outlived its driver, or a second sweep into the same tree.
+
+    The lock goes with its process, however that ends. Where the system has no such locks, nothing is held.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    lock = folder.with_name(f".{folder.name}.lock")
+    made = [path for path in lock.parents if not path.exists()]
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        handle = lock.open("w")
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        while not (lock.exists() and os.path.samestat(os.fstat(handle.fileno()), lock.stat())):
+            handle.close()  # the one before us removed the file that we waited for
+            handle = lock.open("w")
+            fcntl.flock(handle, fcntl.LOCK_EX)
+    except OSError as error:
+        raise UserError(f"OUTPUT_DIR {folder}: {error.strerror or error}; choose another --output-dir") from error
+    with handle:
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+            for path in made:
+                with contextlib.suppress(OSError):  # not empty
+                    path.rmdir()
+
+
+def folder_of(output: str, protocol: str, dataset: str, trainer: str, variant: str, shots: int | None, seed: int) -> str:
+    """Return where a job's runs go in the results tree."""
+    method = f"{trainer}-{variant}" if variant else trainer
+    levels = [output, protocol, title(dataset), method, "" if shots is None else f"shots{shots}", f"seed{seed}"]
+    return str(Path(*filter(None, levels)))
+
+
+def default_config(trainer: str, dataset: str) -> str:
+    """Return the config that a method runs with on the embedded pictures when none is given.
+
+    Raises:
+        ConfigError: the data set is not an embedded one, so the method's config must be named.
+    """
+    if not registry_name(dataset).startswith("Emoji"):
+        raise ConfigError(
+            f"--datasets {dataset}: give --config-file, such as configs/trainers/CoOp/vit_b16_ep50_ctxv1.yaml "
+            "({trainer} and {dataset} in it are filled in); only the embedded pictures have a default"
+        )
+    tiny = f"configs/trainers/{trainer}/tiny.yaml"
+    try:
+        resolve_config(tiny)
+    except ConfigError:
+        return "configs/quickstart.yaml"  # a plugin's method
+    return tiny

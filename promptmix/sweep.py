@@ -1,0 +1,195 @@
+"""A sweep: methods x data sets x shots x seeds x protocols x variants, written down in one YAML file.
+
+```yaml
+output: output/emoji                  # results tree
+protocols: [base-to-new]
+trainers: [ZeroshotCLIP, CoOp, {name: MoCoOp, set: {OPTIM.LR: 0.004}}]
+datasets: [EmojiFamilies, my_pictures.yaml]
+seeds: [1, 2, 3]
+shots: [16]                           # default 16
+config: configs/trainers/{trainer}/tiny.yaml
+targets: {cross-dataset: [...]}       # default: those of the papers
+set: {OPTIM.MAX_EPOCH: 10}            # for every run
+variants: {short: {OPTIM.MAX_EPOCH: 2}, long: {}}
+root: data                            # also: device, plugins, slurm
+```
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from promptmix.errors import ConfigError
+from promptmix.protocols import PROTOCOLS, Job, default_config, folder_of
+from promptmix.registry import closest
+
+#: Key to the type of its value, in the order of the documentation.
+_KEYS: dict[str, type | tuple[type, ...]] = {
+    "output": str,
+    "protocols": list,
+    "trainers": list,
+    "datasets": list,
+    "seeds": list,
+    "shots": list,
+    "config": str,
+    "targets": dict,
+    "set": dict,
+    "variants": dict,
+    "root": str,
+    "device": str,
+    "plugins": list,
+    "slurm": dict,
+}
+_NEEDED = ("output", "protocols", "trainers", "datasets", "seeds")
+_TRAINER_KEYS: dict[str, type | tuple[type, ...]] = {"name": str, "config": str, "set": dict, "label": str}
+_DATASET_KEYS: dict[str, type | tuple[type, ...]] = {"name": str, "set": dict}
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What a sweep file says.
+
+    Attributes:
+        output: results tree.
+        jobs: every job, neighbours on the same data set.
+        slurm: parameters for submitit.
+    """
+
+    output: str
+    jobs: list[Job]
+    slurm: dict[str, Any] = field(default_factory=dict)
+
+
+def read(path: str) -> Sweep:
+    """Read a sweep file.
+
+    Paths in it start from its own folder where they exist there, else from the current one; configs may also be shipped ones.
+
+    Raises:
+        ConfigError: the file can't be read, or has a key or value that no sweep has.
+        UserError: a plugin that can't be loaded, or an unknown data set.
+    """
+    from promptmix.commands.configure import load_plugins, resolve_config
+
+    file = resolve_config(path)
+    try:
+        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"sweep file {file}: {' '.join(str(error).split())}") from error
+    _check(tree, _KEYS, _NEEDED, str(file))
+    plugins = tuple(_located(str(name), file) for name in tree.get("plugins", []))
+    load_plugins(plugins)
+    jobs = list(_jobs(tree, file, plugins))
+    folders: set[str] = set()
+    for job in jobs:
+        if job.folder in folders:
+            raise ConfigError(f"{file}: {job.name} ({job.protocol}) is there twice; give one of the trainers a `label`")
+        folders.add(job.folder)
+    return Sweep(tree["output"], jobs, tree.get("slurm", {}))
+
+
+def _jobs(tree: dict[str, Any], file: Path, plugins: tuple[str, ...]) -> Iterable[Job]:
+    where = str(file)
+    for name in tree["protocols"]:
+        if name not in PROTOCOLS:
+            raise ConfigError(
+                f"{where}: protocols: unknown {name!r}{closest(str(name), list(PROTOCOLS))} (choices: {', '.join(PROTOCOLS)})"
+            )
+    targets = {name: _list(value, f"{where}: targets.{name}") for name, value in tree.get("targets", {}).items()}
+    for name in targets:
+        if name not in tree["protocols"]:
+            raise ConfigError(f"{where}: targets.{name} would be ignored; protocols: {', '.join(tree['protocols'])}")
+    seeds, shots = (_integers(tree.get(key, [16]), f"{where}: {key}") for key in ("seeds", "shots"))
+    trainers = [_entry(value, _TRAINER_KEYS, f"{where}: trainers") for value in tree["trainers"]]
+    datasets = [_entry(value, _DATASET_KEYS, f"{where}: datasets") for value in tree["datasets"]]
+    variants = {str(name): _flat(values, f"{where}: variants.{name}") for name, values in tree.get("variants", {"": {}}).items()}
+    shared = _flat(tree.get("set", {}), f"{where}: set")
+    root = tree.get("root", "")
+    if root and not Path(root).is_absolute() and (file.parent / root).is_dir():
+        root = str(file.parent / root)
+    for protocol in tree["protocols"]:
+        for data in datasets:
+            dataset = _located(data["name"], file)
+            for method in trainers:
+                chosen = method.get("config") or tree.get("config") or default_config(method["name"], dataset)
+                for variant, values in variants.items():
+                    label = "-".join(filter(None, (method.get("label", ""), variant)))
+                    own = (_flat(entry.get("set", {}), f"{where}: set of {entry['name']}") for entry in (data, method))
+                    settings = tuple(item for pairs in (shared, *own, values) for pair in pairs.items() for item in pair)
+                    for shot in shots:
+                        for seed in seeds:
+                            yield Job(
+                                protocol=protocol,
+                                trainer=method["name"],
+                                dataset=dataset,
+                                folder=folder_of(tree["output"], protocol, dataset, method["name"], label, shot, seed),
+                                seed=seed,
+                                shots=shot,
+                                targets=tuple(_located(target, file) for target in targets.get(protocol, ())),
+                                config_file=_located(chosen, file),
+                                settings=settings,
+                                variant=label,
+                                plugins=plugins,
+                                root=root,
+                                device=tree.get("device", ""),
+                            )
+
+
+def _check(tree: Any, keys: Mapping[str, Any], needed: Iterable[str], where: str) -> None:  # noqa: ANN401
+    """Refuse a tree with unknown or missing keys, or with values of another type.
+
+    Raises:
+        ConfigError: it has some.
+    """
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{where} must hold keys and values ({', '.join(keys)}), not {type(tree).__name__}")
+    for key, value in tree.items():
+        if key not in keys:
+            raise ConfigError(f"{where}: unknown key {key!r}{closest(str(key), list(keys))} (keys: {', '.join(keys)})")
+        if not isinstance(value, keys[key]) or value in ([], ""):
+            shown = "empty" if value in (None, [], "") else repr(value)
+            raise ConfigError(f"{where}: {key} is {shown}, but must be a {keys[key].__name__}")
+    for key in needed:
+        if key not in tree:
+            raise ConfigError(f"{where}: {key} is missing (needed: {', '.join(needed)})")
+
+
+def _entry(value: Any, keys: Mapping[str, Any], where: str) -> dict[str, Any]:  # noqa: ANN401
+    """Return an entry of a list, given as a name or as a mapping with a name."""
+    entry = {"name": value} if isinstance(value, str) else value
+    _check(entry, keys, ("name",), where)
+    return dict(entry)
+
+
+def _flat(tree: Any, where: str, prefix: str = "") -> dict[str, Any]:  # noqa: ANN401
+    """Return overrides by dotted key, however deep they are nested in the file."""
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{where} is {tree!r}, but must be a mapping of config keys to values")
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= _flat(value, where, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
+
+
+def _list(value: Any, where: str) -> list[str]:  # noqa: ANN401
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise ConfigError(f"{where} is {value!r}, but must be a list of names")
+    return value
+
+
+def _integers(values: list[Any], where: str) -> list[int]:
+    if not all(type(value) is int for value in values):
+        raise ConfigError(f"{where} is {values!r}, but must be a list of whole numbers")
+    return values
+
+
+def _located(path: str, file: Path) -> str:
+    """Return ``path`` from the sweep file's folder where it exists there, else as it is; a plain name is no path."""
+    named = path and not Path(path).suffix and "/" not in path
+    beside = file.parent / path
+    return path if named or not path or Path(path).is_absolute() or not beside.exists() else str(beside)
