@@ -14,8 +14,8 @@ Deviations from the authors' code: initial words are counted in tokens; the proj
 Dassl; it also works under ``amp``, where theirs fails. L_kl is reported as a divergence (theirs leaves out the teacher's entropy,
 which has no gradient).
 
-A context that starts as the zero-shot model's own template (same words, no zeros before them) stays there: the divergence is at its
-minimum, and with LAMBDA 1 no step may raise it. The authors' 16 vectors start elsewhere; an ensemble as ``TEMPLATES`` helps too.
+A context that starts as the zero-shot model's own template (same words, no zeros before them) stays there: the divergence is at
+its minimum, and with LAMBDA 1 no step may raise it. The authors' 16 vectors start elsewhere; an ensemble as ``TEMPLATES`` helps too.
 """
 
 from __future__ import annotations
