@@ -15,7 +15,8 @@ Dassl; it also works under ``amp``, where theirs fails. L_kl is reported as a di
 which has no gradient).
 
 A context that starts as the zero-shot model's own template (same words, no zeros before them) stays there: the divergence is at
-its minimum, and with LAMBDA 1 no step may raise it. The authors' 16 vectors start elsewhere; an ensemble as ``TEMPLATES`` helps too.
+its minimum, and with LAMBDA 1 no step may raise it. The authors' 16 vectors start elsewhere, and an ensemble as ``TEMPLATES`` is
+elsewhere.
 """
 
 from __future__ import annotations
