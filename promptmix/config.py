@@ -75,6 +75,9 @@ def get_cfg_default() -> CN:
     cfg.INPUT.GB_P = 0.5  # probability of Gaussian blur
     cfg.INPUT.GB_K = 21  # blur kernel in pixels, odd
     cfg.INPUT.CACHED_VIEWS = 0  # ours: train on K precomputed views a picture when the image tower is frozen; 0 = off
+    cfg.INPUT.FEATURE_CACHE = True  # ours: keep features of evaluation pictures and cached views on disk, if the tower is frozen
+    cfg.INPUT.FEATURE_CACHE_DIR = ""  # ours: folder; "" = PROMPTMIX_CACHE_DIR, else the user's cache folder
+    cfg.INPUT.FEATURE_CACHE_GB = 5.0  # ours: what was not used for longest goes first; 0 = no limit
 
     cfg.DATASET = CN()
     cfg.DATASET.ROOT = ""  # folder of the data sets

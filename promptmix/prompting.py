@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -11,7 +13,9 @@ from yacs.config import CfgNode
 from promptmix import convert
 from promptmix.clip import load_clip
 from promptmix.components import PromptLearner, Task
-from promptmix.data.views import CachedViews, cache_views
+from promptmix.config import source_of
+from promptmix.data.features import FeatureCache, open_cache
+from promptmix.data.views import ReplayLoader, cache_views, feature_loader, is_steady
 from promptmix.engine import TrainerX, build_lr_scheduler, build_optimizer
 from promptmix.engine.checkpoint import load_pretrained_weights, load_state_dict_strict
 from promptmix.engine.evaluator import compute_accuracy
@@ -57,6 +61,7 @@ class PromptTrainer(TrainerX):
         if cfg.MODEL.INIT_WEIGHTS:
             load_pretrained_weights(self.model, cfg.MODEL.INIT_WEIGHTS)
         log.info("Learned parameters: %s", f"{count_num_param(self.model):,}")
+        self.approximations: list[str] = []  # for results.json
         self._classifier: Any = None
         self._testing = False
         if any(True for _ in self.model.parameters()):
@@ -91,20 +96,68 @@ class PromptTrainer(TrainerX):
         """
         super().before_train()
         views = self.cfg.INPUT.CACHED_VIEWS
-        if not views:
+        if not views or isinstance(self.train_loader_x, ReplayLoader):
             return
         if not self.model.image_is_frozen:
             raise ConfigError(
                 f"INPUT.CACHED_VIEWS is {views}, but {self.cfg.TRAINER.NAME} trains the image side, "
                 "so features can't be kept; set it to 0"
             )
-        get_logger().info("Encoding %d cached views of %d pictures", views, len(self.train_loader_x.dataset))  # type: ignore[arg-type]
-        self.train_loader_x = cache_views(self.train_loader_x, views, lambda images: self.encode_images(images.to(self.device)))
+        epochs = max(self.max_epoch - self.start_epoch, 1)
+        if views < epochs and not is_steady(self.cfg.INPUT.TRANSFORMS):
+            self.approximations.append(f"INPUT.CACHED_VIEWS: {views} augmented views take turns over {epochs} epochs")
+        validates = self.cfg.TEST.FINAL_MODEL == "best_val" and not self.cfg.TEST.NO_TEST
+        self.train_loader_x = cache_views(
+            self.train_loader_x,
+            min(views, epochs),
+            self._encode_frozen,
+            self.cfg,
+            self._feature_cache(),
+            self.clip.image,
+            draws_between=int(validates),
+        )
 
     def before_epoch(self) -> None:
         """Turn to the next cached view."""
-        if isinstance(self.train_loader_x.dataset, CachedViews):
-            self.train_loader_x.dataset.view = self.epoch % self.cfg.INPUT.CACHED_VIEWS
+        if isinstance(self.train_loader_x, ReplayLoader):
+            self.train_loader_x.turn_to(self.epoch - self.start_epoch)
+
+    def _encode_frozen(self, images: Tensor) -> Tensor:
+        with self.precision.autocast():
+            return self.encode_images(images.to(self.device, non_blocking=True))
+
+    def _feature_cache(self) -> FeatureCache | None:
+        """Return where image features are kept on disk, or None where that is off or can't be.
+
+        Raises:
+            ConfigError: the config asks for it, but the method changes the image features.
+        """
+        if self.model.image_is_frozen:
+            # A learner of a plugin that encodes in its own way may give other features for the same weights.
+            own = type(self.model).encode_images.__module__.partition(".")[0] != "promptmix"
+            return None if own else open_cache(self.cfg)
+        source = source_of(self.cfg, "INPUT.FEATURE_CACHE")
+        if self.cfg.INPUT.FEATURE_CACHE and source:
+            raise ConfigError(
+                f"INPUT.FEATURE_CACHE is True (set by {source}), but {self.cfg.TRAINER.NAME} trains the image side, "
+                "so features can't be kept; set it to False or leave it out"
+            )
+        return None
+
+    @contextmanager
+    def _features_of(self, split: str | None) -> Iterator[None]:
+        """Have the evaluation of ``split`` read image features instead of pictures, where they may be kept."""
+        cache = self._feature_cache()
+        validates = (split or self.cfg.TEST.SPLIT) == "val" and self.val_loader is not None
+        name = "val_loader" if validates else "test_loader"
+        loader = getattr(self, name)
+        if cache is not None:
+            found = feature_loader(loader, self._encode_frozen, self.cfg, cache, self.clip.image, name.partition("_")[0])
+            setattr(self, name, found or loader)
+        try:
+            yield
+        finally:
+            setattr(self, name, loader)
 
     def forward_backward(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Learn from one batch.
@@ -161,7 +214,8 @@ class PromptTrainer(TrainerX):
         """Evaluate, encoding the text side once."""
         self._testing, self._classifier = True, None
         try:
-            return super().test(split)
+            with self._features_of(split):
+                return super().test(split)
         finally:
             self._testing, self._classifier = False, None
 

@@ -45,6 +45,9 @@ NOT_A_SETTING = {
     "DATASET.SUBSAMPLE_CLASSES",
     "DATASET.TARGET_DOMAINS",
     "DEVICE",
+    "INPUT.FEATURE_CACHE",
+    "INPUT.FEATURE_CACHE_DIR",
+    "INPUT.FEATURE_CACHE_GB",
     "MODEL.BACKBONE.NAME",
     "OUTPUT_DIR",
     "RESUME",
@@ -86,6 +89,7 @@ class RunResult:
         seconds: ``total``, ``train`` (with validation after each epoch) and ``test``.
         peak_memory_mb: largest resident memory (``rss``) and CUDA allocation (``cuda``), in MiB; None where unknown.
         vocabulary: the data set's words: ``classnames``, ``all_classnames``, ``templates``, ``template_groups``.
+        approximations: what this run did otherwise than the method says, to save time; empty = nothing.
         learned_parameters: number of scalars that the optimisers may change.
         protocol: the protocol of ``promptmix run`` that this run is part of; "" = by itself.
         title: what tables call the data set; "" = ``dataset``.
@@ -112,6 +116,7 @@ class RunResult:
     finished: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory_mb: dict[str, float | None] = field(default_factory=dict)
+    approximations: list[str] = field(default_factory=list)
     learned_parameters: int | None = None
     vocabulary: dict[str, Any] = field(default_factory=dict)
     protocol: str = ""

@@ -95,6 +95,7 @@ def run(
             else:
                 trainer.train()
         recorder.fill(result)
+        result.approximations = list(getattr(trainer, "approximations", ()))
         get_logger().info("Results: %s", result.save(cfg.OUTPUT_DIR))
     return result
 

@@ -1,0 +1,36 @@
+"""``promptmix cache``: what image features are kept on disk, and how to be rid of them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from datetime import datetime, timezone
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags."""
+    add = parser.add_argument
+    add("action", nargs="?", choices=("list", "clear"), default="list", help="show the files (default), or remove them all")
+    add("--dir", default="", metavar="DIR", help="the folder; default: PROMPTMIX_CACHE_DIR, else the user's cache folder")
+
+
+def run(args: argparse.Namespace) -> int:
+    """List or clear the cache."""
+    from tabulate import tabulate
+
+    from promptmix.data.features import FeatureCache, cache_folder
+
+    cache = FeatureCache(cache_folder(args.dir))
+    entries = cache.entries()
+    if args.action == "clear":
+        freed = cache.clear()
+        sys.stdout.write(f"removed {len(entries)} files ({freed / 1e6:.1f} MB) from {cache.folder}\n")
+        return 0
+    rows = [
+        (datetime.fromtimestamp(entry.used, timezone.utc).strftime("%Y-%m-%d %H:%M"), f"{entry.size / 1e6:.1f}", entry.about)
+        for entry in entries
+    ]
+    if rows:
+        sys.stdout.write(tabulate(rows, ("last used (UTC)", "MB", "features of"), disable_numparse=True) + "\n")
+    sys.stdout.write(f"{len(rows)} files, {sum(entry.size for entry in entries) / 1e6:.1f} MB in {cache.folder}\n")
+    return 0

@@ -1,0 +1,233 @@
+"""Image features on disk: computed once per weights, pictures and transform, and shared by every method and seed."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from PIL import __version__ as pil_version
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from yacs.config import CfgNode
+
+from promptmix.data.datum import Datum
+from promptmix.errors import UserError
+from promptmix.utils import atomic_write, get_logger
+
+#: Raised when a file's meaning changes, so that old files are passed over.
+_VERSION = 1
+_SUFFIX = ".safetensors"
+#: Keys of INPUT that change no pixel.
+_NO_PIXELS = ("CACHED_VIEWS", "FEATURE_CACHE", "FEATURE_CACHE_DIR", "FEATURE_CACHE_GB")
+_hashes: WeakKeyDictionary[nn.Module, tuple[int, str]] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One file of the cache.
+
+    Attributes:
+        path: the file.
+        size: bytes.
+        used: when it was last read or written, in seconds since 1970.
+        about: what it holds, for people.
+    """
+
+    path: Path
+    size: int
+    used: float
+    about: str
+
+
+def cache_folder(chosen: str = "") -> Path:
+    """Return the folder of the cache.
+
+    Args:
+        chosen: ``INPUT.FEATURE_CACHE_DIR``; "" asks ``PROMPTMIX_CACHE_DIR``, then the user's cache folder (XDG).
+    """
+    if chosen:
+        return Path(chosen)
+    own = os.environ.get("PROMPTMIX_CACHE_DIR")
+    base = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "promptmix")
+    return base / "features"
+
+
+class FeatureCache:
+    """A folder of tensors under hashed keys. Any number of processes may read and write it at once.
+
+    A file appears whole or not at all, and two processes that compute the same thing write the same bytes. Beyond the size
+    limit, what was not used for longest is removed first; a process that has such a file open keeps its data.
+
+    Args:
+        folder: where the files lie; made when first written.
+        limit_gb: size limit in 10^9 bytes; 0 keeps everything.
+    """
+
+    def __init__(self, folder: Path, limit_gb: float = 0.0) -> None:
+        self.folder, self.limit = folder, limit_gb * 1e9
+
+    def get(self, key: str) -> dict[str, Tensor] | None:
+        """Return the tensors under ``key``, mapped from the file, or None where there are none."""
+        path = self.folder / (key + _SUFFIX)
+        try:
+            tensors = load_file(path)
+            os.utime(path)
+        except (OSError, SafetensorError):  # not there, removed meanwhile, or damaged: it is computed anew
+            return None
+        return tensors
+
+    def put(self, key: str, tensors: Mapping[str, Tensor], about: str) -> None:
+        """Store tensors under ``key``; a disk that takes no more only costs the saving, and says so.
+
+        Args:
+            key: what ``feature_key`` returned.
+            tensors: on any device.
+            about: what they are, for ``promptmix cache list``.
+        """
+        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        size = sum(tensor.nbytes for tensor in plain.values())
+        if self.limit and size > self.limit:
+            get_logger().info("Features (%.1f GB) exceed INPUT.FEATURE_CACHE_GB and are not kept", size / 1e9)
+            return
+        try:
+            atomic_write(self.folder / (key + _SUFFIX), lambda path: save_file(plain, path, metadata={"about": about}))
+        except OSError as error:
+            get_logger().warning("Features can't be kept in %s (%s)", self.folder, error.strerror or error)
+            return
+        self._shrink(self.folder / (key + _SUFFIX))
+
+    def entries(self) -> list[Entry]:
+        """Return every file, the one used last first."""
+        found = []
+        for path in self.folder.glob("*" + _SUFFIX) if self.folder.is_dir() else ():
+            with contextlib.suppress(OSError, SafetensorError):
+                state = path.stat()
+                with safe_open(path, framework="pt") as file:
+                    about = (file.metadata() or {}).get("about", "")
+                found.append(Entry(path, state.st_size, state.st_mtime, about))
+        return sorted(found, key=lambda entry: -entry.used)
+
+    def clear(self) -> int:
+        """Remove every file and return how many bytes that freed."""
+        freed = 0
+        for path in [*self.folder.glob("*" + _SUFFIX), *self.folder.glob(f".*{_SUFFIX}.*.tmp")]:
+            freed += _remove(path)
+        return freed
+
+    def _shrink(self, newest: Path) -> None:
+        for path in self.folder.glob(f".*{_SUFFIX}.*.tmp"):  # of writers that were killed
+            with contextlib.suppress(OSError):
+                if time.time() - path.stat().st_mtime > 86400:
+                    _remove(path)
+        if not self.limit:
+            return
+        files = []
+        for path in self.folder.glob("*" + _SUFFIX):
+            with contextlib.suppress(OSError):  # another process removed it
+                state = path.stat()
+                files.append((path != newest, state.st_mtime, state.st_size, path))
+        total = sum(size for _, _, size, _ in files)
+        for old, _, size, path in sorted(files, key=lambda file: file[1]):
+            if total > self.limit and old:
+                _remove(path)
+                total -= size
+
+
+def _remove(path: Path) -> int:
+    with contextlib.suppress(OSError):  # gone already, or open on a system that forbids it
+        size = path.stat().st_size
+        path.unlink()
+        return size
+    return 0
+
+
+def weights_hash(module: nn.Module) -> str:
+    """Return a hash of a module's tensors, computed again only after they were changed in place."""
+    state = module.state_dict()
+    changes = sum(tensor._version for tensor in state.values())
+    if module not in _hashes or _hashes[module][0] != changes:
+        digest = hashlib.sha256()
+        for name, tensor in sorted(state.items()):
+            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        _hashes[module] = changes, digest.hexdigest()
+    return _hashes[module][1]
+
+
+def items_hash(items: Sequence[Datum]) -> str:
+    """Return a hash of which pictures ``items`` are, in order: path, size and time of change of each file or pack.
+
+    Raises:
+        UserError: a picture is missing.
+    """
+    digest = hashlib.sha256()
+    stamps: dict[str, str] = {}
+    for item in items:
+        file, _, member = item.impath.partition("::")
+        if file not in stamps:
+            try:
+                state = os.stat(file)
+            except OSError as error:
+                raise UserError(
+                    f"no picture {item.impath} ({error.strerror}); check DATASET.ROOT, or get the data set again"
+                ) from error
+            stamps[file] = f"{os.path.abspath(file)}|{state.st_size}|{state.st_mtime_ns}"
+        digest.update(f"{stamps[file]}|{member}\n".encode())
+    return digest.hexdigest()
+
+
+def feature_key(cfg: CfgNode, tower: nn.Module, items: Sequence[Datum], transform: object, **more: object) -> str | None:
+    """Return the key of the features of ``items``, or None where ``transform`` can't be described.
+
+    Args:
+        cfg: the whole config tree; its INPUT node and the precision count.
+        tower: the frozen image tower.
+        items: the pictures, in order.
+        transform: what is done to them; its ``repr`` must say all about it.
+        more: whatever else the features depend on (batch size, random state).
+    """
+    # Our own transforms are told by the INPUT node.
+    described = re.sub(r"<(promptmix\.data\.\S+) object at 0x[0-9a-fA-F]+>", r"\1", repr(transform))
+    if " at 0x" in described:  # an object that does not say what it does
+        return None
+    parts: dict[str, Any] = {
+        "version": _VERSION,
+        "weights": weights_hash(tower),
+        "items": items_hash(items),
+        "input": {key: value for key, value in cfg.INPUT.items() if key not in _NO_PIXELS},
+        "transform": described,
+        "precision": cfg.TRAINER.PREC,
+        "libraries": [torch.__version__, pil_version],
+        **more,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:40]
+
+
+def open_cache(cfg: CfgNode) -> FeatureCache | None:
+    """Return the cache that ``cfg.INPUT`` asks for, or None where it is off."""
+    if not cfg.INPUT.FEATURE_CACHE:
+        return None
+    return FeatureCache(cache_folder(cfg.INPUT.FEATURE_CACHE_DIR), cfg.INPUT.FEATURE_CACHE_GB)
+
+
+@contextlib.contextmanager
+def same_randomness() -> Iterator[None]:
+    """Leave the random states of torch, python and numpy as they were before the context."""
+    from promptmix.data.streams import get_streams, set_streams
+
+    streams = get_streams()
+    try:
+        yield
+    finally:
+        set_streams(streams)
