@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import Any
 
@@ -38,6 +39,8 @@ def register(cfg: CfgNode, replace: bool = False) -> list[str]:
     from promptmix.config import get_cfg
 
     ours = get_cfg()  # also loads every plugin
+    # Importing Dassl turns off the loggers of the whole process up to warnings; what a trainer reports is its output.
+    logging.disable(logging.NOTSET)
     theirs = set(registry.registered_names())
     mine = [name for name in TRAINER_REGISTRY if _is_bridged(registry, name) or name not in theirs or replace]
     kept = sorted(set(TRAINER_REGISTRY) - set(mine))

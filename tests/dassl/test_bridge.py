@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
 from pathlib import Path
 
@@ -29,6 +30,7 @@ def dassl(monkeypatch):
     yield importlib.import_module("dassl.engine")
     for name in [name for name in sys.modules if name.split(".")[0] == "dassl"]:
         del sys.modules[name]
+    logging.disable(logging.NOTSET)
 
 
 def extend_cfg(room, trainer):

@@ -1,7 +1,11 @@
+import logging
+
 import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
+
+logging.disable(logging.WARNING)  # as importing the real one does
 
 
 class Datum:
