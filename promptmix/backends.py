@@ -7,6 +7,7 @@ tree, which is all that a later sweep looks at.
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import shutil
@@ -158,6 +159,7 @@ def _context() -> Any:  # noqa: ANN401  (multiprocessing's contexts share no use
 
 def _child(job: Job, options: Options, gpu: int | None, sender: connection.Connection) -> None:
     """Run a job in its own process and send its outcome."""
+    gc.freeze()  # what was imported before the fork stays shared, and no collection walks through it
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the driver, which ends its jobs
     threading.Thread(target=_follow_parent, daemon=True).start()
     if gpu is not None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from promptmix.commands.configure import make_config, resolve_config
+from promptmix.commands.configure import load_plugins, make_config, merge_flags, resolve_config
 from promptmix.errors import ConfigError, UserError
 from promptmix.registry import DATASET_REGISTRY, closest
 
@@ -231,12 +231,19 @@ def make_part_config(job: Job, part: Part, more: Sequence[Any] = ()) -> CfgNode:
     Raises:
         UserError: a file, key or value that does not fit, or a key that the protocol sets.
     """
+    from promptmix import config
+
     for key in job.settings[::2]:
         if key in _FIXED:
             raise ConfigError(f"{key} is set by {_FIXED[key]} in `{job.protocol}`; remove it from the overrides")
     name = registry_name(part.dataset) if part.dataset else ""
     data_file = part.dataset if is_file(part.dataset) else dataset_files().get(name, "")
     method_file = job.config_file.replace("{trainer}", job.trainer).replace("{dataset}", Path(data_file).stem or name)
+    cfg = make_config([method_file], {}, [], job.plugins)
+    if name and cfg.DATASET.NAME not in ("", name):  # then its domains are another data set's
+        config.merge_opts(cfg, ["DATASET.SOURCE_DOMAINS", (), "DATASET.TARGET_DOMAINS", ()], source="--datasets")
+    if data_file:
+        config.merge_file(cfg, resolve_config(data_file))
     flags: dict[str, tuple[str, Any]] = {
         "--trainer": ("TRAINER.NAME", job.trainer),
         "--datasets": ("DATASET.NAME", name),
@@ -248,7 +255,9 @@ def make_part_config(job: Job, part: Part, more: Sequence[Any] = ()) -> CfgNode:
         "--targets": ("DATASET.TARGET_DOMAINS", part.domains or None),
         "--output-dir": ("OUTPUT_DIR", str(Path(job.folder, part.name))),
     }
-    return make_config([method_file, data_file], flags, [*job.settings, *more], job.plugins)
+    merge_flags(cfg, flags)
+    config.merge_opts(cfg, [*job.settings, *more])
+    return cfg
 
 
 def check(job: Job) -> None:
@@ -258,7 +267,6 @@ def check(job: Job) -> None:
         UserError: there is one.
     """
     from promptmix import config
-    from promptmix.commands.configure import load_plugins
 
     load_plugins(job.plugins)
     for part in parts(job):
@@ -329,6 +337,7 @@ def execute(job: Job, watcher: Watcher | None = None, command: Sequence[str] = (
     """
     from promptmix.run import run
 
+    load_plugins(job.plugins)
     watcher = watcher or Watcher()
     found: list[RunResult] = []
     with _alone(Path(job.folder)):

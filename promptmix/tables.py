@@ -4,6 +4,7 @@ How the field reports, and so do we:
 
 * mean and population standard deviation (``numpy.std``) over seeds, as Dassl's ``parse_test_res.py``, and with it
   half a 95% interval as 1.96 * std / sqrt(n);
+* the average over data sets is the mean of their means;
 * H is the harmonic mean of the two MEANS, ``2 * base * new / (base + new)``, over the seeds that have both. The spread
   beside it is that of the H of each seed.
 """
@@ -29,7 +30,14 @@ FORMATS = [*tabulate_formats, "csv", "json"]
 SORTS = ("name", "time", "base", "new", "h", "test")
 DEFAULT_METRICS = ("accuracy", "macro_accuracy")
 _LABELS = {"accuracy": "", "macro_accuracy": " (class-balanced)"}
-_PARTS = {"base to new": ("base", "new", "h"), "all classes": ("test",)}
+_PARTS = {
+    "base to new": ("base", "new", "h"),
+    "all classes": ("test",),
+    "cross data set": ("test",),
+    "domain generalization": ("test",),
+}
+#: Protocols of `promptmix run` whose tables are not told by the classes alone.
+_TRANSFER = {"cross-dataset": "cross data set", "domain-generalization": "domain generalization"}
 
 
 @dataclass
@@ -50,14 +58,19 @@ class Row:
 
     Attributes:
         method: trainer name.
-        dataset: data set name, with its domains where it has any.
-        protocol: ``base to new`` or ``all classes``.
+        dataset: data set name, with its domains where it has any, and the data set that the prompts were trained on.
+        protocol: ``base to new``, ``all classes``, ``cross data set`` or ``domain generalization``.
         shots: training pictures per class, ``all`` below 1.
         backbone: backbone name.
         settings: keys in which this row's configs differ from its neighbours', empty where there is one setting only.
         started: start of the earliest run.
         seeds: seeds that stand in any cell.
         cells: (metric, part) to number; parts are ``base``, ``new``, ``h`` or ``test``.
+        values: (metric, part) to the number of each seed.
+        trained_on: data set that the prompts were trained on, where this row is a target of a protocol.
+        averages: data sets that this row is the average of; empty for a row of one data set.
+        published: part to the number in the papers, in accuracy (see ``promptmix.published``).
+        origin: where the published numbers were read.
     """
 
     method: str
@@ -69,6 +82,11 @@ class Row:
     started: str = ""
     seeds: list[int] = field(default_factory=list)
     cells: dict[tuple[str, str], Cell] = field(default_factory=dict)
+    values: dict[tuple[str, str], dict[Any, float]] = field(default_factory=dict)
+    trained_on: str = ""
+    averages: tuple[str, ...] = ()
+    published: dict[str, float] = field(default_factory=dict)
+    origin: str = ""
 
 
 def aggregate(
@@ -98,9 +116,57 @@ def aggregate(
         for settings, same in _by_settings(members).items():
             protocol, dataset, shots, method, backbone = key
             row = Row(method, dataset, protocol, shots, backbone, settings, started=min(run.started for run in same))
+            row.trained_on = same[0].trained_on
             notes += _fill(row, same, chosen, split, ci95)
             rows.append(row)
     return rows, chosen, notes
+
+
+def averages(rows: list[Row], metrics: list[str], ci95: bool = False) -> list[Row]:
+    """Return a row for each method that has several data sets, with the mean of their means.
+
+    H is the harmonic mean of the averaged base and new numbers, as papers report it. The spread is that of each seed's own
+    average, over the seeds that every data set has. Where prompts were tested on other data sets or domains than they were
+    trained on, the average is over those.
+
+    Args:
+        rows: what ``aggregate`` returns.
+        metrics: the metrics that stand in them.
+        ci95: half a 95% interval in place of the standard deviation.
+    """
+    groups: dict[tuple[str, ...], list[Row]] = defaultdict(list)
+    for row in rows:
+        if row.trained_on or row.protocol not in _TRANSFER.values():
+            groups[row.method, row.protocol, row.shots, row.backbone, row.settings, row.trained_on].append(row)
+    found: list[Row] = []
+    for (method, protocol, shots, backbone, settings, trained_on), same in groups.items():
+        names = tuple(sorted({row.dataset for row in same}))
+        if len(names) < 2:
+            continue
+        label = f"{trained_on} → average of {len(names)}" if trained_on else f"average of {len(names)}"
+        mean = Row(method, label, protocol, shots, backbone, settings, min(row.started for row in same))
+        mean.trained_on, mean.averages = trained_on, names
+        mean.seeds = sorted(set.intersection(*(set(row.seeds) for row in same)))
+        for metric in metrics:
+            _average(mean, same, metric, ci95)
+        found.append(mean)
+    return found
+
+
+def _average(mean: Row, rows: list[Row], metric: str, ci95: bool) -> None:
+    """Fill one metric of an average row."""
+    each: dict[str, dict[Any, float]] = {}
+    for part in ("base", "new", "test"):
+        if all((metric, part) in row.cells for row in rows):
+            values = [row.values[metric, part] for row in rows]
+            each[part] = {
+                seed: float(np.mean([one[seed] for one in values])) for seed in values[0] if all(seed in v for v in values)
+            }
+            whole = float(np.mean([row.cells[metric, part].mean for row in rows]))
+            mean.cells[metric, part] = _cell(list(each[part].values()), ci95, whole)
+    if "base" in each and "new" in each:
+        h = [harmonic(each["base"][seed], each["new"][seed]) for seed in each["base"] if seed in each["new"]]
+        mean.cells[metric, "h"] = _cell(h, ci95, harmonic(mean.cells[metric, "base"].mean, mean.cells[metric, "new"].mean))
 
 
 def render(rows: list[Row], metrics: list[str], fmt: str = "github", sort: str = "name") -> str:
@@ -109,8 +175,8 @@ def render(rows: list[Row], metrics: list[str], fmt: str = "github", sort: str =
     Raises:
         UserError: a format or an order that does not exist.
     """
-    _check_choice("--format", fmt, FORMATS)
-    _check_choice("--sort", sort, SORTS)
+    check_choice("--format", fmt, FORMATS)
+    check_choice("--sort", sort, SORTS)
     rows = sorted(rows, key=lambda row: _order(row, sort, metrics))
     if fmt == "json":
         return json.dumps(_long(rows), indent=2, ensure_ascii=False)
@@ -135,22 +201,42 @@ def _known_metrics(runs: list[RunResult], metrics: Iterable[str] | None, split: 
     if not known:
         raise UserError(f"--split {split}: no run was evaluated on it; evaluated splits: {', '.join(splits) or 'none'}")
     for name in metrics or ():
-        _check_choice("--metric", name, known)
+        check_choice("--metric", name, known)
     return list(metrics or [name for name in DEFAULT_METRICS if name in known] or known[:1])
 
 
-def _check_choice(flag: str, value: str, choices: Iterable[str]) -> None:
+def check_choice(flag: str, value: str, choices: Iterable[str]) -> None:
+    """Refuse a value that is not among the choices.
+
+    Raises:
+        UserError: it is not; the message suggests the nearest one.
+    """
     names = list(choices)
     if value not in names:
         raise UserError(f"{flag} {value}: unknown{closest(value, names)} (choices: {', '.join(names)})")
 
 
 def _group(run: RunResult) -> tuple[str, ...]:
-    protocol = "all classes" if run.subsample_classes == "all" else "base to new"
+    protocol = _TRANSFER.get(run.protocol, "all classes" if run.subsample_classes == "all" else "base to new")
     shots = str(run.shots) if run.shots > 0 else "all"
-    domains = [", ".join(names) for names in (run.source_domains, run.target_domains) if names]
-    dataset = f"{run.dataset} ({' → '.join(dict.fromkeys(domains))})" if domains else run.dataset
-    return protocol, dataset, shots, run.trainer, run.backbone
+    name = run.title or run.dataset
+    other = run.trained_on not in ("", name)  # the domains it was trained on are not those of this data set
+    domains = [", ".join(names) for names in ([] if other else run.source_domains, run.target_domains) if names]
+    dataset = (f"{run.trained_on} → " if other else "") + name
+    if domains:
+        dataset += f" ({' → '.join(dict.fromkeys(domains))})"
+    if run.config.get("DATASET", {}).get("CLASS_ORDER") == "seeded":  # its base and new classes are not the papers'
+        dataset += ", seeded classes"
+    return protocol, dataset, shots, run.trainer, _weights(run)
+
+
+def _weights(run: RunResult) -> str:
+    """Return the backbone's name, with what it was loaded from where that is not its usual weights."""
+    node = run.config.get("MODEL", {}).get("BACKBONE", {})
+    if not node.get("PRETRAINED", True):
+        return f"{run.backbone} (random)"
+    tag = node.get("TAG", "")
+    return f"{run.backbone} ({tag})" if tag not in ("", "openai") else run.backbone
 
 
 def _by_settings(runs: list[RunResult]) -> dict[str, list[RunResult]]:
@@ -182,6 +268,7 @@ def _fill(row: Row, runs: list[RunResult], metrics: list[str], split: str, ci95:
         for name_of_part, numbers in values.items():
             if numbers:
                 row.cells[metric, name_of_part] = _cell(list(numbers.values()), ci95)
+                row.values[metric, name_of_part] = numbers
         both = sorted(values.get("base", {}).keys() & values.get("new", {}).keys(), key=str)
         if both:
             row.cells[metric, "h"] = _h_cell(values, both, ci95)
@@ -198,8 +285,8 @@ def _numbers(found: dict[Any, RunResult], metric: str, split: str) -> dict[Any, 
 
 
 def _cell(values: list[float], ci95: bool, mean: float | None = None) -> Cell:
-    std = float(np.std(values))
-    spread = 1.96 * std / len(values) ** 0.5 if ci95 else std
+    std = float(np.std(values)) if values else 0.0
+    spread = 1.96 * std / max(1, len(values)) ** 0.5 if ci95 else std
     return Cell(float(np.mean(values)) if mean is None else mean, spread, len(values))
 
 
@@ -211,7 +298,7 @@ def _h_cell(values: dict[str, dict[Any, float]], seeds: list[Any], ci95: bool) -
 
 
 def _order(row: Row, sort: str, metrics: list[str]) -> tuple[Any, ...]:
-    place = (row.protocol, row.dataset, row.shots.rjust(6))
+    place = (row.protocol, bool(row.averages), row.dataset, row.shots.rjust(6))
     if sort == "time":
         return (*place, row.started)
     if sort == "name":
@@ -233,14 +320,36 @@ def _table(rows: list[Row], metrics: list[str], parts: tuple[str, ...], fmt: str
             label = "H" if part == "h" else part.capitalize()
             title = label + _LABELS.get(metric, f" ({metric})")
             columns[title] = [str(row.cells.get((metric, part), "-")) for row in rows]
+            if metric == "accuracy" and any(part in row.published for row in rows):
+                columns[f"{label}, published"] = [_published(row, part) for row in rows]
     align = ("left",) * words + ("right",) * (len(columns) - words)
     return tabulate(columns, headers="keys", tablefmt=fmt, disable_numparse=True, colalign=align)
 
 
+def _published(row: Row, part: str) -> str:
+    """Return the published number and how far ours is from it."""
+    if part not in row.published:
+        return "-"
+    cell = row.cells.get(("accuracy", part))
+    number = row.published[part]
+    return f"{number:.2f} ({cell.mean - number:+.2f})" if cell else f"{number:.2f}"
+
+
 def _long(rows: list[Row]) -> list[dict[str, Any]]:
     keys = ("method", "dataset", "protocol", "shots", "backbone", "settings", "seeds")
+    compared = any(row.published for row in rows)
+
+    def papers(row: Row, metric: str, part: str, cell: Cell) -> dict[str, Any]:
+        number = row.published.get(part) if metric == "accuracy" else None
+        difference = None if number is None else cell.mean - number
+        origin = "" if number is None else row.origin
+        return {"published": number, "difference": difference, "origin": origin} if compared else {}
+
     return [
-        {key: getattr(row, key) for key in keys} | {"metric": metric, "part": part} | asdict(cell)
+        {key: getattr(row, key) for key in keys}
+        | {"metric": metric, "part": part}
+        | asdict(cell)
+        | papers(row, metric, part, cell)
         for row in rows
         for (metric, part), cell in row.cells.items()
     ]

@@ -10,6 +10,8 @@ from __future__ import annotations
 COMMANDS: dict[str, str] = {
     "quickstart": "train and compare methods on the embedded pictures, offline",
     "train": "train and test one method (all flags of CoOp's train.py)",
+    "run": "a protocol over methods, data sets and seeds: few-shot, base-to-new, cross-dataset, domain-generalization",
+    "sweep": "methods x data sets x seeds x protocols from one YAML file, on this machine, Ray or Slurm",
     "data": "list, check and download data sets",
     "predict": "classify any picture with what a run learned",
     "parse": "make tables from the results of several runs, ours and CoOp's logs alike",

@@ -78,8 +78,19 @@ def make_config(
     for path in config_files:
         if path:
             config.merge_file(cfg, resolve_config(path))
+    merge_flags(cfg, flags)
+    config.merge_opts(cfg, opts)
+    return cfg
+
+
+def merge_flags(cfg: CfgNode, flags: dict[str, tuple[str, Any]]) -> None:
+    """Merge flag -> (config key, value), but for those that were not given (None or "").
+
+    Raises:
+        ConfigError: a value of the wrong type.
+    """
+    from promptmix import config
+
     for flag, (key, value) in flags.items():
         if value is not None and value != "":
             config.merge_opts(cfg, [key, value], source=flag)
-    config.merge_opts(cfg, opts)
-    return cfg

@@ -1,9 +1,12 @@
-"""``promptmix parse DIR``: tables from the results below a folder."""
+"""``promptmix parse DIR``: tables from the results below a folder, ours and CoOp's logs alike."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
+
+from promptmix.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -13,15 +16,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--metric", nargs="+", metavar="NAME", help="default: accuracy macro_accuracy")
     parser.add_argument("--split", default="test", help="which evaluation: test or val")
     parser.add_argument("--sort", default="name", help="name, time, base, new, h or test (best first)")
+    parser.add_argument("--test-log", action="store_true", help="only runs that evaluated a checkpoint without training")
+    parser.add_argument(
+        "--multi-exp", action="store_true", help="of CoOp's scripts: DIR holds several experiments, as it always may"
+    )
     parser.add_argument("--ci95", action="store_true", help="half a 95%% interval in place of the standard deviation")
+    parser.add_argument("--published", action="store_true", help="add the papers' numbers and the difference, where they compare")
+    parser.add_argument("--plot", default="", metavar="DIR", help="also draw curves over shots, base against new, and bars")
 
 
 def run(args: argparse.Namespace) -> int:
     """Read, aggregate, print; notes on what was left out go to standard error."""
     from promptmix import results, tables
 
-    runs, unread = results.find(args.directory)
+    runs, unread = results.find(args.directory, args.test_log)
     rows, metrics, notes = tables.aggregate(runs, args.metric, args.split, args.ci95)
+    rows += tables.averages(rows, metrics, args.ci95)
+    if args.published:
+        if args.split != "test":
+            raise UserError(f"--published: papers report the test split, not {args.split}; leave one of the two out")
+        from promptmix import published
+
+        notes += published.add(rows)
+    if args.plot:
+        from promptmix import plots
+
+        notes += [f"plot: {path}" for path in plots.write(rows, metrics[0], Path(args.plot))]
     sys.stdout.write(tables.render(rows, metrics, args.format, args.sort) + "\n")
     for note in [*unread, *notes]:
         sys.stderr.write(f"note: {note}\n")
