@@ -21,7 +21,8 @@ TRAINERS = [name for name in TRAINER_REGISTRY if TRAINER_REGISTRY.get(name).__mo
 LEARNED = [name for name in TRAINERS if name != "ZeroshotCLIP"]
 BASE, NEW = 3, 2
 CONFIGS = next(Path(folder) / "configs" for folder in promptmix.__path__ if (Path(folder) / "configs").is_dir())
-YAMLS = [path for path in sorted(CONFIGS.rglob("*.yaml")) if not path.name.startswith("_")]
+#: Files that start with "_" are parts of others; sweeps are plans over configs, read by their own command.
+YAMLS = [path for path in sorted(CONFIGS.rglob("*.yaml")) if path.name[0] != "_" and path.parent.name != "sweeps"]
 
 
 def learned_tensors(trainer):
