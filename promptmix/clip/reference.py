@@ -6,6 +6,8 @@ a prefix (no causal mask, other attention blocks).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -57,3 +59,13 @@ def encode_plain(tower: TextTower, prompts: Prompts, deep: DeepPrompts | None = 
     x = tower.ln_final(x).unflatten(0, (experts, classes))
     index = ends.view(1, classes, 1, 1).expand(experts, classes, 1, x.shape[-1])
     return tower.project(x.gather(2, index).squeeze(2))
+
+
+@contextmanager
+def plain(tower: TextTower) -> Iterator[None]:
+    """Send every prompt through the tower at full length inside the context: the baseline of benchmarks."""
+    shares, tower.shares_prefix = tower.shares_prefix, False
+    try:
+        yield
+    finally:
+        tower.shares_prefix = shares

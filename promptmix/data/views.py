@@ -56,7 +56,8 @@ class ReplayLoader(DataLoader[Any]):
 
     Args:
         views: the views.
-        orders: (K, m), the items of each recorded epoch, batch after batch, -1 where an epoch is shorter; (0, 0) where only the sampler's order counts.
+        orders: (K, m), the items of each recorded epoch, batch after batch, -1 where an epoch is shorter; (0, 0) where only
+            the sampler's order counts.
         after: random states at the end of each recorded epoch.
         loader: the loader that was recorded.
     """

@@ -1,0 +1,67 @@
+"""Counts without computing: steps of the methods at full size on device ``meta``, and the check that none became dearer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from promptmix.bench.world import World, learn, minimum
+from promptmix.clip.reference import plain
+from promptmix.cost import Count, count
+from promptmix.errors import UserError
+from promptmix.utils import read_json
+
+#: What CI looks at: method, batch, classes.
+CASES = ("CoOp:4:100", "CoOp:32:100", "CoOp:4:1000", "CoCoOp:4:50", "MoCoOp:4:100", "MaPLe:4:100")
+#: Growth of a count that fails.
+TOLERANCE = 0.05
+
+
+def count_step(world: World, name: str, batch: int, classes: int, *opts: object, experts: int = 5) -> dict[str, float]:
+    """Count a step of a method: GFLOP, live MiB, and the least GFLOP any way needs, ours and plain."""
+    trainer = world.trainer(name, classes, *opts, experts=experts)
+    images = world.batch(trainer, batch)
+
+    def step() -> None:
+        learn(trainer, images)
+
+    step()  # references are built once, in the first step
+    ours, least = count(step), minimum(trainer, step)
+    with plain(trainer.clip.text):
+        full: Count = count(step)
+    return {
+        "gflops": round(ours.gflops, 3),
+        "live_mb": round(ours.live_mb, 1),
+        "minimum_gflops": round(least, 3),
+        "plain_gflops": round(full.gflops, 3),
+        "plain_live_mb": round(full.live_mb, 1),
+    }
+
+
+def count_cases(world: World, cases: tuple[str, ...] = CASES, note: Callable[[str], Any] = str) -> dict[str, dict[str, float]]:
+    """Count every case (``METHOD:BATCH:CLASSES``)."""
+    counted = {}
+    for case in cases:
+        name, batch, classes = case.split(":")
+        note(case)
+        counted[case] = count_step(world, name, int(batch), int(classes))
+    return counted
+
+
+def regressions(now: Mapping[str, Mapping[str, float]], recorded: str | Path) -> list[str]:
+    """Return a line for each count that is more than 5% above the recorded one.
+
+    Raises:
+        UserError: a case was never recorded.
+    """
+    before = read_json(recorded)
+    lines = []
+    for case, counts in now.items():
+        if case not in before:
+            raise UserError(f"{recorded} has no case {case}; record it with `promptmix bench ci --update`")
+        for key in ("gflops", "live_mb"):
+            old, new = before[case][key], counts[key]
+            if new > old * (1 + TOLERANCE):
+                lines.append(f"{case}: {key} {new:.1f}, recorded {old:.1f} ({100 * (new / old - 1):+.1f}%)")
+    return lines

@@ -1,0 +1,71 @@
+"""What work costs by its shapes: floating-point operations and the peak of live tensors, the same on every machine.
+
+Run on tensors of device ``meta``, the work takes a second whatever its size, and the counts are those of the real thing.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+
+@dataclass(frozen=True)
+class Count:
+    """What a piece of work costs by its shapes.
+
+    Attributes:
+        gflops: floating-point operations in 10^9; a multiply and an add are two.
+        live_mb: largest sum of the tensors that the work made and still held, in MiB; scratch memory inside a kernel is not seen.
+    """
+
+    gflops: float
+    live_mb: float
+
+
+def count(work: Callable[[], Any]) -> Count:
+    """Do ``work`` once and count what it costs."""
+    with FlopCounterMode(display=False) as flops, _Live() as live:
+        work()
+    return Count(flops.get_total_flops() / 1e9, live.peak / 2**20)
+
+
+class _Live(TorchDispatchMode):
+    """Follows the memory behind every tensor that an operator makes, until it is freed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:  # noqa: ANN401
+        for leaf in tree_leaves((args, kwargs)):
+            self._take(leaf, made=False)  # weights and inputs were there before the work
+        output = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(output):
+            self._take(leaf, made=True)
+        return output
+
+    def _take(self, leaf: Any, *, made: bool) -> None:  # noqa: ANN401
+        if not isinstance(leaf, torch.Tensor) or leaf.layout is not torch.strided:
+            return
+        storage = leaf.untyped_storage()
+        key, size = id(storage), storage.nbytes() if made else 0
+        if key in self._known:  # a view
+            return
+        self._known.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._free, key, size)
+
+    def _free(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
