@@ -334,10 +334,10 @@ def _set(cfg: CN, key: str, value: Any, source: str) -> None:  # noqa: ANN401
         raise ConfigError(f"{source}: {key} is a group of keys ({', '.join(old)}), not a value; set one of them")
     node[leaf] = _coerce(key, value, old, source)
     cfg.__dict__.setdefault("_sources", {})[key] = source
+    cfg.__dict__.setdefault("_written", {}).setdefault(source, []).append(key)  # also what is overwritten later
 
 
 def _coerce(key: str, value: Any, old: Any, source: str) -> Any:  # noqa: ANN401
-    cfg.__dict__.setdefault("_written", {}).setdefault(source, []).append(key)  # also what is overwritten later
     """Return ``value`` in the type of ``old``; ints become floats, lists and tuples change into each other."""
     if value is None or isinstance(value, dict):
         shown = "empty (None)" if value is None else "a mapping"

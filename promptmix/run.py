@@ -149,13 +149,13 @@ def _refuse_other_method(new: RunResult, model_dir: str, learner: Any) -> None: 
                 f"--model-dir {model_dir} holds a checkpoint of {what} {theirs}, not {ours}; "
                 f"name a folder where {ours} was trained, or evaluate with {theirs}"
             )
-
     names = old.vocabulary.get("classnames")
     if getattr(learner, "class_specific", False) and names and names != new.vocabulary.get("classnames"):
         raise CheckpointError(
             f"--model-dir {model_dir} learned a context for each of its own {len(names)} classes, which can't serve other names; "
             "evaluate it on those classes, or train without class-specific contexts"
         )
+
 
 def _seed(cfg: CN) -> None:
     deterministic = cfg.SEED >= 0
