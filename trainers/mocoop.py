@@ -68,6 +68,7 @@ class MoCoOp(PromptTrainer):
         norms.requires_grad_(True)
         self.model.image_is_frozen = False
         schedule = self.cfg.OPTIM.clone()
+        schedule.defrost()  # the clone of a frozen tree is frozen too
         schedule.LR *= self.node.LAYERNORM_LR_FACTOR
         optim = build_optimizer(norms, schedule)
         self.register_model("image_norms", norms, optim, build_lr_scheduler(optim, schedule))
