@@ -65,6 +65,8 @@ class Registry:
     def layer(self) -> Iterator[dict[str, Any]]:
         """Take names anew inside the context: they hide earlier entries of the same name, and are gone afterwards.
 
+        Call ``get_plugin_manager()`` before, so that what promptmix itself brings lies below the layer.
+
         Yields:
             The entries that were added in the context so far.
         """

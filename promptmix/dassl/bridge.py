@@ -93,7 +93,7 @@ def _bridge(name: str, trainer: type, manager: Any) -> type:  # noqa: ANN401
     def check_cfg(self: Any, cfg: CfgNode) -> None:  # noqa: ANN401
         # Here nothing runs promptmix.config.validate, which would call this.
         getattr(trainer, "validate", lambda cfg: None)(cfg)
-        super(bridged, self).check_cfg(cfg)  # type: ignore[misc]
+        trainer.check_cfg(self, cfg)  # type: ignore[attr-defined]
 
     def build_data_loader(self: Any) -> None:  # noqa: ANN401
         dm = self.promptmix_manager(self.cfg)

@@ -269,7 +269,7 @@ def _report_own_tests(cfg: CfgNode, trainer: type) -> None:
         return
     evaluator: Any = EVALUATOR_REGISTRY.get(cfg.TEST.EVALUATOR)
 
-    class Reporting(evaluator):  # type: ignore[misc]
+    class Reporting(evaluator):
         def evaluate(self) -> dict[str, float]:
             results: dict[str, float] = super().evaluate()
             get_plugin_manager().hook.after_test(trainer=None, split=cfg.TEST.SPLIT, results=results)
