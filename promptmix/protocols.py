@@ -353,7 +353,7 @@ def execute(job: Job, watcher: Watcher | None = None, command: Sequence[str] = (
                 last = None if cfg.TEST.FINAL_MODEL == "best_val" else cfg.OPTIM.MAX_EPOCH
                 model_dir = found[0].config["OUTPUT_DIR"] if found[0].learned_parameters else ""
                 options = {"eval_only": True, "model_dir": model_dir, "load_epoch": last}
-                if part.dataset != job.dataset:
+                if PROTOCOLS[job.protocol].targets is not None:
                     labels["trained_on"] = title(job.dataset)
             result = run(cfg, quiet=True, on_epoch=watcher.epoch, command=list(command), labels=labels, **options)
             watcher.end(result, skipped=False)

@@ -1,0 +1,85 @@
+"""Made data for sweeps: three small folders of pictures, and a sweep of three methods over them, three seeds, base to new."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import yaml
+from PIL import Image
+
+from promptmix import results
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+CLASSES = ("apple", "bird", "car", "dog")
+METHODS = ("ZeroshotCLIP", "CoOp", "KgCoOp")
+DATASETS = ("paints", "prints", "photos")
+SEEDS = (1, 2, 3)
+#: Small enough that a run takes a fraction of a second.
+SETTINGS = {
+    "INPUT.SIZE": [32, 32],
+    "INPUT.CACHED_VIEWS": 1,
+    "OPTIM.MAX_EPOCH": 2,
+    "OPTIM.WARMUP_EPOCH": -1,
+    "OPTIM.LR": 0.1,
+    "DATALOADER.TRAIN_X.BATCH_SIZE": 2,
+}
+
+
+def make_pictures(folder, seed):
+    """Write class folders: each class has a colour of its own, under noise, so that accuracies lie between chance and all."""
+    draw = np.random.default_rng(seed)
+    for name in CLASSES:
+        colour = draw.integers(0, 256, 3)
+        for part, count in (("train", 3), ("test", 4)):
+            (folder / part / name).mkdir(parents=True)
+            for number in range(count):
+                noise = draw.integers(-90, 90, (16, 16, 3))
+                pixels = np.clip(colour + noise, 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / part / name / f"{number}.png")
+
+
+def make_sweep(folder, output, **more):
+    """Write the data, if it isn't there, and a sweep file; return its path."""
+    for seed, name in enumerate(DATASETS):
+        if not (folder / "data" / name).exists():
+            make_pictures(folder / "data" / name, seed)
+            tree = {"DATASET": {"NAME": "ImageFolder", "IMAGEFOLDER": {"FOLDER": name}}}
+            (folder / f"{name}.yaml").write_text(yaml.safe_dump(tree))
+    tree = {
+        "output": str(output),
+        "protocols": ["base-to-new"],
+        "trainers": list(METHODS),
+        "datasets": [f"{name}.yaml" for name in DATASETS],
+        "seeds": list(SEEDS),
+        "shots": [2],
+        "root": "data",
+        "config": "configs/quickstart.yaml",
+        "set": SETTINGS,
+    } | more
+    path = folder / f"{Path(output).name}.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def command(path, *flags):
+    """Return the command that runs a sweep file."""
+    return [sys.executable, "-m", "promptmix.cli", "sweep", str(path), "--threads", "1", *flags]
+
+
+def environment():
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def sweep(path, *flags):
+    """Run a sweep file in a process of its own."""
+    done = subprocess.run(command(path, *flags), cwd=path.parent, env=environment(), capture_output=True, text=True, timeout=600)
+    return done
+
+
+def numbers(output):
+    """Return every number of a results tree, by method, data set, classes and seed."""
+    runs, notes = results.find(output)
+    assert not notes
+    return {(run.trainer, run.title, run.subsample_classes, run.seed): run.metrics for run in runs}

@@ -1,0 +1,272 @@
+"""A sweep: the same numbers however it runs and however often it is killed; failures are told and cost one run each."""
+
+import importlib.util
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from promptmix import backends, sweep
+from promptmix.cli import main
+from promptmix.errors import ConfigError, UserError
+from tests.protocols import made
+
+HERE = Path(__file__).resolve().parent
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("sweep")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder):
+    """Run 3 methods x 3 data sets x 3 seeds, base to new, through local processes; return what it printed and its numbers."""
+    done = made.sweep(made.make_sweep(folder, folder / "undisturbed"), "--jobs", "2")
+    assert done.returncode == 0, done.stderr
+    return done.stdout, made.numbers(folder / "undisturbed")
+
+
+def table(text):
+    return [line for line in text.splitlines() if line.startswith("|")]
+
+
+def test_table_of_three_methods_three_data_sets_three_seeds(undisturbed, folder):
+    shown, numbers = undisturbed
+    assert len(numbers) == 3 * 3 * 3 * 2
+    assert len({metrics["test"]["accuracy"] for metrics in numbers.values()}) > 3
+    rows = table(shown)
+    assert len(rows) == 2 + 9 + 3 and all(" 1 2 3 " in row for row in rows[2:])
+    assert sum("average of 3" in row for row in rows) == 3
+    assert "[27/27]" in shown and "[27/27]" in (folder / "undisturbed" / "sweep.log").read_text()
+    left = [
+        path.name
+        for path in (folder / "undisturbed").rglob("*")
+        if path.name in ("console.txt", "error.txt") or "lock" in path.name
+    ]
+    assert not left
+
+
+def test_killed_sweep_goes_on_and_gives_the_same_numbers(undisturbed, folder):
+    output = folder / "killed"
+    path = made.make_sweep(folder, output)
+    command = made.command(path, "--jobs", "2")
+    driver = subprocess.Popen(command, cwd=folder, env=made.environment(), stdout=subprocess.DEVNULL, start_new_session=True)
+    wait_for(lambda: len(list(output.rglob("results.json"))) >= 6 or driver.poll() is not None)
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.wait()
+    wait_for(lambda: not members(driver.pid))  # runs end with their driver, before they could finish unseen
+    finished = {found: found.stat().st_mtime_ns for found in output.rglob("results.json")}
+    assert 6 <= len(finished) < 50
+    done = made.sweep(path, "--jobs", "2")
+    assert done.returncode == 0, done.stderr
+    assert "finished before" in done.stdout
+    assert made.numbers(output) == undisturbed[1]
+    assert table(done.stdout) == table(undisturbed[0])
+    again = {found: stamp for found, stamp in finished.items() if found.stat().st_mtime_ns != stamp}
+    assert not [found for found in again if found.parent.name == "base"]  # no training was repeated
+
+
+def wait_for(condition, seconds=300):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def members(session):
+    """Return the processes of a session that still run."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[3]) == session and fields[0] != "Z":
+            found.append(stat.parent.name)
+    return found
+
+
+def test_finished_sweep_runs_nothing_again(undisturbed, folder):
+    done = made.sweep(folder / "undisturbed.yaml", "--dry-run")
+    assert done.stdout.count("done ") == 27 and "to do" not in done.stdout
+
+
+def test_ray_gives_the_same_numbers(undisturbed, folder):
+    assert importlib.util.find_spec("ray"), "ray is in the extra `test`: pip install -e '.[test]'"
+    done = made.sweep(made.make_sweep(folder, folder / "ray"), "--jobs", "2", "--backend", "ray")
+    assert done.returncode == 0, done.stderr
+    assert made.numbers(folder / "ray") == undisturbed[1]
+    assert table(done.stdout) == table(undisturbed[0])
+
+
+def test_failed_runs_are_told_and_the_others_go_on(folder):
+    trainers = ["Raises", "ZeroshotCLIP", "Refuses", "Dies"]
+    more = {"trainers": trainers, "seeds": [1], "datasets": ["paints.yaml"], "plugins": [str(HERE / "broken_plugin.py")]}
+    done = made.sweep(made.make_sweep(folder, folder / "failing", **more), "--jobs", "1")
+    assert done.returncode == 1
+    assert "[4/4]" in done.stdout and "| ZeroshotCLIP" in done.stdout
+    listed = done.stderr[done.stderr.index("3 of 4 failed") :]
+    assert "ZeroDivisionError: a mistake in the method" in listed and "a file is missing; get it again" in listed
+    assert "was killed by signal 9" in listed
+    report = next((folder / "failing").rglob("error.txt"))
+    assert "Traceback" in report.read_text()
+
+
+class FakeJob:
+    """Stands in for a job of submitit: runs when it is asked for."""
+
+    job_id = "17"
+
+    class paths:
+        stderr = "17.err"
+
+    def __init__(self, work, *arguments):
+        self.work, self.arguments, self.looks, self.cancelled = work, arguments, 0, False
+
+    def done(self):
+        self.looks += 1
+        return self.looks > 1
+
+    def exception(self):
+        return None if self.arguments[0].trainer != "Dies" else RuntimeError("Job failed\nslurmstepd: error: out of memory\n")
+
+    def result(self):
+        return backends.Outcome(numbers={"base": 50.0})
+
+    def cancel(self):
+        self.cancelled = True
+
+
+@pytest.fixture
+def submitit(monkeypatch):
+    """Stand in for the parts of submitit's API that the backend uses."""
+
+    class Module:
+        class AutoExecutor:
+            def __init__(self, folder, cluster):
+                Module.made = (folder, cluster)
+
+            def update_parameters(self, **keys):
+                if "colour" in keys:
+                    raise NameError("Unknown argument 'colour'")
+                Module.parameters = keys
+
+            def batch(self):
+                import contextlib
+
+                return contextlib.nullcontext()
+
+            def submit(self, *arguments):
+                Module.jobs.append(FakeJob(*arguments))
+                return Module.jobs[-1]
+
+        jobs = []
+
+    monkeypatch.setitem(sys.modules, "submitit", Module)
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(backends, "_POLL_SECONDS", 0.0)
+    return Module
+
+
+def jobs(*trainers):
+    return [backends.Job("base-to-new", trainer, "EmojiFamilies", f"out/{trainer}", 1) for trainer in trainers]
+
+
+def test_slurm_queues_every_job_and_reads_how_each_ended(submitit):
+    options = backends.Options(jobs=4, threads=2, slurm={"timeout_min": 60, "slurm_partition": "gpu"}, folder="out")
+    begun = []
+    found = dict(backends.on_slurm(jobs("CoOp", "Dies"), options, begun.append))
+    assert begun == [0, 1]
+    assert submitit.made == (str(Path("out", "slurm")), "slurm")
+    assert submitit.parameters["timeout_min"] == 60 and submitit.parameters["slurm_array_parallelism"] == 4
+    assert submitit.parameters["cpus_per_task"] == 2
+    assert found[0].numbers == {"base": 50.0}
+    assert "out of memory" in found[1].error and "17.err" in found[1].error
+
+
+def test_interrupted_driver_cancels_what_is_queued(submitit):
+    running = backends.on_slurm(jobs("CoOp", "KgCoOp"), backends.Options(), lambda index: None)
+    next(running)
+    running.close()
+    assert [job.cancelled for job in submitit.jobs] == [False, True]
+
+
+def test_slurm_refuses_what_it_cannot_do(submitit, monkeypatch):
+    with pytest.raises(UserError, match="colour"):
+        next(backends.on_slurm(jobs("CoOp"), backends.Options(slurm={"colour": 1}), print))
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(UserError, match="sbatch"):
+        next(backends.on_slurm(jobs("CoOp"), backends.Options(), print))
+
+
+@pytest.mark.parametrize(("name", "module"), [("ray", "ray"), ("slurm", "submitit")])
+def test_missing_extra_is_one_line(name, module, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UserError, match=rf"pip install 'promptmix\[{name}\]'"):
+        next(backends.BACKENDS[name](jobs("CoOp"), backends.Options(), print))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"trainer": ["CoOp"]}, ["unknown key 'trainer'", "did you mean 'trainers'"]),
+        ({"seeds": None}, ["seeds", "empty"]),
+        ({"seeds": ["one"]}, ["seeds", "whole numbers"]),
+        ({"protocols": ["base-to-now"]}, ["base-to-now", "did you mean 'base-to-new'"]),
+        ({"trainers": [{"nam": "CoOp"}]}, ["trainers", "unknown key 'nam'"]),
+        ({"trainers": ["CoOp", "CoOp"]}, ["twice", "label"]),
+        ({"targets": {"cross-dataset": ["EuroSAT"]}}, ["targets.cross-dataset", "ignored"]),
+        ({"variants": {"short": 3}}, ["variants.short", "mapping"]),
+        ({"plugins": ["missing_plugin.py"]}, ["missing_plugin.py"]),
+    ],
+    ids=str,
+)
+def test_mistakes_in_a_sweep_file_are_named(tmp_path, change, words):
+    path = made.make_sweep(tmp_path, tmp_path / "out", **change)
+    with pytest.raises(UserError) as caught:
+        sweep.read(str(path))
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_yaml_that_builds_objects_is_refused(tmp_path):
+    (tmp_path / "evil.yaml").write_text("output: !!python/object/apply:os.system ['true']\n")
+    with pytest.raises(ConfigError, match=r"evil.yaml"):
+        sweep.read(str(tmp_path / "evil.yaml"))
+
+
+def test_wrong_setting_is_found_before_anything_runs(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = made.make_sweep(tmp_path, tmp_path / "out", set={"OPTIM.LRR": 1})
+    assert main(["sweep", str(path)]) == 2
+    assert "did you mean 'LR'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_variants_and_overrides_multiply(tmp_path):
+    more = {
+        "trainers": ["CoOp", {"name": "CoOp", "label": "long", "set": {"OPTIM": {"MAX_EPOCH": 9}}}],
+        "variants": {"slow": {"OPTIM.LR": 0.001}, "fast": {"OPTIM.LR": 0.5}},
+        "datasets": ["paints.yaml"],
+        "seeds": [1],
+        "shots": [1, 2],
+    }
+    found = sweep.read(str(made.make_sweep(tmp_path, tmp_path / "out", **more))).jobs
+    assert len(found) == 2 * 2 * 2 and len({job.folder for job in found}) == 8
+    last = next(job for job in found if job.variant == "long-fast" and job.shots == 2)
+    assert Path(last.folder).parts[-3:] == ("CoOp-long-fast", "shots2", "seed1")
+    settings = dict(zip(last.settings[::2], last.settings[1::2], strict=True))
+    assert settings["OPTIM.MAX_EPOCH"] == 9 and settings["OPTIM.LR"] == 0.5
+
+
+def test_shipped_sweep_takes_the_emoji_through_the_protocols():
+    plan = sweep.read("configs/sweeps/emoji.yaml")
+    tree = yaml.safe_load((made.ROOT / "configs" / "sweeps" / "emoji.yaml").read_text())
+    assert {job.protocol for job in plan.jobs} == set(tree["protocols"])
+    assert {job.dataset for job in plan.jobs} == {"EmojiFamilies", "EmojiConcepts"}
