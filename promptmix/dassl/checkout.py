@@ -24,7 +24,7 @@ from yacs.config import CfgNode
 
 from promptmix.dassl.config import get_cfg_default
 from promptmix.dassl.importing import installed
-from promptmix.engine import SimpleTrainer, choose_device
+from promptmix.engine import SimpleTrainer, TrainerBase, choose_device
 from promptmix.errors import ConfigError, PluginError, UserError
 from promptmix.plugin_manager import get_plugin_manager
 from promptmix.registry import DATASET_REGISTRY, EVALUATOR_REGISTRY, TRAINER_REGISTRY
@@ -67,7 +67,7 @@ def run_checkout(path: str, args: argparse.Namespace, **options: Any) -> RunResu
                 options["arguments"] = {**options.get("arguments", {}), "no_gpu": changed}
             stack.enter_context(_without_cuda(root))
         _report_own_tests(cfg, trainers[cfg.TRAINER.NAME])
-        with _cuda_errors(root):
+        with _explained(root):
             return run(cfg, **options)
 
 
@@ -248,12 +248,19 @@ def _without_cuda(root: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _cuda_errors(root: Path) -> Iterator[None]:
-    """Say in one line where the checkout asks for a GPU that is not there."""
+def _explained(root: Path) -> Iterator[None]:
+    """Say in one line where the checkout asks for a GPU that is not there, or for what only a fork of Dassl has."""
     try:
         yield
     except UserError:
         raise
+    except AttributeError as error:
+        if not isinstance(error.obj, TrainerBase) or not _where(error, root):
+            raise
+        raise UserError(
+            f"{_where(error, root)} uses {type(error.obj).__name__}.{error.name}, which neither the checkout nor Dassl "
+            "has; it may need a fork of Dassl: bring that method into the checkout, or take promptmix's own trainer (`promptmix list trainers`)"
+        ) from error
     except (RuntimeError, AssertionError) as error:
         if torch.cuda.is_available() or not re.search("cuda|nvidia", str(error), re.IGNORECASE):
             raise

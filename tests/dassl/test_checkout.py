@@ -126,10 +126,21 @@ def test_cuda_that_cannot_be_passed_over_is_named(room, tmp_path, capsys):
     assert re.search(r"error: trainers/wordbias.py:\d+ asks for CUDA, but there is no GPU", error)
 
 
+def test_what_only_a_fork_of_dassl_has_is_named(room, tmp_path, capsys):
+    assert main(arguments(room, tmp_path / "out", trainer="NeedsFork")) == 2
+    error = capsys.readouterr().err
+    assert re.search(
+        r"trainers/wordbias.py:\d+ uses NeedsFork.fork_backward_and_update, which neither the checkout nor Dassl", error
+    )
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"--trainer": "KgCoOp"}, r"--trainer KgCoOp: .* has no such trainer \(it has: CoOp, NeedsGPU, OwnTest, WordBias\)"),
+        (
+            {"--trainer": "KgCoOp"},
+            r"--trainer KgCoOp: .* has no such trainer \(it has: CoOp, NeedsFork, NeedsGPU, OwnTest, WordBias\)",
+        ),
         ({"--coop-repo": str(CHECKOUT.parent)}, r"no train.py there; did you mean .*checkout\?"),
         ({"--config-file": "nothing.yaml"}, r"config file nothing.yaml: neither here nor in"),
         ({"OPTIM.LRR": "1"}, r"the checkout's config can't be merged: Non-existent key: OPTIM.LRR"),

@@ -106,3 +106,9 @@ class OwnTest(WordBias):
 class NeedsGPU(WordBias):
     def forward_backward(self, batch):
         return super().forward_backward({name: value.to("cuda") for name, value in batch.items() if name != "impath"})
+
+
+@TRAINER_REGISTRY.register()
+class NeedsFork(WordBias):
+    def forward_backward(self, batch):
+        return self.fork_backward_and_update(batch)
