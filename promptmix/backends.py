@@ -17,7 +17,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
@@ -71,7 +71,8 @@ class Options:
 
 
 Started = Callable[[int], None]
-Backend = Callable[[Sequence[Job], Options, Started], Iterator[tuple[int, Outcome]]]
+#: Runs jobs; a generator, so that closing it ends what still runs.
+Backend = Callable[[Sequence[Job], Options, Started], Generator[tuple[int, Outcome], None, None]]
 
 
 def cpus() -> int:
@@ -121,11 +122,11 @@ class _Running:
     receiver: connection.Connection
 
 
-def local(jobs: Sequence[Job], options: Options, started: Started) -> Iterator[tuple[int, Outcome]]:
+def local(jobs: Sequence[Job], options: Options, started: Started) -> Generator[tuple[int, Outcome], None, None]:
     """Run each job in a process of its own, so that a crash takes one job and not the sweep; they end when the driver dies."""
     context = _context()
     os.environ.setdefault("OMP_NUM_THREADS", str(options.threads))
-    waiting, running = deque(range(len(jobs))), dict[int, _Running]()
+    waiting, running = deque(range(len(jobs))), dict[Any, _Running]()
     free = deque(range(options.jobs))
     try:
         while waiting or running:
@@ -139,7 +140,7 @@ def local(jobs: Sequence[Job], options: Options, started: Started) -> Iterator[t
                 running[process.sentinel] = _Running(index, slot, process, receiver)
                 started(index)
             for sentinel in connection.wait(list(running)):
-                one = running.pop(sentinel)  # type: ignore[call-overload]
+                one = running.pop(sentinel)
                 free.append(one.slot)
                 yield one.index, _received(one)
     finally:
@@ -205,7 +206,7 @@ def _received(one: _Running) -> Outcome:
 # Ray
 
 
-def on_ray(jobs: Sequence[Job], options: Options, started: Started) -> Iterator[tuple[int, Outcome]]:
+def on_ray(jobs: Sequence[Job], options: Options, started: Started) -> Generator[tuple[int, Outcome], None, None]:
     """Run each job as a Ray task, on the cluster at ``options.address`` or on one that is started on this machine.
 
     Workers need this package, and the same paths as the driver.
@@ -245,7 +246,9 @@ def on_ray(jobs: Sequence[Job], options: Options, started: Started) -> Iterator[
 # Slurm
 
 
-def on_slurm(jobs: Sequence[Job], options: Options, started: Started, cluster: str = "slurm") -> Iterator[tuple[int, Outcome]]:
+def on_slurm(
+    jobs: Sequence[Job], options: Options, started: Started, cluster: str = "slurm"
+) -> Generator[tuple[int, Outcome], None, None]:
     """Run the jobs as one Slurm array, ``options.jobs`` at a time; an interrupted driver cancels what has not ended.
 
     Args:

@@ -241,7 +241,7 @@ def make_part_config(job: Job, part: Part, more: Sequence[Any] = ()) -> CfgNode:
     method_file = job.config_file.replace("{trainer}", job.trainer).replace("{dataset}", Path(data_file).stem or name)
     cfg = make_config([method_file], {}, [], job.plugins)
     if name and cfg.DATASET.NAME not in ("", name):  # then its domains are another data set's
-        config.merge_opts(cfg, ["DATASET.SOURCE_DOMAINS", (), "DATASET.TARGET_DOMAINS", ()], source="--datasets")
+        config.merge_opts(cfg, ["DATASET.SOURCE_DOMAINS", "()", "DATASET.TARGET_DOMAINS", "()"], source="--datasets")
     if data_file:
         config.merge_file(cfg, resolve_config(data_file))
     flags: dict[str, tuple[str, Any]] = {
