@@ -258,8 +258,9 @@ def _explained(root: Path) -> Iterator[None]:
         if not isinstance(error.obj, TrainerBase) or not _where(error, root):
             raise
         raise UserError(
-            f"{_where(error, root)} uses {type(error.obj).__name__}.{error.name}, which neither the checkout nor Dassl "
-            "has; it may need a fork of Dassl: bring that method into the checkout, or take promptmix's own trainer (`promptmix list trainers`)"
+            f"{_where(error, root)} uses {type(error.obj).__name__}.{error.name}, which neither the checkout nor Dassl has; "
+            "it may need a fork of Dassl: bring that method into the checkout, or take promptmix's own trainer "
+            "(`promptmix list trainers`)"
         ) from error
     except (RuntimeError, AssertionError) as error:
         if torch.cuda.is_available() or not re.search("cuda|nvidia", str(error), re.IGNORECASE):
