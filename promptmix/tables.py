@@ -71,6 +71,8 @@ class Row:
         averages: data sets that this row is the average of; empty for a row of one data set.
         published: part to the number in the papers, in accuracy (see ``promptmix.published``).
         origin: where the published numbers were read.
+        learned: number of learned parameters.
+        train_seconds: seconds of training, over the runs that trained.
     """
 
     method: str
@@ -87,6 +89,8 @@ class Row:
     averages: tuple[str, ...] = ()
     published: dict[str, float] = field(default_factory=dict)
     origin: str = ""
+    learned: int | None = None
+    train_seconds: Cell | None = None
 
 
 def aggregate(
@@ -169,8 +173,15 @@ def _average(mean: Row, rows: list[Row], metric: str, ci95: bool) -> None:
         mean.cells[metric, "h"] = _cell(h, ci95, harmonic(mean.cells[metric, "base"].mean, mean.cells[metric, "new"].mean))
 
 
-def render(rows: list[Row], metrics: list[str], fmt: str = "github", sort: str = "name") -> str:
+def render(rows: list[Row], metrics: list[str], fmt: str = "github", sort: str = "name", cost: bool = False) -> str:
     """Return the table(s) as text: one per protocol, or every number on a line of its own for ``csv`` and ``json``.
+
+    Args:
+        rows: what ``aggregate`` and ``averages`` return.
+        metrics: the metrics that stand in them.
+        fmt: one of ``FORMATS``.
+        sort: one of ``SORTS``.
+        cost: also show learned parameters and seconds of training.
 
     Raises:
         UserError: a format or an order that does not exist.
@@ -186,7 +197,7 @@ def render(rows: list[Row], metrics: list[str], fmt: str = "github", sort: str =
     for protocol, parts in _PARTS.items():
         mine = [row for row in rows if row.protocol == protocol]
         if mine:
-            tables.append(_table(mine, metrics, parts, fmt))
+            tables.append(_table(mine, metrics, parts, fmt, cost))
     return "\n\n".join(tables)
 
 
@@ -263,6 +274,9 @@ def _fill(row: Row, runs: list[RunResult], metrics: list[str], split: str, ci95:
             notes.append(f"{name}, {run.subsample_classes}, seed {seed}: the newest of several runs ({run.source})")
         part[seed] = run
     row.seeds = sorted({run.seed for part in by_part.values() for run in part.values()})
+    row.learned = runs[0].learned_parameters
+    trained = [run.seconds["train"] for part in by_part.values() for run in part.values() if run.seconds.get("train")]
+    row.train_seconds = _cell(trained, ci95) if trained else None
     for metric in metrics:
         values = {part: _numbers(found, metric, split) for part, found in by_part.items()}
         for name_of_part, numbers in values.items():
@@ -307,7 +321,7 @@ def _order(row: Row, sort: str, metrics: list[str]) -> tuple[Any, ...]:
     return (*place, -cell.mean if cell else float("inf"))  # best first, rows without the number last
 
 
-def _table(rows: list[Row], metrics: list[str], parts: tuple[str, ...], fmt: str) -> str:
+def _table(rows: list[Row], metrics: list[str], parts: tuple[str, ...], fmt: str, cost: bool) -> str:
     columns: dict[str, list[str]] = {"Method": [row.method for row in rows], "Data set": [row.dataset for row in rows]}
     for title, values in (("Backbone", [row.backbone for row in rows]), ("Settings", [row.settings for row in rows])):
         if len(set(values)) > 1:
@@ -322,6 +336,9 @@ def _table(rows: list[Row], metrics: list[str], parts: tuple[str, ...], fmt: str
             columns[title] = [str(row.cells.get((metric, part), "-")) for row in rows]
             if metric == "accuracy" and any(part in row.published for row in rows):
                 columns[f"{label}, published"] = [_published(row, part) for row in rows]
+    if cost:
+        columns["Learned"] = ["-" if row.learned is None else f"{row.learned:,}" for row in rows]
+        columns["Train s"] = ["-" if row.train_seconds is None else f"{row.train_seconds.mean:.1f}" for row in rows]
     align = ("left",) * words + ("right",) * (len(columns) - words)
     return tabulate(columns, headers="keys", tablefmt=fmt, disable_numparse=True, colalign=align)
 

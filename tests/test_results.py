@@ -204,6 +204,15 @@ def test_formats(fmt):
         assert "51.50" in text and "CoOp" in text
 
 
+def test_cost_shows_learned_parameters_and_mean_seconds():
+    runs = [make(seed=seed) for seed in (1, 2)]
+    for run, seconds in zip(runs, (2.0, 4.0), strict=True):
+        run.learned_parameters, run.seconds = 2048, {"train": seconds}
+    rows, metrics, _ = tables.aggregate(runs)
+    assert tables.render(rows, metrics, cost=True).splitlines()[-1].split("|")[-3:-1] == ["     2,048 ", "       3.0 "]
+    assert "Learned" not in tables.render(rows, metrics)
+
+
 def test_unknown_choices_are_refused():
     rows, metrics, _ = tables.aggregate([make()])
     with pytest.raises(UserError, match="did you mean 'github'"):

@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--ci95", action="store_true", help="half a 95%% interval in place of the standard deviation")
     parser.add_argument("--published", action="store_true", help="add the papers' numbers and the difference, where they compare")
+    parser.add_argument("--cost", action="store_true", help="add learned parameters and seconds of training")
     parser.add_argument("--plot", default="", metavar="DIR", help="also draw curves over shots, base against new, and bars")
 
 
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
         from promptmix import plots
 
         notes += [f"plot: {path}" for path in plots.write(rows, metrics[0], Path(args.plot))]
-    sys.stdout.write(tables.render(rows, metrics, args.format, args.sort) + "\n")
+    sys.stdout.write(tables.render(rows, metrics, args.format, args.sort, args.cost) + "\n")
     for note in [*unread, *notes]:
         sys.stderr.write(f"note: {note}\n")
     return 0

@@ -16,6 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--trainers", nargs="+", default=["ZeroshotCLIP", "CoOp", "MoCoOp"], metavar="NAME", help="methods to compare")
     add("--config-file", default=CONFIG, metavar="YAML", help=f"default: {CONFIG}")
     add("--device", choices=("auto", "cpu", "cuda"), default="", help="where to compute")
+    add("--threads", type=int, default=1, help="CPU threads; the embedded models are so small that more wait on each other")
     add("--plugin", action="append", default=[], metavar="MODULE|FILE", help="load a plugin; may be repeated")
     add("--format", default="github", help="format of the table, as in `promptmix parse`")
 
@@ -26,9 +27,12 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: something that can't be done.
     """
+    import torch
+
     from promptmix.commands.run import run_all
     from promptmix.protocols import Job
 
+    torch.set_num_threads(args.threads)
     jobs = [
         Job(
             protocol="base-to-new",
