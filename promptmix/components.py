@@ -74,6 +74,8 @@ class PromptBank(Component, ABC):
     per_image: bool = False
     #: Whether something is learned for each class, which then serves these very class names only.
     class_specific: bool = False
+    #: Whether ``forward`` takes ``experts``, a tensor of indices, and then gives features (len(experts), C, D) of those alone.
+    takes_experts: bool = False
 
     @property
     @abstractmethod

@@ -121,6 +121,9 @@ def get_cfg_default() -> CN:
     cfg.MODEL.BACKBONE.PRETRAINED = True  # False: random weights (tests, benchmarks)
     cfg.MODEL.BACKBONE.TAG = ""  # ours: open_clip's pretrained tag (laion2b_s34b_b88k); "" = OpenAI's weights
     cfg.MODEL.BACKBONE.WEIGHTS = ""  # ours: local file (OpenAI archive, state dict, safetensors) instead of a download
+    cfg.MODEL.CLASS_CHUNK = 0  # ours: classes in memory at a time, the rest is computed again (exact, slower); 0 = all
+    cfg.MODEL.SPARSE_EXPERTS = True  # ours: encode only experts that some picture of the batch chose, where no loss needs others
+    cfg.MODEL.COMPILE = False  # ours: torch.compile the frozen image tower
     cfg.MODEL.HEAD = CN()
     cfg.MODEL.HEAD.NAME = ""
     cfg.MODEL.HEAD.HIDDEN_LAYERS = ()

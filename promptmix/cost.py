@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 
 @dataclass(frozen=True)
@@ -31,17 +31,20 @@ class Count:
 
 def count(work: Callable[[], Any]) -> Count:
     """Do ``work`` once and count what it costs."""
-    with FlopCounterMode(display=False) as flops, _Live() as live:
+    with _Counter() as counter:
         work()
-    return Count(flops.get_total_flops() / 1e9, live.peak / 2**20)
+    return Count(counter.flops / 1e9, counter.peak / 2**20)
 
 
-class _Live(TorchDispatchMode):
-    """Follows the memory behind every tensor that an operator makes, until it is freed."""
+class _Counter(TorchDispatchMode):
+    """Adds up operations by PyTorch's own formulas, and follows the memory behind every tensor that an operator makes.
+
+    It stands in for ``FlopCounterMode``, which keeps alive what checkpointing frees and does not know attention on a CPU.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.flops = self.now = self.peak = 0
         self._known: set[int] = set()
 
     def __torch_dispatch__(
@@ -50,6 +53,13 @@ class _Live(TorchDispatchMode):
         for leaf in tree_leaves((args, kwargs)):
             self._take(leaf, made=False)  # weights and inputs were there before the work
         output = func(*args, **(kwargs or {}))
+        packet = getattr(func, "_overloadpacket", None)
+        if packet in flop_registry:
+            self.flops += flop_registry[packet](*args, **(kwargs or {}), out_val=output)
+        elif packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
+            self.flops += sdpa_flop_count(*(part.shape for part in args[:3]))
+        elif packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
+            self.flops += sdpa_backward_flop_count(*(part.shape for part in args[:4]))
         for leaf in tree_leaves(output):
             self._take(leaf, made=True)
         return output

@@ -54,6 +54,7 @@ class Mixture(PromptLearner):
                 f"TEXT_SUPERVISION.NAME {type(supervision).__name__} takes one set of text features, but the prompts of "
                 f"{type(bank).__name__} differ from image to image; choose another of the two"
             )
+        self.sparse_experts = True  # encode only experts that some image of the batch chose, where no loss needs the others
         self.bank, self.router, self.supervision, self.distiller = bank, router, supervision, distiller
         self.class_specific = bank.class_specific
         self.ce_weight, self.router_weight = ce_weight, router_weight
@@ -70,9 +71,14 @@ class Mixture(PromptLearner):
 
     def loss(self, image_features: Tensor, labels: Tensor) -> LossTerms:
         """Return the weighted sum of the roles' losses for a batch."""
-        text = self._text(image_features, self.classifier())
         routing = None if self.router is None else self.router(image_features)
-        logits = self._mix(image_features, text, None if routing is None else routing.dense)
+        weights = None if routing is None else routing.dense
+        if self._skips_experts and routing is not None and weights is not None:
+            used = routing.experts.unique()
+            text, weights = self.bank(self.task.classnames, experts=used), weights[:, used]
+        else:
+            text = self._text(image_features, self.classifier())
+        logits = self._mix(image_features, text, weights)
         terms: dict[str, tuple[float, Tensor | None]] = {"ce": (self.ce_weight, F.cross_entropy(logits, labels))}
         if self.router is not None:
             terms["router"] = (self.router_weight, self.router.loss(routing, image_features, labels))
@@ -83,6 +89,12 @@ class Mixture(PromptLearner):
         present = {name: (weight, value) for name, (weight, value) in terms.items() if value is not None}
         total = torch.stack([weight * value for weight, value in present.values()]).sum()
         return LossTerms(total, {name: value for name, (_, value) in present.items()} if len(present) > 1 else {}, logits)
+
+    @property
+    def _skips_experts(self) -> bool:
+        """Whether experts that no image chose can be left out: no loss looks at their features (and there are numbers at all)."""
+        possible = self.bank.takes_experts and self.supervision is None and not self.clip.scale.is_meta
+        return self.sparse_experts and possible
 
     def _text(self, image_features: Tensor, classifier: Tensor | Sequence[str]) -> Tensor:
         return classifier if isinstance(classifier, Tensor) else self.bank(classifier, image_features)

@@ -21,6 +21,8 @@ from promptmix.engine.checkpoint import load_pretrained_weights, load_state_dict
 from promptmix.engine.evaluator import compute_accuracy
 from promptmix.engine.precision import Precision
 from promptmix.errors import CheckpointError, ConfigError
+from promptmix.estimate import explained
+from promptmix.mixture import Mixture
 from promptmix.utils import count_num_param, get_logger
 
 
@@ -57,7 +59,13 @@ class PromptTrainer(TrainerX):
         self.clip = load_clip(cfg).to(self.device)
         self._check_input()
         self.precision = Precision(cfg.TRAINER.PREC, self.device)
+        self.clip.text.class_chunk = cfg.MODEL.CLASS_CHUNK
+        if cfg.MODEL.COMPILE:
+            # In place, so that names of weights stay; prompted towers run layer by layer, which gains too little to be compiled.
+            self.clip.image.visual.compile(dynamic=False)
         self.model = self.build_learner(self._task()).to(self.device)
+        if isinstance(self.model, Mixture):
+            self.model.sparse_experts = cfg.MODEL.SPARSE_EXPERTS
         if cfg.MODEL.INIT_WEIGHTS:
             load_pretrained_weights(self.model, cfg.MODEL.INIT_WEIGHTS)
         log.info("Learned parameters: %s", f"{count_num_param(self.model):,}")
@@ -159,6 +167,15 @@ class PromptTrainer(TrainerX):
         finally:
             setattr(self, name, loader)
 
+    def run_epoch(self) -> None:
+        """Go once through the labelled data.
+
+        Raises:
+            UserError: memory does not suffice; the message names the settings that help, and by how much.
+        """
+        with explained(self):
+            super().run_epoch()
+
     def forward_backward(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Learn from one batch.
 
@@ -214,7 +231,7 @@ class PromptTrainer(TrainerX):
         """Evaluate, encoding the text side once."""
         self._testing, self._classifier = True, None
         try:
-            with self._features_of(split):
+            with self._features_of(split), explained(self):
                 return super().test(split)
         finally:
             self._testing, self._classifier = False, None

@@ -32,6 +32,8 @@ class Soft(PromptBank):
         ConfigError: an unknown position, no context vector, or ``ctx_init`` together with ``csc``.
     """
 
+    takes_experts = True
+
     def __init__(
         self,
         task: Task,
@@ -66,7 +68,14 @@ class Soft(PromptBank):
         """Number of prompts E."""
         return self.ctx.shape[0]
 
-    def forward(self, names: Sequence[str], image_features: Tensor | None = None, *, full_stop: bool | None = None) -> Tensor:
+    def forward(
+        self,
+        names: Sequence[str],
+        image_features: Tensor | None = None,
+        *,
+        full_stop: bool | None = None,
+        experts: Tensor | None = None,
+    ) -> Tensor:
         """Return normalised text features (E, C, D); prompts end with a full stop unless ``full_stop`` is False."""
         tower = self.task.clip.text
         if self.ctx.dim() == 4 and len(names) != self.ctx.shape[1]:
@@ -75,7 +84,8 @@ class Soft(PromptBank):
             )
         split = {"end": self.ctx.shape[-2], "middle": self.ctx.shape[-2] // 2, "front": 0}[self.position]
         stop = tower.embed(tower.tokenizer.encode("." if full_stop in (None, True) else ""))[None]
-        before, after = self.ctx[..., :split, :], self.ctx[..., split:, :]
+        ctx = self.ctx if experts is None else self.ctx[experts]
+        before, after = ctx[..., :split, :], ctx[..., split:, :]
         prompts = tower.compose(before, tower.tokenizer.class_tokens(names), after, stop)
         return F.normalize(tower(prompts), dim=-1)
 

@@ -30,6 +30,8 @@ class TemplateGroups(PromptBank):
         ConfigError: the sizes don't add up to the number of templates, or only one of the two is given.
     """
 
+    takes_experts = True
+
     def __init__(self, task: Task, templates: Sequence[str] = (), groups: Sequence[int] = (), correction: bool = True) -> None:
         super().__init__()
         self.task = task
@@ -57,26 +59,41 @@ class TemplateGroups(PromptBank):
         """Number of groups E."""
         return len(self.groups)
 
-    def forward(self, names: Sequence[str], image_features: Tensor | None = None, *, full_stop: bool | None = None) -> Tensor:
+    def forward(
+        self,
+        names: Sequence[str],
+        image_features: Tensor | None = None,
+        *,
+        full_stop: bool | None = None,
+        experts: Tensor | None = None,
+    ) -> Tensor:
         """Return normalised text features (E, C, D); prompts have no full stop unless ``full_stop`` is True."""
         tower = self.task.clip.text
         tokens = tower.tokenizer.class_tokens(names)
         stop = tower.embed(tower.tokenizer.encode("." if full_stop else ""))[None]
-        features: list[Tensor] = [torch.empty(0)] * self.num_experts
+        chosen = range(self.num_experts) if experts is None else experts.tolist()
+        features: dict[int, Tensor] = {}
         # Experts whose contexts have the same lengths go through the tower together.
-        for members in self._by_length().values():
+        for group in self._by_length().values():
+            members = [i for i in group if i in chosen]
+            if not members:
+                continue
             before = torch.stack([self.before[i] for i in members])
             after = torch.stack([self.after[i] for i in members])
             for i, feature in zip(members, tower(tower.compose(before, tokens, after, stop)), strict=True):
                 features[i] = feature
-        stacked = torch.stack(features)
+        stacked = torch.stack([features[i] for i in chosen])
+        idle = [p for i in range(self.num_experts) if i not in features for p in (self.before[i], self.after[i])]
+        if idle:
+            # The others get a gradient of zero, so that weight decay and momentum move them as if they had been encoded.
+            stacked = stacked + 0.0 * torch.stack([p.sum() for p in idle]).sum()
         return F.normalize(stacked if self.correction is None else stacked + self.correction, dim=-1)
 
     def references(self, names: Sequence[str]) -> Tensor:
         """Return group prototypes P (E, C, D): the mean of the group's normalised hard features, normalised again."""
-        key = tuple(names)
+        key = (*names, str(self.task.clip.scale.device))
         if key not in self._references:
-            prototypes = [self.task.clip.ensemble([_with_stop(t) for t in group], key) for group in self.groups]
+            prototypes = [self.task.clip.ensemble([_with_stop(t) for t in group], names) for group in self.groups]
             self._references[key] = torch.stack(prototypes)
         return self._references[key]
 

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from yacs.config import CfgNode
 
 from promptmix.clip import CLIP, load_clip
 from promptmix.config import get_cfg, merge_opts, validate
+from promptmix.cost import count
 from promptmix.data import DatasetBase, Datum
 from promptmix.engine import build_trainer
 from promptmix.engine.precision import choose_device
@@ -209,9 +209,8 @@ class Minimum:
 def _image_gflops(clip: CLIP) -> float:
     parameter = next(clip.image.parameters())
     images = torch.zeros(1, 3, clip.image_size, clip.image_size, device=parameter.device)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        clip.image(images)
-    return counter.get_total_flops() / 1e9
+    with torch.no_grad():
+        return count(lambda: clip.image(images)).gflops
 
 
 def minimum(trainer: PromptTrainer, work: Callable[[], object]) -> float:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from open_clip.transformer import QuickGELU, ResidualAttentionBlock
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from promptmix.clip.tokens import ClassTokens, Tokenizer
 from promptmix.errors import ConfigError
@@ -69,6 +70,8 @@ class TextTower(nn.Module):
         pool = getattr(source, "pool_type", getattr(source, "text_pool_type", "argmax"))
         if pool not in ("argmax", "eos"):
             raise ConfigError(f"MODEL.BACKBONE.NAME: the text feature is read by {pool!r}, but prompts need a tower read at EOT")
+        #: Classes encoded at a time; what lies between is computed again for the backward pass. 0 = all at once.
+        self.class_chunk = 0
         self.shares_prefix = self.attn_mask is not None and all(type(block) is ResidualAttentionBlock for block in self.blocks)
 
     @property
@@ -156,7 +159,20 @@ class TextTower(nn.Module):
             from promptmix.clip.reference import encode_plain
 
             return encode_plain(self, prompts, deep)
+        if 0 < self.class_chunk < len(prompts.lengths):
+            return self._encode_chunks(prompts, deep or {})
         return self._encode_shared(prompts, deep or {})
+
+    def _encode_chunks(self, prompts: Prompts, deep: DeepPrompts) -> Tensor:
+        features = []
+        sizes = [prompts.lengths[i : i + self.class_chunk] for i in range(0, len(prompts.lengths), self.class_chunk)]
+        for tail, lengths in zip(prompts.tail.split([sum(size) for size in sizes], dim=1), sizes, strict=True):
+            chunk = Prompts(prompts.prefix, tail, lengths)
+            if torch.is_grad_enabled():
+                features.append(checkpoint(self._encode_shared, chunk, deep, use_reentrant=False, preserve_rng_state=False))
+            else:
+                features.append(self._encode_shared(chunk, deep))
+        return torch.cat(features, dim=1)
 
     def _encode_shared(self, prompts: Prompts, deep: DeepPrompts) -> Tensor:
         start = prompts.prefix.shape[1]

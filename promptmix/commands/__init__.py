@@ -17,6 +17,7 @@ COMMANDS: dict[str, str] = {
     "parse": "make tables from the results of several runs, ours and CoOp's logs alike",
     "convert": "rename a checkpoint between our layout and that of the authors' code",
     "bench": "measure what is saved against the plain way, and compare two measurements",
+    "estimate": "expected memory and time of a run, before it runs",
     "cache": "list or clear the image features that are kept on disk",
     "new-plugin": "write a package of your own that adds a router, another part, or a trainer",
     "list": "show what is registered: trainers, data sets, backbones, plugins, ...",

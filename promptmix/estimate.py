@@ -1,0 +1,196 @@
+"""What a run will need, before it runs: memory and operations of a step counted by shapes, seconds from a short calibration."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+
+from promptmix.cost import Count, count
+from promptmix.errors import UserError
+from promptmix.utils import get_logger
+
+if TYPE_CHECKING:
+    from promptmix.prompting import PromptTrainer
+
+#: Classes in memory at a time that the message proposes.
+_CHUNK = 64
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What training is expected to need.
+
+    Attributes:
+        step_gflops: operations of a step on pictures, in 10^9.
+        step_mb: peak of live tensors in a step, in MiB.
+        weights_mb: the frozen model, the learned tensors, their gradients and two moments of the optimizer, in MiB.
+        batches: steps of an epoch.
+        gflops_per_second: what the calibration reached.
+        seconds_per_picture: reading and transforming, in one process.
+        epoch_seconds: steps and reading of an epoch, one after the other.
+    """
+
+    step_gflops: float
+    step_mb: float
+    weights_mb: float
+    batches: int
+    gflops_per_second: float
+    seconds_per_picture: float
+    epoch_seconds: float
+
+
+def estimate(trainer: PromptTrainer) -> Estimate:
+    """Return what training is expected to need. The trainer has no numbers afterwards and can't be used.
+
+    Raises:
+        UserError: the method computes something that can't be counted by shapes.
+    """
+    cfg, loader = trainer.cfg, trainer.train_loader_x
+    reading = _reading(loader)
+    speed = _speed(trainer)
+    learned = sum(p.numel() for p in trainer.model.parameters()) * 4
+    frozen = sum(p.numel() for p in trainer.clip.parameters()) * 4
+    size = min(loader.batch_size or 1, len(loader.dataset))  # type: ignore[arg-type]
+    views = cfg.INPUT.CACHED_VIEWS
+    on_meta(trainer)
+    try:
+        step = step_count(trainer, size)
+        image = count(lambda: trainer.clip.encode_image(_images(trainer, size))).gflops if views else 0.0
+    except (RuntimeError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0][:120]
+        raise UserError(
+            f"{cfg.TRAINER.NAME} can't be estimated, since a step of it can't be counted by shapes ({reason})"
+        ) from error
+    batches, epochs = len(loader), max(cfg.OPTIM.MAX_EPOCH, 1)
+    # Cached views: pictures are read and encoded for K epochs only.
+    share = min(views / epochs, 1.0) if views else 1.0
+    seconds = batches * (step.gflops - image * (1 - share)) / speed
+    reading_seconds = batches * size * reading * share / max(loader.num_workers, 1)
+    return Estimate(
+        step.gflops,
+        step.live_mb,
+        (frozen + 4 * learned) / 2**20,
+        batches,
+        speed,
+        reading,
+        seconds + reading_seconds,
+    )
+
+
+def on_meta(trainer: PromptTrainer) -> None:
+    """Take the numbers away from a trainer's models, so that its steps can be counted at no cost."""
+    trainer.clip.to("meta")
+    trainer.model.to("meta")
+    trainer.device = torch.device("meta")
+    trainer.model.train()
+
+
+def step_count(trainer: PromptTrainer, size: int, class_chunk: int | None = None) -> Count:
+    """Count a step on ``size`` pictures, for a trainer on device ``meta``.
+
+    Args:
+        trainer: what ``on_meta`` left.
+        size: pictures in the batch.
+        class_chunk: as ``MODEL.CLASS_CHUNK``; None leaves it as it is.
+    """
+    images, labels = _images(trainer, size), torch.zeros(size, dtype=torch.long, device="meta")
+    tower = trainer.clip.text
+    before = tower.class_chunk
+    tower.class_chunk = before if class_chunk is None else class_chunk
+
+    def step() -> None:
+        trainer.model.loss(trainer.encode_images(images), labels).total.backward()
+
+    try:
+        step()  # what is built once
+        return count(step)
+    finally:
+        tower.class_chunk = before
+
+
+def _images(trainer: PromptTrainer, size: int) -> torch.Tensor:
+    return torch.empty(size, 3, *trainer.cfg.INPUT.SIZE, device="meta")
+
+
+def _speed(trainer: PromptTrainer) -> float:
+    """Return GFLOP per second of a small forward and backward pass through both towers."""
+    clip = trainer.clip
+    names = clip.tokenizer.class_tokens([f"class {i}" for i in range(20)])
+    context = torch.zeros(1, 8, clip.text.width, device=trainer.device)
+    images = torch.zeros(2, 3, *trainer.cfg.INPUT.SIZE, device=trainer.device)
+
+    def work() -> None:
+        F.normalize(clip.text(clip.text.compose(context.requires_grad_(), names)), dim=-1).sum().backward()
+        with torch.no_grad():
+            clip.encode_image(images)
+
+    gflops = count(work).gflops
+    best = float("inf")
+    for _ in range(2):
+        begin = time.perf_counter()
+        work()
+        if trainer.device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - begin)
+    return gflops / best
+
+
+def _reading(loader: Any) -> float:  # noqa: ANN401
+    items = range(0, len(loader.dataset), max(len(loader.dataset) // 8, 1))
+    begin = time.perf_counter()
+    for index in items:
+        loader.dataset[index]
+    return (time.perf_counter() - begin) / max(len(items), 1)
+
+
+@contextlib.contextmanager
+def explained(trainer: PromptTrainer) -> Iterator[None]:
+    """Turn a lack of memory inside the context into one line that says which settings help.
+
+    Raises:
+        UserError: memory did not suffice.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        advice = advise(trainer)
+    else:
+        return
+    raise UserError(advice)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether ``error`` means that memory, of the GPU or of the machine, did not suffice."""
+    text = str(error)
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text or "out of memory" in text
+
+
+def advise(trainer: PromptTrainer) -> str:
+    """Return what would need less memory than the step of ``trainer`` that failed; its numbers are gone afterwards."""
+    kind = "the GPU's" if trainer.device.type == "cuda" else "this machine's"
+    start = (
+        f"out of memory: a step of {trainer.cfg.TRAINER.NAME} with {trainer.num_classes} classes does not fit into {kind} memory"
+    )
+    size = trainer.cfg.DATALOADER.TRAIN_X.BATCH_SIZE
+    chunk = _CHUNK if trainer.num_classes > _CHUNK else max(trainer.num_classes // 2, 1)
+    ways = {
+        f"MODEL.CLASS_CHUNK {chunk}": (size, chunk),
+        f"DATALOADER.TRAIN_X.BATCH_SIZE {max(size // 2, 1)}": (max(size // 2, 1), None),
+    }
+    try:
+        on_meta(trainer)
+        now = step_count(trainer, size).live_mb
+        found = [(way, step_count(trainer, *settings).live_mb) for way, settings in ways.items()]
+    except (RuntimeError, NotImplementedError):  # a method that can't be counted by shapes
+        get_logger().debug("The step can't be counted", exc_info=True)
+        return f"{start}; set {' or '.join(ways)}"
+    shown = " or ".join(f"{way} ({mb:,.0f} MiB)" for way, mb in sorted(found, key=lambda pair: pair[1]))
+    return f"{start} ({now:,.0f} MiB beside the weights, by count); set {shown}"
