@@ -34,6 +34,9 @@ class TrainerBase:
         self._optims: OrderedDict[str, torch.optim.Optimizer | None] = OrderedDict()
         self._scheds: OrderedDict[str, Any] = OrderedDict()
         self._writer: Any = None
+        #: Whether losses are checked every ``TRAIN.PRINT_FREQ`` batches only, since a look at each would wait for the GPU.
+        self.waits_to_check = False
+        self._finite: torch.Tensor | None = None
         self.epoch = self.start_epoch = self.max_epoch = 0
         #: The numbers of the latest evaluation of each split.
         self.last_results: dict[str, dict[str, float]] = {}
@@ -234,12 +237,26 @@ class TrainerBase:
     # One step
 
     def detect_anomaly(self, loss: torch.Tensor) -> None:
-        """Stop at a loss that is infinite or not a number.
+        """Stop at a loss that is infinite or not a number; with ``waits_to_check`` at the next ``check_anomalies``.
 
         Raises:
             FloatingPointError: it is.
         """
-        if not torch.isfinite(loss).all():
+        finite = torch.isfinite(loss.detach()).all()
+        if self.waits_to_check:
+            self._finite = finite if self._finite is None else self._finite & finite
+            return
+        self._finite = finite
+        self.check_anomalies()
+
+    def check_anomalies(self) -> None:
+        """Stop if one of the losses since the last check was infinite or not a number.
+
+        Raises:
+            FloatingPointError: it was.
+        """
+        finite, self._finite = self._finite, None
+        if finite is not None and not finite:
             raise FloatingPointError("Loss is infinite or NaN!")
 
     def model_zero_grad(self, names: Names = None) -> None:

@@ -14,6 +14,8 @@ __all__ = ["AverageMeter", "MetricMeter"]
 class AverageMeter:
     """The current value and the average of everything since the last reset.
 
+    Values that lie on a GPU are added up there, in double precision: only reading ``val``, ``avg`` or ``sum`` waits for it.
+
     Args:
         ema: average with weight 0.1 on the newest value instead of equally.
     """
@@ -24,17 +26,39 @@ class AverageMeter:
 
     def reset(self) -> None:
         """Forget everything."""
-        self.val: float = 0.0
-        self.avg: float = 0.0
-        self.sum: float = 0.0
+        self._val: float | torch.Tensor = 0.0
+        self._avg: float | torch.Tensor = 0.0
+        self._sum: float | torch.Tensor = 0.0
         self.count: int = 0
+
+    @property
+    def val(self) -> float:
+        """The current value."""
+        return float(self._val)
+
+    @property
+    def avg(self) -> float:
+        """The average."""
+        return float(self._avg)
+
+    @property
+    def sum(self) -> float:
+        """The sum, each value times the items it stands for."""
+        return float(self._sum)
+
+    @property
+    def pending_avg(self) -> float | torch.Tensor:
+        """The average, as a tensor where it lies on a GPU."""
+        return self._avg
 
     def update(self, val: float | torch.Tensor, n: int = 1) -> None:
         """Take in ``val``, which stands for ``n`` items."""
-        self.val = val.item() if isinstance(val, torch.Tensor) else val
-        self.sum += self.val * n
+        if isinstance(val, torch.Tensor):
+            val = val.item() if val.device.type == "cpu" else val.detach().double().reshape(())
+        self._val = val
+        self._sum = self._sum + val * n
         self.count += n
-        self.avg = 0.9 * self.avg + 0.1 * self.val if self.ema else self.sum / self.count
+        self._avg = 0.9 * self._avg + 0.1 * val if self.ema else self._sum / self.count
 
 
 class MetricMeter:

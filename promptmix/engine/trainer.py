@@ -55,6 +55,7 @@ class SimpleTrainer(TrainerBase):
         super().__init__()
         self.check_cfg(cfg)
         self.device = choose_device(cfg.DEVICE, cfg.USE_CUDA)
+        self.waits_to_check = self.device.type == "cuda"
         self.start_epoch = self.epoch = 0
         self.max_epoch = cfg.OPTIM.MAX_EPOCH
         self.output_dir: str = cfg.OUTPUT_DIR
@@ -183,19 +184,33 @@ class SimpleTrainer(TrainerBase):
         self.num_batches = num_batches
         losses, batch_time, data_time = MetricMeter(), AverageMeter(), AverageMeter()
         freq = self.cfg.TRAIN.PRINT_FREQ
+        scalars: list[tuple[str, float | torch.Tensor, int]] = []  # not reported yet
         end = time.time()
         for self.batch_idx, batch in enumerate(batches):
             data_time.update(time.time() - end)
             summary = self.forward_backward(*batch)
             batch_time.update(time.time() - end)
             losses.update(summary)
-            if (self.batch_idx + 1) % freq == 0 or num_batches < freq:
+            shows = (self.batch_idx + 1) % freq == 0 or num_batches < freq
+            if shows:
+                self.check_anomalies()
                 get_logger().info(self._line(losses, batch_time, data_time))
             step = self.epoch * num_batches + self.batch_idx
-            for name, meter in losses.meters.items():
-                self.write_scalar("train/" + name, meter.avg, step)
-            self.write_scalar("train/lr", self.get_current_lr(), step)
+            scalars += [("train/" + name, meter.pending_avg, step) for name, meter in losses.meters.items()]
+            scalars.append(("train/lr", self.get_current_lr(), step))
+            if shows or not any(isinstance(value, torch.Tensor) for _, value, _ in scalars):
+                self._write_scalars(scalars)
             end = time.time()
+        self.check_anomalies()
+        self._write_scalars(scalars)
+
+    def _write_scalars(self, scalars: list[tuple[str, float | torch.Tensor, int]]) -> None:
+        """Report and forget scalars; those that lie on a GPU are fetched together."""
+        there = [value for _, value, _ in scalars if isinstance(value, torch.Tensor)]
+        fetched = iter(torch.stack(there).tolist() if there else ())
+        for tag, value, step in scalars:
+            self.write_scalar(tag, next(fetched) if isinstance(value, torch.Tensor) else value, step)
+        scalars.clear()
 
     def _line(self, losses: MetricMeter, batch_time: AverageMeter, data_time: AverageMeter) -> str:
         """Return the log line of the present batch."""
