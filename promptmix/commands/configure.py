@@ -33,9 +33,10 @@ def resolve_config(path: str) -> Path:
         if candidate.is_file():
             return candidate
     names = sorted(f"configs/{file.relative_to(shipped).as_posix()}" for file in shipped.rglob("*.yaml"))
+    folders = sorted({str(PurePath(name).parent) for name in names})
     raise ConfigError(
-        f"config file {path}: no such file here or among the shipped ones{closest(path, names)}"
-        f" (shipped: {', '.join(names) or 'none'})"
+        f"config file {path}: no such file here or among the shipped ones{closest(path, names)} "
+        f"(folders of shipped files: {', '.join(folders)})"
     )
 
 
