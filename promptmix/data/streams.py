@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,8 @@ Streams = dict[str, Tensor]
 def get_streams() -> Streams:
     """Return the states of torch's CPU generator, of ``random`` and of ``numpy.random``."""
     version, words, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
+    numpy_state: Any = np.random.get_state(legacy=True)
+    _, keys, position, has_gauss, cached = numpy_state
     return {
         "torch": torch.get_rng_state().clone(),
         "python": torch.tensor([version, *words], dtype=torch.int64),
