@@ -9,6 +9,6 @@ _CACHE = tempfile.TemporaryDirectory(prefix="promptmix-tests-")
 os.environ["PROMPTMIX_CACHE_DIR"] = _CACHE.name
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import torch
+import torch  # noqa: E402  (after the environment is set)
 
 torch.set_num_threads(1)

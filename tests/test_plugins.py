@@ -101,7 +101,8 @@ def test_an_installed_package_brings_a_router_that_mocoop_uses_from_yaml(tmp_pat
     )
     command = [sys.executable, "-m", "promptmix.cli", "train", "--trainer", "MoCoOp", "--config-file", tmp_path / "run.yaml"]
     paths = os.pathsep.join([str(site), str(ROOT), os.environ.get("PYTHONPATH", "")])
-    subprocess.run([*command, "--output-dir", out, "--seed", "1"], check=True, timeout=300, env={**os.environ, "PYTHONPATH": paths})
+    environment = {**os.environ, "PYTHONPATH": paths}
+    subprocess.run([*command, "--output-dir", out, "--seed", "1"], check=True, timeout=300, env=environment)
     result = json.loads((out / "results.json").read_text())
     assert result["config"]["ROUTER"]["FIRSTEXPERT"]["EXPERT"] == 2
     assert result["metrics"]["test"]["accuracy"] > 10

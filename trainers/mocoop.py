@@ -62,7 +62,7 @@ class MoCoOp(PromptTrainer):
         norms = _layer_norms(self.clip.image.visual)
         if not norms:
             raise ConfigError(
-                f"TRAINER.MOCOOP.TUNE_LAYERNORM: backbone {self.cfg.MODEL.BACKBONE.NAME} has no ln_1 and ln_2 in the image tower; "
+                f"TRAINER.MOCOOP.TUNE_LAYERNORM: backbone {self.cfg.MODEL.BACKBONE.NAME} has no ln_1 and ln_2 in its layers; "
                 "choose a vision transformer or leave the key out"
             )
         norms.requires_grad_(True)

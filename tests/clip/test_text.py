@@ -64,11 +64,13 @@ def test_equals_plain_pass(names, experts, before, after, class_specific, stop, 
     plain, expected = run(lambda prompts, deep: encode_plain(text, prompts, deep))
     torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
     for gradient, reference in zip(gradients, expected, strict=True):
-        torch.testing.assert_close(gradient, reference, rtol=1e-4, atol=1e-4 * float(reference.abs().max() if reference.numel() else 1))
+        largest = float(reference.abs().max()) if reference.numel() else 1.0
+        torch.testing.assert_close(gradient, reference, rtol=1e-4, atol=1e-4 * largest)
 
 
 def test_hard_prompts_equal_open_clip():
-    model = open_clip.CLIP(24, {"image_size": 8, "layers": 1, "width": 64, "patch_size": 8}, {"width": 32, "heads": 2, "layers": 2})
+    vision = {"image_size": 8, "layers": 1, "width": 64, "patch_size": 8}
+    model = open_clip.CLIP(24, vision, {"width": 32, "heads": 2, "layers": 2})
     text = TextTower(model, TOKENIZER)
     templates = ["a photo of a {}, a type of animal.", "{} texture.", "itap of my {}."]
     for template in templates:

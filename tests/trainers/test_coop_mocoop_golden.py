@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.trainers.golden import close, compare, golden_clip, golden_task, images, labels, numbers
 
 from promptmix.mixture import Mixture
 from promptmix.plugin_manager import get_plugin_manager
 from promptmix.registry import PROMPT_BANK_REGISTRY, ROUTER_REGISTRY, TEXT_SUPERVISION_REGISTRY
+from tests.trainers.golden import close, compare, golden_clip, golden_task, images, labels, numbers
 
 TEMPLATES = (
     "a photo of a {}, a type of animal.",

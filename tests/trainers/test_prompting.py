@@ -68,7 +68,7 @@ def test_layer_norm_tuning_refuses_cached_views_and_towers_without_layers(tmp_pa
     tune = ["TRAINER.MOCOOP.TUNE_LAYERNORM", "True"]
     with pytest.raises(ConfigError, match=r"INPUT.CACHED_VIEWS is 1, but MoCoOp trains the image side"):
         trainer(tmp_path, "MoCoOp", *tune, *TINY_VIT).train()
-    with pytest.raises(ConfigError, match=r"tiny-en has no ln_1 and ln_2"):
+    with pytest.raises(ConfigError, match=r"tiny-en has no ln_1 and ln_2 in its layers"):
         trainer(tmp_path, "MoCoOp", *tune)
 
 
