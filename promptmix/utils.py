@@ -167,5 +167,5 @@ def collect_env_info() -> str:
         except PackageNotFoundError:
             found.append(f"{package} (not installed)")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    found += [f"gpu {device}", f"threads {torch.get_num_threads()}", platform.platform(terse=True)]
+    found += [f"gpu {device}", f"threads {torch.get_num_threads()}", f"{platform.system()} {platform.machine()}"]
     return ", ".join(found)
