@@ -173,6 +173,8 @@ class PromptLearner(nn.Module, ABC):
     image_is_frozen: bool = True
     #: Whether something is learned for each class, which then serves these very class names only.
     class_specific: bool = False
+    #: Whether experts that no image of a batch chose may be left out, where no loss needs them (``MODEL.SPARSE_EXPERTS``).
+    sparse_experts: bool = True
 
     def __init__(self, task: Task) -> None:
         super().__init__()

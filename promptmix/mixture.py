@@ -54,7 +54,6 @@ class Mixture(PromptLearner):
                 f"TEXT_SUPERVISION.NAME {type(supervision).__name__} takes one set of text features, but the prompts of "
                 f"{type(bank).__name__} differ from image to image; choose another of the two"
             )
-        self.sparse_experts = True  # encode only experts that some image of the batch chose, where no loss needs the others
         self.bank, self.router, self.supervision, self.distiller = bank, router, supervision, distiller
         self.class_specific = bank.class_specific
         self.ce_weight, self.router_weight = ce_weight, router_weight

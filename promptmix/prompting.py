@@ -22,7 +22,6 @@ from promptmix.engine.evaluator import compute_accuracy
 from promptmix.engine.precision import Precision
 from promptmix.errors import CheckpointError, ConfigError
 from promptmix.estimate import explained
-from promptmix.mixture import Mixture
 from promptmix.utils import count_num_param, get_logger
 
 
@@ -64,8 +63,7 @@ class PromptTrainer(TrainerX):
             # In place, so that names of weights stay; prompted towers run layer by layer, which gains too little to be compiled.
             self.clip.image.visual.compile(dynamic=False)
         self.model = self.build_learner(self._task()).to(self.device)
-        if isinstance(self.model, Mixture):
-            self.model.sparse_experts = cfg.MODEL.SPARSE_EXPERTS
+        self.model.sparse_experts = cfg.MODEL.SPARSE_EXPERTS
         if cfg.MODEL.INIT_WEIGHTS:
             load_pretrained_weights(self.model, cfg.MODEL.INIT_WEIGHTS)
         log.info("Learned parameters: %s", f"{count_num_param(self.model):,}")
