@@ -37,6 +37,7 @@ IDENTITY = (
 #: Keys that make no other setting of a method: where it ran, what it printed, and what `IDENTITY` holds.
 NOT_A_SETTING = {
     "DATALOADER.NUM_WORKERS",
+    "DATALOADER.PERSISTENT_WORKERS",
     "DATALOADER.TEST.BATCH_SIZE",
     "DATASET.NAME",
     "DATASET.NUM_SHOTS",

@@ -16,6 +16,7 @@ from yacs.config import CfgNode
 from promptmix.data.base import DatasetBase, build_dataset
 from promptmix.data.datum import Datum
 from promptmix.data.images import read_image
+from promptmix.data.loaders import PersistentLoader
 from promptmix.data.samplers import build_sampler
 from promptmix.data.transforms import INTERPOLATION_MODES, build_transform
 from promptmix.errors import ConfigError, DataError
@@ -122,14 +123,18 @@ def build_data_loader(
         raise DataError(f"a split of data set {cfg.DATASET.NAME} is empty; check its folder and the DATASET settings")
     sampler = build_sampler(sampler_type, cfg=cfg, data_source=data_source, batch_size=batch_size, n_domain=n_domain, n_ins=n_ins)
     dataset = (dataset_wrapper or DatasetWrapper)(cfg, data_source, transform=tfm, is_train=is_train)
-    loader: DataLoader[Any] = DataLoader(
+    workers: int = cfg.DATALOADER.NUM_WORKERS
+    # Evaluation loaders run once.
+    stays = is_train and workers > 0 and cfg.DATALOADER.PERSISTENT_WORKERS
+    loader: DataLoader[Any] = (PersistentLoader if stays else DataLoader)(
         dataset,
         batch_size=batch_size,
         sampler=sampler,
-        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        num_workers=workers,
         drop_last=is_train and len(data_source) >= batch_size,
         pin_memory=torch.cuda.is_available() and cfg.USE_CUDA and cfg.DEVICE != "cpu",
         worker_init_fn=_seed_worker,
+        persistent_workers=stays,
     )
     if not len(loader):
         raise DataError(f"{sampler_type}: no whole batch of {batch_size} in {len(data_source)} items; lower BATCH_SIZE")

@@ -21,6 +21,7 @@ from yacs.config import CfgNode
 
 from promptmix.data.datum import Datum
 from promptmix.data.features import FeatureCache, feature_key, same_randomness
+from promptmix.data.loaders import PersistentLoader
 from promptmix.data.streams import get_streams, set_streams, streams_hash
 from promptmix.utils import get_logger
 
@@ -122,6 +123,8 @@ def cache_views(
         get_logger().info("Encoding %d cached views of %d pictures", views, len(source))
         with same_randomness(), torch.no_grad():
             stored = _steady(loader, encode) if steady else _record(loader, views, encode, draws_between)
+        if isinstance(loader, PersistentLoader):
+            loader.close()  # the data manager keeps it, but nobody reads it again
         if cache and key:
             cache.put(key, stored, f"{cfg.DATASET.NAME}, {len(source)} training pictures, {views} view(s)")
     else:

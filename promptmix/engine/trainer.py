@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
 from promptmix.data import DataManager
+from promptmix.data.loaders import PersistentLoader
 from promptmix.engine.base import Names, TrainerBase
 from promptmix.engine.checkpoint import BEST_FILE, load_checkpoint
 from promptmix.engine.evaluator import build_evaluator
@@ -86,7 +87,12 @@ class SimpleTrainer(TrainerBase):
 
     def train(self) -> None:  # type: ignore[override]
         """Train for ``OPTIM.MAX_EPOCH`` epochs, from where an earlier run stopped."""
-        super().train(self.start_epoch, self.max_epoch)
+        try:
+            super().train(self.start_epoch, self.max_epoch)
+        finally:
+            for loader in vars(self).values():
+                if isinstance(loader, PersistentLoader):
+                    loader.close()
 
     def before_train(self) -> None:
         """Resume if there is something to resume, and open the writer.

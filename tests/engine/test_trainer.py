@@ -1,6 +1,9 @@
 """The loop on a toy: hooks in order, Dassl's lines, resume, model selection, evaluation alone, clear refusals."""
 
+import gc
 import re
+import shutil
+from multiprocessing import active_children
 
 import pytest
 import torch
@@ -368,6 +371,40 @@ def test_labelled_and_unlabelled_together(cfg, count, batches):
     trainer.train()
     unlabelled = [u for _, u in trainer.seen]
     assert unlabelled == [[0, 1], [2, 3], [4, 5], [0, 1], [2, 3]][:batches]
+
+
+@pytest.mark.parametrize("count", ["train_x", "train_u", "smaller_one"])
+def test_pairs_are_the_same_from_workers_that_stay(cfg, count):
+    cfg.TRAINER.NAME, cfg.TRAIN.COUNT_ITER = "ToyPairs", count
+    cfg.INPUT.TRANSFORMS, cfg.DATALOADER.NUM_WORKERS = ("random_resized_crop", "random_flip", "normalize"), 2
+    seen = []
+    for stay in (False, True):
+        cfg.DATALOADER.PERSISTENT_WORKERS = stay
+        trainer = build(cfg)
+        shutil.rmtree(cfg.OUTPUT_DIR, ignore_errors=True)
+        trainer.train()
+        seen.append((trainer.seen, trainer.model[1].weight.detach(), torch.get_rng_state()))
+        assert not active_children()
+    assert seen[0][0] == seen[1][0]
+    assert all(torch.equal(plain, staying) for plain, staying in zip(seen[0][1:], seen[1][1:], strict=True))
+
+
+def test_workers_end_when_training_is_broken_off(cfg):
+    cfg.DATALOADER.NUM_WORKERS = 2
+    trainer = build(cfg)
+    learn = trainer.forward_backward
+
+    def broken_off(batch):
+        if trainer.epoch == 1:
+            assert len(active_children()) == 2
+            raise KeyboardInterrupt
+        return learn(batch)
+
+    trainer.forward_backward = broken_off
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    gc.collect()  # the error holds the epoch that it came from
+    assert not active_children()
 
 
 def test_pairs_need_unlabelled_data_and_a_known_count(cfg):

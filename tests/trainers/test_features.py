@@ -98,12 +98,13 @@ def test_methods_that_train_the_image_side_refuse_the_cache_only_when_asked(tmp_
         trainer("MoCoOp", *tune, "INPUT.FEATURE_CACHE", True).test()
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_as_many_views_as_epochs_are_the_uncached_inputs_bit_for_bit(tmp_path, trainer, workers):
+@pytest.mark.parametrize(("workers", "stay"), [(0, False), (2, False), (2, True)])
+def test_as_many_views_as_epochs_are_the_uncached_inputs_bit_for_bit(tmp_path, trainer, workers, stay):
     opts = [*RANDOM, "OPTIM.MAX_EPOCH", 3, "DATALOADER.NUM_WORKERS", workers, "TEST.FINAL_MODEL", "best_val"]
     opts += ["DATALOADER.TRAIN_X.BATCH_SIZE", 5]  # leaves a smaller batch over
     seen, ends = [], []
     for views in (0, 3, 3):
+        opts += ["DATALOADER.PERSISTENT_WORKERS", stay and views > 0]  # the uncached run always starts its workers anew
         subject = trainer("CoOp", *opts, "INPUT.CACHED_VIEWS", views, "OUTPUT_DIR", str(tmp_path / f"run{len(seen)}"))
         inputs = []
         original = subject.model.loss
