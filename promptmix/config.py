@@ -124,7 +124,8 @@ def get_cfg_default() -> CN:
     cfg.MODEL.BACKBONE.WEIGHTS = ""  # ours: local file (OpenAI archive, state dict, safetensors) instead of a download
     cfg.MODEL.CLASS_CHUNK = 0  # ours: classes in memory at a time, the rest is computed again (exact, slower); 0 = all
     cfg.MODEL.SPARSE_EXPERTS = True  # ours: encode only experts that some picture of the batch chose, where no loss needs others
-    cfg.MODEL.COMPILE = False  # ours: torch.compile the frozen image tower
+    cfg.MODEL.COMPILE = False  # ours: torch.compile the layers of both towers; a minute at the start
+    cfg.MODEL.PLAIN_TOWERS = False  # ours: every token through every layer, as the authors' code does; slow, to compare
     cfg.MODEL.HEAD = CN()
     cfg.MODEL.HEAD.NAME = ""
     cfg.MODEL.HEAD.HIDDEN_LAYERS = ()

@@ -52,14 +52,21 @@ class _Counter(TorchDispatchMode):
     ) -> Any:  # noqa: ANN401
         for leaf in tree_leaves((args, kwargs)):
             self._take(leaf, made=False)  # weights and inputs were there before the work
-        output = func(*args, **(kwargs or {}))
         packet = getattr(func, "_overloadpacket", None)
+        if torch.is_inference_mode_enabled() and packet not in flop_registry:
+            with self:  # inference mode hands composite operators (linear, attention) over in one piece
+                parts = func.decompose(*args, **(kwargs or {}))  # type: ignore[attr-defined]
+            if parts is not NotImplemented:
+                return parts
+        output = func(*args, **(kwargs or {}))
         if packet in flop_registry:
             self.flops += flop_registry[packet](*args, **(kwargs or {}), out_val=output)
         elif packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
             self.flops += sdpa_flop_count(*(part.shape for part in args[:3]))
         elif packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
             self.flops += sdpa_backward_flop_count(*(part.shape for part in args[:4]))
+        elif packet is torch.ops.aten._native_multi_head_attention:
+            self.flops += _attention_flops(*(part.shape for part in args[:3]))
         for leaf in tree_leaves(output):
             self._take(leaf, made=True)
         return output
@@ -79,3 +86,10 @@ class _Counter(TorchDispatchMode):
     def _free(self, key: int, size: int) -> None:
         self._known.discard(key)
         self.now -= size
+
+
+def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size) -> int:
+    """Operations of multi-head attention (B, L, W) with its projections, which PyTorch fuses where nothing is learned."""
+    batch, length, width = query
+    projections = 2 * width * width * batch * (2 * length + key[1] + value[1])
+    return projections + 4 * batch * length * key[1] * width

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 from yacs.config import CfgNode
 
 from promptmix import convert
 from promptmix.clip import load_clip
+from promptmix.clip.reference import make_plain
 from promptmix.components import PromptLearner, Task
 from promptmix.config import source_of
 from promptmix.data.features import FeatureCache, open_cache
@@ -60,8 +60,10 @@ class PromptTrainer(TrainerX):
         self.precision = Precision(cfg.TRAINER.PREC, self.device)
         self.clip.text.class_chunk = cfg.MODEL.CLASS_CHUNK
         if cfg.MODEL.COMPILE:
-            # In place, so that names of weights stay; prompted towers run layer by layer, which gains too little to be compiled.
-            self.clip.image.visual.compile(dynamic=False)
+            self.clip.text.compile_layers()
+            self.clip.image.compile_layers()
+        if cfg.MODEL.PLAIN_TOWERS:
+            make_plain(self.clip)
         self.model = self.build_learner(self._task()).to(self.device)
         self.model.sparse_experts = cfg.MODEL.SPARSE_EXPERTS
         if cfg.MODEL.INIT_WEIGHTS:
@@ -199,8 +201,9 @@ class PromptTrainer(TrainerX):
         """
         if images.dim() == 2:
             return images
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.model.image_is_frozen):
-            return self.model.encode_images(images)
+        if self.model.image_is_frozen:
+            return self.clip.encode_frozen(lambda: self.model.encode_images(images))
+        return self.model.encode_images(images)
 
     def parse_batch_train(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Return images (B, 3, S, S), or cached features (B, D), and labels (B,) on the device."""

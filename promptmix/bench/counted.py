@@ -28,7 +28,7 @@ def count_step(world: World, name: str, batch: int, classes: int, *opts: object,
 
     step()  # references are built once, in the first step
     ours, least = count(step), minimum(trainer, step)
-    with plain(trainer.clip.text):
+    with plain(trainer.clip):
         full: Count = count(step)
     return {
         "gflops": round(ours.gflops, 3),

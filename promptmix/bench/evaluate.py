@@ -45,7 +45,7 @@ def infer_plainly(self: PromptTrainer, images: Tensor) -> Tensor:
 def _plain_test(trainer: PromptTrainer) -> None:
     trainer.model_inference = MethodType(infer_plainly, trainer)  # type: ignore[method-assign]
     try:
-        with plain(trainer.clip.text):
+        with plain(trainer.clip):
             trainer.test()
     finally:
         del trainer.model_inference

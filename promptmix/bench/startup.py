@@ -16,11 +16,11 @@ torch.set_num_threads(int(sys.argv[1]))
 from promptmix.commands.configure import make_config
 from promptmix.config import validate
 from promptmix.engine import build_trainer
-opts = ["TRAINER.NAME", "CoOp", "INPUT.CACHED_VIEWS", "0", "DEVICE", "cpu", "SEED", "1", "VERBOSE", "False"]
+opts = ["TRAINER.NAME", "CoOp", "INPUT.CACHED_VIEWS", "0", "DEVICE", "cpu", "SEED", "1", "VERBOSE", "False",
+        "MODEL.PLAIN_TOWERS", str(sys.argv[2] == "plain")]
 cfg = make_config(["configs/quickstart.yaml"], {}, opts)
 validate(cfg)
 trainer = build_trainer(cfg)
-trainer.clip.text.shares_prefix = sys.argv[2] == "ours"
 trainer.set_model_mode("train")
 trainer.epoch, trainer.batch_idx, trainer.num_batches = 0, 0, 2
 trainer.forward_backward(next(iter(trainer.train_loader_x)))

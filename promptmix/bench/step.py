@@ -47,7 +47,7 @@ def in_full(trainer: PromptTrainer, work: Callable[[], object]) -> Callable[[], 
     """Return ``work`` with every prompt at full length."""
 
     def full() -> None:
-        with plain(trainer.clip.text):
+        with plain(trainer.clip):
             work()
 
     return full

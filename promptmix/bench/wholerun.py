@@ -35,7 +35,7 @@ def _row(world: World, name: str, args: Namespace) -> Row:
                 trainer.train()  # type: ignore[call-arg]
                 return
             trainer.model_inference = MethodType(infer_plainly, trainer)  # type: ignore[method-assign]
-            with plain(trainer.clip.text):  # type: ignore[attr-defined]
+            with plain(trainer.clip):  # type: ignore[attr-defined]
                 trainer.train()  # type: ignore[call-arg]
 
         return work

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -77,16 +77,23 @@ class CLIP(nn.Module):
         """Return normalised image features (B, D) of images (B, 3, S, S)."""
         return F.normalize(self.image(images, prompts), dim=-1)
 
-    @torch.no_grad()
+    def encode_frozen(self, encode: Callable[[], Tensor]) -> Tensor:
+        """Return what ``encode`` computes from frozen weights alone: in inference mode, but as a tensor that a loss may keep."""
+        with torch.inference_mode():
+            features = encode()
+        return features.clone()  # small; a tensor of inference mode itself may not meet one that learns
+
     def hard_features(self, templates: Sequence[str], names: Sequence[str]) -> Tensor:
         """Return the normalised features (P, C, D) of P hard prompts ``template.format(name)`` for C names."""
-        features = [self.text(self.text.compose_text(template, names))[0] for template in templates]
-        return F.normalize(torch.stack(features), dim=-1)
+        return self.encode_frozen(lambda: self._hard_features(templates, names))
 
-    @torch.no_grad()
     def ensemble(self, templates: Sequence[str], names: Sequence[str]) -> Tensor:
         """Return classifier weights (C, D): the mean of the templates' normalised features, normalised again."""
-        return F.normalize(self.hard_features(templates, names).mean(dim=0), dim=-1)
+        return self.encode_frozen(lambda: F.normalize(self._hard_features(templates, names).mean(dim=0), dim=-1))
+
+    def _hard_features(self, templates: Sequence[str], names: Sequence[str]) -> Tensor:
+        features = [self.text(self.text.compose_text(template, names))[0] for template in templates]
+        return F.normalize(torch.stack(features), dim=-1)
 
     def extra_repr(self) -> str:
         """Name, width and temperature for ``print(model)``."""

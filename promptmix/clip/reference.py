@@ -6,12 +6,12 @@ a prefix (no causal mask, other attention blocks).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from promptmix.errors import ConfigError
 
@@ -61,11 +61,31 @@ def encode_plain(tower: TextTower, prompts: Prompts, deep: DeepPrompts | None = 
     return tower.project(x.gather(2, index).squeeze(2))
 
 
+def make_plain(model: nn.Module) -> Callable[[], None]:
+    """Have every token computed in every layer from now on (``MODEL.PLAIN_TOWERS``).
+
+    Args:
+        model: a CLIP, or one of its towers.
+
+    Returns:
+        A function that takes it back.
+    """
+    switches = [(part, name) for part in model.modules() for name in ("shares_prefix", "skips_unread") if hasattr(part, name)]
+    before = [getattr(part, name) for part, name in switches]
+
+    def put(values: Sequence[bool]) -> None:
+        for (part, name), value in zip(switches, values, strict=True):
+            setattr(part, name, value)
+
+    put([False] * len(switches))
+    return lambda: put(before)
+
+
 @contextmanager
-def plain(tower: TextTower) -> Iterator[None]:
-    """Send every prompt through the tower at full length inside the context: the baseline of benchmarks."""
-    shares, tower.shares_prefix = tower.shares_prefix, False
+def plain(model: nn.Module) -> Iterator[None]:
+    """``make_plain`` inside the context: the baseline of benchmarks."""
+    restore = make_plain(model)
     try:
         yield
     finally:
-        tower.shares_prefix = shares
+        restore()

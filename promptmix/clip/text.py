@@ -15,10 +15,10 @@ from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
-from open_clip.transformer import QuickGELU, ResidualAttentionBlock
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from promptmix.clip.blocks import finish, is_standard, join_heads, project_some, split_heads
 from promptmix.clip.tokens import ClassTokens, Tokenizer
 from promptmix.errors import ConfigError
 
@@ -72,7 +72,9 @@ class TextTower(nn.Module):
             raise ConfigError(f"MODEL.BACKBONE.NAME: the text feature is read by {pool!r}, but prompts need a tower read at EOT")
         #: Classes encoded at a time; what lies between is computed again for the backward pass. 0 = all at once.
         self.class_chunk = 0
-        self.shares_prefix = self.attn_mask is not None and all(type(block) is ResidualAttentionBlock for block in self.blocks)
+        #: Whether prompts take the way of this module; otherwise they go at full length through open_clip's own layers.
+        self.shares_prefix = self.attn_mask is not None and all(map(is_standard, self.blocks))
+        self._layer = _shared_block
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -184,8 +186,12 @@ class TextTower(nn.Module):
             if i in deep and i > 0:
                 new = _expand(deep[i], x.shape[0])
                 x = torch.cat([x[:, :1], new.to(x.dtype), x[:, 1 + new.shape[1] :]], dim=1)
-            x = _shared_block(block, x, start, layout, last=i == last)
+            x = self._layer(block, x, start, layout, last=i == last)
         return self.project(self.ln_final(x))
+
+    def compile_layers(self) -> None:
+        """Run the layers through ``torch.compile`` from now on."""
+        self._layer = torch.compile(_shared_block)
 
     def project(self, x: Tensor) -> Tensor:
         """Map EOT states (..., W) into the joint space (..., D)."""
@@ -216,6 +222,7 @@ class _Layout:
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # kept for steps that learn
 def _layout(lengths: tuple[int, ...], start: int, device: str) -> _Layout:
     count = torch.tensor(lengths)
     place = torch.arange(int(count.max()))
@@ -235,6 +242,7 @@ def _layout(lengths: tuple[int, ...], start: int, device: str) -> _Layout:
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # kept for steps that learn
 def _packing(
     signature: tuple[tuple[str, int], ...], name_lengths: tuple[int, ...], device: str
 ) -> tuple[Tensor, tuple[int, ...]]:
@@ -258,38 +266,37 @@ def _packing(
     return torch.tensor(rows, device=device), tuple(lengths)
 
 
-def _shared_block(block: ResidualAttentionBlock, x: Tensor, start: int, layout: _Layout, *, last: bool) -> Tensor:
+def _shared_block(block: nn.Module, x: Tensor, start: int, layout: _Layout, *, last: bool) -> Tensor:
     """One transformer layer on packed tokens (E, P + N, W); the last layer gives EOT states (E, C, W) only."""
-    attention = block.attn
-    width = x.shape[-1]
-    weight, bias = attention.in_proj_weight, attention.in_proj_bias
+    heads = block.attn.num_heads
     normed = block.ln_1(x)
+    # Prefix and tail are split, not sliced: the gradient of a split is put together in one go.
+    sizes = (start, x.shape[1] - start)
     if last:
         # Only EOT asks in the last layer, and nobody reads the other tokens' outputs.
-        x = x[:, start + layout.ends]
-        query = F.linear(normed[:, start + layout.ends], weight[:width], bias[:width])
-        key, value = F.linear(normed, weight[width:], bias[width:]).split(width, dim=-1)
-        heads = _attend_tail(query.unsqueeze(2), key, value, start, layout, layout.reach, attention.num_heads).squeeze(2)
-    else:
-        query, key, value = F.linear(normed, weight, bias).split(width, dim=-1)
-        grid = query[:, start:][:, layout.padded]  # (E, C, T, W)
-        tail = _attend_tail(grid, key, value, start, layout, layout.causal, attention.num_heads)
-        tail = tail.flatten(1, 2)[:, layout.packed]
-        prefix = [_split(part[:, :start], attention.num_heads) for part in (query, key, value)]
-        front = F.scaled_dot_product_attention(*prefix, is_causal=True).transpose(1, 2).flatten(2)
-        heads = torch.cat([front, tail], dim=1)
-    x = x + block.ls_1(attention.out_proj(heads))
-    return x + block.ls_2(_mlp(block.mlp, block.ln_2(x)))
+        ends = start + layout.ends
+        query, *pairs = project_some(block, normed[:, ends], normed)
+        (k_front, k_tail), (v_front, v_tail) = (part.split(sizes, dim=1) for part in pairs)
+        mixed = _attend_tail(query.unsqueeze(2), (k_front, v_front), (k_tail, v_tail), layout, layout.reach, heads)
+        return finish(block, x[:, ends], mixed.squeeze(2))
+    both = F.linear(normed, block.attn.in_proj_weight, block.attn.in_proj_bias).split(sizes, dim=1)
+    (q_front, k_front, v_front), (q_tail, k_tail, v_tail) = (part.chunk(3, dim=-1) for part in both)
+    grid = q_tail[:, layout.padded]  # (E, C, T, W)
+    tail = _attend_tail(grid, (k_front, v_front), (k_tail, v_tail), layout, layout.causal, heads).flatten(1, 2)
+    asked = (split_heads(part, heads) for part in (q_front, k_front, v_front))
+    front = join_heads(F.scaled_dot_product_attention(*asked, is_causal=True))
+    return finish(block, x, torch.cat([front, tail[:, layout.packed]], dim=1))
 
 
-def _attend_tail(query: Tensor, key: Tensor, value: Tensor, start: int, layout: _Layout, allowed: Tensor, heads: int) -> Tensor:
+def _attend_tail(
+    query: Tensor, shared: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor], layout: _Layout, allowed: Tensor, heads: int
+) -> Tensor:
     """Attention of tail tokens over the shared prefix and their own class's tail.
 
     Args:
         query: (E, C, Q, W), already projected; Q is T, or 1 for EOT alone.
-        key: (E, P + N, W), packed.
-        value: (E, P + N, W), packed.
-        start: prefix length P.
+        shared: keys and values (E, P, W) of the prefix.
+        own: keys and values (E, N, W) of the tail, packed.
         layout: where the tail's tokens stand.
         allowed: bool, broadcast to (C, Q, T): which places of its own tail a query may see.
         heads: number of heads H.
@@ -299,32 +306,19 @@ def _attend_tail(query: Tensor, key: Tensor, value: Tensor, start: int, layout: 
     """
     experts, classes, queries, width = query.shape
     size = width // heads
-    q = query.view(experts, classes, queries, heads, size).permute(0, 3, 1, 2, 4) * size**-0.5  # (E, H, C, Q, d)
+    k_shared, v_shared = (split_heads(part, heads) for part in shared)  # (E, H, P, d)
     k_own, v_own = (
-        part[:, start:][:, layout.padded].view(experts, classes, -1, heads, size).permute(0, 3, 1, 2, 4) for part in (key, value)
+        part[:, layout.padded].view(experts, classes, -1, heads, size).permute(0, 3, 1, 2, 4) for part in own
     )  # (E, H, C, T, d)
-    k_shared, v_shared = (_split(part[:, :start], heads) for part in (key, value))  # (E, H, P, d)
+    q = query.view(experts, classes, queries, heads, size).permute(0, 3, 1, 2, 4) * size**-0.5  # (E, H, C, Q, d)
     flat = q.reshape(experts, heads, classes * queries, size)
-    to_shared = (flat @ k_shared.transpose(-1, -2)).view(experts, heads, classes, queries, start)
+    to_shared = (flat @ k_shared.transpose(-1, -2)).view(experts, heads, classes, queries, -1)
     to_own = (q @ k_own.transpose(-1, -2)).masked_fill(~allowed, float("-inf"))
-    weights = torch.cat([to_shared, to_own], dim=-1).softmax(dim=-1).to(value.dtype)
-    shared = weights[..., :start].reshape(experts, heads, classes * queries, start) @ v_shared
-    own = weights[..., start:] @ v_own
-    mixed = shared.view(experts, heads, classes, queries, size) + own
+    weights = torch.cat([to_shared, to_own], dim=-1).softmax(dim=-1).to(query.dtype)
+    on_shared, on_own = weights.split([to_shared.shape[-1], to_own.shape[-1]], dim=-1)
+    front = on_shared.reshape(experts, heads, classes * queries, -1) @ v_shared
+    mixed = front.view(experts, heads, classes, queries, size) + on_own @ v_own
     return mixed.permute(0, 2, 3, 1, 4).reshape(experts, classes, queries, width)
-
-
-def _mlp(mlp: nn.Sequential, x: Tensor) -> Tensor:
-    """The block's MLP; quick-GELU goes through SiLU, which keeps one hidden tensor for the backward pass instead of two."""
-    if not isinstance(mlp.gelu, QuickGELU):
-        return mlp(x)
-    hidden = F.silu(mlp.c_fc(x).mul_(1.702)).mul_(1 / 1.702)
-    return mlp.c_proj(hidden)
-
-
-def _split(x: Tensor, heads: int) -> Tensor:
-    """(E, L, W) to (E, H, L, d)."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 def _expand(piece: Tensor, experts: int) -> Tensor:

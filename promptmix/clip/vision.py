@@ -9,6 +9,7 @@ import torch
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
+from promptmix.clip.blocks import first_token_layer, layer
 from promptmix.errors import ConfigError
 
 
@@ -41,6 +42,9 @@ class ImageTower(nn.Module):
     def __init__(self, visual: nn.Module) -> None:
         super().__init__()
         self.visual = visual
+        #: Whether what nobody reads in the last layer is left out; otherwise every layer is open_clip's.
+        self.skips_unread = self.takes_prompts and visual.attn_pool is None and visual.pool_type == "tok"
+        self._layer, self._last_layer = layer, first_token_layer
 
     @property
     def takes_prompts(self) -> bool:
@@ -63,6 +67,13 @@ class ImageTower(nn.Module):
         self._require_transformer()
         return len(self.visual.transformer.resblocks)
 
+    def compile_layers(self) -> None:
+        """Run the layers, or the whole of another tower, through ``torch.compile`` from now on; names of weights stay."""
+        if self.skips_unread:
+            self._layer, self._last_layer = torch.compile(layer), torch.compile(first_token_layer)
+        else:
+            self.visual.compile()
+
     def _require_transformer(self) -> None:
         if not self.takes_prompts:
             raise ConfigError(
@@ -79,17 +90,21 @@ class ImageTower(nn.Module):
         Raises:
             ConfigError: prompts were given to a tower that is no vision transformer.
         """
-        if not prompts:
+        if not prompts and not self.skips_unread:
             features = self.visual(images)
             return features[0] if isinstance(features, tuple) else features
         self._require_transformer()
+        prompts = prompts or {}
         visual = self.visual
         x = visual.conv1(images).flatten(2).transpose(1, 2)
         first = visual.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1)
         x = torch.cat([first, x], dim=1) + visual.positional_embedding.to(x.dtype)
         x = visual.ln_pre(_apply(x, prompts.get(0)))
+        last = self.depth - 1
         for i, block in enumerate(visual.transformer.resblocks):
-            x = block(_apply(x, prompts.get(i)) if i else x)
+            x = _apply(x, prompts.get(i)) if i else x
+            run = self._last_layer if i == last else self._layer
+            x = run(block, x) if self.skips_unread else block(x)
         pooled, _ = visual._pool(x)
         return pooled if visual.proj is None else pooled @ visual.proj
 

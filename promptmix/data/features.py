@@ -26,7 +26,7 @@ from promptmix.errors import UserError
 from promptmix.utils import atomic_write, get_logger
 
 #: Raised when a file's meaning changes, so that old files are passed over.
-_VERSION = 1
+_VERSION = 2
 _SUFFIX = ".safetensors"
 #: Keys of INPUT that change no pixel.
 _NO_PIXELS = ("CACHED_VIEWS", "FEATURE_CACHE", "FEATURE_CACHE_DIR", "FEATURE_CACHE_GB")
@@ -208,6 +208,7 @@ def feature_key(cfg: CfgNode, tower: nn.Module, items: Sequence[Datum], transfor
         "input": {key: value for key, value in cfg.INPUT.items() if key not in _NO_PIXELS},
         "transform": described,
         "precision": cfg.TRAINER.PREC,
+        "kernels": [cfg.MODEL.COMPILE, cfg.MODEL.PLAIN_TOWERS],
         "libraries": [torch.__version__, pil_version],
         **more,
     }

@@ -61,6 +61,19 @@ def test_counts_do_not_need_numbers(device):
     assert count(work).gflops == pytest.approx(3 * 2 * 64**3 / 1e9)
 
 
+def test_attention_is_counted_alike_where_it_is_fused():
+    attention = torch.nn.MultiheadAttention(64, 4, batch_first=True).eval().requires_grad_(False)
+    found = []
+    for grad in (False, True):  # PyTorch fuses where no gradient is wanted
+        tokens = torch.randn(2, 10, 64, requires_grad=grad)
+        found.append(count(lambda tokens=tokens: attention(tokens, tokens, tokens, need_weights=False)).gflops)
+    assert found[0] == pytest.approx(found[1])
+    with torch.inference_mode():
+        found.append(count(lambda: attention(tokens, tokens, tokens, need_weights=False)).gflops)
+    assert found[2] == pytest.approx(found[1])
+    assert found[0] == pytest.approx((2 * 2 * 10 * 4 * 64 * 64 + 4 * 2 * 10 * 10 * 64) / 1e9)
+
+
 @pytest.mark.parametrize(
     ("suite", "sizes", "ways"),
     [

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import open_clip
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from promptmix.clip import ImageTower, PromptStep
+from promptmix.clip.reference import plain
 from promptmix.errors import ConfigError
 
 
@@ -57,3 +61,38 @@ def test_a_resnet_refuses_prompts():
         tower(torch.randn(1, 3, 32, 32), {0: PromptStep(torch.randn(1, 64))})
     with pytest.raises(ConfigError, match="ModifiedResNet"):
         _ = tower.width
+
+
+@pytest.mark.parametrize("changes", [{}, {"ls_init_value": 0.1}, {"no_ln_pre": True}, {"pool_type": "avg"}])
+def test_leaving_out_what_nobody_reads_changes_no_number(changes):
+    tower = vit(**changes)
+    found, flops = [], []
+    for way in (nullcontext(), plain(tower)):
+        prompts = [torch.randn(2, 64, generator=torch.Generator().manual_seed(i)).requires_grad_() for i in range(2)]
+        with way, FlopCounterMode(display=False) as counter:
+            features = tower(IMAGES, {0: PromptStep(prompts[0]), 2: PromptStep(prompts[1], remove=2)})
+            found.append([tower(IMAGES), features, *torch.autograd.grad(features.pow(3).sum(), prompts)])
+        flops.append(counter.get_total_flops())
+    for ours, full in zip(*found, strict=True):
+        torch.testing.assert_close(ours, full, rtol=1e-5, atol=1e-5)
+    assert flops[0] == flops[1] if "pool_type" in changes else flops[0] < 0.9 * flops[1]
+    assert tower.skips_unread == ("pool_type" not in changes)
+
+
+def test_adapters_and_hooks_in_a_layer_are_run():
+    class Doubled(torch.nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(input)
+
+    tower = vit()
+    before = tower(IMAGES)
+    for block in tower.visual.transformer.resblocks:
+        block.mlp.c_fc.__class__ = Doubled
+    adapted = tower(IMAGES)
+    assert (adapted - before).abs().max() > 1e-3
+    with plain(tower):
+        torch.testing.assert_close(adapted, tower(IMAGES))
+    seen = []
+    tower.visual.transformer.resblocks[1].mlp.register_forward_hook(lambda *args: seen.append(1))
+    tower(IMAGES)
+    assert seen == [1]
