@@ -79,6 +79,20 @@ def test_leaving_out_what_nobody_reads_changes_no_number(changes):
     assert tower.skips_unread == ("pool_type" not in changes)
 
 
+@pytest.mark.parametrize("steps", [{}, {1: PromptStep(torch.ones(2, 64))}, {1: PromptStep(torch.ones(50, 2, 64))}])
+def test_pictures_in_portions_are_the_same(steps, monkeypatch):
+    tower, sizes = vit(), []
+    encode = tower._encode
+    monkeypatch.setattr(tower, "_encode", lambda images, prompts: sizes.append(len(images)) or encode(images, prompts))
+    images = torch.randn(50, 3, 16, 16)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    whole = tower(images, steps)
+    with torch.no_grad():
+        portions = tower(images, steps)
+    torch.testing.assert_close(portions, whole)
+    assert sizes == ([50, 50] if steps and steps[1].tokens.dim() == 3 else [50, 16, 16, 16, 2])
+
+
 def test_adapters_and_hooks_in_a_layer_are_run():
     class Doubled(torch.nn.Linear):
         def forward(self, input: torch.Tensor) -> torch.Tensor:
