@@ -9,6 +9,7 @@ from promptmix.bench import text
 from promptmix.bench.measure import Row, measure
 from promptmix.bench.world import World, minimum
 from promptmix.clip.reference import plain
+from promptmix.engine.precision import Precision
 from promptmix.prompting import PromptTrainer
 
 #: Context vectors of a template such as "a photo of a".
@@ -20,15 +21,27 @@ def run(world: World, args: Namespace) -> list[Row]:
     rows = []
     for case in args.steps:
         name, batch, classes = case.split(":")
-        rows.append(whole(world, world.trainer(name, int(classes), experts=args.experts or 5), int(batch), args.repeats))
+        trainer = world.trainer(name, int(classes), experts=args.experts or 5)
+        rows.append(whole(world, trainer, int(batch), args.repeats, bf16=args.bf16))
     if args.experts:
         rows.append(text.row(world, args.classes, _TEMPLATE_CONTEXT, args.experts, args.repeats))
         rows.append(_references(world, args.classes, args.experts, args.repeats))
     return rows
 
 
-def whole(world: World, trainer: PromptTrainer, size: int, repeats: int) -> Row:
-    """Compare a step of ``trainer`` on ``size`` pictures with the plain way; with cached views too, where they may be kept."""
+def whole(world: World, trainer: PromptTrainer, size: int, repeats: int, *, bf16: bool = False) -> Row:
+    """Compare a step of ``trainer`` on ``size`` pictures with the plain way.
+
+    Args:
+        world: where pictures come from.
+        trainer: the method.
+        size: pictures in the batch.
+        repeats: timed rounds.
+        bf16: also with the towers under bf16 autocast; the plain way stays in fp32.
+
+    Returns:
+        A row with cached views too, where they may be kept.
+    """
     pictures = world.batch(trainer, size)
 
     def ours() -> None:
@@ -38,6 +51,9 @@ def whole(world: World, trainer: PromptTrainer, size: int, repeats: int) -> Row:
     if trainer.model.image_is_frozen:
         features = world.batch(trainer, size, features=True)
         ways["ours, cached views"] = lambda: trainer.forward_backward(features)
+    if bf16:
+        half = Precision("bf16", trainer.device)
+        ways |= {f"{name}, bf16": _under(trainer, half, way) for name, way in list(ways.items())[1:]}
     least = minimum(trainer, ours)
     work = f"step, {trainer.cfg.TRAINER.NAME}, batch {size}, {trainer.num_classes} classes"
     return Row(work, measure(ways, repeats), least)
@@ -51,6 +67,19 @@ def in_full(trainer: PromptTrainer, work: Callable[[], object]) -> Callable[[], 
             work()
 
     return full
+
+
+def _under(trainer: PromptTrainer, precision: Precision, work: Callable[[], object]) -> Callable[[], None]:
+    """Return ``work`` at another precision."""
+
+    def run() -> None:
+        before, trainer.precision = trainer.precision, precision
+        try:
+            work()
+        finally:
+            trainer.precision = before
+
+    return run
 
 
 def _references(world: World, classes: int, experts: int, repeats: int) -> Row:

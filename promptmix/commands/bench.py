@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags; sizes carry the suite they belong to in front."""
     add = parser.add_argument
     choices = (*SUITES, "all", "compare", "ci", "scaling")
-    about = "suite; compare: two JSON files; ci: count and compare with the record; scaling: counts over sizes"
+    about = "suite; compare: two JSON files; ci: count and compare with the record; scaling: time and memory over sizes"
     add("suite", nargs="?", choices=choices, default="text", help=about)
     add("files", nargs="*", metavar="FILE", help="compare: the old and the new JSON file")
     add("--backbone", default="ViT-B/16", help="its architecture is used with random weights")
@@ -44,6 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--evaluations", nargs="*", default=list(EVALUATIONS), metavar="METHOD:PICTURES:CLASSES", help=shown)
     add("--pictures", type=int, default=100, help="data: JPEGs of 500 x 375 pixels that are read")
     add("--workers", type=int, nargs="*", default=[2], help="data: numbers of worker processes to try; 0 is always tried")
+    add("--measure", type=float, default=0.0, metavar="GFLOP", help="scaling: also measure the steps up to this counted size")
+    add("--bf16", action="store_true", help="step: also measure our steps under bf16 autocast")
     add("--methods", nargs="+", default=["CoOp", "MoCoOp"], metavar="NAME", help="run: methods")
     add("--epochs", type=int, default=5, help="run: epochs of each run")
     add("--shots", type=int, default=16, help="run: pictures per class")
@@ -108,7 +110,8 @@ def _count(args: argparse.Namespace, folder: Path) -> int:
     with silenced():
         world = World(args.backbone, folder, "meta")
         if args.suite == "scaling":
-            text = scaling.study(world)
+            here = World(args.backbone, folder, args.device) if args.measure else None
+            text = scaling.study(world, scaling.sizes(), here, args.measure, args.repeats)
         else:
             counts = counted.count_cases(world)
     if args.suite == "scaling":

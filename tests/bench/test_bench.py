@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from promptmix.bench.counted import CASES, count_cases, regressions
-from promptmix.bench.scaling import study
+from promptmix.bench.scaling import sizes, study
 from promptmix.bench.world import World, class_names, silenced
 from promptmix.cli import main
 from promptmix.cost import count
@@ -78,7 +78,7 @@ def test_attention_is_counted_alike_where_it_is_fused():
     ("suite", "sizes", "ways"),
     [
         ("text", ["--classes", "6", "--context", "4", "--prompts", "2"], ["plain", "ours"]),
-        ("step", ["--classes", "6", "--steps", "CoOp:2:6", "CoCoOp:2:6", "--experts", "2"], ["plain", "ours"]),
+        ("step", ["--classes", "6", "--steps", "CoOp:2:6", "CoCoOp:2:6", "--experts", "2", "--bf16"], ["plain", "ours"]),
         ("eval", ["--evaluations", "CoOp:4:6", "CoCoOp:2:6"], ["plain", "ours", "image tower and decoding alone"]),
         ("data", ["--pictures", "25", "--workers"], ["plain", "ours, cached views"]),
     ],
@@ -107,11 +107,19 @@ def test_compare_wants_two_files_of_one_suite(tmp_path, capsys):
     assert "no file of `promptmix bench --json`" in capsys.readouterr().err
 
 
-def test_scaling_study_is_counted(tmp_path):
+def test_scaling_study_counts_all_and_measures_what_is_small_enough(tmp_path):
     get_plugin_manager()
+    lines = list(sizes(("CoOp", "MoCoOp"), (4, 8), (1, 2), (4,), (2,)))
     with silenced():
-        text = study(World("tiny-vit", tmp_path, "meta"), ("CoOp", "MoCoOp"), (4, 8), (1, 2), (4,), (2,))
-    assert "MoCoOp" in text and "2 experts" in text and "extrapolated" in text
+        meta = World("tiny-vit", tmp_path, "meta")
+        text = study(meta, lines)
+        assert "MoCoOp" in text and "2 experts" in text and "extrapolated" in text and "here" not in text
+        counts = [float(line.split("|")[4]) for line in text.splitlines()[2:4]]  # of the plain way, with 4 and with 8 classes
+        here = World("tiny-vit", tmp_path, "cpu")
+        table = [line.split("|") for line in study(meta, lines[:2], here, sum(counts) / 2).splitlines()]
+    column = {name.strip(): i for i, name in enumerate(table[0])}
+    assert [float(line[column["s here"]]) > 0 for line in table[2:]] == [True, True]
+    assert [line[column["plain s"]].strip() != "" for line in table[2:]] == [True, False]
 
 
 def test_class_names_are_distinct():
