@@ -24,7 +24,7 @@ def run(world: World, args: Namespace) -> list[Row]:
 def row(world: World, classes: int, context: int, experts: int, repeats: int) -> Row:
     """Compare both ways for ``experts`` prompts of ``context`` vectors over ``classes`` classes.
 
-    The plain way takes expert after expert, as the authors' code of mixtures does, and 100 classes at a time, and frees each graph
+    The plain way takes expert after expert, as the authors' code of mixtures does, 100 classes at a time, and frees each graph
     before the next: 5 x 100 full-length graphs at once would fill 16 GB, 1000 of them 31 GB.
     """
     tower = world.clip.text
