@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
 from promptmix.bench import text
 from promptmix.bench.measure import Row, measure
@@ -22,14 +23,14 @@ def run(world: World, args: Namespace) -> list[Row]:
     for case in args.steps:
         name, batch, classes = case.split(":")
         trainer = world.trainer(name, int(classes), experts=args.experts or 5)
-        rows.append(whole(world, trainer, int(batch), args.repeats, bf16=args.bf16))
+        rows.append(whole(world, trainer, int(batch), args.repeats, also=args.also))
     if args.experts:
         rows.append(text.row(world, args.classes, _TEMPLATE_CONTEXT, args.experts, args.repeats))
         rows.append(_references(world, args.classes, args.experts, args.repeats))
     return rows
 
 
-def whole(world: World, trainer: PromptTrainer, size: int, repeats: int, *, bf16: bool = False) -> Row:
+def whole(world: World, trainer: PromptTrainer, size: int, repeats: int, also: Sequence[str] = ()) -> Row:
     """Compare a step of ``trainer`` on ``size`` pictures with the plain way.
 
     Args:
@@ -37,7 +38,7 @@ def whole(world: World, trainer: PromptTrainer, size: int, repeats: int, *, bf16
         trainer: the method.
         size: pictures in the batch.
         repeats: timed rounds.
-        bf16: also with the towers under bf16 autocast; the plain way stays in fp32.
+        also: names in ``VARIANTS``: our ways again under each; the plain way stays eager and in fp32.
 
     Returns:
         A row with cached views too, where they may be kept.
@@ -51,9 +52,8 @@ def whole(world: World, trainer: PromptTrainer, size: int, repeats: int, *, bf16
     if trainer.model.image_is_frozen:
         features = world.batch(trainer, size, features=True)
         ways["ours, cached views"] = lambda: trainer.forward_backward(features)
-    if bf16:
-        half = Precision("bf16", trainer.device)
-        ways |= {f"{name}, bf16": _under(trainer, half, way) for name, way in list(ways.items())[1:]}
+    own = [(name, way) for name, way in ways.items() if name != "plain"]
+    ways |= {f"{name}, {variant}": _under(VARIANTS[variant], trainer, way) for variant in also for name, way in own}
     least = minimum(trainer, ours)
     work = f"step, {trainer.cfg.TRAINER.NAME}, batch {size}, {trainer.num_classes} classes"
     return Row(work, measure(ways, repeats), least)
@@ -69,15 +69,42 @@ def in_full(trainer: PromptTrainer, work: Callable[[], object]) -> Callable[[], 
     return full
 
 
-def _under(trainer: PromptTrainer, precision: Precision, work: Callable[[], object]) -> Callable[[], None]:
-    """Return ``work`` at another precision."""
+@contextmanager
+def _bf16(trainer: PromptTrainer) -> Iterator[None]:
+    """``TRAINER.PREC bf16`` inside the context."""
+    before, trainer.precision = trainer.precision, Precision("bf16", trainer.device)
+    try:
+        yield
+    finally:
+        trainer.precision = before
+
+
+@contextmanager
+def _compiled(trainer: PromptTrainer) -> Iterator[None]:
+    """``MODEL.COMPILE`` inside the context; what was compiled once is found again."""
+    towers = trainer.clip.text, trainer.clip.image
+    before = [dict(tower.__dict__) for tower in towers]
+    for tower in towers:
+        tower.compile_layers()
+    try:
+        yield
+    finally:
+        for tower, state in zip(towers, before, strict=True):
+            tower.__dict__.update(state)
+
+
+#: What ``--also`` names.
+VARIANTS: dict[str, Callable[[PromptTrainer], AbstractContextManager[None]]] = {"bf16": _bf16, "compiled": _compiled}
+
+
+def _under(
+    variant: Callable[[PromptTrainer], AbstractContextManager[None]], trainer: PromptTrainer, work: Callable[[], object]
+) -> Callable[[], None]:
+    """Return ``work`` inside the context ``variant``."""
 
     def run() -> None:
-        before, trainer.precision = trainer.precision, precision
-        try:
+        with variant(trainer):
             work()
-        finally:
-            trainer.precision = before
 
     return run
 

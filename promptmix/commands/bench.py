@@ -45,7 +45,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--pictures", type=int, default=100, help="data: JPEGs of 500 x 375 pixels that are read")
     add("--workers", type=int, nargs="*", default=[2], help="data: numbers of worker processes to try; 0 is always tried")
     add("--measure", type=float, default=0.0, metavar="GFLOP", help="scaling: also measure the steps up to this counted size")
-    add("--bf16", action="store_true", help="step: also measure our steps under bf16 autocast")
+    add(
+        "--also",
+        nargs="+",
+        choices=("bf16", "compiled"),
+        default=[],
+        help="step: our ways again, under autocast or torch.compile",
+    )
     add("--methods", nargs="+", default=["CoOp", "MoCoOp"], metavar="NAME", help="run: methods")
     add("--epochs", type=int, default=5, help="run: epochs of each run")
     add("--shots", type=int, default=16, help="run: pictures per class")
