@@ -123,8 +123,9 @@ def atomic_write(path: str | os.PathLike[str], write: Callable[[Path], object]) 
     os.close(handle)
     temporary = Path(name)
     try:
-        temporary.chmod(0o666 & ~_umask())  # mkstemp makes private files; results are meant to be shared
         write(temporary)
+        # mkstemp makes private files, as does safetensors, which puts its own in place; results are meant to be shared.
+        temporary.chmod(0o666 & ~_umask())
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)

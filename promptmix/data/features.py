@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -23,13 +24,15 @@ from yacs.config import CfgNode
 
 from promptmix.data.datum import Datum
 from promptmix.errors import UserError
-from promptmix.utils import atomic_write, get_logger
+from promptmix.utils import atomic_write, get_logger, mkdir_if_missing
 
 #: Raised when a file's meaning changes, so that old files are passed over.
 _VERSION = 2
 _SUFFIX = ".safetensors"
 #: Keys of INPUT that change no pixel.
 _NO_PIXELS = ("CACHED_VIEWS", "FEATURE_CACHE", "FEATURE_CACHE_DIR", "FEATURE_CACHE_GB")
+#: What reading a file may raise. safetensors opens it twice, and the second time torch does, with an error of its own.
+_UNREADABLE = (OSError, RuntimeError, SafetensorError)
 _hashes: WeakKeyDictionary[nn.Module, tuple[int, str]] = WeakKeyDictionary()
 
 
@@ -82,9 +85,10 @@ class FeatureCache:
         path = self.folder / (key + _SUFFIX)
         try:
             tensors = load_file(path)
-            os.utime(path)
-        except (OSError, SafetensorError):  # not there, removed meanwhile, or damaged: it is computed anew
+        except _UNREADABLE:  # not there, removed meanwhile, or damaged: it is computed anew
             return None
+        with contextlib.suppress(OSError):  # removed meanwhile, or a folder that others fill
+            os.utime(path)
         return tensors
 
     def put(self, key: str, tensors: Mapping[str, Tensor], about: str) -> None:
@@ -100,18 +104,27 @@ class FeatureCache:
         if self.limit and size > self.limit:
             get_logger().info("Features (%.1f GB) exceed INPUT.FEATURE_CACHE_GB and are not kept", size / 1e9)
             return
+        target = self.folder / (key + _SUFFIX)
         try:
-            atomic_write(self.folder / (key + _SUFFIX), lambda path: save_file(plain, path, metadata={"about": about}))
-        except OSError as error:
-            get_logger().warning("Features can't be kept in %s (%s)", self.folder, error.strerror or error)
+            mkdir_if_missing(self.folder)
+            # A folder of its own, since safetensors writes to yet another file beside the one that it is given: whatever a
+            # process that is killed leaves behind lies in there.
+            with TemporaryDirectory(
+                prefix=f".{target.name}.", suffix=".tmp", dir=self.folder, ignore_cleanup_errors=True
+            ) as room:
+                whole = Path(room, target.name)
+                atomic_write(whole, lambda path: save_file(plain, path, metadata={"about": about}))
+                os.replace(whole, target)
+        except (OSError, SafetensorError) as error:  # safetensors wraps what the system says
+            get_logger().warning("Features can't be kept in %s (%s)", self.folder, getattr(error, "strerror", None) or error)
             return
-        self._shrink(self.folder / (key + _SUFFIX))
+        self._shrink(target)
 
     def entries(self) -> list[Entry]:
         """Return every file, the one used last first."""
         found = []
         for path in self.folder.glob("*" + _SUFFIX) if self.folder.is_dir() else ():
-            with contextlib.suppress(OSError, SafetensorError):
+            with contextlib.suppress(*_UNREADABLE):
                 state = path.stat()
                 with safe_open(path, framework="pt") as file:
                     about = (file.metadata() or {}).get("about", "")
@@ -121,12 +134,15 @@ class FeatureCache:
     def clear(self) -> int:
         """Remove every file and return how many bytes that freed."""
         freed = 0
-        for path in [*self.folder.glob("*" + _SUFFIX), *self.folder.glob(f".*{_SUFFIX}.*.tmp")]:
+        for path in [*self.folder.glob("*" + _SUFFIX), *self._unfinished()]:
             freed += _remove(path)
         return freed
 
+    def _unfinished(self) -> list[Path]:
+        return list(self.folder.glob(f".*{_SUFFIX}.*.tmp"))
+
     def _shrink(self, newest: Path) -> None:
-        for path in self.folder.glob(f".*{_SUFFIX}.*.tmp"):  # of writers that were killed
+        for path in self._unfinished():  # of writers that were killed
             with contextlib.suppress(OSError):
                 if time.time() - path.stat().st_mtime > 86400:
                     _remove(path)
@@ -145,11 +161,17 @@ class FeatureCache:
 
 
 def _remove(path: Path) -> int:
+    """Remove a file, or what a writer left, and return how many bytes that freed."""
+    freed = 0
     with contextlib.suppress(OSError):  # gone already, or open on a system that forbids it
-        size = path.stat().st_size
-        path.unlink()
-        return size
-    return 0
+        left = path.is_dir()
+        for file in list(path.iterdir()) if left else [path]:
+            size = file.stat().st_size
+            file.unlink()
+            freed += size
+        if left:
+            path.rmdir()
+    return freed
 
 
 def weights_hash(module: nn.Module) -> str:

@@ -1,0 +1,170 @@
+"""The feature cache with several processes at once: whole entries or none, within its limit, whoever is killed or refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from promptmix.data.features import FeatureCache
+
+#: What the processes run: content follows from the key, so that a reader knows what it must find.
+COMMON = """
+import json, multiprocessing, random, sys
+from pathlib import Path
+import torch
+from promptmix.data.features import FeatureCache
+
+def content(key, size):
+    generator = torch.Generator().manual_seed(int(key, 16))
+    return {"features": torch.randn(1 + int(key, 16), size, generator=generator), "orders": torch.arange(int(key, 16))}
+
+folder, size, limit = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+cache = FeatureCache(folder, limit)
+"""
+BUSY = (
+    COMMON
+    + """
+expected = {key: content(key, size) for key in "123456789abc"}
+
+def work(number):
+    draw = random.Random(number)
+    seen = {"written": 0, "found": 0, "missed": 0, "wrong": 0}
+    held = []  # mapped from files that are removed meanwhile
+    for _ in range(300):
+        key = draw.choice("123456789abc")
+        if draw.random() < 0.4:
+            cache.put(key, expected[key], f"key {key}")
+            seen["written"] += 1
+        elif draw.random() < 0.1:
+            seen["wrong"] += sum(entry.about != f"key {entry.path.stem}" for entry in cache.entries())
+        else:
+            found = cache.get(key)
+            seen["missed" if found is None else "found"] += 1
+            if found is not None:
+                held.append((key, found))
+    for key, found in held:
+        same = found.keys() == expected[key].keys() and all(torch.equal(found[name], expected[key][name]) for name in found)
+        seen["wrong"] += not same
+    print(json.dumps(seen), flush=True)
+
+processes = [multiprocessing.get_context("fork").Process(target=work, args=(number,)) for number in range(4)]
+for process in processes:
+    process.start()
+for process in processes:
+    process.join()
+sys.exit(sum(process.exitcode != 0 for process in processes))
+"""
+)
+WRITER = (
+    COMMON
+    + """
+large = content("2", size)
+while True:
+    cache.put("2", large, "key 2")
+"""
+)
+
+
+def start(script, folder, size=1000, limit=0.0):
+    command = [sys.executable, "-c", script, str(folder), str(size), str(limit)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes are forked, so that torch is imported once")
+def test_processes_read_whole_entries_or_none_while_files_are_removed(tmp_path):
+    limit = 100_000  # bytes; the twelve entries have 8 to 52 thousand each
+    process = start(BUSY, tmp_path / "cache", limit=limit / 1e9)
+    shown, errors = process.communicate()
+    assert process.returncode == 0 and not errors, errors
+    seen = [json.loads(line) for line in shown.splitlines()]  # and no warning that something could not be kept
+    assert len(seen) == 4 and all(each["wrong"] == 0 for each in seen)
+    for what in ("written", "found", "missed"):
+        assert all(each[what] > 10 for each in seen), seen
+    assert all(path.suffix == ".safetensors" and not path.name.startswith(".") for path in (tmp_path / "cache").iterdir())
+    assert 0 < sum(entry.size for entry in FeatureCache(tmp_path / "cache").entries()) <= limit
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="a process can't be stopped halfway on this system")
+def test_a_writer_killed_halfway_leaves_no_entry(tmp_path):
+    process = start(WRITER, tmp_path, size=2_000_000)  # 24 MB a file
+    stop_halfway(process, tmp_path)
+    process.kill()
+    process.communicate()
+    cache = FeatureCache(tmp_path)
+    left = [path for path in tmp_path.iterdir() if path.suffix != ".safetensors"]
+    assert len(left) == 1 and left[0].name.startswith(".2.safetensors.") and left[0].suffix == ".tmp"
+    assert all(entry.about == "key 2" for entry in cache.entries())
+    found = cache.get("2")  # of an earlier round, whole, or none
+    expected = torch.randn(3, 2_000_000, generator=torch.Generator().manual_seed(2))
+    assert found is None or torch.equal(found["features"], expected)
+    # What is left is kept for a day, since its writer might be at work, and removed by the next one then.
+    cache.put("1", {"features": torch.zeros(3)}, "")
+    assert left[0].exists()
+    os.utime(left[0], (time.time() - 90_000,) * 2)
+    cache.put("1", {"features": torch.zeros(3)}, "")
+    assert not left[0].exists() and cache.get("1") is not None
+
+
+def stop_halfway(process, folder):
+    """Stop ``process`` while a file that it writes is there, but not yet in its place."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if any(folder.glob(".*.tmp")):
+            process.send_signal(signal.SIGSTOP)
+            os.waitid(os.P_PID, process.pid, os.WSTOPPED)
+            if any(folder.glob(".*.tmp/.*")):
+                return
+            process.send_signal(signal.SIGCONT)
+    raise AssertionError("the writer was never halfway")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no such limit on this system")
+def test_a_disk_that_takes_no_more_costs_only_the_saving(tmp_path, capsys):
+    import resource
+
+    cache = FeatureCache(tmp_path)
+    cache.put("small", {"features": torch.zeros(100)}, "")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))
+    try:
+        cache.put("large", {"features": torch.zeros(1_000_000)}, "")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "can't be kept" in capsys.readouterr().out
+    assert cache.get("large") is None and [path.name for path in tmp_path.iterdir()] == ["small.safetensors"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="files have no modes on this system")
+def test_others_may_read_what_one_wrote(tmp_path):
+    old = os.umask(0o022)
+    try:
+        FeatureCache(tmp_path / "cache").put("key", {"features": torch.zeros(3)}, "")
+    finally:
+        os.umask(old)
+    assert (tmp_path / "cache" / "key.safetensors").stat().st_mode & 0o777 == 0o644
+
+
+def test_a_file_that_may_not_be_touched_is_read_all_the_same(tmp_path, monkeypatch):
+    cache = FeatureCache(tmp_path)
+    cache.put("key", {"features": torch.ones(3)}, "")
+
+    def refused(*args, **kwargs):
+        raise PermissionError
+
+    monkeypatch.setattr(os, "utime", refused)  # a folder that another user fills
+    assert torch.equal(cache.get("key")["features"], torch.ones(3))
+
+
+def test_clearing_removes_what_killed_writers_left(tmp_path):
+    (tmp_path / ".key.safetensors.abc.tmp").mkdir()
+    (tmp_path / ".key.safetensors.abc.tmp" / ".tmpdef").write_bytes(bytes(1000))
+    assert FeatureCache(tmp_path).clear() == 1000
+    assert not list(tmp_path.iterdir())
