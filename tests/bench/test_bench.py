@@ -15,6 +15,7 @@ from promptmix.cli import main
 from promptmix.cost import count
 from promptmix.errors import UserError
 from promptmix.plugin_manager import get_plugin_manager
+from promptmix.registry import DATASET_REGISTRY
 from promptmix.utils import write_json
 
 RECORD = Path(__file__).resolve().parents[2] / "benchmarks" / "ci_flops.json"
@@ -78,7 +79,7 @@ def test_attention_is_counted_alike_where_it_is_fused():
     ("suite", "sizes", "ways"),
     [
         ("text", ["--classes", "6", "--context", "4", "--prompts", "2"], ["plain", "ours"]),
-        ("step", ["--classes", "6", "--steps", "CoOp:2:6", "CoCoOp:2:6", "--experts", "2", "--bf16"], ["plain", "ours"]),
+        ("step", ["--classes", "6", "--steps", "CoOp:2:6", "CoCoOp:2:6", "--experts", "2", "--also", "bf16"], ["plain", "ours"]),
         ("eval", ["--evaluations", "CoOp:4:6", "CoCoOp:2:6"], ["plain", "ours", "image tower and decoding alone"]),
         ("data", ["--pictures", "25", "--workers"], ["plain", "ours, cached views"]),
     ],
@@ -97,6 +98,41 @@ def test_suites(suite, sizes, ways, tmp_path, capsys):
     assert {"commit", "machine", "versions", "command"} <= record.keys()
     assert main(["bench", "compare", file, file]) == 0
     assert "1.000" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("suite", "sizes", "work", "ways"),
+    [
+        ("startup", [], "import to first step, CoOp on the embedded default", ["plain", "ours", "import torch alone"]),
+        (
+            "run",
+            ["--epochs", "1", "--shots", "1", "--methods", "CoOp"],
+            "run, CoOp, 1 shots, 1 epochs, embedded default",
+            ["plain", "ours", "ours, features on disk"],
+        ),
+    ],
+)
+def test_suites_on_the_embedded_default(suite, sizes, work, ways, tmp_path, capsys, monkeypatch):
+    get_plugin_manager()
+
+    class FewForTest(DATASET_REGISTRY.get("EmojiFamilies")):
+        @property
+        def test(self):
+            return super().test[::8]
+
+    monkeypatch.setitem(DATASET_REGISTRY._entries, "EmojiFamilies", FewForTest)
+    file = str(tmp_path / "a.json")
+    assert main(["bench", suite, *SMALL, *sizes, "--json", file]) == 0
+    lines = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [line[2].strip() for line in lines] == ["way", *ways] and lines[1][1].strip() == work
+    (row,) = json.loads(Path(file).read_text())["results"]
+    assert row["work"] == work and list(row["ways"]) == ways
+    assert all(cost["seconds"] > 0 for cost in row["ways"].values())
+    if suite == "startup":
+        assert row["ways"]["import torch alone"]["seconds"] < row["ways"]["ours"]["seconds"]
+    else:
+        counts = [row["ways"][way]["gflops"] for way in ways]
+        assert counts[0] > counts[1] > 10 * counts[2] > 0  # no picture is encoded a second time
 
 
 def test_compare_wants_two_files_of_one_suite(tmp_path, capsys):
