@@ -95,9 +95,11 @@ def test_processes_read_whole_entries_or_none_while_files_are_removed(tmp_path):
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="a process can't be stopped halfway on this system")
 def test_a_writer_killed_halfway_leaves_no_entry(tmp_path):
     process = start(WRITER, tmp_path, size=2_000_000)  # 24 MB a file
-    stop_halfway(process, tmp_path)
-    process.kill()
-    process.communicate()
+    try:
+        stop_halfway(process, tmp_path)
+    finally:
+        process.kill()
+        process.communicate()
     cache = FeatureCache(tmp_path)
     left = [path for path in tmp_path.iterdir() if path.suffix != ".safetensors"]
     assert len(left) == 1 and left[0].name.startswith(".2.safetensors.") and left[0].suffix == ".tmp"
@@ -116,7 +118,7 @@ def test_a_writer_killed_halfway_leaves_no_entry(tmp_path):
 def stop_halfway(process, folder):
     """Stop ``process`` while a file that it writes is there, but not yet in its place."""
     deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
+    while time.monotonic() < deadline and process.poll() is None:
         if any(folder.glob(".*.tmp")):
             process.send_signal(signal.SIGSTOP)
             os.waitid(os.P_PID, process.pid, os.WSTOPPED)
