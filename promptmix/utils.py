@@ -109,9 +109,10 @@ def count_num_param(model: nn.Module | None = None, params: Iterable[Any] | None
 
 
 def atomic_write(path: str | os.PathLike[str], write: Callable[[Path], object]) -> None:
-    """Have ``write`` fill a temporary file beside ``path``, then put it in place in one step.
+    """Have ``write`` make a file in a temporary folder beside ``path``, then put it in place in one step.
 
-    A run that is killed halfway leaves the old file, never half a new one.
+    A run that is killed halfway leaves the old file, never half a new one. What it leaves behind lies in a hidden folder
+    ``.<name of the file>.<random>.tmp``, even if ``write`` makes temporary files of its own, as safetensors does.
 
     Args:
         path: the file to make; missing folders are made too.
@@ -119,16 +120,12 @@ def atomic_write(path: str | os.PathLike[str], write: Callable[[Path], object]) 
     """
     target = Path(path)
     mkdir_if_missing(target.parent)
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
+    prefix = f".{target.name}."
+    with tempfile.TemporaryDirectory(prefix=prefix, suffix=".tmp", dir=target.parent, ignore_cleanup_errors=True) as room:
+        temporary = Path(room, target.name)
         write(temporary)
-        # mkstemp makes private files, as does safetensors, which puts its own in place; results are meant to be shared.
-        temporary.chmod(0o666 & ~_umask())
+        temporary.chmod(0o666 & ~_umask())  # safetensors makes private files; results are meant to be shared
         os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _umask() -> int:

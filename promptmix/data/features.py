@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -24,7 +23,7 @@ from yacs.config import CfgNode
 
 from promptmix.data.datum import Datum
 from promptmix.errors import UserError
-from promptmix.utils import atomic_write, get_logger, mkdir_if_missing
+from promptmix.utils import atomic_write, get_logger
 
 #: Raised when a file's meaning changes, so that old files are passed over.
 _VERSION = 2
@@ -106,15 +105,7 @@ class FeatureCache:
             return
         target = self.folder / (key + _SUFFIX)
         try:
-            mkdir_if_missing(self.folder)
-            # A folder of its own, since safetensors writes to yet another file beside the one that it is given: whatever a
-            # process that is killed leaves behind lies in there.
-            with TemporaryDirectory(
-                prefix=f".{target.name}.", suffix=".tmp", dir=self.folder, ignore_cleanup_errors=True
-            ) as room:
-                whole = Path(room, target.name)
-                atomic_write(whole, lambda path: save_file(plain, path, metadata={"about": about}))
-                os.replace(whole, target)
+            atomic_write(target, lambda path: save_file(plain, path, metadata={"about": about}))
         except (OSError, SafetensorError) as error:  # safetensors wraps what the system says
             get_logger().warning("Features can't be kept in %s (%s)", self.folder, getattr(error, "strerror", None) or error)
             return
