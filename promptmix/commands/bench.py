@@ -24,10 +24,10 @@ EVALUATIONS = ("CoOp:100:100", "CoCoOp:4:100")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags; sizes carry the suite they belong to in front."""
     add = parser.add_argument
-    choices = (*SUITES, "all", "compare", "ci", "scaling")
-    about = "suite; compare: two JSON files; ci: count and compare with the record; scaling: time and memory over sizes"
+    choices = (*SUITES, "all", "show", "compare", "ci", "scaling")
+    about = "suite; show, compare: JSON files; ci: count and compare with the record; scaling: time and memory over sizes"
     add("suite", nargs="?", choices=choices, default="text", help=about)
-    add("files", nargs="*", metavar="FILE", help="compare: the old and the new JSON file")
+    add("files", nargs="*", metavar="FILE", help="show: JSON files; compare: the old and the new one")
     add("--backbone", default="ViT-B/16", help="its architecture is used with random weights")
     add("--classes", type=int, default=100, help="text, references: C, class names of 1 to 4 words and a number")
     add("--threads", type=int, default=1, help="CPU threads; one thread disturbs the ratio least on a busy machine")
@@ -65,6 +65,8 @@ def run(args: argparse.Namespace) -> int:
     """
     if args.suite == "compare":
         return _compare(args)
+    if args.suite == "show":
+        return _show(args)
     if args.files:
         raise UserError(f"bench {args.suite} takes no file, but got {args.files[0]}; --json FILE writes one")
     import torch
@@ -78,6 +80,15 @@ def run(args: argparse.Namespace) -> int:
         if args.suite in ("ci", "scaling"):
             return _count(args, Path(folder))
         _measure(args, Path(folder))
+    return 0
+
+
+def _show(args: argparse.Namespace) -> int:
+    from promptmix.bench import report
+
+    if not args.files:
+        raise UserError("bench show takes JSON files that `promptmix bench SUITE --json` wrote, such as benchmarks/step.json")
+    sys.stdout.write(report.table([row for path in args.files for row in report.read(path)]) + "\n")
     return 0
 
 

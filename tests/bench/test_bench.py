@@ -96,6 +96,8 @@ def test_suites(suite, sizes, ways, tmp_path, capsys):
         if suite in ("text", "step"):
             assert row["ways"]["ours"]["gflops"] < row["ways"]["plain"]["gflops"]
     assert {"commit", "machine", "versions", "command"} <= record.keys()
+    assert main(["bench", "show", file]) == 0
+    assert capsys.readouterr().out.strip() == shown.strip()
     assert main(["bench", "compare", file, file]) == 0
     assert "1.000" in capsys.readouterr().out
 
@@ -137,6 +139,8 @@ def test_suites_on_the_embedded_default(suite, sizes, work, ways, tmp_path, caps
 
 def test_compare_wants_two_files_of_one_suite(tmp_path, capsys):
     (tmp_path / "other.json").write_text("{}")
+    assert main(["bench", "show"]) == 2
+    assert "bench show takes JSON files" in capsys.readouterr().err
     assert main(["bench", "compare", str(tmp_path / "other.json")]) == 2
     assert "two JSON files" in capsys.readouterr().err
     assert main(["bench", "compare", *[str(tmp_path / "other.json")] * 2]) == 2
