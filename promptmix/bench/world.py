@@ -76,7 +76,9 @@ class World:
         cfg = self.config(name, *opts)
         if self.device.type == "meta":  # what an earlier trainer left without numbers is filled again
             self.clip.to_empty(device="cpu").load_state_dict(self._state)
-            self.clip.text.attn_mask = torch.full_like(self.clip.text.attn_mask, -torch.inf).triu_(1)
+            mask = self.clip.text.attn_mask
+            if mask is not None:  # towers without a causal mask have none
+                self.clip.text.attn_mask = torch.full_like(mask, -torch.inf).triu_(1)
         for registry, entry in ((DATASET_REGISTRY, dataset), (BACKBONE_REGISTRY, lambda cfg: self.clip)):
             registry.register(entry, name=_NAME, force=True)
         validate(cfg)
@@ -111,7 +113,7 @@ class World:
             "VERBOSE": False,
         }
         merge_opts(cfg, [part for pair in settings.items() for part in pair], source="the benchmark")
-        merge_opts(cfg, list(opts), source="the benchmark's sizes")
+        merge_opts(cfg, opts, source="the benchmark's sizes")
         return cfg
 
     def batch(self, trainer: PromptTrainer, size: int, *, features: bool = False) -> dict[str, Tensor]:
@@ -144,7 +146,7 @@ def _dataset(paths: list[str], classes: int, pictures: int, test: int, experts: 
     def build(cfg: CfgNode) -> DatasetBase:
         train = [Datum(paths[(c + k) % len(paths)], c, 0, name) for c, name in enumerate(names) for k in range(pictures)]
         tests = [Datum(paths[i % len(paths)], i % classes, 0, names[i % classes]) for i in range(test)]
-        dataset: Any = DatasetBase(train_x=train, test=tests)
+        dataset = DatasetBase(train_x=train, test=tests)
         dataset.templates = list(IMAGENET_80[:3])
         dataset.template_groups = [list(IMAGENET_80[e::experts][:3]) for e in range(experts)]
         dataset.all_classnames = names

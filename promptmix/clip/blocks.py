@@ -7,17 +7,24 @@ The layers here are those blocks with less memory traffic, and open_clip's own w
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch.nn.functional as F
 from open_clip.transformer import QuickGELU, ResidualAttentionBlock
 from torch import Tensor, nn
 
 
-def is_standard(block: nn.Module) -> bool:
+def is_standard(block: nn.Module) -> TypeGuard[ResidualAttentionBlock]:
     """Tell whether ``block`` is open_clip's, with nobody's adapters or hooks in it."""
-    if type(block) is not ResidualAttentionBlock or type(block.attn) is not nn.MultiheadAttention:
+    if type(block) is not ResidualAttentionBlock:
         return False
-    watched = (block, block.attn, block.attn.out_proj, block.mlp)
-    linear = type(block.mlp.c_fc) is nn.Linear and type(block.mlp.c_proj) is nn.Linear
+    attention, mlp = block.attn, block.mlp
+    if type(attention) is not nn.MultiheadAttention or type(mlp) is not nn.Sequential:
+        return False
+    if tuple(mlp._modules) != ("c_fc", "gelu", "c_proj"):
+        return False
+    watched = (block, attention, attention.out_proj, mlp)
+    linear = type(mlp.c_fc) is nn.Linear and type(mlp.c_proj) is nn.Linear
     return linear and not any(part._forward_hooks or part._forward_pre_hooks for part in watched)
 
 
@@ -41,7 +48,7 @@ def first_token_layer(block: nn.Module, x: Tensor) -> Tensor:
     return finish(block, x[:, :1], join_heads(F.scaled_dot_product_attention(query, key, value)))
 
 
-def project_some(block: nn.Module, asking: Tensor, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def project_some(block: ResidualAttentionBlock, asking: Tensor, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Queries of the tokens ``asking`` (..., W), keys and values of ``normed`` (B, L, W); heads are not split."""
     weight, bias = block.attn.in_proj_weight, block.attn.in_proj_bias
     width = normed.shape[-1]
@@ -49,10 +56,10 @@ def project_some(block: nn.Module, asking: Tensor, normed: Tensor) -> tuple[Tens
     return F.linear(asking, weight[:width], bias[:width]), key, value
 
 
-def finish(block: nn.Module, x: Tensor, heads: Tensor) -> Tensor:
+def finish(block: ResidualAttentionBlock, x: Tensor, heads: Tensor) -> Tensor:
     """The rest of a layer: attention's output projection and the MLP, added to ``x``."""
     x = x + block.ls_1(block.attn.out_proj(heads))
-    return x + block.ls_2(_mlp(block.mlp, block.ln_2(x)))
+    return x + block.ls_2(_mlp(block, block.ln_2(x)))
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -65,8 +72,9 @@ def join_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
-def _mlp(mlp: nn.Sequential, x: Tensor) -> Tensor:
+def _mlp(block: ResidualAttentionBlock, x: Tensor) -> Tensor:
     """The block's MLP; quick-GELU goes through SiLU, which keeps one hidden tensor for the backward pass instead of two."""
+    mlp = block.mlp
     if not isinstance(mlp.gelu, QuickGELU):
         return mlp(x)
     hidden = F.silu(mlp.c_fc(x).mul_(1.702)).mul_(1 / 1.702)

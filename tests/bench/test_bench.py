@@ -10,7 +10,7 @@ import torch
 
 from promptmix.bench.counted import CASES, count_cases, regressions
 from promptmix.bench.scaling import sizes, study
-from promptmix.bench.world import World, class_names, silenced
+from promptmix.bench.world import World, class_names, learn, silenced
 from promptmix.cli import main
 from promptmix.cost import count
 from promptmix.errors import UserError
@@ -160,6 +160,15 @@ def test_scaling_study_counts_all_and_measures_what_is_small_enough(tmp_path):
     column = {name.strip(): i for i, name in enumerate(table[0])}
     assert [float(line[column["s here"]]) > 0 for line in table[2:]] == [True, True]
     assert [line[column["plain s"]].strip() != "" for line in table[2:]] == [True, False]
+
+
+def test_towers_without_a_mask_are_counted(tmp_path):
+    get_plugin_manager()
+    with silenced():
+        world = World("tiny-vit", tmp_path, "meta")
+        world.clip.text.attn_mask, world.clip.text.shares_prefix = None, False
+        trainer = world.trainer("CoOp", 2)
+        assert count(lambda: learn(trainer, world.batch(trainer, 1))).gflops > 0
 
 
 def test_class_names_are_distinct():

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 import open_clip
 import pytest
 import torch
+from open_clip.transformer import QuickGELU
 from torch.utils.flop_counter import FlopCounterMode
 
 from promptmix.clip import ImageTower, PromptStep
@@ -110,3 +111,20 @@ def test_adapters_and_hooks_in_a_layer_are_run():
     tower.visual.transformer.resblocks[1].mlp.register_forward_hook(lambda *args: seen.append(1))
     tower(IMAGES)
     assert seen == [1]
+
+
+def longer(mlp: torch.nn.Sequential) -> torch.nn.Module:
+    return mlp.append(torch.nn.Linear(64, 64))
+
+
+def wrapped(mlp: torch.nn.Sequential) -> torch.nn.Module:
+    return torch.nn.Sequential(mlp, torch.nn.Linear(64, 64))
+
+
+@pytest.mark.parametrize("change", [longer, wrapped])
+def test_another_mlp_in_a_layer_is_run(change):
+    tower = vit()
+    for block in tower.visual.transformer.resblocks:
+        block.mlp.gelu = QuickGELU()
+        block.mlp = change(block.mlp)
+    torch.testing.assert_close(tower(IMAGES), tower.visual(IMAGES))
