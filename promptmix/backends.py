@@ -218,7 +218,7 @@ def on_ray(jobs: Sequence[Job], options: Options, started: Started) -> Generator
         import ray
     except ImportError as error:
         raise UserError("--backend ray needs Ray; install it with: pip install 'promptmix[ray]'") from error
-    here = {} if options.address else {"num_cpus": options.jobs * options.threads, "include_dashboard": False}
+    here: dict[str, Any] = {} if options.address else {"num_cpus": options.jobs * options.threads, "include_dashboard": False}
     try:
         ray.init(address=options.address or "local", log_to_driver=False, **here)
     except (ConnectionError, RuntimeError, ValueError) as error:
@@ -227,7 +227,7 @@ def on_ray(jobs: Sequence[Job], options: Options, started: Started) -> Generator
     try:
         gpus = 1 if ray.cluster_resources().get("GPU", 0) and all(job.device != "cpu" for job in jobs) else 0
         # A crashed worker is a failed job, which the next sweep repeats; tasks with a GPU get a process of their own.
-        task = ray.remote(num_cpus=options.threads, num_gpus=gpus, max_retries=0)(work)
+        task: Any = ray.remote(num_cpus=options.threads, num_gpus=gpus, max_retries=0)(work)
         pending: dict[Any, int] = {}
         for index, job in enumerate(jobs):
             pending[task.remote(job, options.threads, options.command, str(Path.cwd()))] = index

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -232,8 +233,8 @@ def merge_tree(cfg: CN, tree: dict[str, Any], source: str) -> None:
         _set(cfg, key, value, source)
 
 
-def merge_opts(cfg: CN, opts: list[str], source: str = "command line") -> None:
-    """Merge ``KEY VALUE`` pairs, as typed on a command line, into ``cfg``.
+def merge_opts(cfg: CN, opts: Sequence[Any], source: str = "command line") -> None:
+    """Merge ``KEY VALUE`` pairs into ``cfg``; values are text as typed on a command line, or what it stands for.
 
     Raises:
         ConfigError: a key without a value, an unknown key, or a value of the wrong type.

@@ -79,7 +79,7 @@ class Mixture(PromptLearner):
             text = self._text(image_features, self.classifier())
         logits = self._mix(image_features, text, weights)
         terms: dict[str, tuple[float, Tensor | None]] = {"ce": (self.ce_weight, F.cross_entropy(logits, labels))}
-        if self.router is not None:
+        if self.router is not None and routing is not None:
             terms["router"] = (self.router_weight, self.router.loss(routing, image_features, labels))
         if self.supervision is not None:
             terms["text"] = (self.text_weight, self.supervision(self.bank, text))

@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import pkgutil
 import sys
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
@@ -74,7 +75,7 @@ def load_plugin(name_or_path: str) -> None:
     _register(manager, module, name)
 
 
-def _entry_points() -> list[tuple[str, object]]:
+def _entry_points() -> list[tuple[str, Callable[[], object]]]:
     """Return (name, loader) of each installed plugin, sorted by name so that the order never depends on the file system."""
     from importlib.metadata import entry_points
 

@@ -34,6 +34,8 @@ class PromptTrainer(TrainerX):
 
     roles: ClassVar[dict[str, str]] = {}
 
+    model: PromptLearner  # made by build_model()
+
     @staticmethod
     def add_config(node: CfgNode) -> None:
         """Declare the method's settings in its node ``TRAINER.<NAME IN UPPER CASE>``, one commented key each."""

@@ -78,7 +78,7 @@ class ProGrad(PromptTrainer):
     def build_learner(self, task: Task) -> PromptLearner:
         """Return one soft prompt whose divergence from the zero-shot model is measured, but not part of the loss."""
         node = self.node
-        bank = build_soft_prompt(task, node)
+        bank: Any = build_soft_prompt(task, node)  # the registry's Soft, whose ctx is lengthened below
         missing = node.N_CTX - bank.ctx.shape[-2]
         if missing < 0:
             raise ConfigError(

@@ -67,7 +67,7 @@ class ZeroshotCLIP(PromptTrainer):
         }
         return HardClassifier(task, templates[self.node.TEMPLATES])
 
-    def train(self) -> None:
+    def train(self) -> None:  # type: ignore[override]  # takes no epochs, as in Dassl
         """Evaluate: there is nothing to learn."""
         if not self.cfg.TEST.NO_TEST:
             self.test()

@@ -34,6 +34,8 @@ class GatedHardPrompts(Distiller):
         ConfigError: ``k`` is below 1 or above the number of teachers, or ``t`` is not positive.
     """
 
+    teachers: Tensor
+
     def __init__(
         self,
         task: Task,

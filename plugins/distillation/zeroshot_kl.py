@@ -30,6 +30,8 @@ class ZeroshotKL(Distiller):
         ConfigError: ``t`` is not positive.
     """
 
+    teacher: Tensor
+
     def __init__(self, task: Task, bank: PromptBank, templates: Sequence[str] = (), t: float = 1.0) -> None:
         super().__init__()
         if t <= 0:

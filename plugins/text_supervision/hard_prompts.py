@@ -26,6 +26,8 @@ class CosineToHard(TextSupervision):
 
     takes_per_image = True
 
+    hard: Tensor
+
     def __init__(self, task: Task, bank: PromptBank, templates: Sequence[str] = ()) -> None:
         super().__init__()
         hard = task.clip.ensemble(templates, task.classnames)[None] if templates else bank.references(task.classnames)
@@ -53,6 +55,8 @@ class L1ToEnsemble(TextSupervision):
     """
 
     takes_per_image = True
+
+    hard: Tensor
 
     def __init__(self, task: Task, bank: PromptBank, templates: Sequence[str] = ()) -> None:
         super().__init__()

@@ -83,14 +83,14 @@ def _bf16(trainer: PromptTrainer) -> Iterator[None]:
 def _compiled(trainer: PromptTrainer) -> Iterator[None]:
     """``MODEL.COMPILE`` inside the context; what was compiled once is found again."""
     towers = trainer.clip.text, trainer.clip.image
-    before = [dict(tower.__dict__) for tower in towers]
+    before = [(tower, dict(vars(tower))) for tower in towers]
     for tower in towers:
         tower.compile_layers()
     try:
         yield
     finally:
-        for tower, state in zip(towers, before, strict=True):
-            tower.__dict__.update(state)
+        for tower, state in before:
+            vars(tower).update(state)
 
 
 #: What ``--also`` names.

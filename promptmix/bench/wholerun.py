@@ -5,6 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Callable
 from types import MethodType
+from typing import Any
 
 from promptmix.bench.evaluate import infer_plainly
 from promptmix.bench.measure import Row, measure
@@ -29,14 +30,14 @@ def _row(world: World, name: str, args: Namespace) -> Row:
             cfg = make_config(["configs/quickstart.yaml"], {}, [*sizes, *ways, *places])
             validate(cfg)
             set_random_seed(1)
-            trainer = build_trainer(cfg)
+            trainer: Any = build_trainer(cfg)
             (world.folder / cfg.OUTPUT_DIR).mkdir(exist_ok=True)
             if saving:
-                trainer.train()  # type: ignore[call-arg]
+                trainer.train()
                 return
-            trainer.model_inference = MethodType(infer_plainly, trainer)  # type: ignore[method-assign]
-            with plain(trainer.clip):  # type: ignore[attr-defined]
-                trainer.train()  # type: ignore[call-arg]
+            trainer.model_inference = MethodType(infer_plainly, trainer)
+            with plain(trainer.clip):
+                trainer.train()
 
         return work
 

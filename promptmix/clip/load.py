@@ -182,7 +182,7 @@ def _count(state: Mapping[str, Tensor], prefix: str) -> int:
     return len({key[len(prefix) :].split(".")[0] for key in state if key.startswith(prefix)})
 
 
-def _create(name: str, tag: str | None, quick_gelu: bool) -> nn.Module:
+def _create(name: str, tag: str | None, quick_gelu: bool) -> open_clip.CLIP | open_clip.CustomTextCLIP:
     """Build open_clip's model ``name``, downloading the weights of ``tag`` once; without a tag, with random weights."""
     # Random weights are asked for here, or filled in next; and a failed download needs one line, not the hub's account of it.
     logging.disable(logging.ERROR)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+import open_clip
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -30,9 +31,11 @@ class CLIP(nn.Module):
         ConfigError: the text tower can't be prompted (see ``TextTower``).
     """
 
+    logit_scale: nn.Parameter
+
     def __init__(
         self,
-        model: nn.Module,
+        model: open_clip.CLIP | open_clip.CustomTextCLIP,
         tokenizer: Tokenizer,
         name: str,
         *,

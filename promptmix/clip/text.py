@@ -12,9 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
+from typing import cast
 
+import open_clip
 import torch
 import torch.nn.functional as F
+from open_clip.transformer import ResidualAttentionBlock, Transformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -52,7 +55,14 @@ class TextTower(nn.Module):
         ConfigError: the tower is not a CLIP text transformer (for instance a Hugging Face encoder).
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Tokenizer) -> None:
+    token_embedding: nn.Embedding
+    positional_embedding: Tensor  # (L, W)
+    transformer: Transformer
+    ln_final: nn.LayerNorm
+    text_projection: Tensor | nn.Linear | None  # (W, D)
+    attn_mask: Tensor | None  # (L, L); None where every token sees all others
+
+    def __init__(self, model: open_clip.CLIP | open_clip.CustomTextCLIP, tokenizer: Tokenizer) -> None:
         super().__init__()
         source = getattr(model, "text", model)
         if not hasattr(source, "token_embedding") or getattr(source, "cls_emb", None) is not None:
@@ -111,7 +121,8 @@ class TextTower(nn.Module):
         edges = self.embed([self.tokenizer.sot, self.tokenizer.eot])
         everything: list[Tensor | ClassTokens] = [edges[None, :1], *pieces, edges[None, 1:]]
         shared = next(i for i, piece in enumerate(everything) if isinstance(piece, ClassTokens) or piece.dim() == 4)
-        prefix = torch.cat([_expand(piece, experts) for piece in everything[:shared]], dim=1)
+        front = cast("list[Tensor]", everything[:shared])  # class names come later
+        prefix = torch.cat([_expand(piece, experts) for piece in front], dim=1)
         sources, signature = [], []
         for piece in everything[shared:]:
             if isinstance(piece, ClassTokens):
@@ -266,7 +277,7 @@ def _packing(
     return torch.tensor(rows, device=device), tuple(lengths)
 
 
-def _shared_block(block: nn.Module, x: Tensor, start: int, layout: _Layout, *, last: bool) -> Tensor:
+def _shared_block(block: ResidualAttentionBlock, x: Tensor, start: int, layout: _Layout, *, last: bool) -> Tensor:
     """One transformer layer on packed tokens (E, P + N, W); the last layer gives EOT states (E, C, W) only."""
     heads = block.attn.num_heads
     normed = block.ln_1(x)
@@ -283,8 +294,8 @@ def _shared_block(block: nn.Module, x: Tensor, start: int, layout: _Layout, *, l
     (q_front, k_front, v_front), (q_tail, k_tail, v_tail) = (part.chunk(3, dim=-1) for part in both)
     grid = q_tail[:, layout.padded]  # (E, C, T, W)
     tail = _attend_tail(grid, (k_front, v_front), (k_tail, v_tail), layout, layout.causal, heads).flatten(1, 2)
-    asked = (split_heads(part, heads) for part in (q_front, k_front, v_front))
-    front = join_heads(F.scaled_dot_product_attention(*asked, is_causal=True))
+    query, key, value = (split_heads(part, heads) for part in (q_front, k_front, v_front))
+    front = join_heads(F.scaled_dot_product_attention(query, key, value, is_causal=True))
     return finish(block, x, torch.cat([front, tail[:, layout.packed]], dim=1))
 
 

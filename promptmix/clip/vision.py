@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from open_clip.transformer import VisionTransformer
@@ -41,6 +42,8 @@ class ImageTower(nn.Module):
     Args:
         visual: ``model.visual``: a vision transformer, or any other tower, which then takes no prompts.
     """
+
+    visual: Any  # open_clip's, which comes without types
 
     def __init__(self, visual: nn.Module) -> None:
         super().__init__()

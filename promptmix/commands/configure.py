@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
@@ -59,14 +59,14 @@ def load_plugins(names: Iterable[str]) -> None:
 
 
 def make_config(
-    config_files: Iterable[str], flags: dict[str, tuple[str, Any]], opts: list[str], plugins: Iterable[str] = ()
+    config_files: Iterable[str], flags: dict[str, tuple[str, Any]], opts: Sequence[Any], plugins: Iterable[str] = ()
 ) -> CfgNode:
     """Merge files, flags and overrides onto the defaults, each remembered as the source of what it sets.
 
     Args:
         config_files: paths in order of merging, empty ones are passed over.
         flags: flag to (config key, value); a value of None or "" was not given.
-        opts: ``KEY VALUE`` pairs.
+        opts: ``KEY VALUE`` pairs, as ``merge_opts`` takes them.
         plugins: what ``--plugin`` named.
 
     Raises:

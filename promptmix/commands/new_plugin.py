@@ -172,6 +172,8 @@ class $Class(TextSupervision):
         factor: multiplies the distance.
     """
 
+    hard: Tensor
+
     def __init__(self, task: Task, bank: PromptBank, factor: float = 1.0) -> None:
         super().__init__()
         self.factor = factor
@@ -196,6 +198,8 @@ class $Class(Distiller):
         bank: the student's prompts.
         factor: multiplies the difference.
     """
+
+    teacher: Tensor
 
     def __init__(self, task: Task, bank: PromptBank, factor: float = 0.01) -> None:
         super().__init__()

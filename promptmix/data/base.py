@@ -36,6 +36,11 @@ class DatasetBase:
     dataset_dir: str = ""  # folder of the data set below DATASET.ROOT
     domains: Sequence[str] = []  # names of all domains
 
+    # Words beyond Dassl's, which a data set may go without.
+    templates: list[str]  # hard prompts such as "a photo of a {}."
+    template_groups: list[list[str]]  # hard prompts in groups of similar ones
+    all_classnames: list[str]  # of base and new classes
+
     def __init__(
         self,
         train_x: list[Datum] | None = None,

@@ -218,7 +218,9 @@ class TrainerBase:
         """Evaluate and return the first number."""
         raise NotImplementedError
 
-    def parse_batch_train(self, *batches: dict[str, Any]) -> Any:  # noqa: ANN401
+    # parse_batch_train and forward_backward take anything here: subclasses take one batch (TrainerX) or two (TrainerXU).
+
+    def parse_batch_train(self, *batches: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         """Take what training needs from a batch and put it on the device."""
         raise NotImplementedError
 
@@ -226,7 +228,7 @@ class TrainerBase:
         """Take what evaluation needs from a batch and put it on the device."""
         raise NotImplementedError
 
-    def forward_backward(self, *batches: dict[str, Any]) -> dict[str, float] | None:
+    def forward_backward(self, *batches: Any, **kwargs: Any) -> dict[str, float] | None:  # noqa: ANN401
         """Learn from one batch; return what the log line should show."""
         raise NotImplementedError
 

@@ -85,7 +85,7 @@ class SimpleTrainer(TrainerBase):
         """Make the model, its optimizer and its schedule, and register them."""
         raise NotImplementedError(f"{type(self).__name__} must define build_model()")
 
-    def train(self) -> None:  # type: ignore[override]
+    def train(self) -> None:  # type: ignore[override]  # takes no epochs, as in Dassl
         """Train for ``OPTIM.MAX_EPOCH`` epochs, from where an earlier run stopped."""
         try:
             super().train(self.start_epoch, self.max_epoch)
@@ -236,7 +236,7 @@ class TrainerX(SimpleTrainer):
         """Go once through the labelled data."""
         self._run_batches(((batch,) for batch in self.train_loader_x), len(self.train_loader_x))
 
-    def parse_batch_train(self, batch: dict[str, Any]) -> Any:  # type: ignore[override]  # noqa: ANN401
+    def parse_batch_train(self, batch: dict[str, Any]) -> Any:  # noqa: ANN401
         """Return pictures, labels and domains on the device."""
         return tuple(batch[key].to(self.device) for key in ("img", "label", "domain"))
 
@@ -264,7 +264,7 @@ class TrainerXU(SimpleTrainer):
         pairs = zip(range(lengths[count]), *streams, strict=False)
         self._run_batches(((x, u) for _, x, u in pairs), lengths[count])
 
-    def parse_batch_train(self, batch_x: dict[str, Any], batch_u: dict[str, Any]) -> Any:  # type: ignore[override]  # noqa: ANN401
+    def parse_batch_train(self, batch_x: dict[str, Any], batch_u: dict[str, Any]) -> Any:  # noqa: ANN401
         """Return labelled pictures, their labels and unlabelled pictures on the device."""
         return batch_x["img"].to(self.device), batch_x["label"].to(self.device), batch_u["img"].to(self.device)
 
