@@ -18,10 +18,10 @@ from promptmix.clip.reference import encode_plain
 
 def run(world: World, args: Namespace) -> list[Row]:
     """Return a row for each context length."""
-    return [row(world, args.classes, m, args.prompts, args.repeats) for m in args.context]
+    return [row(world, args.classes, m, args.prompts, args.repeats, args.class_chunk) for m in args.context]
 
 
-def row(world: World, classes: int, context: int, experts: int, repeats: int) -> Row:
+def row(world: World, classes: int, context: int, experts: int, repeats: int, class_chunk: int = 0) -> Row:
     """Compare both ways for ``experts`` prompts of ``context`` vectors over ``classes`` classes.
 
     The plain way takes expert after expert, as the authors' code of mixtures does, 100 classes at a time, and frees each graph
@@ -46,7 +46,16 @@ def row(world: World, classes: int, context: int, experts: int, repeats: int) ->
     prompts = tower.compose(start, names, stop)
     tokens = experts * (prompts.prefix.shape[1] + prompts.tail.shape[1])
     per_token = 2 * sum(p.numel() for p in tower.blocks.parameters() if p.dim() == 2) / 1e9
-    ways = measure({"plain": plain, "ours": lambda: step(tower, start, names)}, repeats)
-    return Row(
-        f"text, {classes} classes, {context} context, {experts} prompt(s), forward and backward", ways, 2 * tokens * per_token
-    )
+
+    def chunked() -> None:
+        tower.class_chunk = class_chunk
+        try:
+            step(tower, start, names)
+        finally:
+            tower.class_chunk = 0
+
+    ways: dict[str, Callable[[], None]] = {"plain": plain, "ours": lambda: step(tower, start, names)}
+    if class_chunk:
+        ways[f"ours, {class_chunk} classes at a time"] = chunked
+    work = f"text, {classes} classes, {context} context, {experts} prompt(s), forward and backward"
+    return Row(work, measure(ways, repeats), 2 * tokens * per_token)

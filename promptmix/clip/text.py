@@ -25,6 +25,9 @@ from promptmix.clip.blocks import finish, is_standard, join_heads, project_some,
 from promptmix.clip.tokens import ClassTokens, Tokenizer
 from promptmix.errors import ConfigError
 
+#: Tokens per CPU thread whose states between two layers of a ViT-B/16 stay in the caches; more at once are slower, not faster.
+_TOKENS_PER_THREAD = 1024
+
 #: Deep prompts: {layer: (E, n, W)}; before that layer they replace the n positions behind SOT. Layer 0 is the input itself.
 DeepPrompts = Mapping[int, Tensor]
 
@@ -172,19 +175,34 @@ class TextTower(nn.Module):
             from promptmix.clip.reference import encode_plain
 
             return encode_plain(self, prompts, deep)
-        if 0 < self.class_chunk < len(prompts.lengths):
-            return self._encode_chunks(prompts, deep or {})
-        return self._encode_shared(prompts, deep or {})
+        deep = deep or {}
+        if not torch.is_grad_enabled() and prompts.prefix.device.type == "cpu":
+            return self._encode_portions(prompts, deep)
+        return self._encode_chunks(prompts, deep, self.class_chunk)
 
-    def _encode_chunks(self, prompts: Prompts, deep: DeepPrompts) -> Tensor:
+    def _encode_portions(self, prompts: Prompts, deep: DeepPrompts) -> Tensor:
+        """Encode without a graph, some experts and some classes at a time, so that what lies between stays in a CPU's caches."""
+        each, limit = prompts.prefix.shape[1] + prompts.tail.shape[1], _TOKENS_PER_THREAD * torch.get_num_threads()
+        experts, chunk = max(limit // each, 1), max(len(prompts.lengths) * limit // each, 1)
+        chunk = min(chunk, self.class_chunk or chunk)
         features = []
-        sizes = [prompts.lengths[i : i + self.class_chunk] for i in range(0, len(prompts.lengths), self.class_chunk)]
+        for i, (prefix, tail) in enumerate(zip(prompts.prefix.split(experts), prompts.tail.split(experts), strict=True)):
+            own = {layer: new.split(experts)[i] if len(new) > 1 else new for layer, new in deep.items()}
+            features.append(self._encode_chunks(Prompts(prefix, tail, prompts.lengths), own, chunk))
+        return torch.cat(features)
+
+    def _encode_chunks(self, prompts: Prompts, deep: DeepPrompts, chunk: int) -> Tensor:
+        """Encode ``chunk`` classes at a time, 0 for all at once; with a graph, what lies between is computed again for it."""
+        if not 0 < chunk < len(prompts.lengths):
+            return self._encode_shared(prompts, deep)
+        features = []
+        sizes = [prompts.lengths[i : i + chunk] for i in range(0, len(prompts.lengths), chunk)]
         for tail, lengths in zip(prompts.tail.split([sum(size) for size in sizes], dim=1), sizes, strict=True):
-            chunk = Prompts(prompts.prefix, tail, lengths)
+            some = Prompts(prompts.prefix, tail, lengths)
             if torch.is_grad_enabled():
-                features.append(checkpoint(self._encode_shared, chunk, deep, use_reentrant=False, preserve_rng_state=False))
+                features.append(checkpoint(self._encode_shared, some, deep, use_reentrant=False, preserve_rng_state=False))
             else:
-                features.append(self._encode_shared(chunk, deep))
+                features.append(self._encode_shared(some, deep))
         return torch.cat(features, dim=1)
 
     def _encode_shared(self, prompts: Prompts, deep: DeepPrompts) -> Tensor:

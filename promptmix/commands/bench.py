@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--record", default=RECORD, metavar="FILE", help=f"ci: the recorded counts; default {RECORD}")
     add("--context", type=int, nargs="+", default=[16, 4], metavar="M", help="text: context vectors; several are run in turn")
     add("--prompts", type=int, default=1, help="text: E, prompts encoded together")
+    add("--class-chunk", type=int, default=0, metavar="C", help="text: also with MODEL.CLASS_CHUNK C")
     add("--steps", nargs="*", default=list(STEPS), metavar="METHOD:BATCH:CLASSES", help=f"step: default {' '.join(STEPS)}")
     add("--experts", type=int, default=5, help="step: E, template groups of a mixture; 0 leaves mixtures out")
     shown = f"eval: default {' '.join(EVALUATIONS)}"

@@ -78,7 +78,11 @@ def test_attention_is_counted_alike_where_it_is_fused():
 @pytest.mark.parametrize(
     ("suite", "sizes", "ways"),
     [
-        ("text", ["--classes", "6", "--context", "4", "--prompts", "2"], ["plain", "ours"]),
+        (
+            "text",
+            ["--classes", "6", "--context", "4", "--prompts", "2", "--class-chunk", "4"],
+            ["plain", "ours", "ours, 4 classes at a time"],
+        ),
         ("step", ["--classes", "6", "--steps", "CoOp:2:6", "CoCoOp:2:6", "--experts", "2", "--also", "bf16"], ["plain", "ours"]),
         ("eval", ["--evaluations", "CoOp:4:6", "CoCoOp:2:6"], ["plain", "ours", "image tower and decoding alone"]),
         ("data", ["--pictures", "25", "--workers"], ["plain", "ours, cached views"]),

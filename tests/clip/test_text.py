@@ -123,3 +123,21 @@ def test_deep_prompts_without_room_are_refused():
 def test_class_name_without_tokens_is_refused():
     with pytest.raises(ConfigError, match="no tokens"):
         TOKENIZER.class_tokens(["dog", " "])
+
+
+@pytest.mark.parametrize("limit", [1, 20, 60])
+@pytest.mark.parametrize("depth", [1, 3])
+def test_portions_change_no_number(limit, depth, monkeypatch):
+    """Without a graph, experts and classes go through in portions of at most so many tokens."""
+    text, sizes = SHARED[True], []
+    context = torch.randn(5, 3, 32)
+    deep = {layer: torch.randn(experts, 2, 32) for layer, experts in zip(range(1, depth), (5, 1), strict=False)}
+    prompts = text.compose(context, TOKENIZER.class_tokens(WORDS))
+    whole = text(prompts, deep)
+    encode = text._encode_shared
+    monkeypatch.setattr("promptmix.clip.text._TOKENS_PER_THREAD", limit)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr(text, "_encode_shared", lambda some, deep: sizes.append(some.tail.shape[:2]) or encode(some, deep))
+    with torch.no_grad():
+        torch.testing.assert_close(text(prompts, deep), whole)
+    assert len(sizes) > 1 and sum(experts * tokens for experts, tokens in sizes) == 5 * prompts.tail.shape[1]
