@@ -37,7 +37,7 @@ def write(args: Namespace, rows: list[Row], path: str) -> None:
     """Write measurements with what they were made on."""
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None  # Windows has none
     record = {
-        "command": " ".join(["promptmix", *args.argv]),
+        "command": " ".join(["promptmix", *_sizes_of(args.argv)]),
         "commit": git_commit(),
         "machine": {
             "kind": platform.machine(),
@@ -50,6 +50,17 @@ def write(args: Namespace, rows: list[Row], path: str) -> None:
         "results": [asdict(row) for row in rows],
     }
     write_json(record, Path(path))
+
+
+def _sizes_of(argv: list[str]) -> list[str]:
+    """Return the arguments without those that say where the numbers go."""
+    kept, rest = [], iter(argv)
+    for word in rest:
+        if word == "--json":
+            next(rest, None)
+        elif word != "--debug" and not word.startswith("--json="):
+            kept.append(word)
+    return kept
 
 
 def read(path: str) -> list[Row]:

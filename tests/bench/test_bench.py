@@ -99,7 +99,8 @@ def test_suites(suite, sizes, ways, tmp_path, capsys):
         assert all(cost["seconds"] > 0 for cost in row["ways"].values())
         if suite in ("text", "step"):
             assert row["ways"]["ours"]["gflops"] < row["ways"]["plain"]["gflops"]
-    assert {"commit", "machine", "versions", "command"} <= record.keys()
+    assert {"commit", "machine", "versions"} <= record.keys()
+    assert record["command"] == " ".join(["promptmix", "bench", suite, *SMALL, *sizes])
     assert main(["bench", "show", file]) == 0
     assert capsys.readouterr().out.strip() == shown.strip()
     assert main(["bench", "compare", file, file]) == 0
