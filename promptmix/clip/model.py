@@ -51,6 +51,8 @@ class CLIP(nn.Module):
         self.text = TextTower(model, tokenizer)
         self.image = ImageTower(model.visual)
         self.logit_scale = model.logit_scale
+        #: Whether what no learned tensor touches is computed in inference mode; otherwise it just keeps no graph.
+        self.infers_frozen = True
         self.requires_grad_(False)
         self.eval()
 
@@ -82,7 +84,7 @@ class CLIP(nn.Module):
 
     def encode_frozen(self, encode: Callable[[], Tensor]) -> Tensor:
         """Return what ``encode`` computes from frozen weights alone: in inference mode, but as a tensor that a loss may keep."""
-        with torch.inference_mode():
+        with torch.inference_mode() if self.infers_frozen else torch.no_grad():
             features = encode()
         return features.clone()  # small; a tensor of inference mode itself may not meet one that learns
 

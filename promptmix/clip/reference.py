@@ -70,7 +70,8 @@ def make_plain(model: nn.Module) -> Callable[[], None]:
     Returns:
         A function that takes it back.
     """
-    switches = [(part, name) for part in model.modules() for name in ("shares_prefix", "skips_unread") if hasattr(part, name)]
+    names = ("shares_prefix", "skips_unread", "infers_frozen")
+    switches = [(part, name) for part in model.modules() for name in names if hasattr(part, name)]
     before = [getattr(part, name) for part, name in switches]
 
     def put(values: Sequence[bool]) -> None:

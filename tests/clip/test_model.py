@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from promptmix.clip.reference import plain
 from tests.trainers.golden import golden_clip, images
 
 NAMES = ["dog", "sea lion", "bus"]
@@ -22,6 +23,11 @@ def test_frozen_features_are_made_in_inference_mode_and_left_as_ordinary_tensors
         (features * learned).sum().backward()
         assert learned.grad.isfinite().all() and not features.is_inference()
     assert modes == [True] * 3
+    templates = ["a photo of a {}.", "a {}."]
+    ours = clip.ensemble(templates, NAMES)
+    with plain(clip):
+        torch.testing.assert_close(clip.ensemble(templates, NAMES), ours)
+    assert modes == [True] * 5 + [False] * 2
 
 
 def test_what_inference_mode_left_in_caches_serves_steps_that_learn():
