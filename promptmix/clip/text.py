@@ -86,7 +86,7 @@ class TextTower(nn.Module):
         #: Classes encoded at a time; what lies between is computed again for the backward pass. 0 = all at once.
         self.class_chunk = 0
         #: Whether prompts take the way of this module; otherwise they go at full length through open_clip's own layers.
-        self.shares_prefix = self.attn_mask is not None and all(map(is_standard, self.blocks))
+        self.shares_prefix = self.attn_mask is not None
         self._layer = _shared_block
 
     @property
@@ -171,7 +171,7 @@ class TextTower(nn.Module):
                     f"deep text prompts replace {widest} positions behind SOT, but only {prompts.prefix.shape[1] - 1} context "
                     "tokens stand before the class name; use as many context tokens in front of the class name"
                 )
-        if not self.shares_prefix:
+        if not self.shares_prefix or not all(map(is_standard, self.blocks)):  # adapters may come at any time
             from promptmix.clip.reference import encode_plain
 
             return encode_plain(self, prompts, deep)

@@ -141,3 +141,18 @@ def test_portions_change_no_number(limit, depth, monkeypatch):
     with torch.no_grad():
         torch.testing.assert_close(text(prompts, deep), whole)
     assert len(sizes) > 1 and sum(experts * tokens for experts, tokens in sizes) == 5 * prompts.tail.shape[1]
+
+
+def test_adapters_and_hooks_that_come_later_are_run():
+    text = tower()
+    prompts = text.compose(torch.randn(1, 3, 32), TOKENIZER.class_tokens(WORDS))
+    before, seen = text(prompts), []
+    handle = text.blocks[1].mlp.register_forward_hook(lambda *args: seen.append(1))
+    torch.testing.assert_close(text(prompts), before)
+    assert seen == [1]
+    handle.remove()
+    text.blocks[0].mlp.append(torch.nn.Dropout(0.0))
+    text.blocks[2].mlp.append(torch.nn.Identity())
+    torch.testing.assert_close(text(prompts), encode_plain(text, prompts))
+    text.blocks[2].mlp.append(torch.nn.Linear(32, 32))
+    assert (text(prompts) - before).abs().max() > 1e-3
