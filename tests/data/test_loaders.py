@@ -164,10 +164,10 @@ def test_what_is_set_on_the_data_set_reaches_the_workers(build, cfg):
 def test_workers_that_ended_are_started_anew(build):
     loader = build(True)
     gone = pids(loader)
-    while children := active_children():
-        for child in children:  # again, for those that were where Python passes an interrupt over
-            os.kill(child.pid, signal.SIGINT)  # as Ctrl-C does to all processes of a terminal
-        time.sleep(0.2)
+    for pid in gone:
+        os.kill(pid, signal.SIGTERM)  # not SIGINT, which jobs in the background ignore
+    while active_children():
+        time.sleep(0.01)
     assert len(pids(loader) - gone) == 2
 
 
