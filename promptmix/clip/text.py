@@ -299,17 +299,20 @@ def _shared_block(block: ResidualAttentionBlock, x: Tensor, start: int, layout: 
     """One transformer layer on packed tokens (E, P + N, W); the last layer gives EOT states (E, C, W) only."""
     heads = block.attn.num_heads
     normed = block.ln_1(x)
-    # Prefix and tail are split, not sliced: the gradient of a split is put together in one go.
+    # Prefix and tail are split, not sliced: the gradient of a split is put together in one go. The prefix is copied, since what
+    # is kept of it for the backward pass would otherwise keep the tail's memory too.
     sizes = (start, x.shape[1] - start)
     if last:
         # Only EOT asks in the last layer, and nobody reads the other tokens' outputs.
         ends = start + layout.ends
         query, *pairs = project_some(block, normed[:, ends], normed)
         (k_front, k_tail), (v_front, v_tail) = (part.split(sizes, dim=1) for part in pairs)
+        k_front, v_front = k_front.clone(), v_front.clone()
         mixed = _attend_tail(query.unsqueeze(2), (k_front, v_front), (k_tail, v_tail), layout, layout.reach, heads)
         return finish(block, x[:, ends], mixed.squeeze(2))
-    both = F.linear(normed, block.attn.in_proj_weight, block.attn.in_proj_bias).split(sizes, dim=1)
-    (q_front, k_front, v_front), (q_tail, k_tail, v_tail) = (part.chunk(3, dim=-1) for part in both)
+    front, tail = F.linear(normed, block.attn.in_proj_weight, block.attn.in_proj_bias).split(sizes, dim=1)
+    q_front, k_front, v_front = front.clone().chunk(3, dim=-1)
+    q_tail, k_tail, v_tail = tail.chunk(3, dim=-1)
     grid = q_tail[:, layout.padded]  # (E, C, T, W)
     tail = _attend_tail(grid, (k_front, v_front), (k_tail, v_tail), layout, layout.causal, heads).flatten(1, 2)
     query, key, value = (split_heads(part, heads) for part in (q_front, k_front, v_front))
@@ -339,8 +342,8 @@ def _attend_tail(
     k_own, v_own = (
         part[:, layout.padded].view(experts, classes, -1, heads, size).permute(0, 3, 1, 2, 4) for part in own
     )  # (E, H, C, T, d)
-    q = query.view(experts, classes, queries, heads, size).permute(0, 3, 1, 2, 4) * size**-0.5  # (E, H, C, Q, d)
-    flat = q.reshape(experts, heads, classes * queries, size)
+    q = query.view(experts, classes, queries, heads, size).permute(0, 3, 1, 2, 4).contiguous() * size**-0.5  # (E, H, C, Q, d)
+    flat = q.view(experts, heads, classes * queries, size)
     to_shared = (flat @ k_shared.transpose(-1, -2)).view(experts, heads, classes, queries, -1)
     to_own = (q @ k_own.transpose(-1, -2)).masked_fill(~allowed, float("-inf"))
     weights = torch.cat([to_shared, to_own], dim=-1).softmax(dim=-1).to(query.dtype)
