@@ -21,7 +21,7 @@ EXPERTS = (1, 2, 5, 10, 20)
 CONTEXTS = (4, 8, 16)
 BATCHES = (1, 4, 16, 32)
 METHODS = ("CoOp", "CoCoOp", "MoCoOp", "MaPLe")
-_CONTEXT_KEY = {"CoOp": "TRAINER.COOP.N_CTX", "CoCoOp": "TRAINER.COCOOP.N_CTX"}
+_CONTEXT_NODE = {"CoOp": "TRAINER.COOP", "CoCoOp": "TRAINER.COCOOP"}
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,9 @@ def sizes(
         yield from (Size(name, f"batch {batch}", batch, usual) for batch in batches)
     for count in experts if "MoCoOp" in methods else ():
         yield Size("MoCoOp", f"{count} experts", 4, usual, count, ("ROUTER.HARDPROMPTTOPK.K", min(2, count)))
-    for name, key in _CONTEXT_KEY.items():
-        yield from (Size(name, f"context {m}", 4, usual, opts=(key, m)) for m in contexts if name in methods)
+    for name, node in _CONTEXT_NODE.items():
+        for m in contexts if name in methods else ():
+            yield Size(name, f"context {m}", 4, usual, opts=(f"{node}.N_CTX", m, f"{node}.CTX_INIT", ""))
 
 
 def study(world: World, lines: Iterable[Size], here: World | None = None, limit: float = 0.0, repeats: int = 1) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from promptmix.bench.counted import CASES, count_cases, regressions
+from promptmix.bench.counted import CASES, count_cases, count_step, regressions
 from promptmix.bench.scaling import sizes, study
 from promptmix.bench.world import World, class_names, learn, silenced
 from promptmix.cli import main
@@ -155,10 +155,13 @@ def test_compare_wants_two_files_of_one_suite(tmp_path, capsys):
 def test_scaling_study_counts_all_and_measures_what_is_small_enough(tmp_path):
     get_plugin_manager()
     lines = list(sizes(("CoOp", "MoCoOp"), (4, 8), (1, 2), (4,), (2,)))
+    lengths = list(sizes(("CoCoOp",), (4,), contexts=(4, 16), batches=()))[1:]  # its initial words would set the length
     with silenced():
         meta = World("tiny-vit", tmp_path, "meta")
         text = study(meta, lines)
         assert "MoCoOp" in text and "2 experts" in text and "extrapolated" in text and "here" not in text
+        short, long = (count_step(meta, size.method, size.batch, size.classes, *size.opts)["gflops"] for size in lengths)
+        assert long > short
         counts = [float(line.split("|")[4]) for line in text.splitlines()[2:4]]  # of the plain way, with 4 and with 8 classes
         here = World("tiny-vit", tmp_path, "cpu")
         table = [line.split("|") for line in study(meta, lines[:2], here, sum(counts) / 2).splitlines()]
