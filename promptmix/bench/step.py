@@ -60,13 +60,8 @@ def whole(world: World, trainer: PromptTrainer, size: int, repeats: int, also: S
 
 
 def in_full(trainer: PromptTrainer, work: Callable[[], object]) -> Callable[[], None]:
-    """Return ``work`` with every prompt at full length."""
-
-    def full() -> None:
-        with plain(trainer.clip):
-            work()
-
-    return full
+    """Return ``work`` with every token in every layer."""
+    return _under(lambda trainer: plain(trainer.clip), trainer, work)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 __all__ = ["PersistentLoader"]
 
 #: Which pass a batch belongs to, the seed of its workers, and the items.
-Task = tuple[int, int, list[int]]
+TaggedBatch = tuple[int, int, list[int]]
 
 
 class PersistentLoader(DataLoader[Any]):
@@ -60,10 +60,10 @@ class PersistentLoader(DataLoader[Any]):
         self._staying = None
 
     def _start(self) -> DataLoader[Any]:
-        tasks: Any = _Tasks(self.batch_sampler, self.generator)
+        tagged: Any = _TaggedBatches(self.batch_sampler, self.generator)
         return DataLoader(
             _Reseeded(self.dataset, self.worker_init_fn),
-            batch_sampler=tasks,
+            batch_sampler=tagged,
             num_workers=self.num_workers,
             collate_fn=self.collate_fn,
             pin_memory=self.pin_memory,
@@ -123,7 +123,7 @@ class _Pass(Iterator[Any]):
         return len(self.batches)
 
 
-class _Tasks(Sampler[Task]):
+class _TaggedBatches(Sampler[TaggedBatch]):
     """The batches of a sampler with the number of the pass and the seed of its workers.
 
     The number tells passes apart whose seeds are the same, as after ``torch.manual_seed`` at the start of each.
@@ -133,7 +133,7 @@ class _Tasks(Sampler[Task]):
         self.batches, self.generator = batches, generator
         self.number = 0
 
-    def __iter__(self) -> Iterator[Task]:
+    def __iter__(self) -> Iterator[TaggedBatch]:
         # torch takes the first batches while it makes or resets an iterator, so this is drawn when a new one would draw its own:
         # before the sampler draws anything.
         seed = int(torch.empty((), dtype=torch.int64).random_(generator=self.generator))
@@ -158,8 +158,8 @@ class _Reseeded(Dataset[Any]):
         self.dataset, self.seed_more = dataset, seed_more
         self.number = 0
 
-    def __getitems__(self, task: Task) -> Sequence[Any]:
-        number, seed, indices = task
+    def __getitems__(self, batch: TaggedBatch) -> Sequence[Any]:
+        number, seed, indices = batch
         if number != self.number:
             self.number = number
             self._reseed(seed)
