@@ -186,7 +186,10 @@ class PromptLearner(nn.Module, ABC):
         return self.task.clip
 
     def encode_images(self, images: Tensor) -> Tensor:
-        """Return normalised image features (B, D); methods with visual prompts override this."""
+        """Return normalised image features (B, D); methods with visual prompts override this.
+
+        With ``image_is_frozen`` it runs in inference mode, so what it makes on the way must not be kept for steps that learn.
+        """
         return self.clip.encode_image(images)
 
     @abstractmethod
