@@ -37,22 +37,22 @@ def register_backbones(registry: Registry) -> None:
 
 @hookspec
 def register_prompt_banks(registry: Registry) -> None:
-    """Fires once per plugin at loading: add ``promptmix.components.PromptBank`` classes."""
+    """Fires once per plugin at loading: add ``promptmix.prompts.roles.PromptBank`` classes."""
 
 
 @hookspec
 def register_routers(registry: Registry) -> None:
-    """Fires once per plugin at loading: add ``promptmix.components.Router`` classes."""
+    """Fires once per plugin at loading: add ``promptmix.prompts.roles.Router`` classes."""
 
 
 @hookspec
 def register_text_supervisions(registry: Registry) -> None:
-    """Fires once per plugin at loading: add ``promptmix.components.TextSupervision`` classes."""
+    """Fires once per plugin at loading: add ``promptmix.prompts.roles.TextSupervision`` classes."""
 
 
 @hookspec
 def register_distillers(registry: Registry) -> None:
-    """Fires once per plugin at loading: add ``promptmix.components.Distiller`` classes."""
+    """Fires once per plugin at loading: add ``promptmix.prompts.roles.Distiller`` classes."""
 
 
 @hookspec

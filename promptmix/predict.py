@@ -18,17 +18,19 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
+from yacs.config import CfgNode
 
-from promptmix import config, results
-from promptmix.components import PromptLearner
-from promptmix.data.images import read_image
-from promptmix.data.transforms import build_transform
+from promptmix import config
+from promptmix.data.reading.images import read_image
+from promptmix.data.reading.transforms import build_transform
 from promptmix.engine.checkpoint import BEST_FILE, LAST_FILE, load_state_dict_strict
 from promptmix.errors import CheckpointError, ConfigError, DataError
 from promptmix.plugin_manager import get_plugin_manager, load_plugin
-from promptmix.prompting import PromptTrainer
+from promptmix.prompts.roles import PromptLearner
+from promptmix.prompts.trainer import PromptTrainer
 from promptmix.registry import TRAINER_REGISTRY
-from promptmix.results import FILE_NAME, RunResult
+from promptmix.runs import results
+from promptmix.runs.results import FILE_NAME, RunResult
 from promptmix.utils import get_logger
 
 __all__ = ["Prediction", "Predictor", "load"]
@@ -198,7 +200,7 @@ def _last_epoch(place: Path) -> int:
     return int(number)
 
 
-def _without_data(cfg: config.CN, vocabulary: dict[str, Any]) -> Any:  # noqa: ANN401
+def _without_data(cfg: CfgNode, vocabulary: dict[str, Any]) -> Any:  # noqa: ANN401
     """Build the run's trainer around its words instead of its data set."""
     trainer_class = TRAINER_REGISTRY.get(cfg.TRAINER.NAME)
     if not issubclass(trainer_class, PromptTrainer):

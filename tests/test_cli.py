@@ -10,11 +10,11 @@ import torch
 import yaml
 from PIL import Image
 
-from promptmix import results
 from promptmix.cli import Parser, main
 from promptmix.commands import COMMANDS, train
-from promptmix.commands.configure import resolve_config
+from promptmix.config.flags import resolve_config
 from promptmix.errors import ConfigError, UserError
+from promptmix.runs import results
 
 HERE = Path(__file__).resolve().parent
 PLUGIN = str(HERE / "dots_plugin.py")
@@ -211,7 +211,7 @@ def test_interrupt_is_one_line_and_says_how_to_go_on(dots, capsys, monkeypatch):
     def interrupt(*args, **keys):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("promptmix.run.build_trainer", interrupt)
+    monkeypatch.setattr("promptmix.runs.run.build_trainer", interrupt)
     assert main(dots) == 130
     error = capsys.readouterr().err
     assert "interrupted" in error and "goes on from the last checkpoint" in error

@@ -104,7 +104,7 @@ def test_the_wheel_works_from_another_folder(wheel, tmp_path):
     site = tmp_path / "site"
     wheel.extractall(site)
     code = (
-        "import promptmix, pathlib; from promptmix.cli import main; from promptmix.commands.configure import resolve_config;"
+        "import promptmix, pathlib; from promptmix.cli import main; from promptmix.config.flags import resolve_config;"
         f"assert pathlib.Path(promptmix.__file__).is_relative_to({str(site)!r});"
         "assert resolve_config('configs/quickstart.yaml').is_file();"
         "raise SystemExit(main(['list']))"

@@ -14,7 +14,7 @@ from promptmix.assets import asset_path
 from promptmix.cli import main
 from promptmix.config import get_cfg, merge_opts
 from promptmix.errors import CheckpointError, ConfigError, DataError
-from promptmix.run import run
+from promptmix.runs.run import run
 
 PICTURES = {"cat": "1f408", "dog": "1f415", "bus": "1f68c", "violin": "1f3bb"}
 OPTS = {

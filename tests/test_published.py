@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from promptmix import plots, published, tables
 from promptmix.cli import main
 from promptmix.errors import UserError
-from promptmix.results import RunResult
+from promptmix.runs.results import RunResult
+from promptmix.tables import plots, published, tables
 
 ELEVEN = published._ELEVEN
 

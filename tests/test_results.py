@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from promptmix import results, tables
 from promptmix.config import get_cfg_default
 from promptmix.errors import DataError, UserError
-from promptmix.results import RunResult
+from promptmix.runs import results
+from promptmix.runs.results import RunResult
+from promptmix.tables import tables
 
 
 def make(trainer="CoOp", part="base", seed=1, accuracy=50.0, macro=None, dataset="Pets", finished="2026-01-01", **keys):

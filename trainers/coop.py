@@ -17,10 +17,10 @@ from __future__ import annotations
 from yacs.config import CfgNode
 
 from promptmix import hookimpl
-from promptmix.components import PromptLearner, Task
-from promptmix.context import add_context_keys, build_soft_prompt, validate_context
-from promptmix.mixture import Mixture
-from promptmix.prompting import PromptTrainer
+from promptmix.prompts.context import add_context_keys, build_soft_prompt, validate_context
+from promptmix.prompts.learner import Mixture
+from promptmix.prompts.roles import PromptLearner, Task
+from promptmix.prompts.trainer import PromptTrainer
 from promptmix.registry import Registry
 
 

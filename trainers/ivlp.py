@@ -22,8 +22,8 @@ from __future__ import annotations
 from yacs.config import CfgNode
 
 from promptmix import hookimpl
-from promptmix.components import PromptLearner, Task
-from promptmix.deep import DeepPromptTrainer, IndependentPrompts, add_independent_config, validate_independent
+from promptmix.prompts.deep import DeepPromptTrainer, IndependentPrompts, add_independent_config, validate_independent
+from promptmix.prompts.roles import PromptLearner, Task
 from promptmix.registry import Registry
 
 

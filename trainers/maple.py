@@ -26,8 +26,8 @@ from yacs.config import CfgNode
 
 from promptmix import hookimpl
 from promptmix.clip.vision import VisualPrompts
-from promptmix.components import PromptLearner, Task
-from promptmix.deep import DeepLearner, DeepPromptTrainer, TextPrompts, replace_each_layer, require_at_least, start_words
+from promptmix.prompts.deep import DeepLearner, DeepPromptTrainer, TextPrompts, replace_each_layer, require_at_least, start_words
+from promptmix.prompts.roles import PromptLearner, Task
 from promptmix.registry import Registry
 
 

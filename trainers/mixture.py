@@ -21,11 +21,12 @@ from __future__ import annotations
 
 from yacs.config import CfgNode
 
-from promptmix import hookimpl, mixture
-from promptmix.components import PromptLearner, Task, build_component
+from promptmix import hookimpl
 from promptmix.config import source_of
 from promptmix.errors import ConfigError
-from promptmix.prompting import PromptTrainer
+from promptmix.prompts import learner as mixture
+from promptmix.prompts.roles import PromptLearner, Task, build_component
+from promptmix.prompts.trainer import PromptTrainer
 from promptmix.registry import Registry
 
 #: The weight that belongs to each role a mixture may do without.

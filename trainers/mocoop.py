@@ -24,11 +24,11 @@ from torch import nn
 from yacs.config import CfgNode
 
 from promptmix import hookimpl
-from promptmix.components import PromptLearner, Task, build_component
 from promptmix.engine import build_lr_scheduler, build_optimizer
 from promptmix.errors import ConfigError
-from promptmix.mixture import Mixture
-from promptmix.prompting import PromptTrainer
+from promptmix.prompts.learner import Mixture
+from promptmix.prompts.roles import PromptLearner, Task, build_component
+from promptmix.prompts.trainer import PromptTrainer
 from promptmix.registry import Registry
 
 

@@ -27,9 +27,9 @@ from yacs.config import CfgNode
 
 from promptmix import hookimpl
 from promptmix.clip.vision import PromptStep, VisualPrompts
-from promptmix.components import PromptLearner, Task
-from promptmix.deep import DeepLearner, DeepPromptTrainer, TextPrompts, require_at_least
 from promptmix.errors import ConfigError
+from promptmix.prompts.deep import DeepLearner, DeepPromptTrainer, TextPrompts, require_at_least
+from promptmix.prompts.roles import PromptLearner, Task
 from promptmix.registry import Registry
 
 

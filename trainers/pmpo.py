@@ -33,8 +33,8 @@ from yacs.config import CfgNode
 from promptmix import hookimpl
 from promptmix.clip.tokens import split_template
 from promptmix.clip.vision import VisualPrompts
-from promptmix.components import PromptLearner, Task
-from promptmix.deep import (
+from promptmix.errors import ConfigError
+from promptmix.prompts.deep import (
     STD,
     DeepLearner,
     DeepPromptTrainer,
@@ -43,7 +43,7 @@ from promptmix.deep import (
     require_at_least,
     start_words,
 )
-from promptmix.errors import ConfigError
+from promptmix.prompts.roles import PromptLearner, Task
 from promptmix.registry import Registry
 
 

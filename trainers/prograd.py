@@ -29,12 +29,12 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from promptmix import hookimpl
-from promptmix.components import LossTerms, PromptLearner, Task
-from promptmix.context import add_context_keys, build_soft_prompt
 from promptmix.engine.evaluator import compute_accuracy
 from promptmix.errors import ConfigError
-from promptmix.mixture import Mixture
-from promptmix.prompting import PromptTrainer
+from promptmix.prompts.context import add_context_keys, build_soft_prompt
+from promptmix.prompts.learner import Mixture
+from promptmix.prompts.roles import LossTerms, PromptLearner, Task
+from promptmix.prompts.trainer import PromptTrainer
 from promptmix.registry import DISTILLER_REGISTRY, Registry
 
 

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from promptmix import hookimpl
-from promptmix.components import LossTerms, PromptLearner, Task
-from promptmix.deep import (
+from promptmix.errors import ConfigError
+from promptmix.prompts.deep import (
     DeepPromptTrainer,
     IndependentPrompts,
     TextPrompts,
@@ -38,9 +38,9 @@ from promptmix.deep import (
     require_at_least,
     validate_independent,
 )
-from promptmix.errors import ConfigError
+from promptmix.prompts.roles import LossTerms, PromptLearner, Task
+from promptmix.prompts.templates import IMAGENET_60
 from promptmix.registry import Registry
-from promptmix.templates import IMAGENET_60
 from promptmix.utils import get_logger
 
 

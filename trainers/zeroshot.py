@@ -12,11 +12,11 @@ from torch import Tensor
 from yacs.config import CfgNode
 
 from promptmix import hookimpl
-from promptmix.components import PromptLearner, Task
 from promptmix.errors import ConfigError
-from promptmix.prompting import PromptTrainer
+from promptmix.prompts.roles import PromptLearner, Task
+from promptmix.prompts.templates import IMAGENET_7, IMAGENET_80
+from promptmix.prompts.trainer import PromptTrainer
 from promptmix.registry import Registry
-from promptmix.templates import IMAGENET_7, IMAGENET_80
 
 CHOICES = ("first", "dataset", "imagenet80", "imagenet7")
 

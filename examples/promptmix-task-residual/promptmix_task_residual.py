@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from promptmix import hookimpl
-from promptmix.components import PromptLearner, Task
 from promptmix.data import DatasetBase, Datum
 from promptmix.data.fewshot import subsample_classes
-from promptmix.prompting import PromptTrainer
+from promptmix.prompts.roles import PromptLearner, Task
+from promptmix.prompts.trainer import PromptTrainer
 from promptmix.registry import Registry
 
 __version__ = "0.1.0"

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from promptmix import hookimpl
-from promptmix.components import Distiller, PromptBank, Routing, Task
 from promptmix.errors import ConfigError
+from promptmix.prompts.roles import Distiller, PromptBank, Routing, Task
 from promptmix.registry import Registry
 
 

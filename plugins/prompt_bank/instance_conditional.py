@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from promptmix import hookimpl
-from promptmix.components import PromptBank, Task
-from promptmix.context import initial_context
 from promptmix.errors import ConfigError
+from promptmix.prompts.context import initial_context
+from promptmix.prompts.roles import PromptBank, Task
 from promptmix.registry import Registry
 
 

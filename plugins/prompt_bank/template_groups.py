@@ -12,8 +12,8 @@ from yacs.config import CfgNode
 
 from promptmix import hookimpl
 from promptmix.clip import split_template
-from promptmix.components import PromptBank, Task
 from promptmix.errors import ConfigError
+from promptmix.prompts.roles import PromptBank, Task
 from promptmix.registry import Registry
 
 

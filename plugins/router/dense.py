@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from promptmix import hookimpl
-from promptmix.components import PromptBank, Router, Routing, Task
+from promptmix.prompts.roles import PromptBank, Router, Routing, Task
 from promptmix.registry import Registry
 
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from promptmix import hookimpl
-from promptmix.components import PromptBank, Router, Routing, Task
 from promptmix.errors import ConfigError
+from promptmix.prompts.roles import PromptBank, Router, Routing, Task
 from promptmix.registry import Registry
 
 

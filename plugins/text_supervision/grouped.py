@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from promptmix import hookimpl
-from promptmix.components import PromptBank, Task, TextSupervision
+from promptmix.prompts.roles import PromptBank, Task, TextSupervision
 from promptmix.registry import Registry
 
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from yacs.config import CfgNode
 
 from promptmix import hookimpl
-from promptmix.components import PromptBank, Task, TextSupervision
+from promptmix.prompts.roles import PromptBank, Task, TextSupervision
+from promptmix.prompts.templates import IMAGENET_80
 from promptmix.registry import Registry
-from promptmix.templates import IMAGENET_80
 
 
 class CosineToHard(TextSupervision):

@@ -8,7 +8,7 @@ from typing import Any
 
 from promptmix.bench.world import World, learn, minimum
 from promptmix.clip.reference import plain
-from promptmix.cost import Count, count
+from promptmix.cost.count import Count, count
 from promptmix.errors import UserError
 from promptmix.utils import read_json
 

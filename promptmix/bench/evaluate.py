@@ -12,7 +12,7 @@ from torch import Tensor
 from promptmix.bench.measure import Row, measure
 from promptmix.bench.world import World, minimum
 from promptmix.clip.reference import plain
-from promptmix.prompting import PromptTrainer
+from promptmix.prompts.trainer import PromptTrainer
 
 
 def run(world: World, args: Namespace) -> list[Row]:

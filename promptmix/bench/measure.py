@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from promptmix.cost import Count, count
-from promptmix.memory import peak_mb, reset_peak, resident_mb
+from promptmix.cost.count import Count, count
+from promptmix.cost.memory import peak_mb, reset_peak, resident_mb
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Cost:
         seconds: the fastest of the timed rounds; None where only operations were counted.
         memory_mb: peak resident memory above what was there before, in MiB; on a GPU, peak of allocations. None as above.
         gflops: counted floating-point operations in 10^9.
-        live_mb: peak of live tensors in MiB, counted (see ``promptmix.cost``).
+        live_mb: peak of live tensors in MiB, counted (see ``promptmix.cost.count``).
     """
 
     seconds: float | None

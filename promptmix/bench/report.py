@@ -14,7 +14,7 @@ from tabulate import tabulate
 
 from promptmix.bench.measure import Cost, Row
 from promptmix.errors import UserError
-from promptmix.results import git_commit
+from promptmix.runs.results import git_commit
 from promptmix.utils import collect_env_info, read_json, write_json
 
 _HEADERS = ("work", "way", "seconds", "times faster", "peak MiB", "live MiB", "GFLOP", "GFLOP / minimum")

@@ -13,7 +13,7 @@ from promptmix.bench.world import World
 _FIRST_STEP = """
 import sys, torch
 torch.set_num_threads(int(sys.argv[1]))
-from promptmix.commands.configure import make_config
+from promptmix.config.flags import make_config
 from promptmix.config import validate
 from promptmix.engine import build_trainer
 opts = ["TRAINER.NAME", "CoOp", "INPUT.CACHED_VIEWS", "0", "DEVICE", "cpu", "SEED", "1", "VERBOSE", "False",

@@ -11,7 +11,7 @@ from promptmix.bench.measure import Row, measure
 from promptmix.bench.world import World, minimum
 from promptmix.clip.reference import plain
 from promptmix.engine.precision import Precision
-from promptmix.prompting import PromptTrainer
+from promptmix.prompts.trainer import PromptTrainer
 
 #: Context vectors of a template such as "a photo of a".
 _TEMPLATE_CONTEXT = 4

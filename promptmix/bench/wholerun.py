@@ -11,8 +11,8 @@ from promptmix.bench.evaluate import infer_plainly
 from promptmix.bench.measure import Row, measure
 from promptmix.bench.world import World
 from promptmix.clip.reference import plain
-from promptmix.commands.configure import make_config
 from promptmix.config import validate
+from promptmix.config.flags import make_config
 from promptmix.engine import build_trainer, set_random_seed
 
 

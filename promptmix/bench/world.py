@@ -17,13 +17,13 @@ from yacs.config import CfgNode
 
 from promptmix.clip import CLIP, load_clip
 from promptmix.config import get_cfg, merge_opts, validate
-from promptmix.cost import count
+from promptmix.cost.count import count
 from promptmix.data import DatasetBase, Datum
 from promptmix.engine import build_trainer
 from promptmix.engine.precision import choose_device
-from promptmix.prompting import PromptTrainer
+from promptmix.prompts.templates import IMAGENET_80
+from promptmix.prompts.trainer import PromptTrainer
 from promptmix.registry import BACKBONE_REGISTRY, DATASET_REGISTRY
-from promptmix.templates import IMAGENET_80
 from promptmix.utils import get_logger
 
 _WORDS = ("dog", "lion", "bus", "tree", "cup", "road", "bird", "ship")

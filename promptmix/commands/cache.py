@@ -18,7 +18,7 @@ def run(args: argparse.Namespace) -> int:
     """List or clear the cache."""
     from tabulate import tabulate
 
-    from promptmix.data.features import FeatureCache, cache_folder
+    from promptmix.data.features.cache import FeatureCache, cache_folder
 
     cache = FeatureCache(cache_folder(args.dir))
     entries = cache.entries()

@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: OUT holds something already, or IN no checkpoint of a known method.
     """
-    from promptmix import convert
+    from promptmix.engine import convert
 
     target = Path(args.target)
     if target.is_dir() and any(target.iterdir()):

@@ -14,7 +14,7 @@ from promptmix.registry import closest
 
 if TYPE_CHECKING:
     from promptmix.data.check import Report
-    from promptmix.data.descriptions import Description
+    from promptmix.data.datasets.descriptions import Description
 
 __all__ = ["add_arguments", "run", "split_arguments"]
 
@@ -36,8 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Do what was asked; a check that finds something returns 1."""
-    from promptmix.commands.configure import load_plugins
-    from promptmix.data.descriptions import DESCRIPTIONS
+    from promptmix.config.flags import load_plugins
+    from promptmix.data.datasets.descriptions import DESCRIPTIONS
     from promptmix.registry import DATASET_REGISTRY
 
     load_plugins(args.plugin)
@@ -64,8 +64,8 @@ def _list(root: str) -> int:
     """Print every registered data set; with a root, whether its folder is there."""
     from tabulate import tabulate
 
-    from promptmix.data.descriptions import DESCRIPTIONS
-    from promptmix.data.sources import ARCHIVES
+    from promptmix.data.datasets.descriptions import DESCRIPTIONS
+    from promptmix.data.datasets.sources import ARCHIVES
     from promptmix.registry import DATASET_REGISTRY
 
     rows: list[list[str]] = []
@@ -131,9 +131,9 @@ def _show(about: Description, report: Report, everything: bool) -> int:
 
 def _check_other(args: argparse.Namespace) -> int:
     """Build any other data set, which refuses what it can't read, then decode its pictures."""
-    from promptmix.commands.configure import make_config
+    from promptmix.config.flags import make_config
     from promptmix.data import build_dataset
-    from promptmix.data.pictures import decode_problem, find_bad, quick_problem
+    from promptmix.data.reading.pictures import decode_problem, find_bad, quick_problem
 
     cfg = make_config([], {"NAME": ("DATASET.NAME", args.name), "--root": ("DATASET.ROOT", args.root)}, args.opts)
     dataset = build_dataset(cfg)

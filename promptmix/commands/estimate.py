@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from promptmix.commands import train
-from promptmix.commands.configure import make_config
+from promptmix.config.flags import make_config
 from promptmix.errors import ConfigError
 
 split_arguments = train.split_arguments
@@ -25,9 +25,9 @@ def run(args: argparse.Namespace) -> int:
         UserError: the run could not be built, or its trainer is no prompt trainer.
     """
     from promptmix import config
+    from promptmix.cost.estimate import estimate
     from promptmix.engine import build_trainer
-    from promptmix.estimate import estimate
-    from promptmix.prompting import PromptTrainer
+    from promptmix.prompts.trainer import PromptTrainer
 
     values: dict[str, Any] = vars(args)
     flags = {flag: (key, values[flag[2:].replace("-", "_")]) for flag, key in train.FLAGS.items()}

@@ -34,7 +34,7 @@ def show(kind: str, plugins: list[str]) -> int:
     """
     from tabulate import tabulate
 
-    from promptmix.commands.configure import load_plugins
+    from promptmix.config.flags import load_plugins
 
     kind = kind.replace("-", "_")
     if kind and kind not in KINDS:

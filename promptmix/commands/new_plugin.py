@@ -35,7 +35,7 @@ class Kind:
 
 
 def _components(names: str) -> str:
-    return f"from promptmix.components import {names}"
+    return f"from promptmix.prompts.roles import {names}"
 
 
 SETUP = '''\
@@ -285,8 +285,8 @@ KINDS = {
             "",
             _HOOK,
             _components("PromptLearner, Task"),
-            "from promptmix.mixture import Mixture",
-            "from promptmix.prompting import PromptTrainer",
+            "from promptmix.prompts.learner import Mixture",
+            "from promptmix.prompts.trainer import PromptTrainer",
             "from promptmix.registry import PROMPT_BANK_REGISTRY, Registry",
         ),
         _TRAINER,

@@ -28,7 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Read, aggregate, print; notes on what was left out go to standard error."""
-    from promptmix import results, tables
+    from promptmix.runs import results
+    from promptmix.tables import tables
 
     runs, unread = results.find(args.directory, args.test_log)
     rows, metrics, notes = tables.aggregate(runs, args.metric, args.split, args.ci95)
@@ -36,11 +37,11 @@ def run(args: argparse.Namespace) -> int:
     if args.published:
         if args.split != "test":
             raise UserError(f"--published: papers report the test split, not {args.split}; leave one of the two out")
-        from promptmix import published
+        from promptmix.tables import published
 
         notes += published.add(rows)
     if args.plot:
-        from promptmix import plots
+        from promptmix.tables import plots
 
         notes += [f"plot: {path}" for path in plots.write(rows, metrics[0], Path(args.plot))]
     sys.stdout.write(tables.render(rows, metrics, args.format, args.sort, args.cost) + "\n")

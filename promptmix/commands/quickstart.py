@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from promptmix.commands.run import run_all
-    from promptmix.protocols import Job
+    from promptmix.runs.protocols import Job
 
     torch.set_num_threads(args.threads)
     jobs = [

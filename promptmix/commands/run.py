@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 from promptmix.commands.train import split_arguments
 from promptmix.errors import ConfigError
-from promptmix.protocols import PROTOCOLS, Job
+from promptmix.runs.protocols import PROTOCOLS, Job
 
 if TYPE_CHECKING:
-    from promptmix.results import RunResult
+    from promptmix.runs.results import RunResult
 
 __all__ = ["add_arguments", "run", "run_all", "split_arguments"]
 
@@ -47,8 +47,8 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: something that can't be done; nothing has run then, unless a data set or checkpoint turned out bad.
     """
-    from promptmix.commands.configure import load_plugins
-    from promptmix.protocols import default_config, folder_of
+    from promptmix.config.flags import load_plugins
+    from promptmix.runs.protocols import default_config, folder_of
 
     if len(args.opts) % 2:
         raise ConfigError(f"command line: overrides come as KEY VALUE pairs, but {args.opts[-1]!r} has no value")
@@ -88,9 +88,10 @@ def run_all(jobs: list[Job], args: argparse.Namespace, sort: str) -> list[RunRes
     Raises:
         UserError: a job that can't be done.
     """
-    from promptmix import results, tables
-    from promptmix.progress import Lines
-    from promptmix.protocols import check, execute, parts
+    from promptmix.runs import results
+    from promptmix.runs.progress import Lines
+    from promptmix.runs.protocols import check, execute, parts
+    from promptmix.tables import tables
 
     started = time.monotonic()
     tables.check_choice("--format", args.format, tables.FORMATS)

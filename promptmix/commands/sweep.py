@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 from promptmix.errors import UserError
 
 if TYPE_CHECKING:
-    from promptmix.backends import Backend, Options
-    from promptmix.protocols import Job
-    from promptmix.sweep import Sweep
+    from promptmix.runs.backends import Backend, Options
+    from promptmix.runs.protocols import Job
+    from promptmix.runs.sweep import Sweep
 
 LOG = "sweep.log"
 
@@ -44,9 +44,10 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: a sweep that can't be run as written; nothing has run then.
     """
-    from promptmix import results, sweep, tables
-    from promptmix.backends import BACKENDS
-    from promptmix.protocols import check, is_done
+    from promptmix.runs import results, sweep
+    from promptmix.runs.backends import BACKENDS
+    from promptmix.runs.protocols import check, is_done
+    from promptmix.tables import tables
 
     tables.check_choice("--format", args.format, tables.FORMATS)
     if args.address and args.backend != "ray":
@@ -75,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _options(args: argparse.Namespace, plan: Sweep) -> Options:
     """Return how many jobs run at a time, with how many threads."""
-    from promptmix.backends import Options, cpus
+    from promptmix.runs.backends import Options, cpus
 
     for flag, number in (("--jobs", args.jobs), ("--threads", args.threads)):
         if number is not None and number < 1:
@@ -91,9 +92,9 @@ def _options(args: argparse.Namespace, plan: Sweep) -> Options:
 
 def _run_all(jobs: list[Job], options: Options, backend: Backend, output: Path) -> list[tuple[Job, str]]:
     """Run the jobs that have not finished before; return those that failed, with the reason."""
-    from promptmix.backends import Outcome
-    from promptmix.progress import Grid
-    from promptmix.protocols import is_done
+    from promptmix.runs.backends import Outcome
+    from promptmix.runs.progress import Grid
+    from promptmix.runs.protocols import is_done
 
     try:
         output.mkdir(parents=True, exist_ok=True)

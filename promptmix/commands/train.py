@@ -6,7 +6,7 @@ import argparse
 import re
 from typing import Any
 
-from promptmix.commands.configure import make_config
+from promptmix.config.flags import make_config
 from promptmix.errors import ConfigError
 
 #: Flag to config key, as in CoOp.
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
         "command": ["promptmix", *args.argv],
     }
     if args.coop_repo:
-        from promptmix.commands.configure import load_plugins
+        from promptmix.config.flags import load_plugins
         from promptmix.dassl.checkout import run_checkout
 
         load_plugins(args.plugin)
@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
             raise ConfigError(
                 f"{key} is not set: give {flag}, or a --config-file that sets it (`promptmix list` shows the names)"
             )
-    from promptmix.run import run as run_one
+    from promptmix.runs.run import run as run_one
 
     run_one(cfg, **options)
     return 0

@@ -28,7 +28,7 @@ from promptmix.engine import SimpleTrainer, TrainerBase, choose_device
 from promptmix.errors import ConfigError, PluginError, UserError
 from promptmix.plugin_manager import get_plugin_manager
 from promptmix.registry import DATASET_REGISTRY, EVALUATOR_REGISTRY, TRAINER_REGISTRY
-from promptmix.results import RunResult
+from promptmix.runs.results import RunResult
 from promptmix.utils import get_logger
 
 __all__ = ["run_checkout"]
@@ -40,12 +40,12 @@ def run_checkout(path: str, args: argparse.Namespace, **options: Any) -> RunResu
     Args:
         path: folder of the checkout.
         args: CoOp's flags, with ``device`` (may be None).
-        options: passed to ``promptmix.run.run``.
+        options: passed to ``promptmix.runs.run.run``.
 
     Raises:
         UserError: the folder is no such checkout, a package that it needs is missing, or it calls CUDA where there is none.
     """
-    from promptmix.run import run
+    from promptmix.runs.run import run
 
     root = _root(path)
     get_plugin_manager()  # before the layers, so that what promptmix brings lies below them

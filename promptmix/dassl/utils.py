@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 from promptmix.dassl.importing import lacking
-from promptmix.data.images import read_image
+from promptmix.data.reading.images import read_image
 from promptmix.engine.checkpoint import load_checkpoint, load_pretrained_weights, resume_from_checkpoint, save_checkpoint
 from promptmix.engine.log import Logger, setup_logger
 from promptmix.engine.meters import AverageMeter, MetricMeter

@@ -3,10 +3,10 @@
 from promptmix.data.base import DATASET_REGISTRY, DatasetBase, build_dataset, require_folder
 from promptmix.data.datum import Datum
 from promptmix.data.fewshot import generate_fewshot, load_split, save_split, split_by, subsample_classes
-from promptmix.data.images import read_image
-from promptmix.data.manager import DataManager, DatasetWrapper, build_data_loader
-from promptmix.data.samplers import build_sampler
-from promptmix.data.transforms import INTERPOLATION_MODES, build_transform
+from promptmix.data.reading.images import read_image
+from promptmix.data.reading.manager import DataManager, DatasetWrapper, build_data_loader
+from promptmix.data.reading.samplers import build_sampler
+from promptmix.data.reading.transforms import INTERPOLATION_MODES, build_transform
 
 __all__ = [
     "DATASET_REGISTRY",

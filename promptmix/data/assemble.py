@@ -10,7 +10,7 @@ from yacs.config import CfgNode
 from promptmix.data.base import DatasetBase
 from promptmix.data.datum import Datum
 from promptmix.data.fewshot import generate_fewshot, subsample_classes
-from promptmix.data.pictures import without_bad
+from promptmix.data.reading.pictures import without_bad
 from promptmix.data.records import kept_fewshot
 from promptmix.utils import get_logger
 

@@ -7,11 +7,11 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from promptmix.data.datasets.descriptions import Description
+from promptmix.data.datasets.readers import Splits, dataset_folder, packaged_rows, read_splits
 from promptmix.data.datum import Datum
-from promptmix.data.descriptions import Description
 from promptmix.data.fewshot import load_split
-from promptmix.data.pictures import decode_problem, find_bad, quick_problem
-from promptmix.data.readers import Splits, dataset_folder, packaged_rows, read_splits
+from promptmix.data.reading.pictures import decode_problem, find_bad, quick_problem
 from promptmix.data.records import FOLDER, read_records
 from promptmix.errors import DataError
 

@@ -7,10 +7,10 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from promptmix.data.descriptions import Description
+from promptmix.data.datasets.descriptions import Description
+from promptmix.data.datasets.readers import packaged_text
+from promptmix.data.datasets.sources import ARCHIVES, BY_HAND, IMAGENET_FILES, Archive
 from promptmix.data.download import download, unpack
-from promptmix.data.readers import packaged_text
-from promptmix.data.sources import ARCHIVES, BY_HAND, IMAGENET_FILES, Archive
 from promptmix.errors import DataError
 from promptmix.utils import atomic_write, get_logger
 

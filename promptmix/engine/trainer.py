@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
 from promptmix.data import DataManager
-from promptmix.data.loaders import PersistentLoader
+from promptmix.data.reading.loaders import PersistentLoader
 from promptmix.engine.base import Names, TrainerBase
 from promptmix.engine.checkpoint import BEST_FILE, load_checkpoint
 from promptmix.engine.evaluator import build_evaluator

@@ -12,7 +12,7 @@ from promptmix.bench.counted import CASES, count_cases, count_step, regressions
 from promptmix.bench.scaling import sizes, study
 from promptmix.bench.world import World, class_names, learn, silenced
 from promptmix.cli import main
-from promptmix.cost import count
+from promptmix.cost.count import count
 from promptmix.errors import UserError
 from promptmix.plugin_manager import get_plugin_manager
 from promptmix.registry import DATASET_REGISTRY

@@ -10,9 +10,8 @@ from functools import lru_cache
 import pytest
 import torch
 
-from promptmix import convert
 from promptmix.cli import main
-from promptmix.engine import EpochSchedule, load_checkpoint, load_state_dict_strict, resume_from_checkpoint
+from promptmix.engine import EpochSchedule, convert, load_checkpoint, load_state_dict_strict, resume_from_checkpoint
 from promptmix.engine.unpickle import Placeholder
 from promptmix.errors import CheckpointError
 from tests.trainers import test_coop_family_golden, test_coop_mocoop_golden, test_deep_golden

@@ -8,7 +8,7 @@ import pytest
 
 from promptmix.cli import main
 from promptmix.dassl.config import get_cfg_default
-from promptmix.results import RunResult, find, read_run
+from promptmix.runs.results import RunResult, find, read_run
 
 
 def config(trainer, seed, classes="all", dataset="EuroSAT", **node):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from promptmix import convert
+from promptmix.engine import convert
 from promptmix.errors import CheckpointError
 from promptmix.plugin_manager import get_plugin_manager
 from promptmix.registry import DATASET_REGISTRY

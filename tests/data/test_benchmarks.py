@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from promptmix.data.datasets.benchmarks import Benchmark
+from promptmix.data.datasets.descriptions import DESCRIPTIONS
+from promptmix.data.datasets.readers import PACKAGED, packaged_text, read_classnames, read_splits
 from promptmix.data.datum import Datum
-from promptmix.data.descriptions import DESCRIPTIONS
 from promptmix.data.fewshot import generate_fewshot, subsample_classes
-from promptmix.data.readers import PACKAGED, packaged_text, read_classnames, read_splits
 from promptmix.errors import DataError
 from promptmix.registry import DATASET_REGISTRY
 from promptmix.utils import set_random_seed

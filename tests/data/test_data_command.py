@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 
 from promptmix.cli import main
-from promptmix.data import sources
 from promptmix.data.check import check
-from promptmix.data.descriptions import DESCRIPTIONS
+from promptmix.data.datasets import sources
+from promptmix.data.datasets.descriptions import DESCRIPTIONS
+from promptmix.data.datasets.readers import packaged_text, read_classnames
+from promptmix.data.datasets.sources import ARCHIVES, BY_HAND, Archive
 from promptmix.data.download import download, unpack
-from promptmix.data.pictures import quick_problem
 from promptmix.data.prepare import prepare
-from promptmix.data.readers import packaged_text, read_classnames
-from promptmix.data.sources import ARCHIVES, BY_HAND, Archive
+from promptmix.data.reading.pictures import quick_problem
 from promptmix.errors import DataError
 from tests.data.trees import link_all, rows, tiny_jpeg
 

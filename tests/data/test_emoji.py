@@ -9,7 +9,7 @@ import pytest
 from promptmix.config import get_cfg
 from promptmix.data.base import build_dataset
 from promptmix.data.datasets.emoji import STYLES
-from promptmix.data.images import read_image
+from promptmix.data.reading.images import read_image
 from promptmix.errors import ConfigError, UserError
 
 

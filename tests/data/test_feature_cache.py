@@ -12,14 +12,14 @@ import time
 import pytest
 import torch
 
-from promptmix.data.features import FeatureCache
+from promptmix.data.features.cache import FeatureCache
 
 #: What the processes run: content follows from the key, so that a reader knows what it must find.
 COMMON = """
 import json, multiprocessing, random, sys
 from pathlib import Path
 import torch
-from promptmix.data.features import FeatureCache
+from promptmix.data.features.cache import FeatureCache
 
 def content(key, size):
     generator = torch.Generator().manual_seed(int(key, 16))

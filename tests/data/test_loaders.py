@@ -20,9 +20,9 @@ from torch.utils.data import DataLoader, get_worker_info
 
 from promptmix.config import get_cfg_default
 from promptmix.data import DataManager, DatasetBase, DatasetWrapper, Datum, build_data_loader, build_transform
-from promptmix.data.loaders import PersistentLoader
-from promptmix.data.streams import get_streams
-from promptmix.data.views import in_order
+from promptmix.data.features.views import in_order
+from promptmix.data.reading.loaders import PersistentLoader
+from promptmix.data.reading.streams import get_streams
 from promptmix.errors import DataError
 from promptmix.registry import DATASET_REGISTRY
 from promptmix.utils import set_random_seed

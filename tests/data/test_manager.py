@@ -24,7 +24,7 @@ from promptmix.data import (
     read_image,
     require_folder,
 )
-from promptmix.data.manager import _seed_worker
+from promptmix.data.reading.manager import _seed_worker
 from promptmix.errors import ConfigError, DataError, RegistryError
 from promptmix.utils import set_random_seed
 

@@ -12,8 +12,8 @@ from torchvision.transforms.functional import InterpolationMode
 
 from promptmix.config import get_cfg_default
 from promptmix.data import build_transform
-from promptmix.data.randaugment import RandAugment, RandAugment2, RandAugmentFixMatch
-from promptmix.data.transforms import CHOICES
+from promptmix.data.reading.randaugment import RandAugment, RandAugment2, RandAugmentFixMatch
+from promptmix.data.reading.transforms import CHOICES
 from promptmix.errors import ConfigError
 from promptmix.utils import set_random_seed
 

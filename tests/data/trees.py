@@ -9,7 +9,7 @@ from PIL import Image
 
 from promptmix.config import get_cfg
 from promptmix.data import build_dataset
-from promptmix.data.readers import PACKAGED
+from promptmix.data.datasets.readers import PACKAGED
 
 PARTS = ("train", "val", "test")
 

@@ -9,7 +9,7 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from promptmix import results
+from promptmix.runs import results
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CLASSES = ("apple", "bird", "car", "dog")

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from promptmix import results
 from promptmix.cli import main
-from promptmix.protocols import PROTOCOLS, Job, check, parts
+from promptmix.runs import results
+from promptmix.runs.protocols import PROTOCOLS, Job, check, parts
 from tests.protocols import made
 
 SMALL = ["OPTIM.MAX_EPOCH", "1", "INPUT.SIZE", "(32, 32)", "DATASET.EMOJI.NUM_CONCEPTS", "6"]

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from promptmix import backends, sweep
 from promptmix.cli import main
 from promptmix.errors import ConfigError, UserError
+from promptmix.runs import backends, sweep
 from tests.protocols import made
 
 HERE = Path(__file__).resolve().parent

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from promptmix.clip import CLIP, Tokenizer
 from promptmix.clip.load import openai_config
-from promptmix.components import LossTerms, PromptLearner, Task
+from promptmix.prompts.roles import LossTerms, PromptLearner, Task
 
 FOLDER = Path(__file__).resolve().parent.parent / "golden"
 RELATIVE = 1e-4

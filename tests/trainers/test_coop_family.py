@@ -13,14 +13,14 @@ from promptmix.trainers.prograd import project
 from torch.utils.flop_counter import FlopCounterMode
 
 from promptmix.clip import CLIP, Tokenizer
-from promptmix.components import Task
 from promptmix.config import get_cfg, merge_file, merge_opts, validate
 from promptmix.engine import build_trainer, set_random_seed
 from promptmix.errors import ConfigError
-from promptmix.mixture import Mixture
 from promptmix.plugin_manager import get_plugin_manager
+from promptmix.prompts.learner import Mixture
+from promptmix.prompts.roles import Task
+from promptmix.prompts.templates import IMAGENET_80
 from promptmix.registry import DISTILLER_REGISTRY, PROMPT_BANK_REGISTRY, ROUTER_REGISTRY, TEXT_SUPERVISION_REGISTRY
-from promptmix.templates import IMAGENET_80
 
 WIDTH, JOINT = 64, 32
 NAMES = tuple(

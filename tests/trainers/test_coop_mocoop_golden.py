@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from promptmix.mixture import Mixture
 from promptmix.plugin_manager import get_plugin_manager
+from promptmix.prompts.learner import Mixture
 from promptmix.registry import PROMPT_BANK_REGISTRY, ROUTER_REGISTRY, TEXT_SUPERVISION_REGISTRY
 from tests.trainers.golden import close, compare, golden_clip, golden_task, images, labels, numbers
 

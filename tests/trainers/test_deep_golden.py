@@ -12,7 +12,7 @@ from promptmix.trainers.pmpo import PartitionedPrompts, block_of
 from promptmix.trainers.promptsrc import GaussianAverage, SelfRegulatingPrompts
 from promptmix.trainers.vpt import VisualPromptLearner
 
-from promptmix.deep import IndependentPrompts, TextPrompts, VisionPrompts
+from promptmix.prompts.deep import IndependentPrompts, TextPrompts, VisionPrompts
 from tests.trainers.golden import close, compare, golden_clip, golden_task, images, labels, numbers, set_learned
 
 DEPTH = 3

@@ -8,14 +8,14 @@ import threading
 import pytest
 import torch
 
-from promptmix import results
 from promptmix.cli import main
 from promptmix.config import validate
-from promptmix.data.features import FeatureCache, cache_folder, feature_key
-from promptmix.data.streams import get_streams, set_streams
+from promptmix.data.features.cache import FeatureCache, cache_folder, feature_key
+from promptmix.data.reading.streams import get_streams, set_streams
 from promptmix.engine import build_trainer, set_random_seed
 from promptmix.errors import ConfigError
-from promptmix.run import run
+from promptmix.runs import results
+from promptmix.runs.run import run
 from tests.trainers.toy import toy_cfg
 
 RANDOM = ["INPUT.TRANSFORMS", ("random_resized_crop", "random_flip", "randaugment", "normalize")]

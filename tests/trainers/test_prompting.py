@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from promptmix.cli import main
-from promptmix.commands.configure import make_config
 from promptmix.config import validate
-from promptmix.data.views import CachedViews
+from promptmix.config.flags import make_config
+from promptmix.data.features.views import CachedViews
 from promptmix.engine import build_trainer, set_random_seed
 from promptmix.errors import CheckpointError, ConfigError
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from promptmix.dassl.importing import lacking
-from promptmix.data.manager import DataManager, DatasetWrapper
+from promptmix.data.reading.manager import DataManager, DatasetWrapper
 
 __all__ = ["DataManager", "DatasetWrapper"]
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from promptmix.dassl.importing import lacking
-from promptmix.data.images import read_image
-from promptmix.data.manager import INTERPOLATION_MODES, DataManager, DatasetWrapper, build_data_loader
-from promptmix.data.samplers import build_sampler
-from promptmix.data.transforms import build_transform
+from promptmix.data.reading.images import read_image
+from promptmix.data.reading.manager import INTERPOLATION_MODES, DataManager, DatasetWrapper, build_data_loader
+from promptmix.data.reading.samplers import build_sampler
+from promptmix.data.reading.transforms import build_transform
 
 __all__ = [
     "INTERPOLATION_MODES",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from promptmix.dassl.importing import lacking
-from promptmix.data.samplers import (
+from promptmix.data.reading.samplers import (
     RandomClassSampler,
     RandomDomainSampler,
     RandomSampler,

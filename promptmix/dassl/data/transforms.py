@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from promptmix.dassl.importing import lacking
-from promptmix.data.randaugment import RandAugment, RandAugment2, RandAugmentFixMatch
-from promptmix.data.transforms import (
+from promptmix.data.reading.randaugment import RandAugment, RandAugment2, RandAugmentFixMatch
+from promptmix.data.reading.transforms import (
     INTERPOLATION_MODES,
     Cutout,
     GaussianNoise,

@@ -1,4 +1,4 @@
-"""The field's benchmark: 11 data sets and 4 variants of ImageNet, each a description in ``promptmix.data.descriptions``."""
+"""The field's benchmark: 11 data sets and 4 variants of ImageNet, each a description in ``descriptions.py``."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from yacs.config import CfgNode
 
 from promptmix import hookimpl
 from promptmix.data.assemble import AssembledDataset
-from promptmix.data.descriptions import DESCRIPTIONS, Description
-from promptmix.data.readers import dataset_folder, read_splits, remedy
+from promptmix.data.datasets.descriptions import DESCRIPTIONS, Description
+from promptmix.data.datasets.readers import dataset_folder, read_splits, remedy
 from promptmix.registry import Registry
 from promptmix.utils import get_logger
 

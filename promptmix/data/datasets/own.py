@@ -15,8 +15,8 @@ from promptmix import hookimpl
 from promptmix.config import sources
 from promptmix.data.assemble import AssembledDataset, renumbered
 from promptmix.data.base import require_folder
+from promptmix.data.datasets.readers import list_folder, read_classnames, shuffled_split
 from promptmix.data.datum import Datum
-from promptmix.data.readers import list_folder, read_classnames, shuffled_split
 from promptmix.errors import ConfigError, DataError
 from promptmix.registry import Registry
 

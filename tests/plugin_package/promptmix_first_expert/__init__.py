@@ -3,7 +3,7 @@
 import torch
 
 from promptmix import hookimpl
-from promptmix.components import Router, Routing
+from promptmix.prompts.roles import Router, Routing
 
 
 class FirstExpert(Router):

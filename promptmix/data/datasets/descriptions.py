@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from promptmix.templates import IMAGENET_80
+from promptmix.prompts.templates import IMAGENET_80
 
 Templates = tuple[str, ...]
 
@@ -84,7 +84,7 @@ class Description:
         name: name in the registry.
         folder: folder below ``DATASET.ROOT``.
         images: folder of the pictures below ``folder``; paths in the split are relative to it. "" = ``folder`` itself.
-        kind: how it is read, a key of ``promptmix.data.readers.READERS``.
+        kind: how it is read, a key of ``promptmix.data.datasets.readers.READERS``.
         template: CoOp's template.
         more_templates: further templates of the ensemble.
         groups: MoCoOp's template groups.

@@ -9,19 +9,18 @@ from typing import Any, ClassVar
 from torch import Tensor
 from yacs.config import CfgNode
 
-from promptmix import convert
 from promptmix.clip import load_clip
 from promptmix.clip.reference import make_plain
-from promptmix.components import PromptLearner, Task
 from promptmix.config import source_of
-from promptmix.data.features import FeatureCache, open_cache
-from promptmix.data.views import ReplayLoader, cache_views, feature_loader, is_steady
-from promptmix.engine import TrainerX, build_lr_scheduler, build_optimizer
+from promptmix.cost.estimate import explained
+from promptmix.data.features.cache import FeatureCache, open_cache
+from promptmix.data.features.views import ReplayLoader, cache_views, feature_loader, is_steady
+from promptmix.engine import TrainerX, build_lr_scheduler, build_optimizer, convert
 from promptmix.engine.checkpoint import load_pretrained_weights, load_state_dict_strict
 from promptmix.engine.evaluator import compute_accuracy
 from promptmix.engine.precision import Precision
 from promptmix.errors import CheckpointError, ConfigError
-from promptmix.estimate import explained
+from promptmix.prompts.roles import PromptLearner, Task
 from promptmix.utils import count_num_param, get_logger
 
 

@@ -14,7 +14,7 @@ from torchvision.transforms import functional as F
 from torchvision.transforms.functional import InterpolationMode
 from yacs.config import CfgNode
 
-from promptmix.data.randaugment import RandAugment, RandAugment2, RandAugmentFixMatch
+from promptmix.data.reading.randaugment import RandAugment, RandAugment2, RandAugmentFixMatch
 from promptmix.errors import ConfigError
 from promptmix.registry import closest
 from promptmix.utils import get_logger

@@ -24,7 +24,7 @@ from tabulate import tabulate, tabulate_formats
 
 from promptmix.errors import UserError
 from promptmix.registry import closest
-from promptmix.results import RunResult
+from promptmix.runs.results import RunResult
 
 FORMATS = [*tabulate_formats, "csv", "json"]
 SORTS = ("name", "time", "base", "new", "h", "test")
@@ -69,7 +69,7 @@ class Row:
         values: (metric, part) to the number of each seed.
         trained_on: data set that the prompts were trained on, where this row is a target of a protocol.
         averages: data sets that this row is the average of; empty for a row of one data set.
-        published: part to the number in the papers, in accuracy (see ``promptmix.published``).
+        published: part to the number in the papers, in accuracy (see ``promptmix.tables.published``).
         origin: where the published numbers were read.
         learned: number of learned parameters.
         train_seconds: seconds of training, over the runs that trained.
@@ -99,7 +99,7 @@ def aggregate(
     """Group runs and compute mean and spread over seeds.
 
     Args:
-        runs: what ``promptmix.results.find`` returns.
+        runs: what ``promptmix.runs.results.find`` returns.
         metrics: which numbers; None = accuracy and class-balanced accuracy, as far as the runs have them.
         split: which evaluation of each run.
         ci95: half a 95% interval in place of the standard deviation.

@@ -15,10 +15,10 @@ from yacs.config import CfgNode
 
 from promptmix.data.base import DatasetBase, build_dataset
 from promptmix.data.datum import Datum
-from promptmix.data.images import read_image
-from promptmix.data.loaders import PersistentLoader
-from promptmix.data.samplers import build_sampler
-from promptmix.data.transforms import INTERPOLATION_MODES, build_transform
+from promptmix.data.reading.images import read_image
+from promptmix.data.reading.loaders import PersistentLoader
+from promptmix.data.reading.samplers import build_sampler
+from promptmix.data.reading.transforms import INTERPOLATION_MODES, build_transform
 from promptmix.errors import ConfigError, DataError
 from promptmix.utils import get_logger
 
@@ -106,7 +106,7 @@ def build_data_loader(
 
     Args:
         cfg: the whole config tree.
-        sampler_type: order of the items, see ``promptmix.data.samplers``.
+        sampler_type: order of the items, see ``promptmix.data.reading.samplers``.
         data_source: the items.
         batch_size: items per batch.
         n_domain: domains per batch (domain samplers).

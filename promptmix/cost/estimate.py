@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
-from promptmix.cost import Count, count
+from promptmix.cost.count import Count, count
 from promptmix.errors import UserError
 from promptmix.utils import get_logger
 
 if TYPE_CHECKING:
-    from promptmix.prompting import PromptTrainer
+    from promptmix.prompts.trainer import PromptTrainer
 
 #: Classes in memory at a time that the message proposes.
 _CHUNK = 64

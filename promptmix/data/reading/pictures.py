@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from PIL import Image
 
 from promptmix.data.datum import Datum
-from promptmix.data.images import read_image
+from promptmix.data.reading.images import read_image
 from promptmix.errors import DataError
 from promptmix.utils import get_logger
 

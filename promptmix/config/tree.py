@@ -56,7 +56,7 @@ def get_cfg_default() -> CN:
     cfg.INPUT = CN()
     cfg.INPUT.SIZE = (224, 224)  # pixels, height and width
     cfg.INPUT.INTERPOLATION = "bilinear"  # bilinear | bicubic | nearest
-    cfg.INPUT.TRANSFORMS = ()  # names, see promptmix.data.transforms
+    cfg.INPUT.TRANSFORMS = ()  # names, see promptmix.data.reading.transforms
     cfg.INPUT.NO_TRANSFORM = False  # True: batches carry untransformed pictures
     cfg.INPUT.PIXEL_MEAN = [0.485, 0.456, 0.406]
     cfg.INPUT.PIXEL_STD = [0.229, 0.224, 0.225]
@@ -179,8 +179,8 @@ def get_cfg_default() -> CN:
 
 def get_cfg() -> CN:
     """Return a new config tree with the nodes of every registered trainer and component, and of plugins' ``extend_config``."""
-    from promptmix.components import ROLES
     from promptmix.plugin_manager import get_plugin_manager
+    from promptmix.prompts.roles import ROLES
     from promptmix.registry import TRAINER_REGISTRY
 
     plugins = get_plugin_manager()
@@ -262,8 +262,8 @@ def validate(cfg: CN) -> None:
         RegistryError: no trainer or data set of this name.
         ConfigError: a value that is not among its key's choices, or a setting that the chosen trainer would ignore.
     """
-    from promptmix.components import ROLES
     from promptmix.plugin_manager import get_plugin_manager
+    from promptmix.prompts.roles import ROLES
     from promptmix.registry import DATASET_REGISTRY, TRAINER_REGISTRY
 
     trainer = TRAINER_REGISTRY.get(cfg.TRAINER.NAME)

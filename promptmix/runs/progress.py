@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from tabulate import tabulate
 
-from promptmix.protocols import Job, Part, Watcher, title
+from promptmix.runs.protocols import Job, Part, Watcher, title
 
 if TYPE_CHECKING:
-    from promptmix.backends import Outcome
-    from promptmix.results import RunResult
+    from promptmix.runs.backends import Outcome
+    from promptmix.runs.results import RunResult
 
 
 def numbers(result: RunResult) -> str:

@@ -353,7 +353,7 @@ def _choose(folder: Path, epoch: int | None) -> Path:
 
 def _written_by(root: Path) -> str:
     """Return the trainer that the folder's results or log name, or an empty string."""
-    from promptmix.results import read_run
+    from promptmix.runs.results import read_run
 
     run = read_run(root)
     return run.trainer if run is not None and run.trainer in LAYOUTS else ""

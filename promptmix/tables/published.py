@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from functools import cache
 from importlib.resources import files
 
-from promptmix.tables import Row
+from promptmix.tables.tables import Row
 
 #: Our name to the papers', where they differ.
 _METHODS = {"ZeroshotCLIP": "CLIP", "VPT": "Deep Vision Prompting"}

@@ -17,10 +17,10 @@ from yacs.config import CfgNode
 
 from promptmix.clip import CLIP
 from promptmix.clip.vision import PromptStep, VisualPrompts
-from promptmix.components import PromptLearner, Task
 from promptmix.config import get_key
 from promptmix.errors import ConfigError
-from promptmix.prompting import PromptTrainer
+from promptmix.prompts.roles import PromptLearner, Task
+from promptmix.prompts.trainer import PromptTrainer
 
 #: Standard deviation of tokens that start at random, in all methods.
 STD = 0.02

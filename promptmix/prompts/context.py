@@ -7,9 +7,9 @@ from torch import Tensor
 from yacs.config import CfgNode
 
 from promptmix.clip.text import TextTower
-from promptmix.components import PromptBank, Task
 from promptmix.config import get_key, source_of
 from promptmix.errors import ConfigError
+from promptmix.prompts.roles import PromptBank, Task
 from promptmix.registry import PROMPT_BANK_REGISTRY
 
 

@@ -25,8 +25,8 @@ from typing import Any
 import yaml
 
 from promptmix.errors import ConfigError
-from promptmix.protocols import PROTOCOLS, Job, default_config, folder_of
 from promptmix.registry import closest
+from promptmix.runs.protocols import PROTOCOLS, Job, default_config, folder_of
 
 #: Key to the type of its value, in the order of the documentation.
 _KEYS: dict[str, type | tuple[type, ...]] = {
@@ -74,7 +74,7 @@ def read(path: str) -> Sweep:
         ConfigError: the file can't be read, or has a key or value that no sweep has.
         UserError: a plugin that can't be loaded, or an unknown data set.
     """
-    from promptmix.commands.configure import load_plugins, resolve_config
+    from promptmix.config.flags import load_plugins, resolve_config
 
     file = resolve_config(path)
     try:

@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from promptmix.commands.configure import load_plugins, make_config, merge_flags, resolve_config
+from promptmix.config.flags import load_plugins, make_config, merge_flags, resolve_config
 from promptmix.errors import ConfigError, UserError
 from promptmix.registry import DATASET_REGISTRY, closest
 
 if TYPE_CHECKING:
     from yacs.config import CfgNode
 
-    from promptmix.results import RunResult
+    from promptmix.runs.results import RunResult
 
 
 @dataclass(frozen=True)
@@ -279,8 +279,8 @@ def done_parts(job: Job) -> Iterator[tuple[Part, CfgNode, RunResult | None]]:
     An evaluation counts only if it began after the training that it evaluates had ended, so consume this lazily: a part's
     result is looked up when it is asked for.
     """
-    from promptmix import results
-    from promptmix.run import finished
+    from promptmix.runs import results
+    from promptmix.runs.run import finished
 
     trained: RunResult | None = None
     for number, part in enumerate(parts(job)):
@@ -335,7 +335,7 @@ def execute(job: Job, watcher: Watcher | None = None, command: Sequence[str] = (
     Raises:
         UserError: a run that can't be done.
     """
-    from promptmix.run import run
+    from promptmix.runs.run import run
 
     load_plugins(job.plugins)
     watcher = watcher or Watcher()

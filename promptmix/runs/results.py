@@ -340,7 +340,7 @@ def collect_versions() -> dict[str, str]:
 
 def git_commit() -> str | None:
     """Return the commit of the checkout that this package lies in, or None for an installed package."""
-    checkout = Path(__file__).resolve().parent.parent
+    checkout = Path(__file__).resolve().parent.parent.parent
     if not (checkout / ".git").exists():
         return None
     try:

@@ -238,7 +238,7 @@ def open_cache(cfg: CfgNode) -> FeatureCache | None:
 @contextlib.contextmanager
 def same_randomness() -> Iterator[None]:
     """Leave the random states of torch, python and numpy as they were before the context."""
-    from promptmix.data.streams import get_streams, set_streams
+    from promptmix.data.reading.streams import get_streams, set_streams
 
     streams = get_streams()
     try:

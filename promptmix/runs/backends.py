@@ -25,10 +25,10 @@ from pathlib import Path
 from typing import Any
 
 from promptmix.errors import UserError
-from promptmix.protocols import Job, execute
+from promptmix.runs.protocols import Job, execute
 
 #: Imported once by the process that local jobs are forked from: a job then starts in a fraction of a second.
-_PRELOAD = ["open_clip", "torch.utils.tensorboard", "promptmix.run", "promptmix.prompting"]
+_PRELOAD = ["open_clip", "torch.utils.tensorboard", "promptmix.runs.run", "promptmix.prompts.trainer"]
 _POLL_SECONDS = 2.0  # between two looks at Slurm's queue
 
 

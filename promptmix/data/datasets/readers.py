@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
+from promptmix.data.datasets.descriptions import Description
 from promptmix.data.datum import Datum
-from promptmix.data.descriptions import Description
 from promptmix.data.fewshot import load_split
 from promptmix.data.records import read_records
 from promptmix.errors import DataError
@@ -33,7 +33,7 @@ __all__ = [
 Splits = dict[str, list[Datum]]
 
 #: Where the split files that come with the package lie.
-PACKAGED = Path(__file__).resolve().parent / "splits"
+PACKAGED = Path(__file__).resolve().parent.parent / "splits"
 
 _SPLIT_SEED = 1  # of splits made here, whatever the run's seed: every run must be tested on the same pictures
 

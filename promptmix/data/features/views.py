@@ -20,9 +20,9 @@ from torch.utils.data import DataLoader, Dataset
 from yacs.config import CfgNode
 
 from promptmix.data.datum import Datum
-from promptmix.data.features import FeatureCache, feature_key, same_randomness
-from promptmix.data.loaders import PersistentLoader
-from promptmix.data.streams import get_streams, set_streams, streams_hash
+from promptmix.data.features.cache import FeatureCache, feature_key, same_randomness
+from promptmix.data.reading.loaders import PersistentLoader
+from promptmix.data.reading.streams import get_streams, set_streams, streams_hash
 from promptmix.utils import get_logger
 
 Encode = Callable[[Tensor], Tensor]

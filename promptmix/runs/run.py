@@ -18,13 +18,15 @@ import torch
 import yaml
 from yacs.config import CfgNode as CN
 
-from promptmix import config, memory, results
+from promptmix import config
+from promptmix.cost import memory
 from promptmix.engine import Logger, SimpleTrainer, build_trainer, collect_env_info, set_random_seed, setup_logger
 from promptmix.engine.checkpoint import LAST_FILE
 from promptmix.errors import CheckpointError, UserError
 from promptmix.hookspecs import hookimpl
 from promptmix.plugin_manager import get_plugin_manager
-from promptmix.results import CONFIG_NAME, FILE_NAME, RunResult
+from promptmix.runs import results
+from promptmix.runs.results import CONFIG_NAME, FILE_NAME, RunResult
 from promptmix.utils import atomic_write, get_logger
 
 

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from promptmix.components import Distiller, LossTerms, PromptBank, PromptLearner, Router, Task, TextSupervision
 from promptmix.errors import ConfigError
+from promptmix.prompts.roles import Distiller, LossTerms, PromptBank, PromptLearner, Router, Task, TextSupervision
 
 
 class Mixture(PromptLearner):

@@ -1,0 +1,25 @@
+"""The config tree: Dassl's keys and defaults, ours beside them, and merging that refuses what it doesn't understand."""
+
+from promptmix.config.tree import (
+    get_cfg,
+    get_cfg_default,
+    get_key,
+    merge_file,
+    merge_opts,
+    merge_tree,
+    source_of,
+    sources,
+    validate,
+)
+
+__all__ = [
+    "get_cfg",
+    "get_cfg_default",
+    "get_key",
+    "merge_file",
+    "merge_opts",
+    "merge_tree",
+    "source_of",
+    "sources",
+    "validate",
+]

@@ -1,0 +1,1 @@
+"""Image features in place of pictures, for methods whose image tower is frozen."""

@@ -1,0 +1,1 @@
+"""Runs: one run, protocols of several, sweeps over machines, and the results that they leave."""
