@@ -1,0 +1,175 @@
+"""Declarations of settings: what a key means and which values it takes, written once and checked everywhere.
+
+A component declares its settings in its constructor, and its config node, comments and checks follow from there::
+
+    def __init__(self, task: Task, n_ctx: Annotated[int, Setting("M: context vectors", low=1)] = 16) -> None: ...
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import typing
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from yacs.config import CfgNode
+
+from promptmix.errors import ConfigError
+from promptmix.registry import closest
+
+#: Where a config tree keeps the declarations of its own keys, by name.
+_DECLARED = "_declared"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a key means and which values it takes.
+
+    Attributes:
+        comment: meaning, unit, the paper's symbol.
+        low: smallest number (of each item, where the value is a list), itself allowed.
+        high: largest number, itself allowed.
+        above: numbers must be larger than this.
+        below: numbers must be smaller than this.
+        choices: the only values (of each item); empty = no such limit.
+        length: number of items of a list; None = any.
+    """
+
+    comment: str
+    low: float | None = None
+    high: float | None = None
+    above: float | None = None
+    below: float | None = None
+    choices: tuple[Any, ...] = ()
+    length: int | None = None
+
+    @property
+    def allowed(self) -> str:
+        """Return what is allowed, in words; empty where everything of the right type is."""
+        if self.choices:
+            return f"choose from {', '.join(map(repr, self.choices))}"
+        lowest = (
+            f"{self.low:g} or more" if self.low is not None else f"more than {self.above:g}" if self.above is not None else ""
+        )
+        highest = (
+            f"{self.high:g} or less" if self.high is not None else f"less than {self.below:g}" if self.below is not None else ""
+        )
+        number = " and ".join(filter(None, (lowest, highest)))
+        count = "" if self.length is None else f"{self.length} item" + "s" * (self.length != 1)
+        return f"give {count + (', each ' if count and number else '') + number}" if count or number else ""
+
+    def check(self, key: str, value: Any, source: str | None = None) -> None:  # noqa: ANN401
+        """Refuse a value that the key does not take.
+
+        Args:
+            key: dotted key, for the message.
+            value: of the right type already.
+            source: who set it; None = the default.
+
+        Raises:
+            ConfigError: the value is out of range, no number (NaN), not among the choices or a list of the wrong length.
+        """
+        items = list(value) if isinstance(value, (list, tuple)) else [value]
+        fits = (self.length is None or len(items) == self.length) and all(map(self._takes, items))
+        if not fits:
+            by = f" (set by {source})" if source else ""
+            near = closest(str(value), [str(choice) for choice in self.choices]) if self.choices else ""
+            raise ConfigError(f"{key} is {value!r}{by}, which is not allowed; {self.allowed or 'give a finite number'}{near}")
+
+    def _takes(self, item: Any) -> bool:  # noqa: ANN401
+        if self.choices:
+            return item in self.choices
+        if isinstance(item, bool) or not isinstance(item, (int, float)):
+            return True
+        return (
+            not math.isnan(item)
+            and (math.isfinite(item) or self.high is None)
+            and (self.low is None or item >= self.low)
+            and (self.high is None or item <= self.high)
+            and (self.above is None or item > self.above)
+            and (self.below is None or item < self.below)
+        )
+
+
+@dataclass(frozen=True)
+class Declared:
+    """One setting of a constructor: its default and what it takes."""
+
+    default: Any
+    setting: Setting
+
+
+def settings_of(function: Callable[..., Any]) -> dict[str, Declared]:
+    """Return the settings that ``function`` (a constructor) declares, by argument name, in order.
+
+    Raises:
+        TypeError: an annotated setting has no default, which a config node needs.
+    """
+    if isinstance(function, type):
+        function = function.__init__
+    found: dict[str, Declared] = dict(getattr(function, "inherited_settings", {}))
+    hints = typing.get_type_hints(function, include_extras=True)
+    for name, parameter in inspect.signature(function).parameters.items():
+        hint = hints.get(name)
+        if typing.get_origin(hint) is not Annotated:
+            continue
+        for extra in hint.__metadata__:
+            if isinstance(extra, Setting):
+                if parameter.default is inspect.Parameter.empty:
+                    raise TypeError(f"{function.__qualname__}: setting {name!r} has no default")
+                found[name] = Declared(parameter.default, extra)
+    return found
+
+
+def inherits(
+    constructor: Callable[..., Any],
+    *,
+    without: Iterable[str] = (),
+    **defaults: Any,  # noqa: ANN401
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorate a function whose ``**kwargs`` go to ``constructor``: it declares that one's settings too.
+
+    Args:
+        constructor: whose settings are taken over.
+        without: settings that are not offered.
+        defaults: other defaults than the constructor's.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        theirs = {name: found for name, found in settings_of(constructor).items() if name not in set(without)}
+        strangers = set(defaults) - set(theirs)
+        if strangers:
+            raise TypeError(f"{function.__qualname__}: {constructor.__qualname__} has no setting {sorted(strangers)}")
+        taken = {name: Declared(defaults.get(name, found.default), found.setting) for name, found in theirs.items()}
+        function.inherited_settings = getattr(function, "inherited_settings", {}) | taken  # type: ignore[attr-defined]
+        return function
+
+    return decorate
+
+
+def declare(node: CfgNode, name: str, default: Any, setting: Setting) -> None:  # noqa: ANN401
+    """Add the key ``name`` with ``default`` to ``node``, and remember what it takes."""
+    node[name] = default
+    node.__dict__.setdefault(_DECLARED, {})[name] = setting
+
+
+def declare_all(node: CfgNode, function: Callable[..., Any]) -> None:
+    """Add every setting of ``function`` to ``node``, in upper case."""
+    for name, found in settings_of(function).items():
+        declare(node, name.upper(), found.default, found.setting)
+
+
+def declared_in(node: CfgNode) -> dict[str, Setting]:
+    """Return the declarations of this node's own keys."""
+    return node.__dict__.get(_DECLARED, {})
+
+
+def all_declared(cfg: CfgNode, prefix: str = "") -> dict[str, Setting]:
+    """Return every declaration of the tree by dotted key."""
+    found = {f"{prefix}{name}": setting for name, setting in declared_in(cfg).items()}
+    for name, value in cfg.items():
+        if isinstance(value, CfgNode):
+            found |= all_declared(value, f"{prefix}{name}.")
+    return found
