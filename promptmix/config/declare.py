@@ -108,14 +108,14 @@ def settings_of(function: Callable[..., Any]) -> dict[str, Declared]:
         TypeError: an annotated setting has no default, which a config node needs.
     """
     if isinstance(function, type):
-        function = function.__init__
+        function = function.__init__  # type: ignore[misc]
     found: dict[str, Declared] = dict(getattr(function, "inherited_settings", {}))
     hints = typing.get_type_hints(function, include_extras=True)
     for name, parameter in inspect.signature(function).parameters.items():
         hint = hints.get(name)
         if typing.get_origin(hint) is not Annotated:
             continue
-        for extra in hint.__metadata__:
+        for extra in typing.get_args(hint)[1:]:
             if isinstance(extra, Setting):
                 if parameter.default is inspect.Parameter.empty:
                     raise TypeError(f"{function.__qualname__}: setting {name!r} has no default")
