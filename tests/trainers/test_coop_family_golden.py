@@ -1,20 +1,20 @@
-"""CoCoOp, KgCoOp and MoPD against the numbers of their authors' code."""
+"""CoCoOp, KgCoOp, MoPD and ProGrad against the numbers of their authors' code."""
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
+from promptmix.trainers.prograd import project
 
 from promptmix.plugin_manager import get_plugin_manager
 from promptmix.prompts.learner import Mixture
 from promptmix.registry import DISTILLER_REGISTRY, PROMPT_BANK_REGISTRY, TEXT_SUPERVISION_REGISTRY
-from tests.trainers.golden import close, compare, golden_clip, golden_task, images, labels, numbers
+from tests.trainers.golden import FOLDER, close, compare, golden_clip, golden_task, images, labels, numbers, set_learned
 
-MEDIA = ("photo", "picture", "image")
+HARD = json.loads((FOLDER / "mopd_templates.json").read_text(encoding="utf-8"))
 EUROSAT_1 = ("a centered satellite photo of {}.",)
-EUROSAT_12 = tuple(f"a centered satellite {medium} of {{}}." for medium in MEDIA) + tuple(
-    f"a centered satellite {medium}, {verb} as {{}}." for medium in MEDIA for verb in ("classified", "categorized", "labeled")
-)
 META_NET = {
     f"prompt_learner.meta_net.{layer}.{kind}": f"bank.meta_net.{layer}.{kind}"
     for layer in ("linear1", "linear2")
@@ -43,11 +43,17 @@ def kgcoop(clip):
     return Mixture(task, bank, supervision=TEXT_SUPERVISION_REGISTRY.get("CosineToHard")(task, bank), text_weight=8.0)
 
 
-def mopd(clip):
-    task = golden_task(clip, templates=EUROSAT_12)
+def mopd(clip, dataset="EuroSAT", k=2, w=0.5, w2=0.1):
+    task = golden_task(clip, templates=tuple(HARD[dataset]))
     bank = soft(task)
-    distiller = DISTILLER_REGISTRY.get("GatedHardPrompts")(task, bank, k=2, mpd_weight=0.5, mps_weight=0.1)
-    return Mixture(task, bank, distiller=distiller, ce_weight=0.5)
+    distiller = DISTILLER_REGISTRY.get("GatedHardPrompts")(task, bank, k=k, mpd_weight=1 - w, mps_weight=w2)
+    return Mixture(task, bank, distiller=distiller, ce_weight=w)
+
+
+def prograd(clip):
+    task = golden_task(clip)
+    bank = soft(task)
+    return Mixture(task, bank, distiller=DISTILLER_REGISTRY.get("ZeroshotKL")(task, bank), distill_weight=0.0)
 
 
 def test_cocoop(clip):
@@ -65,16 +71,45 @@ def test_kgcoop(clip):
     close(terms.parts["text"], numbers("kgcoop")["score"])
 
 
-def test_mopd(clip):
-    learner = mopd(clip)
-    compare("mopd", learner, {"prompt_learner.ctx": "bank.ctx", "prompt_learner.gate": "distiller.gate"})
-    expected = numbers("mopd")
+@pytest.mark.parametrize(("case", "settings"), [("mopd", ("EuroSAT", 2, 0.5, 0.1)), ("mopd_pets", ("OxfordPets", 3, 0.8, 0.5))])
+def test_mopd(clip, case, settings):
+    learner = mopd(clip, *settings)
+    compare(case, learner, {"prompt_learner.ctx": "bank.ctx", "prompt_learner.gate": "distiller.gate"})
+    expected = numbers(case)
     with torch.no_grad():
         features = learner.encode_images(images())
         logits = learner.logits(features, learner.classifier())
         for ours, name in zip(learner.distiller.terms(features, logits, labels()), ("mpd", "mps"), strict=True):
             close(ours, expected[name])
         assert learner.distiller.route(features).experts.tolist() == expected["kept"].astype(int).tolist()
+
+
+@pytest.mark.parametrize("conflict", ["", "conflict_"])
+def test_prograd_gradient_is_the_projected_one(clip, conflict):
+    """For the case's labels the two gradients agree; for ``conflict_labels`` they contradict and one is projected."""
+    learner = prograd(clip)
+    ctx = set_learned("prograd", learner, {"prompt_learner.ctx": "bank.ctx"})["prompt_learner.ctx"]
+    expected = numbers("prograd")
+    target = torch.from_numpy(expected["conflict_labels"]).long() if conflict else labels()
+    features = learner.encode_images(images())
+    with torch.no_grad():
+        close(learner.logits(features, learner.classifier()), expected["logits"])
+        hard = clip.ensemble(["a photo of a {}."], learner.task.classnames)
+        teacher = clip.scale * features @ hard.T
+        close(teacher, expected["zeroshot_logits"])
+    terms = learner.loss(features, target)
+    close(terms.total, expected[f"{conflict}loss"])
+    probability = teacher.softmax(dim=-1)
+    entropy = -(probability * probability.log()).sum(dim=-1).mean()  # the authors' term keeps it, ours is the divergence
+    close(terms.parts["distill"] + entropy, expected[f"{conflict}kl"])
+    (specific,) = torch.autograd.grad(terms.total, [ctx], retain_graph=True)
+    (general,) = torch.autograd.grad(terms.parts["distill"], [ctx])
+    close(torch.cosine_similarity(specific.flatten(), general.flatten(), dim=0), expected[f"{conflict}cosine"], scale=1.0)
+    assert (expected[f"{conflict}cosine"] < 0) == bool(conflict)
+    ours, norm = project(specific, general), float(expected[f"gradnorm:{conflict}prompt_learner.ctx"])
+    close(ours.norm(), expected[f"gradnorm:{conflict}prompt_learner.ctx"])
+    close(ours.flatten()[:256], expected[f"gradhead:{conflict}prompt_learner.ctx"], scale=norm)
+    close(ours.sum(), expected[f"gradsum:{conflict}prompt_learner.ctx"], scale=norm)
 
 
 @pytest.mark.parametrize("build", [cocoop, kgcoop, mopd])

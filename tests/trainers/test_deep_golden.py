@@ -25,6 +25,7 @@ INDEPENDENT = {
 KINDS = ("weight", "bias")
 TEXT = {"prompt_learner.ctx": "text.ctx", **{f"prompt_learner.compound_prompts_text.{i}": f"text.deeper.{i}" for i in (0, 1)}}
 NAMES = {
+    "vpt": {theirs: ours for theirs, ours in INDEPENDENT.items() if theirs.startswith("image_encoder")},
     "ivlp": INDEPENDENT,
     "promptsrc": INDEPENDENT,
     "maple": {
@@ -63,7 +64,7 @@ def build(case):
         "promptsrc": lambda: SelfRegulatingPrompts(task, text_prompts(task, 2, "of a"), vision, 25.0, 10.0),
         "maple": lambda: MaPLeLearner(task, text_prompts(task, 2, "of a")),
         "mpl": lambda: ModularPrompts(task, text_prompts(task, 1, "a photo of a"), 2, 1),
-        "vpt": lambda: VisualPromptLearner(task, vision, "a photo of a"),
+        "vpt": lambda: VisualPromptLearner(task, VisionPrompts(task.clip.image.width, 4, DEPTH), "a photo of a"),
         "pmpo": lambda: PartitionedPrompts(
             task, TextPrompts(task, torch.zeros(2, 2, task.clip.text.width).normal_(std=0.02), (), 2), DEPTH
         ),
@@ -121,7 +122,7 @@ def train(learner, steps, lr=0.0035):
 def test_vpt_learns_over_hard_text_features():
     """VPT is the image side of IVLP in front of the hard prompts' features."""
     learner, other = build("vpt"), build("ivlp")
-    other.vision.load_state_dict(learner.vision.state_dict())
+    other.vision = learner.vision
     hard = learner.clip.hard_features(["a photo of a {}."], learner.task.classnames)[0]
     features = other.encode_images(images())
     close(learner.logits(learner.encode_images(images()), learner.classifier()), (other.logits(features, hard)).detach().numpy())
