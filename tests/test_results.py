@@ -15,6 +15,7 @@ from promptmix.errors import DataError, UserError
 from promptmix.runs import results
 from promptmix.runs.results import RunResult
 from promptmix.tables import tables
+from promptmix.tables.spread import spread_of, student_quantile
 
 
 def make(trainer="CoOp", part="base", seed=1, accuracy=50.0, macro=None, dataset="Pets", finished="2026-01-01", **keys):
@@ -130,8 +131,44 @@ def test_h_is_the_harmonic_mean_of_means_and_spread_is_dassls():
     assert cells["accuracy", "h"].mean == pytest.approx(2 * 82 * 58 / (82 + 58))
     each = [2 * b * n / (b + n) for b, n in zip(base, new, strict=True)]
     assert cells["accuracy", "h"].spread == pytest.approx(np.std(each))
-    narrow, _, _ = tables.aggregate(runs, ci95=True)
-    assert narrow[0].cells["accuracy", "base"].spread == pytest.approx(1.96 * np.std(base) / math.sqrt(3))
+    interval, _, _ = tables.aggregate(runs, ci95=True)
+    assert interval[0].cells["accuracy", "base"].spread == pytest.approx(4.302652730 * np.std(base, ddof=1) / math.sqrt(3))
+
+
+#: Two-sided 95% quantiles from printed tables (NIST/SEMATECH e-Handbook, 1.3.6.7.2), and two of other shares.
+@pytest.mark.parametrize(
+    ("freedom", "inside", "t"),
+    [
+        *((1, 0.95, 12.706), (2, 0.95, 4.303), (3, 0.95, 3.182), (4, 0.95, 2.776), (5, 0.95, 2.571), (9, 0.95, 2.262)),
+        *((10, 0.95, 2.228), (29, 0.95, 2.045), (100, 0.95, 1.984), (10_000, 0.95, 1.960), (2, 0.99, 9.925), (7, 0.9, 1.895)),
+    ],
+)
+def test_quantiles_are_students(freedom, inside, t):
+    assert student_quantile(freedom, inside) == pytest.approx(t, abs=6e-4)
+
+
+def test_an_interval_holds_the_true_mean_in_95_of_100_cases():
+    draws = np.random.default_rng(0).normal(70.0, 2.0, (4000, 3))
+    held = [abs(row.mean() - 70.0) <= spread_of(row.tolist(), ci95=True) for row in draws]
+    assert np.mean(held) == pytest.approx(0.95, abs=0.012)
+
+
+@pytest.mark.parametrize("ci95", [False, True])
+def test_one_seed_has_no_spread_and_no_interval(ci95):
+    rows, metrics, _ = tables.aggregate([make(accuracy=50.0)], ci95=ci95)
+    assert rows[0].cells["accuracy", "base"].spread == (None if ci95 else 0.0)
+    assert "±" not in tables.render(rows, metrics)
+    line = json.loads(tables.render(rows, metrics, fmt="json"))[0]
+    assert (line["spread"], line["count"]) == (None if ci95 else 0.0, 1)
+
+
+@pytest.mark.parametrize(("ci95", "words"), [(False, "population standard deviation"), (True, "half a 95% t-interval")])
+def test_every_format_says_what_its_spread_is(ci95, words):
+    rows, metrics, _ = tables.aggregate([make(seed=seed, accuracy=50.0 + seed) for seed in (1, 2)], ci95=ci95)
+    assert tables.render(rows, metrics).splitlines()[-1].startswith("± is ") and words in tables.render(rows, metrics)
+    assert tables.render(rows, metrics, fmt="latex").splitlines()[-1].startswith("% ± is ")
+    assert words in json.loads(tables.render(rows, metrics, fmt="json"))[0]["spread_is"]
+    assert words in next(csv.DictReader(io.StringIO(tables.render(rows, metrics, fmt="csv"))))["spread_is"]
 
 
 @given(st.lists(st.tuples(st.floats(0.1, 100), st.floats(0.1, 100)), min_size=1, max_size=5))
@@ -210,7 +247,7 @@ def test_cost_shows_learned_parameters_and_mean_seconds():
     for run, seconds in zip(runs, (2.0, 4.0), strict=True):
         run.learned_parameters, run.seconds = 2048, {"train": seconds}
     rows, metrics, _ = tables.aggregate(runs)
-    assert tables.render(rows, metrics, cost=True).splitlines()[-1].split("|")[-3:-1] == ["     2,048 ", "       3.0 "]
+    assert tables.render(rows, metrics, cost=True).splitlines()[-3].split("|")[-3:-1] == ["     2,048 ", "       3.0 "]
     assert "Learned" not in tables.render(rows, metrics)
 
 

@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--multi-exp", action="store_true", help="of CoOp's scripts: DIR holds several experiments, as it always may"
     )
-    parser.add_argument("--ci95", action="store_true", help="half a 95%% interval in place of the standard deviation")
+    parser.add_argument("--ci95", action="store_true", help="half a 95%% t-interval in place of the population deviation")
     parser.add_argument("--published", action="store_true", help="add the papers' numbers and the difference, where they compare")
     parser.add_argument("--cost", action="store_true", help="add learned parameters and seconds of training")
     parser.add_argument("--plot", default="", metavar="DIR", help="also draw curves over shots, base against new, and bars")

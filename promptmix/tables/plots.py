@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from promptmix.errors import UserError
-from promptmix.tables.tables import Cell, Row
+from promptmix.tables.tables import Cell, Row, spreads_in
 
 #: Okabe and Ito's colours, told apart with any colour vision and in grey; with the markers, 40 methods differ.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#999999")
@@ -130,11 +130,18 @@ def _wrapped(text: str, width: int) -> str:
     return "\n".join(textwrap.wrap(text, width, break_long_words=False))
 
 
-def _legend(figure: Any, axes: Iterable[Any]) -> None:  # noqa: ANN401  (matplotlib's objects)
-    """Put one legend for all panels below them, where it covers nothing."""
+def _legend(figure: Any, axes: Iterable[Any], rows: list[Row]) -> None:  # noqa: ANN401  (matplotlib's objects)
+    """Put one legend for all panels below them, where it covers nothing, with what the bars or bands are."""
     handles = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     columns = min(len(handles), max(1, int(figure.get_figwidth() / (0.55 + 0.085 * max(map(len, handles))))))
-    figure.legend(handles.values(), handles.keys(), loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=columns)
+    figure.legend(
+        handles.values(), handles.keys(), loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=columns, title=_bars_are(rows)
+    )
+
+
+def _bars_are(rows: list[Row]) -> str | None:
+    kinds = spreads_in(rows)
+    return f"±: {' or '.join(kinds)}" if kinds else None
 
 
 def _curves(rows: list[Row], metric: str, part: str, styles: dict[Any, _Series], protocol: str) -> Any:  # noqa: ANN401
@@ -158,7 +165,7 @@ def _curves(rows: list[Row], metric: str, part: str, styles: dict[Any, _Series],
             )
             if points:
                 x, y = [shots for shots, _ in points], [cell.mean for _, cell in points]
-                spread = [cell.spread for _, cell in points]
+                spread = [cell.bar for _, cell in points]
                 ax.plot(x, y, color=style.colour, marker=style.marker, markersize=5, linewidth=1.6, label=style.label)
                 low, high = zip(*((m - s, m + s) for m, s in zip(y, spread, strict=True)), strict=True)
                 ax.fill_between(x, low, high, color=style.colour, alpha=0.15, linewidth=0)
@@ -171,7 +178,7 @@ def _curves(rows: list[Row], metric: str, part: str, styles: dict[Any, _Series],
     figure.suptitle(f"{_PARTS[part]}, {protocol}", fontsize=11)
     figure.supxlabel("shots per class", fontsize=10)
     figure.supylabel(f"{metric.replace('_', ' ')} (%)", fontsize=10)
-    _legend(figure, axes[: len(panels)])
+    _legend(figure, axes[: len(panels)], rows)
     return figure
 
 
@@ -189,8 +196,8 @@ def _scatter(rows: list[Row], metric: str, styles: dict[Any, _Series], shots: st
         ax.errorbar(
             base.mean,
             new.mean,
-            xerr=base.spread if large else None,
-            yerr=new.spread if large else None,
+            xerr=base.bar if large else None,
+            yerr=new.bar if large else None,
             color=style.colour,
             marker=style.marker,
             markersize=10 if large else 5,
@@ -205,14 +212,14 @@ def _scatter(rows: list[Row], metric: str, styles: dict[Any, _Series], shots: st
     ax.set_xlabel(f"base {metric.replace('_', ' ')} (%)")
     ax.set_ylabel(f"new {metric.replace('_', ' ')} (%)")
     ax.set_title(f"base to new, {shots} shots" + ("; large: average over data sets" if averaged else ""), fontsize=11)
-    _legend(figure, [ax])
+    _legend(figure, [ax], drawn)
     return figure
 
 
 def _square(ax: Any, cells: list[Cell]) -> None:  # noqa: ANN401
     """Give both axes the same limits around the points, and draw curves of equal H with their values at the edge."""
-    low = max(0.0, min(cell.mean - cell.spread for cell in cells))
-    high = min(100.0, max(cell.mean + cell.spread for cell in cells))
+    low = max(0.0, min(cell.mean - cell.bar for cell in cells))
+    high = min(100.0, max(cell.mean + cell.bar for cell in cells))
     margin = max(2.0, 0.08 * (high - low))
     low, high = max(0.0, low - margin), min(102.0, high + margin)
     ax.set(xlim=(low, high), ylim=(low, high), aspect="equal")
@@ -248,7 +255,7 @@ def _bars(rows: list[Row], metric: str, parts: list[str], styles: dict[Any, _Ser
             style = styles[key]
             cells = {row.dataset: row.cells[metric, part] for row in rows if _key(row) == key and (metric, part) in row.cells}
             at = [i for i, name in enumerate(panels) if name in cells]
-            means, spreads = [cells[panels[i]].mean for i in at], [cells[panels[i]].spread for i in at]
+            means, spreads = [cells[panels[i]].mean for i in at], [cells[panels[i]].bar for i in at]
             ax.bar(
                 [i + (place - (len(keys) - 1) / 2) * width for i in at],
                 means,
@@ -271,5 +278,5 @@ def _bars(rows: list[Row], metric: str, parts: list[str], styles: dict[Any, _Ser
         for label in grid[-1, 0].get_xticklabels():
             label.set(ha="right", rotation=35, rotation_mode="anchor")
     figure.suptitle(f"{metric.replace('_', ' ')}, {title}", fontsize=11)
-    _legend(figure, grid.flat)
+    _legend(figure, grid.flat, rows)
     return figure

@@ -2,8 +2,8 @@
 
 How the field reports, and so do we:
 
-* mean and population standard deviation (``numpy.std``) over seeds, as Dassl's ``parse_test_res.py``, and with it
-  half a 95% interval as 1.96 * std / sqrt(n);
+* mean and population standard deviation (``numpy.std``) over seeds, as Dassl's ``parse_test_res.py``; on demand half a 95%
+  interval, which is Student's here (see ``spread.py``), where Dassl's script takes 1.96 * std / sqrt(n) for any n;
 * the average over data sets is the mean of their means;
 * H is the harmonic mean of the two MEANS, ``2 * base * new / (base + new)``, over the seeds that have both. The spread
   beside it is that of the H of each seed.
@@ -25,6 +25,7 @@ from tabulate import tabulate, tabulate_formats
 from promptmix.errors import UserError
 from promptmix.registry import closest
 from promptmix.runs.results import RunResult
+from promptmix.tables.spread import CI95, STD, spread_of
 
 FORMATS = [*tabulate_formats, "csv", "json"]
 SORTS = ("name", "time", "base", "new", "h", "test")
@@ -42,14 +43,27 @@ _TRANSFER = {"cross-dataset": "cross data set", "domain-generalization": "domain
 
 @dataclass
 class Cell:
-    """One number of a table: mean and spread (standard deviation or half a 95% interval) over ``count`` seeds."""
+    """One number of a table.
+
+    Attributes:
+        mean: over the seeds.
+        spread: what stands behind its ±; None = there is none (an interval of one seed).
+        count: number of seeds.
+        spread_is: what kind of spread it is, in words.
+    """
 
     mean: float
-    spread: float
+    spread: float | None
     count: int
+    spread_is: str = STD
+
+    @property
+    def bar(self) -> float:
+        """Half the length of an error bar; 0 where there is no spread."""
+        return self.spread or 0.0
 
     def __str__(self) -> str:
-        return f"{self.mean:.2f} ± {self.spread:.2f}" if self.count > 1 else f"{self.mean:.2f}"
+        return f"{self.mean:.2f} ± {self.bar:.2f}" if self.count > 1 else f"{self.mean:.2f}"
 
 
 @dataclass
@@ -102,7 +116,7 @@ def aggregate(
         runs: what ``promptmix.runs.results.find`` returns.
         metrics: which numbers; None = accuracy and class-balanced accuracy, as far as the runs have them.
         split: which evaluation of each run.
-        ci95: half a 95% interval in place of the standard deviation.
+        ci95: half a 95% t-interval in place of the standard deviation.
 
     Returns:
         The rows in order of names, the metrics that stand in them, and notes on what was left out and why.
@@ -136,7 +150,7 @@ def averages(rows: list[Row], metrics: list[str], ci95: bool = False) -> list[Ro
     Args:
         rows: what ``aggregate`` returns.
         metrics: the metrics that stand in them.
-        ci95: half a 95% interval in place of the standard deviation.
+        ci95: half a 95% t-interval in place of the standard deviation.
     """
     groups: dict[tuple[str, ...], list[Row]] = defaultdict(list)
     for row in rows:
@@ -176,6 +190,8 @@ def _average(mean: Row, rows: list[Row], metric: str, ci95: bool) -> None:
 def render(rows: list[Row], metrics: list[str], fmt: str = "github", sort: str = "name", cost: bool = False) -> str:
     """Return the table(s) as text: one per protocol, or every number on a line of its own for ``csv`` and ``json``.
 
+    A line at the end says what ± is, where there is one.
+
     Args:
         rows: what ``aggregate`` and ``averages`` return.
         metrics: the metrics that stand in them.
@@ -198,7 +214,23 @@ def render(rows: list[Row], metrics: list[str], fmt: str = "github", sort: str =
         mine = [row for row in rows if row.protocol == protocol]
         if mine:
             tables.append(_table(mine, metrics, parts, fmt, cost))
-    return "\n\n".join(tables)
+    return "\n\n".join([*tables, *_legend(rows, fmt)])
+
+
+def spreads_in(rows: Iterable[Row]) -> list[str]:
+    """Return what kinds of ± stand in the rows, in words; none where every number is of one seed."""
+    return sorted({cell.spread_is for row in rows for cell in row.cells.values() if cell.count > 1})
+
+
+def _legend(rows: list[Row], fmt: str) -> list[str]:
+    """Return the line that says what ± is, as a comment where a format has its own language."""
+    kinds = spreads_in(rows)
+    if not kinds:
+        return []
+    text = f"± is {' or '.join(kinds)}"
+    if "latex" in fmt:
+        return [f"% {text.replace('%', ' percent')}"]
+    return [f"<!-- {text} -->"] if "html" in fmt else [text]
 
 
 def harmonic(base: float, new: float) -> float:
@@ -299,9 +331,7 @@ def _numbers(found: dict[Any, RunResult], metric: str, split: str) -> dict[Any, 
 
 
 def _cell(values: list[float], ci95: bool, mean: float | None = None) -> Cell:
-    std = float(np.std(values)) if values else 0.0
-    spread = 1.96 * std / max(1, len(values)) ** 0.5 if ci95 else std
-    return Cell(float(np.mean(values)) if mean is None else mean, spread, len(values))
+    return Cell(float(np.mean(values)) if mean is None else mean, spread_of(values, ci95), len(values), CI95 if ci95 else STD)
 
 
 def _h_cell(values: dict[str, dict[Any, float]], seeds: list[Any], ci95: bool) -> Cell:
