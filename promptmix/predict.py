@@ -21,7 +21,7 @@ from torch import Tensor
 from yacs.config import CfgNode
 
 from promptmix import config
-from promptmix.data.reading.images import read_image
+from promptmix.data.reading.images import READINGS, as_rgb, read_image
 from promptmix.data.reading.transforms import build_transform
 from promptmix.engine.checkpoint import BEST_FILE, LAST_FILE, load_state_dict_strict
 from promptmix.errors import CheckpointError, ConfigError, DataError
@@ -63,7 +63,9 @@ class Prediction:
         return self.probabilities[0]
 
 
-def load(run: str | Path, *, epoch: int | None = None, device: str = "", plugins: Sequence[str] = ()) -> Predictor:
+def load(
+    run: str | Path, *, epoch: int | None = None, device: str = "", plugins: Sequence[str] = (), reading: str = ""
+) -> Predictor:
     """Load the learned prompts of a run for predictions.
 
     Args:
@@ -71,11 +73,13 @@ def load(run: str | Path, *, epoch: int | None = None, device: str = "", plugins
         epoch: which checkpoint; None = the one that the run was tested with.
         device: auto, cpu or cuda; "" = as the run.
         plugins: modules or files that the run loaded with ``--plugin``.
+        reading: ``upright`` (EXIF turns, transparent on white) or ``benchmark`` (as CoOp reads); "" = the run's ``INPUT.READING``,
+            and upright where that is ``auto``, whatever the run was trained on: the pictures are the user's.
 
     Raises:
         UserError: the folder holds no run, its checkpoint is missing, or its method can't be rebuilt.
     """
-    return Predictor(run, epoch=epoch, device=device, plugins=plugins)
+    return Predictor(run, epoch=epoch, device=device, plugins=plugins, reading=reading)
 
 
 class Predictor:
@@ -84,9 +88,14 @@ class Predictor:
     Attributes:
         result: the run's ``results.json``.
         classnames: names of the classes that the run told apart.
+        reading: how pictures are read, ``upright`` or ``benchmark``.
     """
 
-    def __init__(self, run: str | Path, *, epoch: int | None = None, device: str = "", plugins: Sequence[str] = ()) -> None:
+    def __init__(
+        self, run: str | Path, *, epoch: int | None = None, device: str = "", plugins: Sequence[str] = (), reading: str = ""
+    ) -> None:
+        if reading not in ("", *READINGS):
+            raise ConfigError(f"reading is {reading!r}; choose from {', '.join(map(repr, READINGS))}, or leave it out")
         get_plugin_manager()
         for plugin in plugins:
             load_plugin(plugin)
@@ -98,6 +107,7 @@ class Predictor:
         cfg.DEVICE = device or cfg.DEVICE
         cfg.freeze()
         self._folder = folder
+        self.reading = reading or (cfg.INPUT.READING if cfg.INPUT.READING != "auto" else "upright")
         self.classnames: tuple[str, ...] = tuple(self.result.vocabulary["classnames"])
         with _quiet():
             self._trainer = _without_data(cfg, self.result.vocabulary)
@@ -141,7 +151,10 @@ class Predictor:
         return found
 
     def _batch(self, learner: PromptLearner, classifier: Any, batch: list[Picture], names: tuple[str, ...]) -> list[Prediction]:  # noqa: ANN401
-        pictures = [image.convert("RGB") if isinstance(image, Image.Image) else read_image(str(image)) for image in batch]
+        pictures = [
+            as_rgb(image, self.reading) if isinstance(image, Image.Image) else read_image(str(image), self.reading)
+            for image in batch
+        ]
         inputs = torch.stack([self._transform(picture) for picture in pictures]).to(self._trainer.device)
         with self._trainer.precision.autocast():
             logits: Tensor = learner.logits(learner.encode_images(inputs), classifier)

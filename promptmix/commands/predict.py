@@ -27,6 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--top", type=int, default=1, metavar="K", help="classes per picture, the most probable first; default: 1")
     add("--batch-size", type=int, default=32, metavar="N", help="pictures at a time; default: 32")
     add("--device", choices=("auto", "cpu", "cuda"), default="", help="where to compute; default: as the run")
+    add(
+        "--reading",
+        choices=("upright", "benchmark"),
+        default="",
+        help="how pictures are read; default: as the run says, or upright",
+    )
     add("--plugin", action="append", default=[], metavar="MODULE|FILE", help="load a plugin; may be repeated")
 
 
@@ -41,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
 
     # Warnings while loading are no part of a table or of JSON lines.
     with contextlib.redirect_stdout(sys.stderr):
-        predictor = load(args.model_dir, epoch=args.load_epoch, device=args.device, plugins=args.plugin)
+        predictor = load(args.model_dir, epoch=args.load_epoch, device=args.device, plugins=args.plugin, reading=args.reading)
         predictions = predictor.predict(images, names or None, batch_size=args.batch_size)
     _write(predictions, args.format, args.top)
     return 0

@@ -32,6 +32,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "DATASET.CLASS_ORDER": ("sorted", "seeded"),
     "DEVICE": ("auto", "cpu", "cuda"),
     "INPUT.INTERPOLATION": ("bilinear", "bicubic", "nearest"),
+    "INPUT.READING": ("auto", "upright", "benchmark"),
     "OPTIM.LR_SCHEDULER": ("single_step", "multi_step", "cosine"),
     "OPTIM.WARMUP_TYPE": ("linear", "constant"),
     "TEST.FINAL_MODEL": ("last_step", "best_val"),
@@ -56,6 +57,8 @@ def get_cfg_default() -> CN:
     cfg.INPUT = CN()
     cfg.INPUT.SIZE = (224, 224)  # pixels, height and width
     cfg.INPUT.INTERPOLATION = "bilinear"  # bilinear | bicubic | nearest
+    # ours: auto | upright (EXIF turns, transparent on white) | benchmark (as CoOp reads); auto: upright for ImageFolder and CSV
+    cfg.INPUT.READING = "auto"
     cfg.INPUT.TRANSFORMS = ()  # names, see promptmix.data.reading.transforms
     cfg.INPUT.NO_TRANSFORM = False  # True: batches carry untransformed pictures
     cfg.INPUT.PIXEL_MEAN = [0.485, 0.456, 0.406]

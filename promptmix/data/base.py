@@ -17,7 +17,7 @@ from promptmix.plugin_manager import get_plugin_manager
 from promptmix.registry import DATASET_REGISTRY
 from promptmix.utils import get_logger
 
-__all__ = ["DATASET_REGISTRY", "DatasetBase", "build_dataset", "require_folder"]
+__all__ = ["DATASET_REGISTRY", "DatasetBase", "build_dataset", "reading_of", "require_folder"]
 
 
 class DatasetBase:
@@ -35,6 +35,9 @@ class DatasetBase:
 
     dataset_dir: str = ""  # folder of the data set below DATASET.ROOT
     domains: Sequence[str] = []  # names of all domains
+
+    #: How its pictures are read where ``INPUT.READING`` is ``auto``, see ``promptmix.data.reading.images``.
+    reading: str = "benchmark"
 
     # Words beyond Dassl's, which a data set may go without.
     templates: list[str]  # hard prompts such as "a photo of a {}."
@@ -205,6 +208,15 @@ def require_folder(path: str | os.PathLike[str], name: str) -> Path:
     there = sorted(entry.name for entry in above.iterdir()) if above.is_dir() else []
     seen = f"{above} holds {', '.join(there[:8])}" if there else f"{above} is empty or missing"
     raise DataError(f"data set {name}: no folder {folder} ({seen}); set --root (DATASET.ROOT) to the folder above it")
+
+
+def reading_of(cfg: CfgNode) -> str:
+    """Return how pictures are read: what ``INPUT.READING`` says, and for ``auto`` what the data set says."""
+    chosen: str = cfg.INPUT.get("READING", "auto")  # a real Dassl's tree lacks it
+    if chosen != "auto":
+        return chosen
+    name = cfg.DATASET.NAME
+    return getattr(DATASET_REGISTRY.get(name), "reading", "benchmark") if name in DATASET_REGISTRY else "benchmark"
 
 
 def build_dataset(cfg: CfgNode) -> DatasetBase:

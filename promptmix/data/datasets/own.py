@@ -27,7 +27,7 @@ Found = tuple[str, str, str, str]
 
 
 class _Own(AssembledDataset):
-    """What both share: names, domains and splits from a list of found pictures.
+    """What both share: names, domains and splits from a list of found pictures, which are read as people see them.
 
     Args:
         cfg: the whole config tree.
@@ -39,6 +39,8 @@ class _Own(AssembledDataset):
     Raises:
         DataError: there are no pictures, no training or no test pictures, or a class that the training part lacks.
     """
+
+    reading = "upright"
 
     def __init__(self, cfg: CfgNode, node: CfgNode, found: list[Found], names: dict[str, str], where: Path) -> None:
         if not found:

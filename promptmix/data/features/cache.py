@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
+from promptmix.data.base import reading_of
 from promptmix.data.datum import Datum
 from promptmix.errors import UserError
 from promptmix.utils import atomic_write, get_logger
@@ -218,7 +219,7 @@ def feature_key(cfg: CfgNode, tower: nn.Module, items: Sequence[Datum], transfor
         "version": _VERSION,
         "weights": weights_hash(tower),
         "items": items_hash(items),
-        "input": {key: value for key, value in cfg.INPUT.items() if key not in _NO_PIXELS},
+        "input": {key: value for key, value in cfg.INPUT.items() if key not in _NO_PIXELS} | {"READING": reading_of(cfg)},
         "transform": described,
         "precision": cfg.TRAINER.PREC,
         "kernels": [cfg.MODEL.COMPILE, cfg.MODEL.PLAIN_TOWERS],

@@ -1,4 +1,11 @@
-"""Reading pictures from files and from zip packs."""
+"""Reading pictures from files and from zip packs, as the benchmark's code does or as people see them.
+
+The benchmark's code opens a file and calls ``convert("RGB")``: pictures of phones lie on their side, what is transparent shows the
+colour that happens to be stored there (mostly black), and 16-bit grey is white. Numbers of the 15 benchmark data sets depend on it, so
+it is kept for them bit for bit (``INPUT.READING benchmark``). ``upright`` turns a picture as its EXIF or XMP orientation says, puts
+what is transparent on white, as a web page shows it, and scales 16-bit grey to 8 bits. Both read the first frame of what moves
+and take CMYK and palettes as Pillow converts them; colour profiles are not applied.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +13,34 @@ import os
 import zipfile
 from functools import lru_cache
 
+import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from promptmix.errors import DataError
 
-__all__ = ["read_image"]
+__all__ = ["READINGS", "as_rgb", "read_image"]
+
+READINGS = ("benchmark", "upright")
+
+_ORIENTATION = 0x0112  # EXIF's tag
+#: What undoes each orientation but 1.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
-def read_image(path: str) -> Image.Image:
+def read_image(path: str, reading: str = "benchmark") -> Image.Image:
     """Read a picture as RGB.
 
     Args:
         path: a file, or ``pack.zip::member`` for one inside a zip.
+        reading: ``benchmark`` or ``upright``, see above.
 
     Raises:
         DataError: the file or member is missing, or is not a picture; the message names it.
@@ -26,15 +49,55 @@ def read_image(path: str) -> Image.Image:
     try:
         if not inside:
             with Image.open(path) as img:
-                return img.convert("RGB")
+                return as_rgb(img, reading)
         with _zip(os.path.abspath(pack), os.getpid()).open(member) as file, Image.open(file) as img:
-            return img.convert("RGB")
+            return as_rgb(img, reading)
     except FileNotFoundError as error:
         raise DataError(f"no picture {path}; check DATASET.ROOT, or get the data set again") from error
     except KeyError as error:
         raise DataError(f"no picture {member!r} in {pack}; get the pack again") from error
-    except (UnidentifiedImageError, zipfile.BadZipFile, OSError) as error:
+    except (UnidentifiedImageError, zipfile.BadZipFile, OSError, ValueError) as error:
         raise DataError(f"can't read picture {path} ({error}); it is damaged or no picture") from error
+
+
+def as_rgb(image: Image.Image, reading: str = "benchmark") -> Image.Image:
+    """Return an opened picture as RGB.
+
+    Args:
+        image: in any of Pillow's modes.
+        reading: ``benchmark`` or ``upright``, see above.
+    """
+    if reading == "benchmark":
+        return image.convert("RGB")
+    image.load()  # some formats hold the orientation behind the pixels, and TIFF turns itself
+    turn = _TURNS.get(_orientation(image))
+    if turn is not None:
+        image = image.transpose(turn)
+    if image.mode[0] in "IF":
+        return _eight_bits(image).convert("RGB")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    seen = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen).convert("RGB")
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        found = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # damaged EXIF raises many kinds, and the pixels are fine without it
+        return 1
+    return found if isinstance(found, int) else 1
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Return grey of 16 bits, whole numbers or fractions as 8 bits; the largest value says which of these it is."""
+    values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0.0, neginf=0.0)
+    high = float(values.max(initial=0.0))
+    if image.mode.startswith("I;16") or 255 < high <= 65535:
+        top = 65535.0
+    else:
+        top = 1.0 if image.mode == "F" and high <= 1 else max(high, 255.0)
+    return Image.fromarray(np.clip(values * (255 / top) + 0.5, 0, 255).astype(np.uint8))
 
 
 @lru_cache(maxsize=32)

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms as T
 from yacs.config import CfgNode
 
-from promptmix.data.base import DatasetBase, build_dataset
+from promptmix.data.base import DatasetBase, build_dataset, reading_of
 from promptmix.data.datum import Datum
 from promptmix.data.reading.images import read_image
 from promptmix.data.reading.loaders import PersistentLoader
@@ -49,6 +49,7 @@ class DatasetWrapper(Dataset[dict[str, Any]]):
         self.is_train = is_train
         self.k_tfm: int = cfg.DATALOADER.K_TRANSFORMS if is_train else 1
         self.return_img0: bool = cfg.DATALOADER.RETURN_IMG0
+        self.reading = reading_of(cfg)
         if self.k_tfm > 1 and transform is None:
             raise ConfigError(f"DATALOADER.K_TRANSFORMS is {self.k_tfm}, but there is no transform to repeat")
         # For img0, the picture without augmentation.
@@ -65,7 +66,7 @@ class DatasetWrapper(Dataset[dict[str, Any]]):
 
     def __getitem__(self, idx: int) -> dict[str, Any]:
         item = self.data_source[idx]
-        img0 = read_image(item.impath)
+        img0 = read_image(item.impath, self.reading)
         output: dict[str, Any] = {"label": item.label, "domain": item.domain, "impath": item.impath, "index": idx}
         if self.transform is None:
             output["img"] = img0
