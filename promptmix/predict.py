@@ -73,8 +73,8 @@ def load(
         epoch: which checkpoint; None = the one that the run was tested with.
         device: auto, cpu or cuda; "" = as the run.
         plugins: modules or files that the run loaded with ``--plugin``.
-        reading: ``upright`` (EXIF turns, transparent on white) or ``benchmark`` (as CoOp reads); "" = the run's ``INPUT.READING``,
-            and upright where that is ``auto``, whatever the run was trained on: the pictures are the user's.
+        reading: ``upright`` (EXIF turns, transparent on white) or ``benchmark`` (as CoOp reads); "" = the run's
+            ``INPUT.READING``, and upright where that is ``auto``, whatever the run was trained on: the pictures are the user's.
 
     Raises:
         UserError: the folder holds no run, its checkpoint is missing, or its method can't be rebuilt.

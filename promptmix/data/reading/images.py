@@ -1,10 +1,10 @@
 """Reading pictures from files and from zip packs, as the benchmark's code does or as people see them.
 
-The benchmark's code opens a file and calls ``convert("RGB")``: pictures of phones lie on their side, what is transparent shows the
-colour that happens to be stored there (mostly black), and 16-bit grey is white. Numbers of the 15 benchmark data sets depend on it, so
-it is kept for them bit for bit (``INPUT.READING benchmark``). ``upright`` turns a picture as its EXIF or XMP orientation says, puts
-what is transparent on white, as a web page shows it, and scales 16-bit grey to 8 bits. Both read the first frame of what moves
-and take CMYK and palettes as Pillow converts them; colour profiles are not applied.
+The benchmark's code opens a file and calls ``convert("RGB")``: pictures of phones lie on their side, what is transparent shows
+the colour that happens to be stored there (mostly black), and 16-bit grey is white. Numbers of the 15 benchmark data sets depend
+on it, so it is kept for them bit for bit (``INPUT.READING benchmark``). ``upright`` turns a picture as its EXIF or XMP
+orientation says, puts what is transparent on white, as a web page shows it, and scales 16-bit grey to 8 bits. Both read the first
+frame of what moves and take CMYK and palettes as Pillow converts them; colour profiles are not applied.
 """
 
 from __future__ import annotations
