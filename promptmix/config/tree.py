@@ -102,6 +102,7 @@ def get_cfg_default() -> CN:
     cfg.DATALOADER = CN()
     cfg.DATALOADER.NUM_WORKERS = 4
     cfg.DATALOADER.PERSISTENT_WORKERS = True  # ours: training workers stay from epoch to epoch, with the batches of new ones
+    cfg.DATALOADER.SAMPLE_STREAMS = True  # ours: augmentations are the same for any number of workers; False: a stream a process
     cfg.DATALOADER.K_TRANSFORMS = 1  # augmented copies of each training picture in a batch
     cfg.DATALOADER.RETURN_IMG0 = False  # also give the picture without augmentation
     cfg.DATALOADER.TRAIN_X = CN()

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
 from promptmix.data import DataManager
-from promptmix.data.reading.loaders import PersistentLoader
+from promptmix.data.reading.loaders import TrainLoader
 from promptmix.engine.base import Names, TrainerBase
 from promptmix.engine.checkpoint import BEST_FILE, load_checkpoint
 from promptmix.engine.evaluator import build_evaluator
@@ -91,7 +91,7 @@ class SimpleTrainer(TrainerBase):
             super().train(self.start_epoch, self.max_epoch)
         finally:
             for loader in vars(self).values():
-                if isinstance(loader, PersistentLoader):
+                if isinstance(loader, TrainLoader):
                     loader.close()
 
     def before_train(self) -> None:

@@ -1,4 +1,4 @@
-"""Workers that stay give the batches and the random states of workers that are started anew each epoch."""
+"""Any number of workers, staying or started anew each epoch, gives the same batches and the same random states."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, get_worker_info
 from promptmix.config import get_cfg_default
 from promptmix.data import DataManager, DatasetBase, DatasetWrapper, Datum, build_data_loader, build_transform
 from promptmix.data.features.views import in_order
-from promptmix.data.reading.loaders import PersistentLoader
+from promptmix.data.reading.loaders import TrainLoader
 from promptmix.data.reading.streams import get_streams
 from promptmix.errors import DataError
 from promptmix.registry import DATASET_REGISTRY
@@ -36,8 +36,9 @@ class Drawing(DatasetWrapper):
     def __getitem__(self, idx):
         info = get_worker_info()
         drawn = [random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), torch.randn(()).item()]
-        item = {"drawn": torch.tensor([*drawn, np.random.randint(1 << 40), info.seed, info.id], dtype=torch.float64)}
-        return {**super().__getitem__(idx), **item, "pid": os.getpid(), "kind": type(info.dataset).__name__}
+        item = {"drawn": torch.tensor([*drawn, np.random.randint(1 << 40)], dtype=torch.float64)}
+        who = {"worker": torch.tensor([info.seed, info.id] if info else []), "kind": type(info.dataset).__name__ if info else ""}
+        return {**super().__getitem__(idx), **item, **who, "pid": os.getpid()}
 
 
 @pytest.fixture
@@ -62,11 +63,11 @@ def cfg():
 
 @pytest.fixture
 def build(cfg, items):
-    def made(stay, sampler="RandomSampler", wrapper=Drawing, **options):
-        cfg.DATALOADER.PERSISTENT_WORKERS = stay
+    def made(stay, sampler="RandomSampler", wrapper=Drawing, workers=2, streams=True, **options):
+        cfg.DATALOADER.PERSISTENT_WORKERS, cfg.DATALOADER.NUM_WORKERS, cfg.DATALOADER.SAMPLE_STREAMS = stay, workers, streams
         set_random_seed(3)
         loader = build_data_loader(cfg, sampler, items, 4, tfm=build_transform(cfg), dataset_wrapper=wrapper, **options)
-        assert type(loader) is (PersistentLoader if stay else DataLoader)
+        assert type(loader) is (TrainLoader if streams or stay else DataLoader)
         return loader
 
     yield made
@@ -78,22 +79,76 @@ def pids(batches):
     return {pid for batch in batches for pid in batch["pid"].tolist()}
 
 
-def assert_same(plain, staying):
+def assert_same(plain, staying, keys=("img", "index", "label", "drawn", "worker")):
     """Compare lists of epochs, each a list of batches and the random states after it."""
     assert len(plain) == len(staying)
     for (batches, streams), (others, their_streams) in zip(plain, staying, strict=True):
         assert len(batches) == len(others) > 0
         for batch, other in zip(batches, others, strict=True):
-            assert batch["impath"] == other["impath"] and batch["kind"] == other["kind"]
-            assert all(torch.equal(batch[key], other[key]) for key in ("img", "index", "label", "drawn"))
+            assert batch["impath"] == other["impath"]
+            assert batch["kind"] == other["kind"] or "worker" not in keys
+            assert all(torch.equal(batch[key], other[key]) for key in keys)
         assert all(torch.equal(streams[name], their_streams[name]) for name in streams)
 
 
-@pytest.mark.parametrize("sampler", ["RandomSampler", "SequentialSampler", "RandomDomainSampler", "RandomClassSampler"])
-def test_batches_and_random_states_are_those_of_new_workers(build, sampler):
+SAMPLERS = ["RandomSampler", "SequentialSampler", "RandomDomainSampler", "RandomClassSampler"]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_any_number_of_workers_gives_the_same_epochs(build, sampler):
+    seen = []
+    for workers in (0, 1, 2):
+        loader, epochs = build(workers == 2, sampler, workers=workers), []
+        for _ in range(2):
+            batches = []
+            for batch in loader:
+                batches.append(batch)
+                torch.rand(1), random.random(), np.random.rand()  # a method that draws while it learns
+            epochs.append((batches, get_streams()))
+        seen.append(epochs)
+        drawn = torch.cat([batch["drawn"] for batches, _ in epochs for batch in batches])
+        assert len(drawn.unique(dim=0)) == len(drawn) > 30  # no two pictures share a stream
+        assert abs(torch.corrcoef(drawn[:, [2, 4]].T)[0, 1]) < 0.5  # nor numpy and torch
+    for other in seen[1:]:
+        assert_same(seen[0], other, keys=("img", "index", "label", "drawn"))
+
+
+def test_pictures_read_together_have_a_stream_for_the_batch(build):
+    class Together(Drawing):
+        def __getitems__(self, indices):
+            return [self[index] for index in indices]
+
+    seen = [[(list(build(False, wrapper=Together, workers=workers)), get_streams())] for workers in (0, 2)]
+    assert_same(*seen, keys=("img", "index", "label", "drawn"))
+
+
+def test_two_loaders_read_in_turn_are_the_same_for_any_number_of_workers(build):
+    """As TrainerXU reads them: both are started before either is read."""
+    seen = []
+    for workers in (0, 2):
+        one, other = build(False, workers=workers), build(False, workers=workers)
+        set_random_seed(4)
+        pairs = list(zip(iter(one), iter(other), strict=True))
+        seen.append([([a for a, _ in pairs], {}), ([b for _, b in pairs], get_streams())])
+    assert_same(*seen, keys=("img", "index", "label", "drawn"))
+
+
+def test_dassls_streams_are_a_key_away(build, cfg):
+    """One stream for each process: without workers, augmentations draw where the order is drawn."""
+    loader = build(False, workers=0, streams=False)
+    set_random_seed(3)
+    batches = list(loader)
+    set_random_seed(3)
+    plain = list(DataLoader(loader.dataset, batch_size=4, sampler=loader.sampler, drop_last=True))
+    assert_same([(batches, {})], [(plain, {})])
+    assert_same([(list(build(False, streams=False)), get_streams())], [(list(build(True, streams=False)), get_streams())])
+
+
+@pytest.mark.parametrize(("sampler", "streams"), [*((sampler, True) for sampler in SAMPLERS), ("RandomSampler", False)])
+def test_batches_and_random_states_are_those_of_new_workers(build, sampler, streams):
     seen = []
     for stay in BOTH:
-        loader = build(stay, sampler)
+        loader = build(stay, sampler, streams=streams)
         epochs = []
         for epoch in range(3):
             epochs.append((list(loader), get_streams()))
@@ -221,11 +276,11 @@ def test_only_training_loaders_with_workers_keep_them(cfg, items, build):
     try:
         cfg.DATASET.NAME = "LoaderPngs"
         dm = DataManager(cfg)
-        assert [type(loader) for loader in (dm.train_loader_x, dm.train_loader_u)] == [PersistentLoader] * 2
+        assert [type(loader) for loader in (dm.train_loader_x, dm.train_loader_u)] == [TrainLoader] * 2
         assert [type(loader) for loader in (dm.val_loader, dm.test_loader)] == [DataLoader] * 2
         assert dm.train_loader_x.dataset.data_source is items  # not what lies around it in the workers
-        assert type(in_order(dm.train_loader_x)) is DataLoader
+        assert dm.train_loader_x.persistent_workers and not in_order(dm.train_loader_x).persistent_workers
         cfg.DATALOADER.NUM_WORKERS = 0
-        assert type(DataManager(cfg).train_loader_x) is DataLoader
+        assert not DataManager(cfg).train_loader_x.persistent_workers
     finally:
         DATASET_REGISTRY._entries.pop("LoaderPngs")

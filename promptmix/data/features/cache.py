@@ -27,7 +27,7 @@ from promptmix.errors import UserError
 from promptmix.utils import atomic_write, get_logger
 
 #: Raised when a file's meaning changes, so that old files are passed over.
-_VERSION = 2
+_VERSION = 3
 _SUFFIX = ".safetensors"
 #: Keys of INPUT that change no pixel.
 _NO_PIXELS = ("CACHED_VIEWS", "FEATURE_CACHE", "FEATURE_CACHE_DIR", "FEATURE_CACHE_GB")

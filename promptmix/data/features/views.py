@@ -21,7 +21,7 @@ from yacs.config import CfgNode
 
 from promptmix.data.datum import Datum
 from promptmix.data.features.cache import FeatureCache, feature_key, same_randomness
-from promptmix.data.reading.loaders import PersistentLoader
+from promptmix.data.reading.loaders import TrainLoader
 from promptmix.data.reading.streams import get_streams, set_streams, streams_hash
 from promptmix.utils import get_logger
 
@@ -116,14 +116,15 @@ def cache_views(
     if not steady:
         node = cfg.DATALOADER
         more |= {"views": views, "streams": streams_hash(get_streams()), "sampler": node.TRAIN_X.SAMPLER}
-        more |= {"workers": loader.num_workers, "between": draws_between, "sizes": str(dict(node.TRAIN_X))}
+        own = isinstance(loader, TrainLoader) and loader.sample_streams
+        more |= {"workers": "any" if own else loader.num_workers, "between": draws_between, "sizes": str(dict(node.TRAIN_X))}
     key = feature_key(cfg, tower, source.data_source, source.transform, **more) if cache else None
     stored = cache.get(key) if cache and key else None
     if stored is None:
         get_logger().info("Encoding %d cached views of %d pictures", views, len(source))
         with same_randomness(), torch.no_grad():
             stored = _steady(loader, encode) if steady else _record(loader, views, encode, draws_between)
-        if isinstance(loader, PersistentLoader):
+        if isinstance(loader, TrainLoader):
             loader.close()  # the data manager keeps it, but nobody reads it again
         if cache and key:
             cache.put(key, stored, f"{cfg.DATASET.NAME}, {len(source)} training pictures, {views} view(s)")
@@ -168,11 +169,12 @@ def _record(loader: DataLoader[Any], views: int, encode: Encode, draws_between: 
 
 def in_order(loader: DataLoader[Any], dataset: Dataset[Any] | None = None) -> DataLoader[Any]:
     """Return a loader over ``dataset`` (default: that of ``loader``) from first to last, with nothing left out."""
-    return DataLoader(
+    return TrainLoader(
         loader.dataset if dataset is None else dataset,
         batch_size=loader.batch_size,
         num_workers=loader.num_workers,
         worker_init_fn=loader.worker_init_fn,
+        sample_streams=getattr(loader, "sample_streams", False),
     )
 
 

@@ -16,7 +16,7 @@ from yacs.config import CfgNode
 from promptmix.data.base import DatasetBase, build_dataset, reading_of
 from promptmix.data.datum import Datum
 from promptmix.data.reading.images import read_image
-from promptmix.data.reading.loaders import PersistentLoader
+from promptmix.data.reading.loaders import TrainLoader
 from promptmix.data.reading.samplers import build_sampler
 from promptmix.data.reading.transforms import INTERPOLATION_MODES, build_transform
 from promptmix.errors import ConfigError, DataError
@@ -125,18 +125,23 @@ def build_data_loader(
     sampler = build_sampler(sampler_type, cfg=cfg, data_source=data_source, batch_size=batch_size, n_domain=n_domain, n_ins=n_ins)
     dataset = (dataset_wrapper or DatasetWrapper)(cfg, data_source, transform=tfm, is_train=is_train)
     workers: int = cfg.DATALOADER.NUM_WORKERS
-    # Evaluation loaders run once.
+    # Evaluation loaders run once, and nothing in them is random.
     stays = is_train and workers > 0 and cfg.DATALOADER.PERSISTENT_WORKERS
-    loader: DataLoader[Any] = (PersistentLoader if stays else DataLoader)(
-        dataset,
-        batch_size=batch_size,
-        sampler=sampler,
-        num_workers=workers,
-        drop_last=is_train and len(data_source) >= batch_size,
-        pin_memory=torch.cuda.is_available() and cfg.USE_CUDA and cfg.DEVICE != "cpu",
-        worker_init_fn=_seed_worker,
-        persistent_workers=stays,
-    )
+    options: dict[str, Any] = {
+        "batch_size": batch_size,
+        "sampler": sampler,
+        "num_workers": workers,
+        "drop_last": is_train and len(data_source) >= batch_size,
+        "pin_memory": torch.cuda.is_available() and cfg.USE_CUDA and cfg.DEVICE != "cpu",
+        "worker_init_fn": _seed_worker,
+        "persistent_workers": stays,
+    }
+    streams = cfg.DATALOADER.SAMPLE_STREAMS
+    loader: DataLoader[Any]
+    if is_train and (streams or stays):
+        loader = TrainLoader(dataset, sample_streams=streams, **options)
+    else:
+        loader = DataLoader(dataset, **options)
     if not len(loader):
         raise DataError(f"{sampler_type}: no whole batch of {batch_size} in {len(data_source)} items; lower BATCH_SIZE")
     return loader
