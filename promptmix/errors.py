@@ -15,6 +15,24 @@ class ConfigError(UserError, ValueError):
     """A configuration key or value that is unknown, of the wrong type, out of range, or would be ignored."""
 
 
+class SettingError(ConfigError):
+    """A part's setting that doesn't fit the model or the data set. Whoever built the part from a config names the whole key.
+
+    Args:
+        setting: the constructor's argument.
+        value: what it was.
+        remedy: why it doesn't fit, and what to do.
+    """
+
+    def __init__(self, setting: str, value: object, remedy: str) -> None:
+        super().__init__(f"{setting} is {value!r}, {remedy}")
+        self.setting, self.value, self.remedy = setting, value, remedy
+
+    def under(self, node: str) -> ConfigError:
+        """Return the error with the setting's dotted key in the config."""
+        return ConfigError(f"{node}.{self.setting.upper()} is {self.value!r}, {self.remedy}")
+
+
 class RegistryError(UserError, KeyError):
     """A name that no registry entry has, or that is taken already."""
 

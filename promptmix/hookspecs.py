@@ -56,6 +56,11 @@ def register_distillers(registry: Registry) -> None:
 
 
 @hookspec
+def register_heads(registry: Registry) -> None:
+    """Fires once per plugin at loading: add ``promptmix.prompts.roles.Head`` classes."""
+
+
+@hookspec
 def extend_config(cfg: CfgNode) -> None:
     """Fires whenever a config tree is made: add nodes with their defaults to ``cfg``; change no key that is there."""
 

@@ -19,7 +19,13 @@ from promptmix.errors import PluginError
 from promptmix.registry import REGISTRIES
 
 ENTRY_POINT_GROUP = "promptmix"
-_ROOMS = ("promptmix.trainers", "promptmix.plugins", "promptmix.data.datasets", "promptmix.clip.backbones")
+_ROOMS = (
+    "promptmix.trainers",
+    "promptmix.plugins",
+    "promptmix.data.datasets",
+    "promptmix.clip.backbones",
+    "promptmix.prompts.heads",
+)
 
 
 @lru_cache(maxsize=1)

@@ -26,7 +26,7 @@ from promptmix.data.reading.transforms import build_transform
 from promptmix.engine.checkpoint import BEST_FILE, LAST_FILE, load_state_dict_strict
 from promptmix.errors import CheckpointError, ConfigError, DataError
 from promptmix.plugin_manager import get_plugin_manager, load_plugin
-from promptmix.prompts.roles import PromptLearner
+from promptmix.prompts.learner import PromptLearner
 from promptmix.prompts.trainer import PromptTrainer
 from promptmix.registry import TRAINER_REGISTRY
 from promptmix.runs import results

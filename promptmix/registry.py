@@ -105,6 +105,7 @@ ROUTER_REGISTRY = Registry("router")
 TEXT_SUPERVISION_REGISTRY = Registry("text supervision")
 DISTILLER_REGISTRY = Registry("distiller")
 EVALUATOR_REGISTRY = Registry("evaluator")
+HEAD_REGISTRY = Registry("head")
 
 #: Every registry by the plural that ``promptmix list`` and the ``register_*`` hooks use.
 REGISTRIES: dict[str, Registry] = {
@@ -116,4 +117,5 @@ REGISTRIES: dict[str, Registry] = {
     "text_supervisions": TEXT_SUPERVISION_REGISTRY,
     "distillers": DISTILLER_REGISTRY,
     "evaluators": EVALUATOR_REGISTRY,
+    "heads": HEAD_REGISTRY,
 }

@@ -48,7 +48,7 @@ def test_a_file_comes_in_by_path(tmp_path):
     file = tmp_path / "my_router.py"
     file.write_text(
         "from promptmix import hookimpl\nfrom promptmix.prompts.roles import Router\n"
-        "class FromFile(Router):\n    def forward(self, f): ...\n"
+        "class FromFile(Router):\n    def forward(self, step): ...\n"
         "@hookimpl\ndef register_routers(registry): registry.register(FromFile)\n"
     )
     load_plugin(str(file))

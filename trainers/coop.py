@@ -14,12 +14,15 @@ fp32 by default, where the authors use fp16 weights.
 
 from __future__ import annotations
 
-from yacs.config import CfgNode
+from typing import Any
+
+from promptmix.plugins.prompt_bank.soft import Soft
 
 from promptmix import hookimpl
-from promptmix.prompts.context import add_context_keys, build_soft_prompt, validate_context
-from promptmix.prompts.learner import Mixture
-from promptmix.prompts.roles import PromptLearner, Task
+from promptmix.config.declare import inherits
+from promptmix.engine.layout import Layout, Rule
+from promptmix.prompts.learner import Learner
+from promptmix.prompts.roles import Task
 from promptmix.prompts.trainer import PromptTrainer
 from promptmix.registry import Registry
 
@@ -27,19 +30,12 @@ from promptmix.registry import Registry
 class CoOp(PromptTrainer):
     """One soft prompt, trained with cross-entropy."""
 
-    @staticmethod
-    def add_config(node: CfgNode) -> None:
-        """Declare CoOp's keys, as the authors name them."""
-        add_context_keys(node)
+    layout = Layout("prompt_learner", (Rule("ctx", "bank.ctx", expert_axis=True),))
 
-    @classmethod
-    def validate(cls, cfg: CfgNode) -> None:
-        """Refuse a context length that the initial words would override."""
-        validate_context(cfg, "TRAINER.COOP")
-
-    def build_learner(self, task: Task) -> PromptLearner:
-        """Return one soft prompt without router, supervision or distiller."""
-        return Mixture(task, build_soft_prompt(task, self.node))
+    @inherits(Soft, without=["n_prompts"])
+    def compose(self, task: Task, **soft: Any) -> Learner:
+        """Return one soft prompt; no router, no other loss."""
+        return Learner(task, Soft(task, **soft))
 
 
 @hookimpl

@@ -5,8 +5,8 @@ https://arxiv.org/abs/2210.03117
 
 | paper | here |
 |---|---|
-| language prompts P, layers 1 ... J | ``TextPrompts.layers``, ``N_CTX_TEXT`` tokens, ``PROMPT_DEPTH_TEXT`` layers |
-| vision prompts, layers 1 ... J | ``VisionPrompts.layers``, ``N_CTX_VISION`` tokens, ``PROMPT_DEPTH_VISION`` layers |
+| language prompts P, layers 1 ... J | ``IndependentDeep.text``, ``N_CTX_TEXT`` tokens, ``PROMPT_DEPTH_TEXT`` layers |
+| vision prompts, layers 1 ... J | ``IndependentDeep.vision``, ``N_CTX_VISION`` tokens, ``PROMPT_DEPTH_VISION`` layers |
 | no coupling function F | nothing connects the two |
 
 The context starts from the first N_CTX_TEXT tokens of CTX_INIT; its other words stay, so that 2 tokens of "a photo of a" make
@@ -19,30 +19,30 @@ theirs starts at random from 5 tokens on and reads past the words below that; PR
 
 from __future__ import annotations
 
-from yacs.config import CfgNode
+from typing import Any
+
+from promptmix.plugins.prompt_bank.independent_deep import IndependentDeep
 
 from promptmix import hookimpl
-from promptmix.prompts.deep import DeepPromptTrainer, IndependentPrompts, add_independent_config, validate_independent
-from promptmix.prompts.roles import PromptLearner, Task
+from promptmix.config.declare import inherits
+from promptmix.engine.layout import INDEPENDENT, Layout
+from promptmix.prompts.heads import Cosine
+from promptmix.prompts.learner import Learner
+from promptmix.prompts.roles import Task
+from promptmix.prompts.trainer import PromptTrainer
 from promptmix.registry import Registry
 
 
-class IVLP(DeepPromptTrainer):
+class IVLP(PromptTrainer):
     """Deep prompts in both towers, trained with cross-entropy."""
 
-    @staticmethod
-    def add_config(node: CfgNode) -> None:
-        """Declare IVLP's keys, as the authors name them."""
-        add_independent_config(node, n_ctx=2, depth=9)
+    layout = Layout("VLPromptLearner", INDEPENDENT, whole=True)
 
-    @classmethod
-    def validate(cls, cfg: CfgNode) -> None:
-        """Refuse numbers that can't work or contradict each other."""
-        validate_independent(cfg, "TRAINER.IVLP")
-
-    def build_learner(self, task: Task) -> PromptLearner:
+    @inherits(IndependentDeep, without=["n_prompts"])
+    def compose(self, task: Task, **deep: Any) -> Learner:
         """Return the prompts of both towers."""
-        return IndependentPrompts(task, *self.independent_parts(task))
+        prompts = IndependentDeep(task, **deep)
+        return Learner(task, prompts, head=Cosine(task, prompts))
 
 
 @hookimpl

@@ -9,7 +9,7 @@ Hantao Yao, Rui Zhang, Changsheng Xu. CVPR 2023. https://arxiv.org/abs/2303.1328
 | w_i, learned embedding | ``Soft.forward`` |
 | L_kg | ``CosineToHard.forward``: 1 - mean cosine, half the squared distance of unit vectors |
 | lambda = 8 | ``W`` |
-| L = L_ce + lambda L_kg | ``Mixture.loss`` |
+| L = L_ce + lambda L_kg | ``KgCoOp.compose`` |
 
 Deviations from the authors' code: hard features have the trainer's precision (theirs stay fp16 even in fp32 mode). Their
 meta-net, adapter and bias vectors touch nothing that is used and are left out.
@@ -17,36 +17,42 @@ meta-net, adapter and bias vectors touch nothing that is used and are left out.
 
 from __future__ import annotations
 
-from yacs.config import CfgNode
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from promptmix.plugins.prompt_bank.soft import Soft
+from promptmix.plugins.text_supervision.hard_prompts import CosineToHard
 
 from promptmix import hookimpl
-from promptmix.prompts.context import add_context_keys, build_soft_prompt, validate_context
-from promptmix.prompts.learner import Mixture
-from promptmix.prompts.roles import PromptLearner, Task
+from promptmix.config.declare import Setting, inherits
+from promptmix.engine.layout import Layout, Rule
+from promptmix.prompts.learner import Learner
+from promptmix.prompts.losses import CrossEntropy
+from promptmix.prompts.roles import Task
 from promptmix.prompts.trainer import PromptTrainer
-from promptmix.registry import TEXT_SUPERVISION_REGISTRY, Registry
+from promptmix.registry import Registry
 
 
 class KgCoOp(PromptTrainer):
     """One soft prompt, held near the hard prompt by the cosine of their text features."""
 
-    @staticmethod
-    def add_config(node: CfgNode) -> None:
-        """Declare KgCoOp's keys, as the authors name them."""
-        add_context_keys(node, n_ctx=4, ctx_init="a photo of a")
-        node.W = 8.0  # lambda: factor on 1 - mean cosine
-        node.TEMPLATES = ()  # ours: hard prompts to stay near, ensembled; () = the data set's first
+    layout = Layout(
+        "prompt_learner",
+        (Rule("ctx", "bank.ctx", expert_axis=True),),
+        unused=(r"bias_vectors", r"meta_net\.linear1\.(weight|bias)"),
+    )
 
-    @classmethod
-    def validate(cls, cfg: CfgNode) -> None:
-        """Refuse a context length that the initial words would override."""
-        validate_context(cfg, "TRAINER.KGCOOP")
-
-    def build_learner(self, task: Task) -> PromptLearner:
-        """Return one soft prompt under cosine supervision."""
-        bank = build_soft_prompt(task, self.node)
-        supervision = TEXT_SUPERVISION_REGISTRY.get("CosineToHard")(task, bank, templates=self.node.TEMPLATES)
-        return Mixture(task, bank, supervision=supervision, text_weight=self.node.W)
+    @inherits(Soft, without=["n_prompts"], n_ctx=4, ctx_init="a photo of a")
+    def compose(
+        self,
+        task: Task,
+        w: Annotated[float, Setting("lambda: factor on 1 - mean cosine", low=0)] = 8.0,
+        templates: Annotated[Sequence[str], Setting("hard prompts to stay near, ensembled; () = the data set's first")] = (),
+        **soft: Any,
+    ) -> Learner:
+        """Return one soft prompt with the loss L_ce + lambda L_kg."""
+        prompt = Soft(task, **soft)
+        return Learner(task, prompt, loss=CrossEntropy() + w * CosineToHard(task, prompt, templates))
 
 
 @hookimpl

@@ -1,7 +1,7 @@
-"""Mixture: any composition of the four roles, stated in YAML alone.
+"""Mixture: any composition of the roles, stated in YAML alone.
 
-No paper stands behind it. ``PROMPT_BANK.NAME``, ``ROUTER.NAME``, ``TEXT_SUPERVISION.NAME`` and ``DISTILLER.NAME`` choose the
-parts, their settings lie under ``<ROLE>.<NAME IN UPPER CASE>``, and the loss is
+No paper stands behind it. ``PROMPT_BANK.NAME``, ``ROUTER.NAME``, ``HEAD.NAME``, ``TEXT_SUPERVISION.NAME`` and ``DISTILLER.NAME``
+choose the parts, their settings lie under ``<ROLE>.<NAME IN UPPER CASE>``, and the loss is
 
     CE_WEIGHT * CE + ROUTER_WEIGHT * router + TEXT_WEIGHT * supervision + DISTILL_WEIGHT * distiller.
 
@@ -12,20 +12,27 @@ parts, their settings lie under ``<ROLE>.<NAME IN UPPER CASE>``, and the loss is
 | class-specific | ``Soft`` with ``PROMPT_BANK.SOFT.CSC: True`` |
 | template groups | ``TemplateGroups``, the data set's own groups or ``TEMPLATES`` and ``GROUPS`` |
 | instance-conditional | ``InstanceConditional`` |
+| deep in both towers | ``IndependentDeep`` (IVLP), ``CoupledDeep`` (MaPLe), ``N_PROMPTS: E`` makes a mixture of them |
 
-Routers: HardPromptTopK, TopK, NoisyTopK, Soft, Uniform, or none (equal weights). Supervision: GroupedContrastive, CosineToHard,
-L1ToEnsemble, or none. Distillers: GatedHardPrompts, ZeroshotKL, or none. ``promptmix list`` names those of plugins too.
+A supervision or distiller may be a sum: ``DISTILLER.NAME: "10 * FrozenImageL1 + ZeroshotKL"``.
+
+Routers: HardPromptTopK, TopK, NoisyTopK, Soft, Uniform, or none (equal weights). Supervisions: GroupedContrastive, CosineToHard,
+L1ToEnsemble. Distillers: GatedHardPrompts, ZeroshotKL, FrozenImageL1. ``promptmix list`` names those of plugins too.
 """
 
 from __future__ import annotations
+
+from typing import Annotated
 
 from yacs.config import CfgNode
 
 from promptmix import hookimpl
 from promptmix.config import source_of
+from promptmix.config.declare import Setting
 from promptmix.errors import ConfigError
-from promptmix.prompts import learner as mixture
-from promptmix.prompts.roles import PromptLearner, Task, build_component
+from promptmix.prompts.learner import Learner
+from promptmix.prompts.losses import CrossEntropy, RouterLoss
+from promptmix.prompts.roles import Task
 from promptmix.prompts.trainer import PromptTrainer
 from promptmix.registry import Registry
 
@@ -34,17 +41,9 @@ WEIGHTS = {"ROUTER": "ROUTER_WEIGHT", "TEXT_SUPERVISION": "TEXT_WEIGHT", "DISTIL
 
 
 class Mixture(PromptTrainer):
-    """Whoever the config names for each role; one soft prompt and nothing else where it names nobody, which is CoOp."""
+    """The parts that the config names for each role; one soft prompt and nothing else where it names none, which is CoOp."""
 
-    roles = {"PROMPT_BANK": "Soft", "ROUTER": "", "TEXT_SUPERVISION": "", "DISTILLER": ""}
-
-    @staticmethod
-    def add_config(node: CfgNode) -> None:
-        """Declare the weights of the loss."""
-        node.CE_WEIGHT = 1.0  # factor on the cross-entropy
-        node.ROUTER_WEIGHT = 1.0  # factor on the router's loss
-        node.TEXT_WEIGHT = 1.0  # factor on the text supervision
-        node.DISTILL_WEIGHT = 1.0  # factor on the distiller's loss
+    roles = {"PROMPT_BANK": "Soft", "ROUTER": "", "HEAD": "WeightedScores", "TEXT_SUPERVISION": "", "DISTILLER": ""}
 
     @classmethod
     def validate(cls, cfg: CfgNode) -> None:
@@ -55,25 +54,25 @@ class Mixture(PromptTrainer):
             key = f"TRAINER.MIXTURE.{weight}"
             if cfg[role].NAME in ("", "none") and source_of(cfg, key):
                 raise ConfigError(
-                    f"{key} (set by {source_of(cfg, key)}) would be ignored, since {role}.NAME names nobody; drop it"
+                    f"{key} (set by {source_of(cfg, key)}) would be ignored, since {role}.NAME names no part; drop it"
                 )
 
-    def build_learner(self, task: Task) -> PromptLearner:
+    def compose(
+        self,
+        task: Task,
+        ce_weight: Annotated[float, Setting("factor on the cross-entropy", low=0)] = 1.0,
+        router_weight: Annotated[float, Setting("factor on the router's loss", low=0)] = 1.0,
+        text_weight: Annotated[float, Setting("factor on the text supervision", low=0)] = 1.0,
+        distill_weight: Annotated[float, Setting("factor on the distiller's loss", low=0)] = 1.0,
+    ) -> Learner:
         """Return the composition that the config states."""
-        cfg, node = self.cfg, self.node
-        bank = build_component(cfg, "PROMPT_BANK", self.roles["PROMPT_BANK"], task)
-        router, supervision, distiller = (build_component(cfg, role, "", task, bank) for role in WEIGHTS)
-        return mixture.Mixture(
-            task,
-            bank,
-            router,
-            supervision,
-            distiller,
-            ce_weight=node.CE_WEIGHT,
-            router_weight=node.ROUTER_WEIGHT,
-            text_weight=node.TEXT_WEIGHT,
-            distill_weight=node.DISTILL_WEIGHT,
-        )
+        bank = self.bank(task)
+        router, head = self.part("ROUTER", task, bank), self.part("HEAD", task, bank)
+        loss = ce_weight * CrossEntropy() + router_weight * RouterLoss(router)
+        for role, weight in (("TEXT_SUPERVISION", text_weight), ("DISTILLER", distill_weight)):
+            found = self.losses(role, task, bank)
+            loss = loss if found is None else loss + weight * found
+        return Learner(task, bank, router, head, loss)
 
 
 @hookimpl

@@ -8,7 +8,7 @@ Yu Du, Tong Niu, Rong Zhao. Frontiers in Artificial Intelligence 2025. https://a
 | router r, top-K | ``HardPromptTopK.gate``, ``ROUTER.HARDPROMPTTOPK.K`` |
 | hard prompt guided routing loss | ``HardPromptTopK.loss``, weight ``GATE_WEIGHT`` |
 | semantically grouped text supervision | ``GroupedContrastive``, weight ``TEXT_WEIGHT`` |
-| L = L_ce + 5 L_text + L_gate | ``Mixture.loss`` |
+| L = L_ce + 5 L_text + L_gate | ``MoCoOp.compose`` |
 
 Deviations from the authors' code, each where theirs does not do what it says: context lengths are counted in tokens, not words;
 all class names keep the data set's order, base first (theirs pass through a set, so the loss depends on the hash seed);
@@ -18,16 +18,18 @@ touches nothing that is used and is left out.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 from torch import nn
-from yacs.config import CfgNode
 
 from promptmix import hookimpl
+from promptmix.config.declare import Setting
 from promptmix.engine import build_lr_scheduler, build_optimizer
+from promptmix.engine.layout import Layout, Rule, linear
 from promptmix.errors import ConfigError
-from promptmix.prompts.learner import Mixture
-from promptmix.prompts.roles import PromptLearner, Task, build_component
+from promptmix.prompts.learner import Learner
+from promptmix.prompts.losses import CrossEntropy, RouterLoss
+from promptmix.prompts.roles import Task
 from promptmix.prompts.trainer import PromptTrainer
 from promptmix.registry import Registry
 
@@ -36,23 +38,34 @@ class MoCoOp(PromptTrainer):
     """Template groups as experts, a router taught by hard prompts, and grouped text supervision."""
 
     roles = {"PROMPT_BANK": "TemplateGroups", "ROUTER": "HardPromptTopK", "TEXT_SUPERVISION": "GroupedContrastive"}
+    layout = Layout(
+        "prompt_learner",
+        (
+            Rule("ctx_before_{i}", "bank.before.{i}"),
+            Rule("ctx_after_{i}", "bank.after.{i}"),
+            Rule("w", "bank.correction"),
+            *linear("gate", "router.gate"),
+            *linear("image_encoder.transformer.resblocks.{i}.ln_1", "image_norms/{i}_ln_1"),
+            *linear("image_encoder.transformer.resblocks.{i}.ln_2", "image_norms/{i}_ln_2"),
+        ),
+        whole=True,
+        unused=(r"class_text_features", r"grouped_prototypes"),
+    )
 
-    @staticmethod
-    def add_config(node: CfgNode) -> None:
-        """Declare MoCoOp's keys; the components' own settings lie under ``PROMPT_BANK``, ``ROUTER``, ``TEXT_SUPERVISION``."""
-        node.TEXT_WEIGHT = 5.0  # factor on the text supervision
-        node.GATE_WEIGHT = 1.0  # factor on the router's loss
-        node.TUNE_LAYERNORM = False  # also train ln_1 and ln_2 of the image tower's layers
-        node.LAYERNORM_LR_FACTOR = 0.1  # their learning rate over OPTIM.LR
-
-    def build_learner(self, task: Task) -> PromptLearner:
-        """Return the mixture of whoever plays the three roles."""
-        bank = build_component(self.cfg, "PROMPT_BANK", self.roles["PROMPT_BANK"], task)
-        if bank is None:
-            raise ConfigError("PROMPT_BANK.NAME is 'none', but MoCoOp can't do without prompts; leave the key out")
-        router = build_component(self.cfg, "ROUTER", self.roles["ROUTER"], task, bank)
-        supervision = build_component(self.cfg, "TEXT_SUPERVISION", self.roles["TEXT_SUPERVISION"], task, bank)
-        return Mixture(task, bank, router, supervision, router_weight=self.node.GATE_WEIGHT, text_weight=self.node.TEXT_WEIGHT)
+    def compose(
+        self,
+        task: Task,
+        text_weight: Annotated[float, Setting("factor on the text supervision", low=0)] = 5.0,
+        gate_weight: Annotated[float, Setting("factor on the router's loss", low=0)] = 1.0,
+        tune_layernorm: Annotated[bool, Setting("also train ln_1 and ln_2 of the image tower's layers")] = False,
+        layernorm_lr_factor: Annotated[float, Setting("their learning rate over OPTIM.LR", above=0)] = 0.1,
+    ) -> Learner:
+        """Return the experts with their router and the loss L_ce + L_gate + 5 L_text."""
+        bank = self.bank(task)
+        router = self.part("ROUTER", task, bank)
+        text = self.losses("TEXT_SUPERVISION", task, bank)
+        loss = CrossEntropy() + gate_weight * RouterLoss(router)
+        return Learner(task, bank, router, loss=loss if text is None else loss + text_weight * text)
 
     def build_model(self) -> None:
         """Build the mixture and, if asked for, put the image tower's layer norms under training as a second model."""

@@ -15,25 +15,33 @@ the words of CTX_INIT and starts from the token of the letter "X".
 
 Deviations from the authors' code (github.com/Zhenhan-Huang/Modular-Prompt-Learning, trainers/mpl.py): none in the numbers but
 the rounding of prompts to fp16, which theirs does in fp32 too; each linear map has a start of its own, where theirs are copies of
-one, so that the groups added at the last prompted layer never differ; N_RM_OP above N_CTX is refused, where theirs would also
-remove patches; PREC is ``TRAINER.PREC`` for every method.
+one (``CLONE_MAPS True`` starts as theirs), so that the groups added at the last prompted layer never differ; N_RM_OP above N_CTX
+is refused, where theirs would also remove patches; PREC is ``TRAINER.PREC`` for every method.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Annotated
+
 import torch
-from torch import Tensor, nn
+from torch import nn
 from yacs.config import CfgNode
 
 from promptmix import hookimpl
 from promptmix.clip.vision import PromptStep, VisualPrompts
+from promptmix.config.declare import Setting
+from promptmix.engine.layout import COUPLED_TEXT, Layout, linear
 from promptmix.errors import ConfigError
-from promptmix.prompts.deep import DeepLearner, DeepPromptTrainer, TextPrompts, require_at_least
-from promptmix.prompts.roles import PromptLearner, Task
+from promptmix.prompts.deep import DeepBank, TextPrompts, check_depth, linear_maps
+from promptmix.prompts.heads import Cosine
+from promptmix.prompts.learner import Learner
+from promptmix.prompts.roles import Task
+from promptmix.prompts.trainer import PromptTrainer
 from promptmix.registry import Registry
 
 
-class ModularPrompts(DeepLearner):
+class ModularPrompts(DeepBank):
     """Deep text prompts that add tokens to the image tower layer by layer, and remove or carry on others.
 
     Args:
@@ -41,43 +49,37 @@ class ModularPrompts(DeepLearner):
         text: the text prompts of the layers 0 ... J-1.
         n_add: groups of tokens added at each deeper layer.
         n_remove: tokens removed before that.
+        clone_maps: the added groups' maps start as copies of one.
     """
 
-    def __init__(self, task: Task, text: TextPrompts, n_add: int, n_remove: int) -> None:
-        super().__init__(task)
-        self.text, self.n_remove = text, n_remove
-        widths = task.clip.text.width, task.clip.image.width
+    def __init__(self, task: Task, text: TextPrompts, n_add: int, n_remove: int, clone_maps: bool = False) -> None:
+        super().__init__(task, text)
+        self.n_remove = n_remove
+        widths, deeper = (task.clip.text.width, task.clip.image.width), len(text.deeper)
         self.couple = nn.Linear(*widths)
-        self.add = nn.ModuleList(nn.ModuleList(nn.Linear(*widths) for _ in range(n_add)) for _ in text.deeper)
+        maps = list(linear_maps(widths, n_add * deeper, clones=clone_maps))
+        self.add = nn.ModuleList(nn.ModuleList(maps[k * n_add : (k + 1) * n_add]) for k in range(deeper))
 
-    def visual_prompts(self) -> VisualPrompts:
+    def visual(self) -> Sequence[VisualPrompts]:
         """Return the schedule: the mapped context at the input, then remove and add."""
         steps = {0: PromptStep(self.couple(self.text.ctx))}
         for layer, (maps, prompt) in enumerate(zip(self.add, self.text.deeper, strict=True), start=1):
             steps[layer] = PromptStep(torch.cat([f(prompt) for f in maps.children()]), remove=self.n_remove)
-        return steps
-
-    def classifier(self) -> Tensor:
-        """Return normalised text features (C, D)."""
-        return self.text(self.task.classnames)[0]
+        return [steps]
 
 
-class MPL(DeepPromptTrainer):
+class MPL(PromptTrainer):
     """Text prompts in depth, with add, remove and carry in the image tower, trained with cross-entropy."""
 
-    @staticmethod
-    def add_config(node: CfgNode) -> None:
-        """Declare MPL's keys, as the authors name them."""
-        node.N_CTX = 1  # M: learned tokens of each layer of the text tower
-        node.CTX_INIT = "a photo of a"  # fixed words between context and class name; "" = none
-        node.PROMPT_DEPTH = 9  # layers with prompts, from the first
-        node.N_ADD_OP = 2  # groups of N_CTX tokens added at each deeper layer of the image tower
-        node.N_RM_OP = 1  # tokens removed before that, the last ones
+    layout = Layout(
+        "MultiModalPromptLearner",
+        (*COUPLED_TEXT, *linear("proj", "bank.couple"), *linear("txt2img_proj.{i}.{j}", "bank.add.{j}.{i}")),
+        whole=True,
+    )
 
     @classmethod
     def validate(cls, cfg: CfgNode) -> None:
-        """Refuse a model without prompts, and removing more than the first deeper layer has."""
-        require_at_least(cfg, "TRAINER.MPL", N_CTX=1, PROMPT_DEPTH=1, N_ADD_OP=1, N_RM_OP=0)
+        """Refuse removing more than the first deeper layer has."""
         node = cfg.TRAINER.MPL
         if node.N_RM_OP > node.N_CTX:
             raise ConfigError(
@@ -85,13 +87,23 @@ class MPL(DeepPromptTrainer):
                 f"prompts to remove before it would lose patches; set it to {node.N_CTX} or less, or raise N_CTX"
             )
 
-    def build_learner(self, task: Task) -> PromptLearner:
+    def compose(
+        self,
+        task: Task,
+        n_ctx: Annotated[int, Setting("M: learned tokens of each layer of the text tower", low=1)] = 1,
+        ctx_init: Annotated[str, Setting('fixed words between context and class name; "" = none')] = "a photo of a",
+        prompt_depth: Annotated[int, Setting("layers with prompts, from the first", low=1)] = 9,
+        n_add_op: Annotated[int, Setting("groups of N_CTX tokens added at each deeper layer of the image tower", low=1)] = 2,
+        n_rm_op: Annotated[int, Setting("tokens removed before that, the last ones", low=0)] = 1,
+        clone_maps: Annotated[bool, Setting("the added groups' maps start as copies of one, as the authors' do")] = False,
+    ) -> Learner:
         """Return the modular prompts."""
-        node, tower = self.node, self.clip.text
-        depth = self.depth("PROMPT_DEPTH", text=True, vision=True)
-        start = tower.embed(tower.tokenizer.encode("X") * node.N_CTX).cpu()
-        words = tower.tokenizer.encode(node.CTX_INIT.replace("_", " "))
-        return ModularPrompts(task, TextPrompts(task, start, words, depth), node.N_ADD_OP, node.N_RM_OP)
+        tower = task.clip.text
+        check_depth(task.clip, "prompt_depth", prompt_depth, text=True, vision=True)
+        start = tower.embed(tower.tokenizer.encode("X") * n_ctx).cpu()
+        words = tower.tokenizer.encode(ctx_init.replace("_", " "))
+        prompts = ModularPrompts(task, TextPrompts(task, start, words, prompt_depth), n_add_op, n_rm_op, clone_maps)
+        return Learner(task, prompts, head=Cosine(task, prompts))
 
 
 @hookimpl

@@ -24,26 +24,22 @@ No code was ever published, so this follows the paper's text; what that leaves o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
-import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from yacs.config import CfgNode
 
 from promptmix import hookimpl
 from promptmix.clip.tokens import split_template
 from promptmix.clip.vision import VisualPrompts
+from promptmix.config.declare import Setting
 from promptmix.errors import ConfigError
-from promptmix.prompts.deep import (
-    STD,
-    DeepLearner,
-    DeepPromptTrainer,
-    TextPrompts,
-    replace_each_layer,
-    require_at_least,
-    start_words,
-)
-from promptmix.prompts.roles import PromptLearner, Task
+from promptmix.prompts.deep import DeepBank, TextPrompts, check_depth, linear_maps, replace_each_layer, start_words
+from promptmix.prompts.heads import Cosine
+from promptmix.prompts.learner import Learner
+from promptmix.prompts.roles import Task
+from promptmix.prompts.trainer import PromptTrainer
 from promptmix.registry import Registry
 
 
@@ -54,8 +50,8 @@ def block_of(layer: int, depth: int, blocks: int) -> int:
     return layer // (small + 1) if layer < edge else larger + (layer - edge) // small
 
 
-class PartitionedPrompts(DeepLearner):
-    """N text prompts, each of which reaches into one block of the image tower's layers.
+class PartitionedPrompts(DeepBank):
+    """N text prompts, each of which reaches into one block of the image tower's layers; together they make one classifier.
 
     Args:
         task: the frozen model and the class names.
@@ -65,70 +61,78 @@ class PartitionedPrompts(DeepLearner):
         manual_weight: their share in the class feature.
     """
 
-    manual: Tensor
+    takes_experts = False
 
     def __init__(
         self, task: Task, text: TextPrompts, depth: int, templates: Sequence[str] = (), manual_weight: float = 0.5
     ) -> None:
-        super().__init__(task)
-        self.text, self.manual_weight = text, manual_weight
-        widths = task.clip.text.width, task.clip.image.width
-        self.project = nn.ModuleList(nn.Linear(*widths) for _ in range(depth))
-        manual = task.clip.ensemble(tuple(templates) or task.templates, task.classnames)
-        self.register_buffer("manual", manual, persistent=False)
+        super().__init__(task, text)
+        self.templates, self.manual_weight = tuple(templates) or task.templates, manual_weight
+        self.project = linear_maps((task.clip.text.width, task.clip.image.width), depth, clones=False)
+        self._manual: dict[tuple[str, ...], Tensor] = {}
 
-    def visual_prompts(self) -> VisualPrompts:
+    @property
+    def num_experts(self) -> int:
+        """1: the prompts' features are averaged."""
+        return 1
+
+    def visual(self) -> Sequence[VisualPrompts]:
         """Return the schedule: layer k gets the projected prompt of the block that k lies in."""
         prompts, depth = self.text.ctx, len(self.project)
         return replace_each_layer([f(prompts[block_of(k, depth, len(prompts))]) for k, f in enumerate(self.project)])
 
-    def classifier(self) -> Tensor:
-        """Return normalised class features (C, D) of learned and hand-written prompts."""
-        soft = F.normalize(self.text(self.task.classnames).mean(dim=0), dim=-1)
-        return F.normalize((1 - self.manual_weight) * soft + self.manual_weight * self.manual, dim=-1)
+    def forward(  # type: ignore[override]  # all prompts make one classifier
+        self, names: Sequence[str], image_features: Tensor | None = None, *, full_stop: bool | None = None
+    ) -> Tensor:
+        """Return normalised class features (1, C, D) of learned and hand-written prompts."""
+        soft = F.normalize(self.text(names, full_stop=full_stop).mean(dim=0), dim=-1)
+        return F.normalize((1 - self.manual_weight) * soft + self.manual_weight * self.manual(names), dim=-1)[None]
+
+    def manual(self, names: Sequence[str]) -> Tensor:
+        """Return the normalised features (C, D) of the hand-written prompts."""
+        key = (*names, str(self.task.clip.scale.device))
+        if key not in self._manual:
+            self._manual[key] = self.task.clip.ensemble(self.templates, names)
+        return self._manual[key]
 
 
-class PMPO(DeepPromptTrainer):
+class PMPO(PromptTrainer):
     """Several text prompts over a partition of the image tower's depth, trained with cross-entropy."""
-
-    @staticmethod
-    def add_config(node: CfgNode) -> None:
-        """Declare the keys; all defaults are assumptions (see the head of the file)."""
-        node.N_PROMPTS = 4  # N: text prompts, and blocks of the image tower
-        node.N_CTX = 4  # M: learned tokens of each prompt
-        node.CTX_INIT = "a photo of a"  # start of the first prompt; "" = random as the others
-        node.PROMPT_DEPTH = 9  # layers of the image tower with prompts, from the first; N_PROMPTS or more
-        node.TEXT_DEPTH = 1  # layers of the text tower with tokens of their own
-        node.MANUAL_TEMPLATES = ()  # hand-written prompts such as "a photo of a {}."; () = the data set's own
-        node.MANUAL_WEIGHT = 0.5  # their share in the class feature; 0 = learned prompts alone
 
     @classmethod
     def validate(cls, cfg: CfgNode) -> None:
-        """Refuse numbers that can't work, and templates that would be ignored."""
-        require_at_least(cfg, "TRAINER.PMPO", N_PROMPTS=1, N_CTX=1, TEXT_DEPTH=1, MANUAL_WEIGHT=0)
+        """Refuse fewer layers than blocks, and templates that would be ignored."""
         node = cfg.TRAINER.PMPO
         if node.PROMPT_DEPTH < node.N_PROMPTS:
             raise ConfigError(
                 f"TRAINER.PMPO.PROMPT_DEPTH is {node.PROMPT_DEPTH}, too few layers for blocks of N_PROMPTS = {node.N_PROMPTS} "
                 "prompts; raise it or lower N_PROMPTS"
             )
-        if node.MANUAL_WEIGHT >= 1:
-            raise ConfigError(
-                f"TRAINER.PMPO.MANUAL_WEIGHT is {node.MANUAL_WEIGHT}, but must be below 1, the learned prompts' end"
-            )
         if node.MANUAL_TEMPLATES and not node.MANUAL_WEIGHT:
             raise ConfigError("TRAINER.PMPO.MANUAL_TEMPLATES would be ignored, since MANUAL_WEIGHT is 0; drop one")
         for template in node.MANUAL_TEMPLATES:
             split_template(template)
 
-    def build_learner(self, task: Task) -> PromptLearner:
+    def compose(
+        self,
+        task: Task,
+        n_prompts: Annotated[int, Setting("N: text prompts, and blocks of the image tower", low=1)] = 4,
+        n_ctx: Annotated[int, Setting("M: learned tokens of each prompt", low=1)] = 4,
+        ctx_init: Annotated[str, Setting('start of the first prompt; "" = random as the others')] = "a photo of a",
+        prompt_depth: Annotated[int, Setting("layers of the image tower with prompts, from the first", low=1)] = 9,
+        text_depth: Annotated[int, Setting("layers of the text tower with tokens of their own", low=1)] = 1,
+        manual_templates: Annotated[
+            Sequence[str], Setting('hand-written prompts such as "a photo of a {}."; () = the data set\'s own')
+        ] = (),
+        manual_weight: Annotated[float, Setting("their share in the class feature", low=0, below=1)] = 0.5,
+    ) -> Learner:
         """Return the partitioned prompts."""
-        node = self.node
-        depth = self.depth("PROMPT_DEPTH", vision=True)
-        first, words = start_words(self.clip, self.node_name, node.N_CTX, node.CTX_INIT)
-        others = torch.empty(node.N_PROMPTS - 1, *first.shape).normal_(std=STD)
-        text = TextPrompts(task, torch.cat([first[None], others]), words, self.depth("TEXT_DEPTH", text=True))
-        return PartitionedPrompts(task, text, depth, node.MANUAL_TEMPLATES, node.MANUAL_WEIGHT)
+        check_depth(task.clip, "prompt_depth", prompt_depth, vision=True)
+        check_depth(task.clip, "text_depth", text_depth, text=True)
+        start, words = start_words(task.clip, n_ctx, ctx_init, n_prompts=n_prompts)
+        text = TextPrompts(task, start.reshape(n_prompts, n_ctx, -1), words, text_depth)
+        prompts = PartitionedPrompts(task, text, prompt_depth, manual_templates, manual_weight)
+        return Learner(task, prompts, head=Cosine(task, prompts))
 
 
 @hookimpl

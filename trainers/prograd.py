@@ -21,21 +21,24 @@ elsewhere.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
+from promptmix.plugins.distillation.zeroshot_kl import ZeroshotKL
+from promptmix.plugins.prompt_bank.soft import Soft
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from promptmix import hookimpl
-from promptmix.engine.evaluator import compute_accuracy
-from promptmix.errors import ConfigError
-from promptmix.prompts.context import add_context_keys, build_soft_prompt
-from promptmix.prompts.learner import Mixture
-from promptmix.prompts.roles import LossTerms, PromptLearner, Task
+from promptmix.config.declare import Setting, inherits
+from promptmix.engine.layout import Layout, Rule
+from promptmix.errors import SettingError
+from promptmix.prompts.learner import Learner, LossTerms
+from promptmix.prompts.roles import Task
 from promptmix.prompts.trainer import PromptTrainer
-from promptmix.registry import DISTILLER_REGISTRY, Registry
+from promptmix.registry import Registry
 
 
 def project(specific: Tensor, general: Tensor, factor: float = 1.0) -> Tensor:
@@ -58,71 +61,44 @@ def project(specific: Tensor, general: Tensor, factor: float = 1.0) -> Tensor:
 class ProGrad(PromptTrainer):
     """One soft prompt whose steps never go against what the zero-shot model knows."""
 
-    @staticmethod
-    def add_config(node: CfgNode) -> None:
-        """Declare ProGrad's keys, as the authors name them."""
-        add_context_keys(node, ctx_init="a photo of a")  # here the words fill the last of N_CTX vectors
-        node.TEMPLATES = ()  # ours: hard prompts of the zero-shot model, ensembled; () = the data set's first
-        node.LAMBDA = 1.0  # how much of the conflicting part is taken out, from 0 (CoOp) to 1 (all)
-        node.T = 1.0  # temperature of the divergence
+    layout = Layout("prompt_learner", (Rule("ctx", "bank.ctx", expert_axis=True),))
 
     @classmethod
     def validate(cls, cfg: CfgNode) -> None:
-        """Refuse a negative factor."""
-        factor = cfg.TRAINER.PROGRAD.LAMBDA
-        if factor < 0:
-            raise ConfigError(
-                f"TRAINER.PROGRAD.LAMBDA is {factor}, which would add the conflict; choose 0 or more (1 in the paper)"
-            )
+        """Let N_CTX and CTX_INIT stand together: here the words fill the last of N_CTX vectors."""
 
-    def build_learner(self, task: Task) -> PromptLearner:
+    @inherits(Soft, without=["n_prompts"], ctx_init="a photo of a")
+    def compose(
+        self,
+        task: Task,
+        templates: Annotated[Sequence[str], Setting("hard prompts of the zero-shot model; () = the data set's first")] = (),
+        lambda_: Annotated[
+            float, Setting("how much of the conflicting part is taken out, from 0 (CoOp) to 1 (all)", low=0)
+        ] = 1.0,
+        t: Annotated[float, Setting("temperature T of the divergence", above=0)] = 1.0,
+        **soft: Any,
+    ) -> Learner:
         """Return one soft prompt whose divergence from the zero-shot model is measured, but not part of the loss."""
-        node = self.node
-        bank: Any = build_soft_prompt(task, node)  # the registry's Soft, whose ctx is lengthened below
-        missing = node.N_CTX - bank.ctx.shape[-2]
+        prompt = Soft(task, **soft)
+        missing = soft["n_ctx"] - prompt.ctx.shape[-2]
         if missing < 0:
-            raise ConfigError(
-                f"TRAINER.PROGRAD.N_CTX is {node.N_CTX}, but CTX_INIT {node.CTX_INIT!r} has {bank.ctx.shape[-2]} tokens; "
-                "shorten the words or lengthen the context"
+            raise SettingError(
+                "n_ctx",
+                soft["n_ctx"],
+                f"but CTX_INIT {soft['ctx_init']!r} has {prompt.ctx.shape[-2]} tokens; shorten the words or lengthen the context",
             )
-        bank.ctx = nn.Parameter(F.pad(bank.ctx.detach(), (0, 0, missing, 0)))
-        distiller = DISTILLER_REGISTRY.get("ZeroshotKL")(task, bank, templates=node.TEMPLATES, t=node.T)
-        return Mixture(task, bank, distiller=distiller, distill_weight=0.0)
+        prompt.ctx = nn.Parameter(F.pad(prompt.ctx.detach(), (0, 0, missing, 0)))
+        self.factor = lambda_
+        return Learner(task, prompt, measures={"kl": ZeroshotKL(task, prompt, templates, t)})
 
-    def forward_backward(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Learn from one batch with the projected gradient.
-
-        Returns:
-            What the log line shows: loss (cross-entropy), accuracy of the batch in percent, and the divergence as ``kl``.
-        """
-        images, labels = self.parse_batch_train(batch)
-        with self.precision.autocast():
-            terms = self.model.loss(self.encode_images(images), labels)
-        optimizers = [optim for optim in self._optims.values() if optim is not None]
-        self.precision.backward_and_update(
-            terms.total,
-            optimizers,
-            clip_norm=self.cfg.TRAIN.CLIP_GRAD_NORM,
-            backward=lambda loss: self.set_gradients(loss, terms),
-        )
-        if self.batch_idx + 1 == self.num_batches:
-            self.update_lr()
-        accuracy = compute_accuracy(terms.logits, labels)[0]
-        return {"loss": terms.total.detach(), "acc": accuracy, "kl": terms.parts["distill"].detach()}
-
-    def set_gradients(self, loss: Tensor, terms: LossTerms) -> None:
-        """Put the prompt-aligned gradient into every learned tensor.
-
-        Args:
-            loss: the cross-entropy, scaled where the precision scales losses; the projection keeps that scale.
-            terms: of the batch, with the divergence as ``distill``.
-        """
+    def take_gradients(self, loss: Tensor, terms: LossTerms) -> None:
+        """Put the prompt-aligned gradient into every learned tensor; the projection keeps the scale of ``loss``."""
         self.detect_anomaly(terms.total)
         learned = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        general = torch.autograd.grad(terms.parts["distill"], learned, retain_graph=True)
+        general = torch.autograd.grad(terms.parts["kl"], learned, retain_graph=True)
         specific = torch.autograd.grad(loss, learned)
         for parameter, ours, theirs in zip(learned, specific, general, strict=True):
-            parameter.grad = project(ours, theirs, self.node.LAMBDA)
+            parameter.grad = project(ours, theirs, self.factor)
 
 
 @hookimpl

@@ -17,68 +17,76 @@ where theirs writes "a photo of a" whatever the key says; PREC is ``TRAINER.PREC
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Annotated
+
+from promptmix.plugins.prompt_bank.hard import Hard
 from torch import Tensor
 from yacs.config import CfgNode
 
 from promptmix import hookimpl
 from promptmix.clip.vision import VisualPrompts
+from promptmix.config.declare import Setting
+from promptmix.engine.layout import VISUAL, Layout
 from promptmix.errors import ConfigError
-from promptmix.prompts.deep import DeepLearner, DeepPromptTrainer, VisionPrompts, require_at_least
-from promptmix.prompts.roles import PromptLearner, Task
+from promptmix.prompts.deep import VisionPrompts, check_depth
+from promptmix.prompts.heads import Cosine
+from promptmix.prompts.learner import Learner
+from promptmix.prompts.roles import Task
+from promptmix.prompts.trainer import PromptTrainer
 from promptmix.registry import Registry
 
 
-class VisualPromptLearner(DeepLearner):
-    """Visual prompts before a fixed classifier.
+class HardWithVision(Hard):
+    """A hard prompt, and learned tokens in the image tower.
 
     Args:
         task: the frozen model and the class names.
-        vision: the image tower's prompts.
-        words: hard prompt before the class name.
+        template: the hard prompt.
+        vision: the image tower's tokens.
     """
 
-    text: Tensor
+    image_is_frozen = False
 
-    def __init__(self, task: Task, vision: VisionPrompts, words: str) -> None:
-        super().__init__(task)
+    def __init__(self, task: Task, template: str, vision: VisionPrompts) -> None:
+        super().__init__(task, (template,))
         self.vision = vision
-        template = f"{words.replace('_', ' ')} {{}}."
-        self.register_buffer("text", task.clip.hard_features([template], task.classnames)[0], persistent=False)
 
-    def visual_prompts(self) -> VisualPrompts:
+    def encode(self, names: Sequence[str]) -> Tensor:
+        """Return the normalised features (1, C, D) of the one template."""
+        return self.task.clip.hard_features(self.templates, names)
+
+    def visual(self) -> Sequence[VisualPrompts]:
         """Return the image tower's schedule."""
         return self.vision()
 
-    def classifier(self) -> Tensor:
-        """Return the normalised features (C, D) of the hard prompts."""
-        return self.text
 
-
-class VPT(DeepPromptTrainer):
+class VPT(PromptTrainer):
     """Visual prompts in each layer of the image tower, trained with cross-entropy."""
 
-    @staticmethod
-    def add_config(node: CfgNode) -> None:
-        """Declare VPT's keys, as the MaPLe authors name them."""
-        node.N_CTX_VISION = 2  # p: learned tokens of each layer
-        node.CTX_INIT = "a photo of a"  # words of the hard prompt, before the class name
-        node.PROMPT_DEPTH_VISION = 1  # layers with tokens of their own, from the first; 1 = shallow
+    layout = Layout("prompt_learner", VISUAL, whole=True)
 
     @classmethod
     def validate(cls, cfg: CfgNode) -> None:
-        """Refuse a model without visual prompts, and braces in the hard prompt."""
-        require_at_least(cfg, "TRAINER.VPT", N_CTX_VISION=1, PROMPT_DEPTH_VISION=1)
+        """Refuse braces in the hard prompt."""
         words = cfg.TRAINER.VPT.CTX_INIT
         if "{" in words or "}" in words or not words:
             raise ConfigError(
                 f"TRAINER.VPT.CTX_INIT is {words!r}, but must be the words in front of the class name, such as 'a photo of a'"
             )
 
-    def build_learner(self, task: Task) -> PromptLearner:
+    def compose(
+        self,
+        task: Task,
+        n_ctx_vision: Annotated[int, Setting("p: learned tokens of each layer", low=1)] = 2,
+        ctx_init: Annotated[str, Setting("words of the hard prompt, before the class name")] = "a photo of a",
+        prompt_depth_vision: Annotated[int, Setting("layers with tokens of their own, from the first; 1 = shallow", low=1)] = 1,
+    ) -> Learner:
         """Return the visual prompts in front of the hard classifier."""
-        depth = self.depth("PROMPT_DEPTH_VISION", vision=True)
-        vision = VisionPrompts(self.clip.image.width, self.node.N_CTX_VISION, depth)
-        return VisualPromptLearner(task, vision, self.node.CTX_INIT)
+        check_depth(task.clip, "prompt_depth_vision", prompt_depth_vision, vision=True)
+        vision = VisionPrompts(task.clip.image.width, n_ctx_vision, prompt_depth_vision)
+        prompts = HardWithVision(task, f"{ctx_init.replace('_', ' ')} {{}}.", vision)
+        return Learner(task, prompts, head=Cosine(task, prompts))
 
 
 @hookimpl

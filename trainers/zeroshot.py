@@ -8,64 +8,43 @@ simply evaluates it, where CoOp's ZeroshotCLIP fails without ``--eval-only``.
 
 from __future__ import annotations
 
-from torch import Tensor
-from yacs.config import CfgNode
+from typing import Annotated
+
+from promptmix.plugins.prompt_bank.hard import Hard
 
 from promptmix import hookimpl
-from promptmix.errors import ConfigError
-from promptmix.prompts.roles import PromptLearner, Task
+from promptmix.config.declare import Setting
+from promptmix.prompts.heads import Cosine
+from promptmix.prompts.learner import Learner
+from promptmix.prompts.roles import Task
 from promptmix.prompts.templates import IMAGENET_7, IMAGENET_80
 from promptmix.prompts.trainer import PromptTrainer
 from promptmix.registry import Registry
-
-CHOICES = ("first", "dataset", "imagenet80", "imagenet7")
-
-
-class HardClassifier(PromptLearner):
-    """Scores by hard prompts alone.
-
-    Args:
-        task: the frozen model and class names.
-        templates: which are averaged.
-    """
-
-    def __init__(self, task: Task, templates: tuple[str, ...]) -> None:
-        super().__init__(task)
-        self.templates = templates
-
-    def classifier(self) -> Tensor:
-        """Return classifier weights (C, D)."""
-        return self.clip.ensemble(self.templates, self.task.classnames)
-
-    def logits(self, image_features: Tensor, classifier: Tensor) -> Tensor:
-        """Return scores (B, C)."""
-        return self.clip.scale * image_features @ classifier.to(image_features.dtype).T
 
 
 class ZeroshotCLIP(PromptTrainer):
     """CLIP with hand-written prompts: the data set's first template (CoOp's baseline), all of its own, or OpenAI's ensembles."""
 
-    @staticmethod
-    def add_config(node: CfgNode) -> None:
-        """Declare the one key."""
-        node.TEMPLATES = "first"  # first | dataset (all of the data set's) | imagenet80 | imagenet7 (with the first)
-
-    @classmethod
-    def validate(cls, cfg: CfgNode) -> None:
-        """Refuse an unknown choice of templates."""
-        chosen = cfg.TRAINER.ZEROSHOTCLIP.TEMPLATES
-        if chosen not in CHOICES:
-            raise ConfigError(f"TRAINER.ZEROSHOTCLIP.TEMPLATES is {chosen!r}; choose from {', '.join(CHOICES)}")
-
-    def build_learner(self, task: Task) -> PromptLearner:
+    def compose(
+        self,
+        task: Task,
+        templates: Annotated[
+            str,
+            Setting(
+                "the first or all of the data set's, OpenAI's 80, or 7 with the first",
+                choices=("first", "dataset", "imagenet80", "imagenet7"),
+            ),
+        ] = "first",
+    ) -> Learner:
         """Return the classifier of the chosen templates."""
-        templates = {
+        chosen = {
             "first": task.templates[:1],
             "dataset": task.templates,
             "imagenet80": IMAGENET_80,
             "imagenet7": (*IMAGENET_7, task.templates[0]),
         }
-        return HardClassifier(task, templates[self.node.TEMPLATES])
+        prompts = Hard(task, chosen[templates])
+        return Learner(task, prompts, head=Cosine(task, prompts))
 
     def train(self) -> None:  # type: ignore[override]  # takes no epochs, as in Dassl
         """Evaluate: there is nothing to learn."""

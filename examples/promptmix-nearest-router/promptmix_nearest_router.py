@@ -6,13 +6,16 @@ Nothing is learned but how sharply to choose.
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
-from torch import Tensor, nn
-from yacs.config import CfgNode
+from torch import nn
 
 from promptmix import hookimpl
-from promptmix.errors import ConfigError
+from promptmix.config.declare import Setting
+from promptmix.errors import SettingError
 from promptmix.prompts.roles import PromptBank, Router, Routing, Task
+from promptmix.prompts.step import Step
 from promptmix.registry import Registry
 
 __version__ = "0.1.0"
@@ -28,30 +31,27 @@ class NearestRouter(Router):
         sharpness: factor on the cosines at the start; it is learned from there.
 
     Raises:
-        ConfigError: ``k`` is negative or above the number of experts, or ``sharpness`` is not positive.
+        ConfigError: ``k`` is above the number of experts.
     """
 
-    def __init__(self, task: Task, bank: PromptBank, k: int = 0, sharpness: float = 20.0) -> None:
+    def __init__(
+        self,
+        task: Task,
+        bank: PromptBank,
+        k: Annotated[int, Setting("experts kept per image; 0 = all", low=0)] = 0,
+        sharpness: Annotated[float, Setting("factor on the cosines at the start", above=0)] = 20.0,
+    ) -> None:
         super().__init__()
-        if not 0 <= k <= bank.num_experts or sharpness <= 0:
-            raise ConfigError(
-                f"ROUTER.NEARESTROUTER: K is {k} (choose from 0, all, to the number of experts, {bank.num_experts}) "
-                f"and SHARPNESS is {sharpness} (choose a number above 0)"
-            )
+        if k > bank.num_experts:
+            raise SettingError("k", k, f"but must be at most the number of experts, {bank.num_experts}, or 0 for all")
         self.k = k or bank.num_experts
         # Not in the checkpoint: another set of classes has other prompts.
         self.register_buffer("prompts", bank.references(task.classnames), persistent=False)  # (E, C, D)
         self.log_sharpness = nn.Parameter(torch.tensor(float(sharpness)).log())
 
-    @staticmethod
-    def add_config(node: CfgNode) -> None:
-        """Declare the settings: the constructor's arguments in upper case."""
-        node.K = 0  # experts kept per image; 0 = all
-        node.SHARPNESS = 20.0  # factor on the cosines at the start
-
-    def forward(self, image_features: Tensor) -> Routing:
-        """Route normalised image features (B, D)."""
-        cosines = torch.einsum("bd,ecd->bec", image_features, self.prompts.to(image_features.dtype))
+    def forward(self, step: Step) -> Routing:
+        """Route a batch by its image features."""
+        cosines = torch.einsum("bd,ecd->bec", step.query, self.prompts.to(step.query.dtype))
         return Routing.top_k(self.log_sharpness.exp() * cosines.amax(dim=-1), self.k)
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -24,9 +25,11 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from promptmix import hookimpl
+from promptmix.config.declare import Setting
 from promptmix.data import DatasetBase, Datum
 from promptmix.data.fewshot import subsample_classes
-from promptmix.prompts.roles import PromptLearner, Task
+from promptmix.prompts.learner import PromptLearner
+from promptmix.prompts.roles import Task
 from promptmix.prompts.trainer import PromptTrainer
 from promptmix.registry import Registry
 
@@ -64,14 +67,9 @@ class ResidualClassifier(PromptLearner):
 class TaskResidual(PromptTrainer):
     """Learns what the task adds to the text features, with cross-entropy."""
 
-    @staticmethod
-    def add_config(node: CfgNode) -> None:
-        """Declare the method's key, in ``TRAINER.TASKRESIDUAL``."""
-        node.ALPHA = 0.5  # scale of the residual
-
-    def build_learner(self, task: Task) -> PromptLearner:
-        """Return the classifier with its residual."""
-        return ResidualClassifier(task, self.node.ALPHA)
+    def compose(self, task: Task, alpha: Annotated[float, Setting("scale of the residual", low=0)] = 0.5) -> PromptLearner:
+        """Return the classifier with its residual; its settings are the keys of ``TRAINER.TASKRESIDUAL``."""
+        return ResidualClassifier(task, alpha)
 
 
 class DrawnShapes(DatasetBase):

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from yacs.config import CfgNode
 
 from promptmix import hookimpl
-from promptmix.errors import ConfigError
+from promptmix.config.declare import Setting
+from promptmix.errors import SettingError
 from promptmix.prompts.roles import Distiller, PromptBank, Routing, Task
+from promptmix.prompts.step import Step
 from promptmix.registry import Registry
 
 
@@ -31,7 +33,7 @@ class GatedHardPrompts(Distiller):
         mps_weight: factor on MPS, the authors' W2.
 
     Raises:
-        ConfigError: ``k`` is below 1 or above the number of teachers, or ``t`` is not positive.
+        ConfigError: ``k`` is above the number of teachers.
     """
 
     teachers: Tensor
@@ -40,36 +42,24 @@ class GatedHardPrompts(Distiller):
         self,
         task: Task,
         bank: PromptBank,
-        templates: Sequence[str] = (),
-        k: int = 2,
-        t: float = 1.0,
-        mpd_weight: float = 0.2,
-        mps_weight: float = 0.1,
+        templates: Annotated[Sequence[str], Setting("the P hard templates; () = the data set's own")] = (),
+        k: Annotated[int, Setting("hard prompts kept per image", low=1)] = 2,
+        t: Annotated[float, Setting("temperature T of the distillation", above=0)] = 1.0,
+        mpd_weight: Annotated[float, Setting("1 - W in the paper, where CE_WEIGHT is W", low=0)] = 0.2,
+        mps_weight: Annotated[float, Setting("W2", low=0)] = 0.1,
     ) -> None:
         super().__init__()
         templates = templates or task.templates
-        if not 1 <= k <= len(templates) or t <= 0:
-            raise ConfigError(
-                f"gated distillation keeps K = {k} teachers at temperature T = {t}; choose K from 1 to the number of hard "
-                f"templates, {len(templates)}, and T above 0"
-            )
+        if not 1 <= k <= len(templates):
+            raise SettingError("k", k, f"but must be from 1 to the number of hard templates, {len(templates)}")
         self.scale, self.k, self.t = task.clip.scale.item(), k, t
         self.mpd_weight, self.mps_weight = mpd_weight, mps_weight
         self.register_buffer("teachers", task.clip.hard_features(templates, task.classnames), persistent=False)  # (P, C, D)
         self.gate = nn.Parameter(torch.zeros(task.clip.embed_dim, len(templates)))
 
-    @staticmethod
-    def add_config(node: CfgNode) -> None:
-        """Declare the distiller's settings."""
-        node.TEMPLATES = ()  # the P hard templates; () = the data set's own
-        node.K = 2  # teachers kept per image
-        node.T = 1.0  # temperature of the distillation
-        node.MPD_WEIGHT = 0.2  # 1 - W in the paper, where CE_WEIGHT is W
-        node.MPS_WEIGHT = 0.1  # W2
-
-    def forward(self, image_features: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, step: Step) -> Tensor:
         """Return the weighted sum of both losses (scalar)."""
-        mpd, mps = self.terms(image_features, logits, labels)
+        mpd, mps = self.terms(step.query, step.logits, step.labels)
         return self.mpd_weight * mpd + self.mps_weight * mps
 
     def route(self, image_features: Tensor) -> Routing:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from promptmix import hookimpl
+from promptmix.config.declare import Setting
 from promptmix.errors import ConfigError
-from promptmix.prompts.context import initial_context
+from promptmix.prompts.context import initial_context, refuse_idle_length
 from promptmix.prompts.roles import PromptBank, Task
 from promptmix.registry import Registry
 
@@ -40,11 +42,11 @@ class InstanceConditional(PromptBank):
     def __init__(
         self,
         task: Task,
-        n_ctx: int = 4,
-        ctx_init: str = "",
-        n_prompts: int = 1,
-        reduction: int = 16,
-        image_chunk: int = 16,
+        n_ctx: Annotated[int, Setting("M: context vectors", low=1)] = 4,
+        ctx_init: Annotated[str, Setting('words to start from, such as "a photo of a"; then M is their number of tokens')] = "",
+        n_prompts: Annotated[int, Setting("E: soft prompts, all shifted by the same vector", low=1)] = 1,
+        reduction: Annotated[int, Setting("joint width D over the meta-net's hidden width", low=1)] = 16,
+        image_chunk: Annotated[int, Setting("images encoded together in evaluation; less needs less memory", low=1)] = 16,
     ) -> None:
         super().__init__()
         joint = task.clip.embed_dim
@@ -63,14 +65,10 @@ class InstanceConditional(PromptBank):
         )
         self.meta_net = nn.Sequential(OrderedDict(layers))
 
-    @staticmethod
-    def add_config(node: CfgNode) -> None:
-        """Declare the bank's settings."""
-        node.N_CTX = 4  # M: context vectors
-        node.CTX_INIT = ""  # words to start from, such as "a photo of a"; then M is their number of tokens
-        node.N_PROMPTS = 1  # E: soft prompts, all shifted by the same vector
-        node.REDUCTION = 16  # joint width D over the meta-net's hidden width
-        node.IMAGE_CHUNK = 16  # images encoded together in evaluation; less needs less memory
+    @classmethod
+    def check_settings(cls, cfg: CfgNode, node: str) -> None:
+        """Refuse a context length that the initial words would override."""
+        refuse_idle_length(cfg, node)
 
     @property
     def num_experts(self) -> int:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from promptmix import hookimpl
+from promptmix.config.declare import Setting
 from promptmix.errors import ConfigError
-from promptmix.prompts.context import initial_context
+from promptmix.prompts.context import initial_context, refuse_idle_length
 from promptmix.prompts.roles import PromptBank, Task
 from promptmix.registry import Registry
 
@@ -37,11 +39,11 @@ class Soft(PromptBank):
     def __init__(
         self,
         task: Task,
-        n_ctx: int = 16,
-        ctx_init: str = "",
-        csc: bool = False,
-        class_token_position: str = "end",
-        n_prompts: int = 1,
+        n_ctx: Annotated[int, Setting("M: context vectors", low=1)] = 16,
+        ctx_init: Annotated[str, Setting('words to start from, such as "a photo of a"; then M is their number of tokens')] = "",
+        csc: Annotated[bool, Setting("class-specific contexts: one context per class")] = False,
+        class_token_position: Annotated[str, Setting("where the class name stands", choices=POSITIONS)] = "end",
+        n_prompts: Annotated[int, Setting("E: soft prompts", low=1)] = 1,
     ) -> None:
         super().__init__()
         if class_token_position not in POSITIONS:
@@ -54,14 +56,10 @@ class Soft(PromptBank):
         leading = (n_prompts, len(task.classnames)) if csc else (n_prompts,)
         self.ctx = nn.Parameter(initial_context(task.clip.text, n_ctx, ctx_init, *leading))
 
-    @staticmethod
-    def add_config(node: CfgNode) -> None:
-        """Declare the bank's settings."""
-        node.N_CTX = 16  # M: context vectors
-        node.CTX_INIT = ""  # words to start from, such as "a photo of a"; then M is their number of tokens
-        node.CSC = False  # one context per class
-        node.CLASS_TOKEN_POSITION = "end"  # end | middle | front
-        node.N_PROMPTS = 1  # E: soft prompts
+    @classmethod
+    def check_settings(cls, cfg: CfgNode, node: str) -> None:
+        """Refuse a context length that the initial words would override."""
+        refuse_idle_length(cfg, node)
 
     @property
     def num_experts(self) -> int:

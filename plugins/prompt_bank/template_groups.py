@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import islice
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from yacs.config import CfgNode
 
 from promptmix import hookimpl
 from promptmix.clip import split_template
+from promptmix.config.declare import Setting
 from promptmix.errors import ConfigError
 from promptmix.prompts.roles import PromptBank, Task
 from promptmix.registry import Registry
@@ -32,7 +33,13 @@ class TemplateGroups(PromptBank):
 
     takes_experts = True
 
-    def __init__(self, task: Task, templates: Sequence[str] = (), groups: Sequence[int] = (), correction: bool = True) -> None:
+    def __init__(
+        self,
+        task: Task,
+        templates: Annotated[Sequence[str], Setting("hard templates, group after group; () = the data set's own groups")] = (),
+        groups: Annotated[Sequence[int], Setting("sizes of consecutive groups of TEMPLATES", low=1)] = (),
+        correction: Annotated[bool, Setting("learn the shared correction vector w")] = True,
+    ) -> None:
         super().__init__()
         self.task = task
         self.groups = _grouped(templates, groups) if templates or groups else task.template_groups
@@ -46,13 +53,6 @@ class TemplateGroups(PromptBank):
         self.before, self.after = nn.ParameterList(before), nn.ParameterList(after)
         self.correction = nn.Parameter(torch.zeros(1, task.clip.embed_dim)) if correction else None
         self._references: dict[tuple[str, ...], Tensor] = {}
-
-    @staticmethod
-    def add_config(node: CfgNode) -> None:
-        """Declare the bank's settings."""
-        node.TEMPLATES = ()  # hard templates, group after group; () = the data set's own groups
-        node.GROUPS = ()  # sizes of consecutive groups of TEMPLATES
-        node.CORRECTION = True  # learn the shared correction vector w
 
     @property
     def num_experts(self) -> int:

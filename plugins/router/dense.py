@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from promptmix import hookimpl
 from promptmix.prompts.roles import PromptBank, Router, Routing, Task
+from promptmix.prompts.step import Step
 from promptmix.registry import Registry
 
 
-class Soft(Router):
+class SoftGate(Router):
     """A linear map from the image feature to E logits; softmax over all of them.
 
     Args:
@@ -22,9 +23,9 @@ class Soft(Router):
         super().__init__()
         self.gate = nn.Linear(task.clip.embed_dim, bank.num_experts)
 
-    def forward(self, image_features: Tensor) -> Routing:
-        """Route normalised image features (B, D)."""
-        logits = self.gate(image_features)
+    def forward(self, step: Step) -> Routing:
+        """Route a batch by its image features."""
+        logits = self.gate(step.query)
         return Routing.top_k(logits, logits.shape[-1])
 
 
@@ -40,13 +41,13 @@ class Uniform(Router):
         super().__init__()
         self.experts = bank.num_experts
 
-    def forward(self, image_features: Tensor) -> Routing:
-        """Route normalised image features (B, D)."""
-        return Routing.top_k(torch.zeros_like(image_features[:, :1]).expand(-1, self.experts), self.experts)
+    def forward(self, step: Step) -> Routing:
+        """Route a batch."""
+        return Routing.top_k(torch.zeros_like(step.query[:, :1]).expand(-1, self.experts), self.experts)
 
 
 @hookimpl
 def register_routers(registry: Registry) -> None:
     """Add both routers."""
-    registry.register(Soft)
+    registry.register(SoftGate, name="Soft")
     registry.register(Uniform)

@@ -12,15 +12,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from yacs.config import CfgNode
 
 from promptmix import hookimpl
-from promptmix.errors import ConfigError
+from promptmix.config.declare import Setting
+from promptmix.errors import SettingError
 from promptmix.prompts.roles import PromptBank, Router, Routing, Task
+from promptmix.prompts.step import Step
 from promptmix.registry import Registry
 
 
@@ -52,32 +54,31 @@ class NoisyTopK(Router):
     """
 
     def __init__(
-        self, task: Task, bank: PromptBank, k: int = 2, importance_weight: float = 0.1, load_weight: float = 0.1
+        self,
+        task: Task,
+        bank: PromptBank,
+        k: Annotated[int, Setting("experts kept per image", low=1)] = 2,
+        importance_weight: Annotated[float, Setting("w_importance", low=0)] = 0.1,
+        load_weight: Annotated[float, Setting("w_load", low=0)] = 0.1,
     ) -> None:
         super().__init__()
         if not 1 <= k <= bank.num_experts:
-            raise ConfigError(f"ROUTER.NOISYTOPK.K is {k}; choose from 1 to the number of experts, {bank.num_experts}")
+            raise SettingError("k", k, f"but must be from 1 to the number of experts, {bank.num_experts}")
         self.k, self.importance_weight, self.load_weight = k, importance_weight, load_weight
         self.gate = nn.Parameter(torch.zeros(task.clip.embed_dim, bank.num_experts))
         self.noise = nn.Parameter(torch.zeros(task.clip.embed_dim, bank.num_experts))
 
-    @staticmethod
-    def add_config(node: CfgNode) -> None:
-        """Declare the router's settings."""
-        node.K = 2  # experts kept per image
-        node.IMPORTANCE_WEIGHT = 0.1  # w_importance
-        node.LOAD_WEIGHT = 0.1  # w_load
-
-    def forward(self, image_features: Tensor) -> NoisyRouting:
-        """Route normalised image features (B, D); noise is drawn in training mode only."""
-        clean = (image_features @ self.gate).float()
-        spread = F.softplus((image_features @ self.noise).float())
+    def forward(self, step: Step) -> NoisyRouting:
+        """Route a batch by its image features; noise is drawn in training mode only."""
+        clean = (step.query @ self.gate).float()
+        spread = F.softplus((step.query @ self.noise).float())
         logits = clean + torch.randn_like(clean) * spread if self.training else clean
         kept = Routing.top_k(logits, self.k)
         return NoisyRouting(kept.experts, kept.weights, logits, clean, spread)
 
-    def loss(self, routing: Routing, image_features: Tensor, labels: Tensor) -> Tensor:
+    def loss(self, step: Step) -> Tensor:
         """Return L_importance + L_load (scalar)."""
+        routing = step.routing
         assert isinstance(routing, NoisyRouting)  # noqa: S101  (what ``forward`` returned)
         importance = routing.dense.sum(dim=0)
         load = chance_of_choice(routing, self.k).sum(dim=0)

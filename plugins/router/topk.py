@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Annotated, Any
+
 import torch
 from torch import Tensor, nn
-from yacs.config import CfgNode
 
 from promptmix import hookimpl
-from promptmix.errors import ConfigError
+from promptmix.config.declare import Setting, inherits
+from promptmix.errors import SettingError
 from promptmix.prompts.roles import PromptBank, Router, Routing, Task
+from promptmix.prompts.step import Step
 from promptmix.registry import Registry
 
 
@@ -24,23 +27,16 @@ class TopK(Router):
         ConfigError: ``k`` is below 1 or above the number of experts.
     """
 
-    def __init__(self, task: Task, bank: PromptBank, k: int = 2) -> None:
+    def __init__(self, task: Task, bank: PromptBank, k: Annotated[int, Setting("experts kept per image", low=1)] = 2) -> None:
         super().__init__()
         if not 1 <= k <= bank.num_experts:
-            raise ConfigError(
-                f"ROUTER.{type(self).__name__.upper()}.K is {k}; choose from 1 to the number of experts, {bank.num_experts}"
-            )
+            raise SettingError("k", k, f"but must be from 1 to the number of experts, {bank.num_experts}")
         self.k = k
         self.gate = nn.Linear(task.clip.embed_dim, bank.num_experts)
 
-    @staticmethod
-    def add_config(node: CfgNode) -> None:
-        """Declare the router's settings."""
-        node.K = 2  # experts kept per image
-
-    def forward(self, image_features: Tensor) -> Routing:
-        """Route normalised image features (B, D)."""
-        return Routing.top_k(self.gate(image_features), self.k)
+    def forward(self, step: Step) -> Routing:
+        """Route a batch by its image features."""
+        return Routing.top_k(self.gate(step.query), self.k)
 
 
 class HardPromptTopK(TopK):
@@ -52,29 +48,32 @@ class HardPromptTopK(TopK):
     Args:
         task: what is routed.
         bank: the experts, with their hard-prompt references.
-        k: experts kept per image.
         boost: what is added to the K largest q before the softmax.
+        top_k: settings of ``TopK``.
     """
 
-    def __init__(self, task: Task, bank: PromptBank, k: int = 2, boost: float = 10.0) -> None:
-        super().__init__(task, bank, k)
+    @inherits(TopK)
+    def __init__(
+        self,
+        task: Task,
+        bank: PromptBank,
+        boost: Annotated[float, Setting("added to the K largest hard-prompt scores", low=0)] = 10.0,
+        **top_k: Any,
+    ) -> None:
+        super().__init__(task, bank, **top_k)
         self.boost = boost
         self._prototypes = lambda: task.label_rows(bank.references(task.all_classnames))
 
-    @staticmethod
-    def add_config(node: CfgNode) -> None:
-        """Declare the router's settings."""
-        TopK.add_config(node)
-        node.BOOST = 10.0  # added to the K largest hard-prompt scores
-
-    def loss(self, routing: Routing, image_features: Tensor, labels: Tensor) -> Tensor:
+    def loss(self, step: Step) -> Tensor:
         """Return the gate loss (scalar)."""
+        assert step.routing is not None  # noqa: S101  (made by ``forward``)
+        image = step.query
         with torch.no_grad():
-            own = self._prototypes()[:, labels]  # (E, B, D)
-            scores = torch.einsum("bd,ebd->be", image_features.to(own.dtype), own)
+            own = self._prototypes()[:, step.labels]  # (E, B, D)
+            scores = torch.einsum("bd,ebd->be", image.to(own.dtype), own)
             best = scores.topk(self.k, dim=-1).indices
             target = scores.scatter_add(1, best, torch.full_like(best, self.boost, dtype=scores.dtype)).softmax(dim=-1)
-        return -(target * routing.logits.float().log_softmax(dim=-1)).sum(dim=-1).mean()
+        return -(target * step.routing.logits.float().log_softmax(dim=-1)).sum(dim=-1).mean()
 
 
 @hookimpl

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
-from yacs.config import CfgNode
 
 from promptmix import hookimpl
+from promptmix.config.declare import Setting
 from promptmix.prompts.roles import PromptBank, Task, TextSupervision
+from promptmix.prompts.step import Step
 from promptmix.prompts.templates import IMAGENET_80
 from promptmix.registry import Registry
 
@@ -28,19 +29,19 @@ class CosineToHard(TextSupervision):
 
     hard: Tensor
 
-    def __init__(self, task: Task, bank: PromptBank, templates: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        task: Task,
+        bank: PromptBank,
+        templates: Annotated[Sequence[str], Setting("hard templates to stay near; () = each expert's own references")] = (),
+    ) -> None:
         super().__init__()
         hard = task.clip.ensemble(templates, task.classnames)[None] if templates else bank.references(task.classnames)
         self.register_buffer("hard", hard, persistent=False)  # (E or 1, C, D)
 
-    @staticmethod
-    def add_config(node: CfgNode) -> None:
-        """Declare the supervision's settings."""
-        node.TEMPLATES = ()  # hard templates to stay near; () = each expert's own references
-
-    def forward(self, bank: PromptBank, text_features: Tensor) -> Tensor:
-        """Return the loss (scalar) of features (E, C, D) or (B, E, C, D)."""
-        return 1 - F.cosine_similarity(text_features.float(), self.hard.float(), dim=-1).mean()
+    def forward(self, step: Step) -> Tensor:
+        """Return the loss (scalar) of text features (E, C, D) or (B, E, C, D)."""
+        return 1 - F.cosine_similarity(step.text.float(), self.hard.float(), dim=-1).mean()
 
 
 class L1ToEnsemble(TextSupervision):
@@ -58,21 +59,20 @@ class L1ToEnsemble(TextSupervision):
 
     hard: Tensor
 
-    def __init__(self, task: Task, bank: PromptBank, templates: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        task: Task,
+        bank: PromptBank,
+        templates: Annotated[Sequence[str], Setting("hard templates that are averaged; () = OpenAI's 80 for ImageNet")] = (),
+    ) -> None:
         super().__init__()
-        tower = task.clip.text
-        with torch.no_grad():
-            features = [tower(tower.compose_text(template, task.classnames))[0] for template in templates or IMAGENET_80]
-        self.register_buffer("hard", F.normalize(torch.stack(features).mean(dim=0), dim=-1), persistent=False)  # (C, D)
+        self.register_buffer(
+            "hard", task.clip.raw_ensemble(templates or IMAGENET_80, task.classnames), persistent=False
+        )  # (C, D)
 
-    @staticmethod
-    def add_config(node: CfgNode) -> None:
-        """Declare the supervision's settings."""
-        node.TEMPLATES = ()  # hard templates that are averaged; () = OpenAI's 80 for ImageNet
-
-    def forward(self, bank: PromptBank, text_features: Tensor) -> Tensor:
-        """Return the loss (scalar) of features (E, C, D) or (B, E, C, D)."""
-        return (text_features.float() - self.hard.float()).abs().mean()
+    def forward(self, step: Step) -> Tensor:
+        """Return the loss (scalar) of text features (E, C, D) or (B, E, C, D)."""
+        return (step.text.float() - self.hard.float()).abs().mean()
 
 
 @hookimpl

@@ -157,7 +157,7 @@ def _dataset(paths: list[str], classes: int, pictures: int, test: int, experts: 
 
 def learn(trainer: PromptTrainer, batch: dict[str, Tensor]) -> None:
     """Compute a batch's loss and gradients, without the optimizer's step; works on ``meta`` too."""
-    terms = trainer.model.loss(trainer.encode_images(batch["img"]), batch["label"])
+    terms = trainer.model.loss(trainer.model.step(batch["img"], batch["label"]))
     terms.total.backward()
 
 

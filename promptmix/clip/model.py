@@ -96,6 +96,12 @@ class CLIP(nn.Module):
         """Return classifier weights (C, D): the mean of the templates' normalised features, normalised again."""
         return self.encode_frozen(lambda: F.normalize(self._hard_features(templates, names).mean(dim=0), dim=-1))
 
+    def raw_ensemble(self, templates: Sequence[str], names: Sequence[str]) -> Tensor:
+        """Return classifier weights (C, D): the mean of the templates' features as they come from the tower, then normalised."""
+        return self.encode_frozen(
+            lambda: F.normalize(sum(self.text(self.text.compose_text(t, names))[0] for t in templates) / len(templates), dim=-1)
+        )
+
     def _hard_features(self, templates: Sequence[str], names: Sequence[str]) -> Tensor:
         features = [self.text(self.text.compose_text(template, names))[0] for template in templates]
         return F.normalize(torch.stack(features), dim=-1)

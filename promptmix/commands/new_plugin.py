@@ -112,19 +112,16 @@ class $Class(Router):
         temperature: divides the scores; small values make the choice sharper.
     """
 
-    def __init__(self, task: Task, bank: PromptBank, temperature: float = 1.0) -> None:
+    def __init__(
+        self, task: Task, bank: PromptBank, temperature: Annotated[float, Setting("divides the scores", above=0)] = 1.0
+    ) -> None:
         super().__init__()
         self.temperature = temperature
         self.gate = nn.Linear(task.clip.embed_dim, bank.num_experts)
 
-    @staticmethod
-    def add_config(node: CfgNode) -> None:
-        """Declare the settings: the constructor's arguments in upper case."""
-        node.TEMPERATURE = 1.0  # divides the scores
-
-    def forward(self, image_features: Tensor) -> Routing:
-        """Route normalised image features (B, D)."""
-        scores = self.gate(image_features) / self.temperature
+    def forward(self, step: Step) -> Routing:
+        """Route a batch by its image features."""
+        scores = self.gate(step.query) / self.temperature
         return Routing.top_k(scores, scores.shape[-1])
 '''
 
@@ -137,15 +134,10 @@ class $Class(PromptBank):
         std: standard deviation of the start.
     """
 
-    def __init__(self, task: Task, std: float = 0.02) -> None:
+    def __init__(self, task: Task, std: Annotated[float, Setting("standard deviation of the start", above=0)] = 0.02) -> None:
         super().__init__()
         self.task = task
         self.ctx = nn.Parameter(std * torch.randn(1, 1, task.clip.text.width))
-
-    @staticmethod
-    def add_config(node: CfgNode) -> None:
-        """Declare the settings: the constructor's arguments in upper case."""
-        node.STD = 0.02  # standard deviation of the start
 
     @property
     def num_experts(self) -> int:
@@ -174,19 +166,16 @@ class $Class(TextSupervision):
 
     hard: Tensor
 
-    def __init__(self, task: Task, bank: PromptBank, factor: float = 1.0) -> None:
+    def __init__(
+        self, task: Task, bank: PromptBank, factor: Annotated[float, Setting("multiplies the distance", low=0)] = 1.0
+    ) -> None:
         super().__init__()
         self.factor = factor
         self.register_buffer("hard", bank.references(task.classnames), persistent=False)
 
-    @staticmethod
-    def add_config(node: CfgNode) -> None:
-        """Declare the settings: the constructor's arguments in upper case."""
-        node.FACTOR = 1.0  # multiplies the distance
-
-    def forward(self, bank: PromptBank, text_features: Tensor) -> Tensor:
-        """Return the loss (scalar) of features (E, C, D)."""
-        return self.factor * (text_features - self.hard).square().sum(dim=-1).mean()
+    def forward(self, step: Step) -> Tensor:
+        """Return the loss (scalar) of text features (E, C, D)."""
+        return self.factor * (step.text - self.hard).square().sum(dim=-1).mean()
 '''
 
 _DISTILLER = '''\
@@ -201,47 +190,57 @@ class $Class(Distiller):
 
     teacher: Tensor
 
-    def __init__(self, task: Task, bank: PromptBank, factor: float = 0.01) -> None:
+    def __init__(
+        self, task: Task, bank: PromptBank, factor: Annotated[float, Setting("multiplies the difference", low=0)] = 0.01
+    ) -> None:
         super().__init__()
         self.task, self.factor = task, factor
         self.register_buffer("teacher", task.clip.ensemble(task.templates[:1], task.classnames), persistent=False)
 
-    @staticmethod
-    def add_config(node: CfgNode) -> None:
-        """Declare the settings: the constructor's arguments in upper case."""
-        node.FACTOR = 0.01  # multiplies the difference
-
-    def forward(self, image_features: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the loss (scalar) for features (B, D) and student scores (B, C)."""
-        taught = self.task.clip.scale * image_features @ self.teacher.T
-        return self.factor * (logits - taught).square().mean()
+    def forward(self, step: Step) -> Tensor:
+        """Return the loss (scalar) of the student's scores (B, C)."""
+        taught = self.task.clip.scale * step.frozen_image @ self.teacher.T
+        return self.factor * (step.logits - taught).square().mean()
 '''
 
 _TRAINER = '''\
 class $Class(PromptTrainer):
     """One soft prompt, trained with cross-entropy: change what you need."""
 
-    @staticmethod
-    def add_config(node: CfgNode) -> None:
-        """Declare the method's keys, in ``TRAINER.$CLASS``."""
-        node.N_CTX = 4  # context vectors
-
-    def build_learner(self, task: Task) -> PromptLearner:
-        """Return what is learned: here a mixture of one prompt without router, supervision or distiller."""
-        return Mixture(task, PROMPT_BANK_REGISTRY.get("Soft")(task, n_ctx=self.node.N_CTX))
+    def compose(self, task: Task, n_ctx: Annotated[int, Setting("context vectors", low=1)] = 4) -> Learner:
+        """Return what is learned; the settings are the keys of ``TRAINER.$CLASS``."""
+        return Learner(task, Soft(task, n_ctx))
 '''
 
 
-_NODE = "from yacs.config import CfgNode"
+_ANNOTATED = "from typing import Annotated"
 _HOOK = "from promptmix import hookimpl"
+_SETTING = "from promptmix.config.declare import Setting"
+_STEP = "from promptmix.prompts.step import Step"
 _REGISTRY = "from promptmix.registry import Registry"
+
+
+def _of_step(torch: str, roles: str) -> tuple[str, ...]:
+    """Return the imports of a part that reads a step."""
+    return (_ANNOTATED, "", torch, "", _HOOK, _SETTING, _components(roles), _STEP, _REGISTRY)
+
 
 KINDS = {
     "router": Kind(
         "routers",
         "ROUTER",
         "--trainer MoCoOp ROUTER.NAME $Class",
-        ("from torch import Tensor, nn", _NODE, "", _HOOK, _components("PromptBank, Router, Routing, Task"), _REGISTRY),
+        (
+            _ANNOTATED,
+            "",
+            "from torch import nn",
+            "",
+            _HOOK,
+            _SETTING,
+            _components("PromptBank, Router, Routing, Task"),
+            _STEP,
+            _REGISTRY,
+        ),
         _ROUTER,
     ),
     "prompt-bank": Kind(
@@ -250,13 +249,14 @@ KINDS = {
         "--trainer Mixture PROMPT_BANK.NAME $Class",
         (
             "from collections.abc import Sequence",
+            _ANNOTATED,
             "",
             "import torch",
             "import torch.nn.functional as F",
             "from torch import Tensor, nn",
-            _NODE,
             "",
             _HOOK,
+            _SETTING,
             _components("PromptBank, Task"),
             _REGISTRY,
         ),
@@ -266,14 +266,34 @@ KINDS = {
         "text_supervisions",
         "TEXT_SUPERVISION",
         "--trainer Mixture TEXT_SUPERVISION.NAME $Class",
-        ("from torch import Tensor", _NODE, "", _HOOK, _components("PromptBank, Task, TextSupervision"), _REGISTRY),
+        (
+            _ANNOTATED,
+            "",
+            "from torch import Tensor",
+            "",
+            _HOOK,
+            _SETTING,
+            _components("PromptBank, Task, TextSupervision"),
+            _STEP,
+            _REGISTRY,
+        ),
         _SUPERVISION,
     ),
     "distiller": Kind(
         "distillers",
         "DISTILLER",
         "--trainer Mixture DISTILLER.NAME $Class",
-        ("from torch import Tensor", _NODE, "", _HOOK, _components("Distiller, PromptBank, Task"), _REGISTRY),
+        (
+            _ANNOTATED,
+            "",
+            "from torch import Tensor",
+            "",
+            _HOOK,
+            _SETTING,
+            _components("Distiller, PromptBank, Task"),
+            _STEP,
+            _REGISTRY,
+        ),
         _DISTILLER,
     ),
     "trainer": Kind(
@@ -281,13 +301,15 @@ KINDS = {
         "TRAINER",
         "--trainer $Class",
         (
-            _NODE,
+            _ANNOTATED,
             "",
             _HOOK,
-            _components("PromptLearner, Task"),
-            "from promptmix.prompts.learner import Mixture",
+            _SETTING,
+            "from promptmix.plugins.prompt_bank.soft import Soft",
+            "from promptmix.prompts.learner import Learner",
+            _components("Task"),
             "from promptmix.prompts.trainer import PromptTrainer",
-            "from promptmix.registry import PROMPT_BANK_REGISTRY, Registry",
+            _REGISTRY,
         ),
         _TRAINER,
     ),

@@ -110,9 +110,10 @@ def settings_of(function: Callable[..., Any]) -> dict[str, Declared]:
     if isinstance(function, type):
         function = function.__init__  # type: ignore[misc]
     found: dict[str, Declared] = dict(getattr(function, "inherited_settings", {}))
-    hints = typing.get_type_hints(function, include_extras=True)
     for name, parameter in inspect.signature(function).parameters.items():
-        hint = hints.get(name)
+        hint = parameter.annotation
+        if isinstance(hint, str) and "Setting" in hint:  # other names may be there for the type checker alone
+            hint = eval(hint, function.__globals__)  # the annotation's own code, as typing.get_type_hints would run it
         if typing.get_origin(hint) is not Annotated:
             continue
         for extra in typing.get_args(hint)[1:]:
@@ -127,7 +128,7 @@ def inherits(
     constructor: Callable[..., Any],
     *,
     without: Iterable[str] = (),
-    **defaults: Any,  # noqa: ANN401
+    **defaults: Any,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorate a function whose ``**kwargs`` go to ``constructor``: it declares that one's settings too.
 
@@ -144,9 +145,26 @@ def inherits(
             raise TypeError(f"{function.__qualname__}: {constructor.__qualname__} has no setting {sorted(strangers)}")
         taken = {name: Declared(defaults.get(name, found.default), found.setting) for name, found in theirs.items()}
         function.inherited_settings = getattr(function, "inherited_settings", {}) | taken  # type: ignore[attr-defined]
+        function.inherited_by = (*inherited_by(function), constructor)  # type: ignore[attr-defined]
         return function
 
     return decorate
+
+
+def inherited_by(function: Callable[..., Any]) -> tuple[Any, ...]:
+    """Return the constructors whose settings ``function`` declares too (see ``inherits``)."""
+    return getattr(function, "inherited_by", ())
+
+
+def key_of(name: str) -> str:
+    """Return the key of a setting: its argument in upper case, where ``lambda_`` stands for ``LAMBDA``."""
+    return name.rstrip("_").upper()
+
+
+def parted(settings: dict[str, Any], constructor: Callable[..., Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Part settings into those of ``constructor`` and the others, for functions that inherit those of several."""
+    own = settings_of(constructor)
+    return {k: v for k, v in settings.items() if k in own}, {k: v for k, v in settings.items() if k not in own}
 
 
 def declare(node: CfgNode, name: str, default: Any, setting: Setting) -> None:  # noqa: ANN401
@@ -158,7 +176,7 @@ def declare(node: CfgNode, name: str, default: Any, setting: Setting) -> None:  
 def declare_all(node: CfgNode, function: Callable[..., Any]) -> None:
     """Add every setting of ``function`` to ``node``, in upper case."""
     for name, found in settings_of(function).items():
-        declare(node, name.upper(), found.default, found.setting)
+        declare(node, key_of(name), found.default, found.setting)
 
 
 def declared_in(node: CfgNode) -> dict[str, Setting]:

@@ -105,7 +105,7 @@ def step_count(trainer: PromptTrainer, size: int, class_chunk: int | None = None
     tower.class_chunk = before if class_chunk is None else class_chunk
 
     def step() -> None:
-        trainer.model.loss(trainer.encode_images(images), labels).total.backward()
+        trainer.model.loss(trainer.model.step(images, labels)).total.backward()
 
     try:
         step()  # what is built once

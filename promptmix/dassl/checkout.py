@@ -34,7 +34,7 @@ from promptmix.utils import get_logger
 __all__ = ["run_checkout"]
 
 
-def run_checkout(path: str, args: argparse.Namespace, **options: Any) -> RunResult:  # noqa: ANN401
+def run_checkout(path: str, args: argparse.Namespace, **options: Any) -> RunResult:
     """Run a trainer of the checkout at ``path``.
 
     Args:

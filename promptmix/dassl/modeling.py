@@ -61,31 +61,31 @@ class _ResNet(Backbone):
 
 
 @BACKBONE_REGISTRY.register()
-def resnet18(pretrained: bool = True, **_: Any) -> Backbone:  # noqa: ANN401
+def resnet18(pretrained: bool = True, **_: Any) -> Backbone:
     """Return a ResNet-18."""
     return _ResNet("resnet18", pretrained)
 
 
 @BACKBONE_REGISTRY.register()
-def resnet34(pretrained: bool = True, **_: Any) -> Backbone:  # noqa: ANN401
+def resnet34(pretrained: bool = True, **_: Any) -> Backbone:
     """Return a ResNet-34."""
     return _ResNet("resnet34", pretrained)
 
 
 @BACKBONE_REGISTRY.register()
-def resnet50(pretrained: bool = True, **_: Any) -> Backbone:  # noqa: ANN401
+def resnet50(pretrained: bool = True, **_: Any) -> Backbone:
     """Return a ResNet-50."""
     return _ResNet("resnet50", pretrained)
 
 
 @BACKBONE_REGISTRY.register()
-def resnet101(pretrained: bool = True, **_: Any) -> Backbone:  # noqa: ANN401
+def resnet101(pretrained: bool = True, **_: Any) -> Backbone:
     """Return a ResNet-101."""
     return _ResNet("resnet101", pretrained)
 
 
 @BACKBONE_REGISTRY.register()
-def resnet152(pretrained: bool = True, **_: Any) -> Backbone:  # noqa: ANN401
+def resnet152(pretrained: bool = True, **_: Any) -> Backbone:
     """Return a ResNet-152."""
     return _ResNet("resnet152", pretrained)
 
@@ -109,7 +109,7 @@ def mlp(
     activation: str = "relu",
     bn: bool = True,
     dropout: float = 0.0,
-    **_: Any,  # noqa: ANN401
+    **_: Any,
 ) -> nn.Module:
     """Return a stack of linear maps.
 
@@ -163,7 +163,7 @@ class SimpleNet(nn.Module):
         kwargs: passed to the backbone.
     """
 
-    def __init__(self, cfg: CfgNode, model_cfg: CfgNode, num_classes: int, **kwargs: Any) -> None:  # noqa: ANN401
+    def __init__(self, cfg: CfgNode, model_cfg: CfgNode, num_classes: int, **kwargs: Any) -> None:
         super().__init__()
         backbone, head = model_cfg.BACKBONE, model_cfg.HEAD
         self.backbone = build_backbone(backbone.NAME, cfg.VERBOSE, pretrained=backbone.PRETRAINED, **kwargs)

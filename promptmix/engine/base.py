@@ -228,7 +228,7 @@ class TrainerBase:
         """Take what evaluation needs from a batch and put it on the device."""
         raise NotImplementedError
 
-    def forward_backward(self, *batches: Any, **kwargs: Any) -> dict[str, float] | None:  # noqa: ANN401
+    def forward_backward(self, *batches: Any, **kwargs: Any) -> dict[str, float] | None:
         """Learn from one batch; return what the log line should show."""
         raise NotImplementedError
 

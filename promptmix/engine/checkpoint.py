@@ -182,6 +182,7 @@ def load_state_dict_strict(model: nn.Module, state_dict: Mapping[str, Any], sour
     Raises:
         CheckpointError: names or shapes don't agree; nothing is loaded then.
     """
+    state_dict = getattr(model, "fit_state", lambda state: state)(state_dict)
     own = model.state_dict()
     missing = [key for key in own if key not in state_dict]
     unexpected = [key for key in state_dict if key not in own]

@@ -8,7 +8,7 @@ listed as not learned is dropped, and anything else is an error that names it.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,13 @@ from promptmix.engine.checkpoint import (
     read_export,
     save_checkpoint,
 )
+from promptmix.engine.layout import Layout, rename, today
 from promptmix.errors import CheckpointError
+from promptmix.registry import TRAINER_REGISTRY
 
 __all__ = [
-    "LAYOUTS",
-    "Layout",
     "Learned",
-    "Rule",
+    "layouts",
     "check_backbone",
     "find_theirs",
     "read",
@@ -45,97 +45,9 @@ __all__ = [
 LEARNER = "prompt_learner"
 
 
-@dataclass(frozen=True)
-class Rule:
-    """One name, or a family of names, in both layouts.
-
-    Attributes:
-        theirs: the authors' name; ``{i}`` and ``{j}`` stand for numbers.
-        ours: our name; ``{i-1}`` and ``{i+1}`` are allowed. ``<model>/<name>`` belongs to another registered model.
-        expert_axis: ours has a leading axis of size 1 that theirs lacks.
-    """
-
-    theirs: str
-    ours: str
-    expert_axis: bool = False
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How the authors' code of one method saves it.
-
-    Attributes:
-        folder: name under which their trainer registers its model.
-        rules: the learned tensors.
-        whole: the whole model was registered, so that names start with ``prompt_learner.`` and the frozen CLIP is in the file.
-        unused: names that their code saves and never uses, besides ``_BUFFERS`` (regular expressions).
-    """
-
-    folder: str
-    rules: tuple[Rule, ...]
-    whole: bool = False
-    unused: tuple[str, ...] = field(default=())
-
-
-def _both(theirs: str, ours: str) -> tuple[Rule, Rule]:
-    """Weight and bias of a linear map."""
-    return Rule(f"{theirs}.weight", f"{ours}.weight"), Rule(f"{theirs}.bias", f"{ours}.bias")
-
-
-_CTX = Rule("ctx", "bank.ctx", expert_axis=True)
-_DEEP_CTX = (Rule("ctx", "text.ctx"), Rule("compound_prompts_text.{i}", "text.deeper.{i}"))
-_VISUAL = (
-    Rule("image_encoder.VPT", "vision.layers.0"),
-    Rule("image_encoder.transformer.resblocks.{i}.VPT_shallow", "vision.layers.{i}"),
-)
-_INDEPENDENT = (
-    Rule("ctx", "text.ctx"),
-    Rule("text_encoder.transformer.resblocks.{i}.VPT_shallow", "text.deeper.{i-1}"),
-    *_VISUAL,
-)
-
-#: Trainer name -> layout. Names are those of the authors' released code.
-LAYOUTS: dict[str, Layout] = {
-    "CoOp": Layout("prompt_learner", (_CTX,)),
-    "CoCoOp": Layout(
-        "prompt_learner",
-        (_CTX, *_both("meta_net.linear1", "bank.meta_net.linear1"), *_both("meta_net.linear2", "bank.meta_net.linear2")),
-    ),
-    "KgCoOp": Layout("prompt_learner", (_CTX,), unused=(r"bias_vectors", r"meta_net\.linear1\.(weight|bias)")),
-    "ProGrad": Layout("prompt_learner", (_CTX,)),
-    "MoPD": Layout("prompt_learner", (_CTX, Rule("gate", "distiller.gate"))),
-    "MaPLe": Layout(
-        "MultiModalPromptLearner",
-        (*_DEEP_CTX, *_both("proj", "couple.0"), *_both("compound_prompt_projections.{i}", "couple.{i+1}")),
-        whole=True,
-    ),
-    "MPL": Layout(
-        "MultiModalPromptLearner",
-        (*_DEEP_CTX, *_both("proj", "couple"), *_both("txt2img_proj.{i}.{j}", "add.{j}.{i}")),
-        whole=True,
-    ),
-    "IVLP": Layout("VLPromptLearner", _INDEPENDENT, whole=True),
-    "PromptSRC": Layout("VLPromptLearner", _INDEPENDENT, whole=True, unused=(r"ZS_image_encoder\..*",)),
-    "VPT": Layout("prompt_learner", _VISUAL, whole=True),
-    "MoCoOp": Layout(
-        "prompt_learner",
-        (
-            Rule("ctx_before_{i}", "bank.before.{i}"),
-            Rule("ctx_after_{i}", "bank.after.{i}"),
-            Rule("w", "bank.correction"),
-            *_both("gate", "router.gate"),
-            *_both("image_encoder.transformer.resblocks.{i}.ln_1", "image_norms/{i}_ln_1"),
-            *_both("image_encoder.transformer.resblocks.{i}.ln_2", "image_norms/{i}_ln_2"),
-        ),
-        whole=True,
-        unused=(r"class_text_features", r"grouped_prototypes"),
-    ),
-}
-
 #: What every method saves for the class names it was trained with.
 _BUFFERS = re.compile(r"token_(prefix|suffix|middle)\w*|tokenized_prompts\w*|name_lens")
 _FROZEN = re.compile(r"(image_encoder|text_encoder)\..+|logit_scale")
-_NUMBER = re.compile(r"\{([ij])([+-]1)?\}")
 
 
 @dataclass
@@ -159,11 +71,17 @@ class Learned:
     frozen: dict[str, Tensor] = field(default_factory=dict)
 
 
+def layouts() -> dict[str, Layout]:
+    """Return the layout of each registered method that states one in its class."""
+    found = {name: getattr(TRAINER_REGISTRY.get(name), "layout", None) for name in TRAINER_REGISTRY}
+    return {name: layout for name, layout in found.items() if layout is not None}
+
+
 def to_ours(trainer: str, state: Mapping[str, Tensor], source: str) -> Learned:
     """Rename a state dict of the authors' code.
 
     Args:
-        trainer: name of the method, one of ``LAYOUTS``.
+        trainer: name of the method, whose class states a layout.
         state: their names -> tensors.
         source: where it comes from, for messages.
 
@@ -177,7 +95,7 @@ def to_ours(trainer: str, state: Mapping[str, Tensor], source: str) -> Learned:
     for key, tensor in state.items():
         name = key.removeprefix("module.").removeprefix("prompt_learner.")
         is_frozen = layout.whole and _FROZEN.fullmatch(name)
-        found = _apply(layout.rules, name)
+        found = rename(layout.rules, name)
         if found:
             model, _, ours = found[0].rpartition("/")
             models.setdefault(model or LEARNER, {})[ours] = tensor.unsqueeze(0) if found[1] else tensor
@@ -208,7 +126,7 @@ def to_theirs(learned: Learned) -> dict[str, Tensor]:
             continue  # such as PromptSRC's running average, which the authors do not save
         for name, tensor in tensors.items():
             ours = name if model == LEARNER else f"{model}/{name}"
-            found = _apply(layout.rules, ours, backwards=True)
+            found = rename(layout.rules, ours, backwards=True)
             if found is None or found[1] and tensor.shape[0] != 1:
                 shape = tuple(tensor.shape)
                 raise CheckpointError(f"{learned.source}: {name} {shape} has no name in the authors' code of {learned.trainer}")
@@ -224,36 +142,10 @@ def layout_of(trainer: str) -> Layout:
     Raises:
         CheckpointError: the table has none.
     """
-    if trainer not in LAYOUTS:
-        raise CheckpointError(f"no layout of the authors' checkpoints is known for {trainer!r} (known: {', '.join(LAYOUTS)})")
-    return LAYOUTS[trainer]
-
-
-def _apply(rules: Iterable[Rule], name: str, backwards: bool = False) -> tuple[str, bool] | None:
-    """Return the other layout's name and whether the expert axis differs, or None where no rule fits."""
-    for rule in rules:
-        source, target = (rule.ours, rule.theirs) if backwards else (rule.theirs, rule.ours)
-        numbers = _match(source, name)
-        if numbers is not None:
-            return _fill(target, numbers), rule.expert_axis
-    return None
-
-
-def _fill(pattern: str, numbers: Mapping[str, int]) -> str:
-    return _NUMBER.sub(lambda found: str(numbers[found[1]] + int(found[2] or 0)), pattern)
-
-
-def _match(pattern: str, name: str) -> dict[str, int] | None:
-    """Return the numbers that make ``pattern`` equal ``name``; ``{i-1}`` at 0 means that i is 1."""
-    parts = _NUMBER.split(pattern)  # text, letter, offset, text, letter, offset, ..., text
-    regex = re.escape(parts[0])
-    for letter, text in zip(parts[1::3], parts[3::3], strict=True):
-        regex += rf"(?P<{letter}>\d+){re.escape(text)}"
-    found = re.fullmatch(regex, name)
-    if found is None:
-        return None
-    offsets = dict(zip(parts[1::3], parts[2::3], strict=True))
-    return {letter: int(found[letter]) - int(offset or 0) for letter, offset in offsets.items()}
+    known = layouts()
+    if trainer not in known:
+        raise CheckpointError(f"no layout of the authors' checkpoints is known for {trainer!r} (known: {', '.join(known)})")
+    return known[trainer]
 
 
 # Folders
@@ -273,9 +165,9 @@ def find_theirs(directory: str | Path, trainer: str, epoch: int | None = None) -
     Raises:
         CheckpointError: it is, but the file can't be read or holds something unknown.
     """
-    if trainer not in LAYOUTS:
+    if trainer not in layouts():
         return None
-    path = Path(directory, LAYOUTS[trainer].folder, BEST_FILE if epoch is None else f"model.pth.tar-{epoch}")
+    path = Path(directory, layouts()[trainer].folder, BEST_FILE if epoch is None else f"model.pth.tar-{epoch}")
     if not path.is_file():
         return None
     checkpoint = load_checkpoint(path)
@@ -284,8 +176,8 @@ def find_theirs(directory: str | Path, trainer: str, epoch: int | None = None) -
 
 def _is_theirs(trainer: str, checkpoint: Mapping[str, Any]) -> bool:
     """Tell the authors' names from ours, which never overlap; their trainers also run on our engine (``--coop-repo``)."""
-    rules, state = LAYOUTS[trainer].rules, checkpoint.get("state_dict", {})
-    return any(_apply(rules, key.removeprefix("module.").removeprefix("prompt_learner.")) for key in state)
+    rules, state = layouts()[trainer].rules, checkpoint.get("state_dict", {})
+    return any(rename(rules, key.removeprefix("module.").removeprefix("prompt_learner.")) for key in state)
 
 
 def _theirs(trainer: str, checkpoint: Mapping[str, Any], path: Path) -> Learned:
@@ -319,20 +211,22 @@ def read(directory: str | Path, epoch: int | None = None, trainer: str = "") -> 
         )
     checkpoints = {name: load_checkpoint(path) for name, path in files.items()}
     writers = {checkpoint.get("trainer", "") for checkpoint in checkpoints.values()}
-    if "" not in writers and not any(_is_theirs(name, c) for name in writers & set(LAYOUTS) for c in checkpoints.values()):
+    if "" not in writers and not any(_is_theirs(name, c) for name in writers & set(layouts()) for c in checkpoints.values()):
         return _ours(checkpoints, str(root))
     if len(files) > 1:
         raise CheckpointError(
             f"{root} holds several models ({', '.join(files)}), none written by promptmix; convert one at a time"
         )
     ((name, path),) = files.items()
-    trainer = trainer or "".join(writers & set(LAYOUTS)) or _written_by(root) or _guess(checkpoints[name], path)
+    trainer = trainer or "".join(writers & set(layouts())) or _written_by(root) or _guess(checkpoints[name], path)
     return _theirs(trainer, checkpoints[name], path)
 
 
 def _ours(checkpoints: Mapping[str, Mapping[str, Any]], source: str) -> Learned:
     first = checkpoints.get(LEARNER) or next(iter(checkpoints.values()))
     models = {name: dict(checkpoint["state_dict"]) for name, checkpoint in checkpoints.items()}
+    if LEARNER in models and first["trainer"] in layouts():
+        models[LEARNER] = {today(name): tensor for name, tensor in models[LEARNER].items()}
     return Learned(first["trainer"], models, source, first.get("epoch"), first.get("val_result"))
 
 
@@ -356,7 +250,7 @@ def _written_by(root: Path) -> str:
     from promptmix.runs.results import read_run
 
     run = read_run(root)
-    return run.trainer if run is not None and run.trainer in LAYOUTS else ""
+    return run.trainer if run is not None and run.trainer in layouts() else ""
 
 
 def _guess(checkpoint: Mapping[str, Any], path: Path) -> str:
@@ -366,7 +260,7 @@ def _guess(checkpoint: Mapping[str, Any], path: Path) -> str:
         CheckpointError: there are several, or none.
     """
     state, fitting = checkpoint.get("state_dict", {}), []
-    for trainer, layout in LAYOUTS.items():
+    for trainer, layout in layouts().items():
         try:
             learned = to_ours(trainer, state, str(path))
         except CheckpointError:

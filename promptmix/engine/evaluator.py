@@ -52,7 +52,7 @@ class Classification(EvaluatorBase):
         ConfigError: per-class results are asked for without class names.
     """
 
-    def __init__(self, cfg: CfgNode, lab2cname: Mapping[int, str] | None = None, **_: Any) -> None:  # noqa: ANN401
+    def __init__(self, cfg: CfgNode, lab2cname: Mapping[int, str] | None = None, **_: Any) -> None:
         super().__init__(cfg)
         self._lab2cname = lab2cname
         if cfg.TEST.PER_CLASS_RESULT and lab2cname is None:
@@ -124,7 +124,7 @@ class Classification(EvaluatorBase):
         get_logger().info("Confusion matrix is saved to %s", path)
 
 
-def build_evaluator(cfg: CfgNode, **kwargs: Any) -> EvaluatorBase:  # noqa: ANN401
+def build_evaluator(cfg: CfgNode, **kwargs: Any) -> EvaluatorBase:
     """Build the evaluator that ``TEST.EVALUATOR`` names.
 
     Raises:

@@ -31,11 +31,11 @@ class Placeholder:
 
     wanted = ""
 
-    def __new__(cls, *_args: Any, **_kwargs: Any) -> Placeholder:  # noqa: ANN401
+    def __new__(cls, *_args: Any, **_kwargs: Any) -> Placeholder:
         """Take whatever arguments the file has for the constructor, and forget them."""
         return super().__new__(cls)
 
-    def __init__(self, *_args: Any, **_kwargs: Any) -> None:  # noqa: ANN401
+    def __init__(self, *_args: Any, **_kwargs: Any) -> None:
         self.state: dict[str, Any] = {}
 
     def __setstate__(self, state: Any) -> None:  # noqa: ANN401
@@ -53,7 +53,7 @@ def _scalar(dtype: np.dtype[Any], data: Any = b"") -> Any:  # noqa: ANN401
     return np.frombuffer(raw, dtype, count=1)[0].item()
 
 
-def _dtype(text: str, *_flags: Any) -> np.dtype[Any]:  # noqa: ANN401
+def _dtype(text: str, *_flags: Any) -> np.dtype[Any]:
     """Return a numpy dtype of numbers."""
     dtype = np.dtype(text)
     if dtype.kind not in "biuf":

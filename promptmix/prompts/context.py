@@ -1,4 +1,4 @@
-"""Soft contexts: how they start, and CoOp's four settings for them, which every method with a soft prompt shares."""
+"""Soft contexts: how they start."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from yacs.config import CfgNode
 from promptmix.clip.text import TextTower
 from promptmix.config import get_key, source_of
 from promptmix.errors import ConfigError
-from promptmix.prompts.roles import PromptBank, Task
-from promptmix.registry import PROMPT_BANK_REGISTRY
 
 
 def initial_context(tower: TextTower, n_ctx: int, words: str, *leading: int) -> Tensor:
@@ -39,15 +37,7 @@ def initial_context(tower: TextTower, n_ctx: int, words: str, *leading: int) -> 
     return context
 
 
-def add_context_keys(node: CfgNode, n_ctx: int = 16, ctx_init: str = "") -> None:
-    """Declare the settings of one soft prompt in a trainer's node, as CoOp names them."""
-    node.N_CTX = n_ctx  # M: context vectors
-    node.CSC = False  # class-specific contexts: one context per class
-    node.CTX_INIT = ctx_init  # words to start from, such as "a photo of a"; then M is their number of tokens
-    node.CLASS_TOKEN_POSITION = "end"  # end | middle | front
-
-
-def validate_context(cfg: CfgNode, node: str) -> None:
+def refuse_idle_length(cfg: CfgNode, node: str) -> None:
     """Refuse a context length that the initial words would override.
 
     Args:
@@ -62,11 +52,3 @@ def validate_context(cfg: CfgNode, node: str) -> None:
         raise ConfigError(
             f"{node}.N_CTX {settings.N_CTX} would be ignored, since CTX_INIT {settings.CTX_INIT!r} sets the length; drop one"
         )
-
-
-def build_soft_prompt(task: Task, node: CfgNode) -> PromptBank:
-    """Return one soft prompt with the settings that ``add_context_keys`` declared."""
-    bank: PromptBank = PROMPT_BANK_REGISTRY.get("Soft")(
-        task, n_ctx=node.N_CTX, ctx_init=node.CTX_INIT, csc=node.CSC, class_token_position=node.CLASS_TOKEN_POSITION
-    )
-    return bank

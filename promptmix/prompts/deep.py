@@ -1,4 +1,4 @@
-"""Deep prompts: learned tokens per layer of both towers, as schedules of tensors that methods put together.
+"""Deep prompts: learned tokens per layer of both towers, as schedules of tensors that banks put together.
 
 Layer 0 is the input. A prompt of depth J has tokens for the layers 0 ... J-1; before each of the layers 1 ... J-1 they replace
 those that came out of the layer below. W is the width of a tower, n the tokens of a layer, E the number of prompts, B images,
@@ -7,63 +7,81 @@ C classes, D joint width.
 
 from __future__ import annotations
 
-from abc import abstractmethod
+import copy
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from yacs.config import CfgNode
 
 from promptmix.clip import CLIP
 from promptmix.clip.vision import PromptStep, VisualPrompts
-from promptmix.config import get_key
-from promptmix.errors import ConfigError
-from promptmix.prompts.roles import PromptLearner, Task
-from promptmix.prompts.trainer import PromptTrainer
+from promptmix.errors import ConfigError, SettingError
+from promptmix.prompts.roles import PromptBank, Task
 
 #: Standard deviation of tokens that start at random, in all methods.
 STD = 0.02
 
 
-def require_at_least(cfg: CfgNode, node: str, **limits: float) -> None:
-    """Refuse values of ``node`` (``"TRAINER.MAPLE"``) below their limits (``PROMPT_DEPTH=1``).
-
-    Raises:
-        ConfigError: a value is too small; the message names the key and the smallest value.
-    """
-    for key, limit in limits.items():
-        value = get_key(cfg, f"{node}.{key}")
-        if value < limit:
-            raise ConfigError(f"{node}.{key} is {value}, but must be {limit} or more")
-
-
-def start_words(clip: CLIP, node: str, n_ctx: int, words: str, key: str = "N_CTX") -> tuple[Tensor, tuple[int, ...]]:
-    """Return where a context starts from: the first ``n_ctx`` tokens of ``words``, which then are learned.
+def start_words(clip: CLIP, n_ctx: int, words: str, setting: str = "n_ctx", n_prompts: int = 1) -> tuple[Tensor, tuple[int, ...]]:
+    """Return where contexts start from: the first from the first ``n_ctx`` tokens of ``words``, which then are learned.
 
     Args:
         clip: the frozen model.
-        node: config node of the method, for the message.
         n_ctx: n, learned tokens.
         words: such as "a photo of a"; "" starts at random.
-        key: the key in ``node`` that gives ``n_ctx``, for the message.
+        setting: the setting that gives ``n_ctx``, for the message.
+        n_prompts: E; prompts after the first start at random, so that they can differ.
 
     Returns:
-        The start (n, W), and the ids of the other tokens of ``words``, which stay as they are between context and class name.
+        The start (n, W) of one prompt or (E, n, W) of several, and the ids of the other tokens of ``words``, which stay as they
+        are between context and class name.
 
     Raises:
         ConfigError: ``words`` has fewer than ``n_ctx`` tokens.
     """
     tower = clip.text
-    if not words:
-        return torch.empty(n_ctx, tower.width).normal_(std=STD), ()
-    ids = tower.tokenizer.encode(words.replace("_", " "))
-    if n_ctx > len(ids):
-        raise ConfigError(
-            f"{node}.{key} is {n_ctx}, but {node}.CTX_INIT {words!r} has only {len(ids)} tokens to start from; "
-            f"set {key} to {len(ids)} or less, or CTX_INIT to '' for a random start"
+    ids = tower.tokenizer.encode(words.replace("_", " ")) if words else ()
+    if words and n_ctx > len(ids):
+        raise SettingError(
+            setting,
+            n_ctx,
+            f"but ctx_init {words!r} has only {len(ids)} tokens to start from; "
+            f"set {setting.upper()} to {len(ids)} or less, or CTX_INIT to '' for a random start",
         )
-    return tower.embed(ids[:n_ctx]).cpu(), ids[n_ctx:]
+    first = tower.embed(ids[:n_ctx]).cpu() if words else torch.empty(n_ctx, tower.width).normal_(std=STD)
+    if n_prompts == 1:
+        return first, tuple(ids[n_ctx:])
+    others = torch.empty(n_prompts - 1, *first.shape).normal_(std=STD)
+    return torch.cat([first[None], others]), tuple(ids[n_ctx:])
+
+
+def check_depth(clip: CLIP, setting: str, depth: int, *, text: bool = False, vision: bool = False) -> None:
+    """Refuse prompts deeper than a tower.
+
+    Args:
+        clip: the frozen model.
+        setting: the setting that gives ``depth``, for the message.
+        depth: J.
+        text: the text tower gets prompts of this depth.
+        vision: the image tower does.
+
+    Raises:
+        ConfigError: a tower has fewer layers, or the image tower is no vision transformer; the message names the remedy.
+    """
+    towers = {"text": len(clip.text.blocks)} if text else {}
+    if vision:
+        if not clip.image.takes_prompts:
+            raise ConfigError(
+                f"MODEL.BACKBONE.NAME is {clip.name}, whose image tower ({type(clip.image.visual).__name__}) takes no prompts, "
+                f"which {setting.upper()} asks for; choose a vision transformer such as ViT-B/16 or tiny-vit"
+            )
+        towers["image"] = clip.image.depth
+    for tower, layers in towers.items():
+        if depth > layers:
+            raise SettingError(
+                setting, depth, f"but the {tower} tower of {clip.name} has {layers} layers; set it to {layers} or less"
+            )
 
 
 class TextPrompts(nn.Module):
@@ -87,12 +105,18 @@ class TextPrompts(nn.Module):
         """The context of each layer, first to last: J tensors (n, W) or (E, n, W)."""
         return [self.ctx, *self.deeper]
 
-    def forward(self, names: Sequence[str]) -> Tensor:
-        """Return normalised text features (E, C, D) of C class names."""
+    @property
+    def num_experts(self) -> int:
+        """Number of prompts E."""
+        return len(self.ctx) if self.ctx.dim() == 3 else 1
+
+    def forward(self, names: Sequence[str], *, full_stop: bool | None = None, experts: Tensor | None = None) -> Tensor:
+        """Return normalised text features (E, C, D) of C class names; prompts end with a full stop unless it is False."""
         tower = self.task.clip.text
-        context, *deeper = (_with_experts(layer) for layer in self.layers)
-        fixed, stop = (tower.embed(ids)[None] for ids in (self.words, tower.tokenizer.encode(".")))
-        prompts = tower.compose(context, fixed, tower.tokenizer.class_tokens(names), stop)
+        context, *deeper = (_with_experts(layer) if experts is None else _with_experts(layer)[experts] for layer in self.layers)
+        stop = tower.tokenizer.encode("." if full_stop in (None, True) else "")
+        fixed, end = (tower.embed(ids)[None] for ids in (self.words, stop))
+        prompts = tower.compose(context, fixed, tower.tokenizer.class_tokens(names), end)
         return F.normalize(tower(prompts, dict(enumerate(deeper, start=1))), dim=-1)
 
 
@@ -103,139 +127,82 @@ class VisionPrompts(nn.Module):
         width: W of the image tower.
         n_ctx: n.
         depth: J.
+        n_prompts: E.
     """
 
-    def __init__(self, width: int, n_ctx: int, depth: int) -> None:
+    def __init__(self, width: int, n_ctx: int, depth: int, n_prompts: int = 1) -> None:
         super().__init__()
-        self.layers = nn.ParameterList(nn.Parameter(torch.empty(n_ctx, width).normal_(std=STD)) for _ in range(depth))
+        size = (n_ctx, width) if n_prompts == 1 else (n_prompts, n_ctx, width)
+        self.layers = nn.ParameterList(nn.Parameter(torch.empty(size).normal_(std=STD)) for _ in range(depth))
 
-    def forward(self) -> VisualPrompts:
-        """Return the schedule for the image tower."""
+    def forward(self) -> list[VisualPrompts]:
+        """Return a schedule for the image tower, for each prompt."""
         return replace_each_layer(list(self.layers))
 
 
-def replace_each_layer(tokens: Sequence[Tensor]) -> VisualPrompts:
-    """Return the schedule that appends the first of J tensors (n, W) at the input and then replaces it before each layer."""
-    return {i: PromptStep(new, remove=tokens[i - 1].shape[-2] if i else 0) for i, new in enumerate(tokens)}
-
-
-class DeepLearner(PromptLearner):
-    """Scores ``s * <f_b, t_c>``, with both features from towers that are prompted in depth."""
-
-    image_is_frozen = False
-
-    @abstractmethod
-    def visual_prompts(self) -> VisualPrompts:
-        """Return what happens to the image tower's tokens; empty leaves the tower as it is."""
-
-    def encode_images(self, images: Tensor) -> Tensor:
-        """Return normalised image features (B, D)."""
-        return self.clip.encode_image(images, self.visual_prompts())
-
-    def logits(self, image_features: Tensor, classifier: Tensor) -> Tensor:
-        """Return scores (B, C) for text features (C, D)."""
-        return self.clip.scale * image_features @ classifier.to(image_features.dtype).T
-
-
-class IndependentPrompts(DeepLearner):
-    """Deep prompts of both towers that know nothing of each other.
+def replace_each_layer(tokens: Sequence[Tensor]) -> list[VisualPrompts]:
+    """Return the schedules that append the first of J tensors (n, W) at the input and then replace it before each layer.
 
     Args:
-        task: the frozen model and the class names.
+        tokens: (n, W) for one schedule, (E, n, W) for E of them.
+    """
+    if tokens[0].dim() == 3:
+        return [schedule for rows in zip(*tokens, strict=True) for schedule in replace_each_layer(rows)]
+    return [{i: PromptStep(new, remove=tokens[i - 1].shape[-2] if i else 0) for i, new in enumerate(tokens)}]
+
+
+def linear_maps(widths: tuple[int, int], count: int, *, clones: bool) -> nn.ModuleList:
+    """Return ``count`` linear maps.
+
+    Args:
+        widths: of input and output.
+        count: how many.
+        clones: all start as copies of one, as in the code of MaPLe's authors; otherwise each has a start of its own.
+    """
+    if not clones:
+        return nn.ModuleList(nn.Linear(*widths) for _ in range(count))
+    one = nn.Linear(*widths)
+    return nn.ModuleList(copy.deepcopy(one) for _ in range(count))
+
+
+class DeepBank(PromptBank):
+    """What banks with deep text prompts share; ``text`` holds these, ``visual`` says what the image tower gets.
+
+    Args:
+        task: the frozen model and the data set's words.
         text: the text tower's prompts.
-        vision: the image tower's prompts; None leaves it frozen.
     """
 
-    def __init__(self, task: Task, text: TextPrompts, vision: VisionPrompts | None) -> None:
-        super().__init__(task)
-        self.text, self.vision = text, vision
-        self.image_is_frozen = vision is None
+    takes_experts = True
 
-    def visual_prompts(self) -> VisualPrompts:
-        """Return the image tower's schedule."""
-        return {} if self.vision is None else self.vision()
-
-    def classifier(self) -> Tensor:
-        """Return normalised text features (C, D)."""
-        return self.text(self.task.classnames)[0]
-
-
-class DeepPromptTrainer(PromptTrainer):
-    """A trainer whose prompts reach into the towers, with the checks of how deep they may."""
+    def __init__(self, task: Task, text: TextPrompts) -> None:
+        super().__init__()
+        self.task, self.text = task, text
 
     @property
-    def node_name(self) -> str:
-        """The method's config node as it is written in YAML."""
-        return f"TRAINER.{self.cfg.TRAINER.NAME.upper()}"
+    def num_experts(self) -> int:
+        """Number of prompts E."""
+        return self.text.num_experts
 
-    def depth(self, key: str, *, text: bool = False, vision: bool = False) -> int:
-        """Return the depth J that ``key`` of the method's node gives.
+    @property
+    def image_is_frozen(self) -> bool:
+        """Whether the image tower gets no prompts."""
+        return type(self).visual is PromptBank.visual
 
-        Args:
-            key: such as ``PROMPT_DEPTH``.
-            text: the text tower gets prompts of this depth.
-            vision: the image tower does.
+    def forward(
+        self,
+        names: Sequence[str],
+        image_features: Tensor | None = None,
+        *,
+        full_stop: bool | None = None,
+        experts: Tensor | None = None,
+    ) -> Tensor:
+        """Return normalised text features (E, C, D)."""
+        return self.text(names, full_stop=full_stop, experts=experts)
 
-        Raises:
-            ConfigError: a tower has fewer layers, or the image tower is no vision transformer; the message names the remedy.
-        """
-        depth = int(self.node[key])
-        towers = {"text": len(self.clip.text.blocks)} if text else {}
-        if vision:
-            if not self.clip.image.takes_prompts:
-                raise ConfigError(
-                    f"TRAINER.NAME {self.cfg.TRAINER.NAME} puts prompts into the image tower, but that of MODEL.BACKBONE.NAME "
-                    f"{self.clip.name} ({type(self.clip.image.visual).__name__}) takes none; choose a vision transformer such as "
-                    "ViT-B/16 or tiny-vit"
-                )
-            towers["image"] = self.clip.image.depth
-        for tower, layers in towers.items():
-            if depth > layers:
-                raise ConfigError(
-                    f"{self.node_name}.{key} is {depth}, but the {tower} tower of {self.clip.name} has {layers} layers; "
-                    f"set it to {layers} or less"
-                )
-        return depth
-
-    def independent_parts(self, task: Task) -> tuple[TextPrompts, VisionPrompts | None]:
-        """Return the prompts of both towers that the keys of ``add_independent_config`` describe."""
-        node, vision = self.node, None
-        if node.N_CTX_VISION:  # first, since a backbone without visual prompts is the larger mistake
-            depth = self.depth("PROMPT_DEPTH_VISION", vision=True)
-            vision = VisionPrompts(self.clip.image.width, node.N_CTX_VISION, depth)
-        depth = self.depth("PROMPT_DEPTH_TEXT", text=True)
-        start, words = start_words(self.clip, self.node_name, node.N_CTX_TEXT, node.CTX_INIT, "N_CTX_TEXT")
-        return TextPrompts(task, start, words, depth), vision
-
-
-def add_independent_config(node: CfgNode, *, n_ctx: int, depth: int) -> None:
-    """Declare the keys of independent prompts of both towers.
-
-    Args:
-        node: the method's node.
-        n_ctx: default of tokens in each tower.
-        depth: default of layers in each tower.
-    """
-    node.N_CTX_VISION = n_ctx  # learned tokens in the image tower; 0 leaves it frozen
-    node.N_CTX_TEXT = n_ctx  # learned tokens in the text tower, the first ones of CTX_INIT
-    node.CTX_INIT = "a photo of a"  # words before the class name; "" = random tokens alone
-    node.PROMPT_DEPTH_VISION = depth  # J_v: layers with visual tokens of their own, from the first; 0 with N_CTX_VISION 0
-    node.PROMPT_DEPTH_TEXT = depth  # J_t: layers with text tokens of their own
-
-
-def validate_independent(cfg: CfgNode, node: str) -> None:
-    """Check the keys of ``add_independent_config`` in ``node`` (``"TRAINER.IVLP"``).
-
-    Raises:
-        ConfigError: a number is too small, or visual tokens and their depth contradict each other.
-    """
-    require_at_least(cfg, node, N_CTX_TEXT=1, PROMPT_DEPTH_TEXT=1, N_CTX_VISION=0, PROMPT_DEPTH_VISION=0)
-    tokens, depth = get_key(cfg, f"{node}.N_CTX_VISION"), get_key(cfg, f"{node}.PROMPT_DEPTH_VISION")
-    if bool(tokens) != bool(depth):
-        raise ConfigError(
-            f"{node}.N_CTX_VISION is {tokens} and {node}.PROMPT_DEPTH_VISION is {depth}; "
-            "set both to 0 for text prompts alone, or both to 1 or more"
-        )
+    def references(self, names: Sequence[str]) -> Tensor:
+        """Return the features of the data set's first template, the same for every prompt: (E, C, D)."""
+        return self.task.clip.hard_features(self.task.templates[:1], names).expand(self.num_experts, -1, -1)
 
 
 def _with_experts(layer: Tensor) -> Tensor:

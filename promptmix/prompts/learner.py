@@ -1,38 +1,134 @@
-"""A mixture of prompts as a composition of the four roles; CoOp is the case of one prompt and no router."""
+"""The one learner: a bank of prompts, a router, a head and a sum of losses; every method is a composition of these."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from promptmix.errors import ConfigError
-from promptmix.prompts.roles import Distiller, LossTerms, PromptBank, PromptLearner, Router, Task, TextSupervision
+from promptmix.clip import CLIP
+from promptmix.engine.layout import today
+from promptmix.errors import ConfigError, PluginError
+from promptmix.prompts.heads import WeightedScores
+from promptmix.prompts.losses import CrossEntropy, LossSum
+from promptmix.prompts.roles import Component, Head, Loss, PromptBank, Router, Task, TextSupervision
+from promptmix.prompts.step import Step
 
 
-class Mixture(PromptLearner):
-    """Bank, router, text supervision and distiller as one learner.
+@dataclass(frozen=True)
+class LossTerms:
+    """A batch's loss: the sum that is propagated, its parts as they are reported, and the logits (B, C)."""
 
-    The score of class c for image b is ``s * <f_b, sum_k w_bk t_{e_bk, c}>``: weights w over the chosen experts e from the
-    router, their normalised text features t; the mixed feature is not normalised again (MoCoOp). It is computed as the
-    weighted sum of the experts' own scores, which is the same number without a text feature per image.
-    Loss = ``ce_weight`` CE + ``router_weight`` router + ``text_weight`` supervision + ``distill_weight`` distiller.
+    total: Tensor
+    parts: dict[str, Tensor]
+    logits: Tensor
+
+
+class PromptLearner(nn.Module, ABC):
+    """What a trainer needs of a method's learned part: its state dict is its checkpoint, the frozen model is kept outside of it.
+
+    Methods are compositions (``Learner``); this base is for what has neither prompts nor parts.
+    """
+
+    #: Whether image features can be computed without gradient, and so once for all epochs.
+    image_is_frozen: bool = True
+    #: Whether something is learned for each class, which then serves these very class names only.
+    class_specific: bool = False
+    #: Whether experts that no image of a batch chose may be left out, where no loss needs them (``MODEL.SPARSE_EXPERTS``).
+    sparse_experts: bool = True
+
+    def __init__(self, task: Task) -> None:
+        super().__init__()
+        self.task = task  # a plain object, so that the frozen model does not become a submodule
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Say what to change in a learner of promptmix 0.1's first form."""
+        super().__init_subclass__(**kwargs)
+        own = vars(cls).get("loss")
+        if own is not None and own.__code__.co_argcount > 2:
+            raise PluginError(
+                f"{cls.__module__}.{cls.__qualname__}: loss(image_features, labels) is now loss(step); "
+                "read step.features and step.labels"
+            )
+
+    @property
+    def clip(self) -> CLIP:
+        """The frozen model."""
+        return self.task.clip
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Return normalised image features (B, D); what ``logits`` and caches take, so any shape (B, ...) will do.
+
+        With ``image_is_frozen`` it runs in inference mode, so what it makes on the way must not be kept for steps that learn.
+        """
+        return self.clip.encode_image(images)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Return ``encode_images(images)``, without a graph where the image side is frozen; kept features are passed on.
+
+        Args:
+            images: (B, 3, S, S), or features of any other number of dimensions.
+        """
+        if images.dim() == 4:
+            return (
+                self.clip.encode_frozen(lambda: self.encode_images(images))
+                if self.image_is_frozen
+                else self.encode_images(images)
+            )
+        return images
+
+    def step(self, images: Tensor, labels: Tensor | None = None) -> Step:
+        """Return the step of a batch of images (B, 3, S, S), or of kept features, with labels (B,)."""
+        if images.dim() == 4:
+            return Step(self, images, labels)
+        return Step(self, None, labels, features=images)
+
+    @abstractmethod
+    def classifier(self) -> Any:  # noqa: ANN401
+        """Return what ``logits`` needs and no image changes (text features); computed once per evaluation."""
+
+    @abstractmethod
+    def logits(self, image_features: Tensor, classifier: Any) -> Tensor:  # noqa: ANN401
+        """Return class scores (B, C) for what ``encode_images`` gave."""
+
+    def loss(self, step: Step) -> LossTerms:
+        """Return the loss of a batch; the default is the cross-entropy of the logits."""
+        logits = self.logits(step.features, self.classifier())
+        return LossTerms(F.cross_entropy(logits, step.labels), {}, logits)
+
+    def prepare(self, look: Callable[[], Iterable[Step]]) -> None:
+        """Take what is needed from the training pictures before the first step (see ``Component.prepare``)."""
+
+    @property
+    def needs_preparing(self) -> bool:
+        """Whether ``prepare`` wants to see the training pictures."""
+        return False
+
+    def fit_state(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return a checkpoint's tensors by today's names, and take the sizes of those that follow from its training data."""
+        return state
+
+
+class Learner(PromptLearner):
+    """A bank, a router, a head and a sum of losses as one learner.
+
+    The loss is a sum that reads like the paper's: ``CrossEntropy() + 8.0 * CosineToHard(task, bank)``.
 
     Args:
         task: the frozen model and the data set's words.
         bank: the experts' prompts.
         router: None weighs all experts equally.
-        supervision: None adds no text loss.
-        distiller: None adds no distillation.
-        ce_weight: factor on the cross-entropy.
-        router_weight: factor on the router's loss.
-        text_weight: factor on the text supervision.
-        distill_weight: factor on the distiller's loss.
+        head: how features become scores; None weighs the experts' scores (``WeightedScores``).
+        loss: None is the cross-entropy.
+        measures: losses that are reported under these names, but not learned from.
 
     Raises:
-        ConfigError: the prompts differ from image to image, but the supervision takes one set of text features.
+        ConfigError: the prompts differ from image to image, but a supervision takes one set of text features.
     """
 
     def __init__(
@@ -40,68 +136,100 @@ class Mixture(PromptLearner):
         task: Task,
         bank: PromptBank,
         router: Router | None = None,
-        supervision: TextSupervision | None = None,
-        distiller: Distiller | None = None,
-        *,
-        ce_weight: float = 1.0,
-        router_weight: float = 1.0,
-        text_weight: float = 1.0,
-        distill_weight: float = 1.0,
+        head: Head | None = None,
+        loss: Loss | LossSum | None = None,
+        measures: Mapping[str, Loss] | None = None,
     ) -> None:
         super().__init__(task)
-        if bank.per_image and supervision is not None and not supervision.takes_per_image:
-            raise ConfigError(
-                f"TEXT_SUPERVISION.NAME {type(supervision).__name__} takes one set of text features, but the prompts of "
-                f"{type(bank).__name__} differ from image to image; choose another of the two"
-            )
-        self.bank, self.router, self.supervision, self.distiller = bank, router, supervision, distiller
+        self.bank, self.router = bank, router
+        self.head: Head = head if head is not None else WeightedScores(task, bank)
+        chosen = loss if loss is not None else CrossEntropy()
+        self.terms = (chosen.named(chosen.part) if isinstance(chosen, Loss) else chosen).terms
+        self.losses = nn.ModuleDict({term.part: term.loss for term in self.terms})
+        self.measures = nn.ModuleDict(dict(measures or {}))
+        if len(self.losses) < len(self.terms):
+            raise ValueError(f"terms of a loss need names of their own: {[term.part for term in self.terms]}; see Loss.named")
+        for supervision in self.losses.values():
+            if bank.per_image and isinstance(supervision, TextSupervision) and not supervision.takes_per_image:
+                raise ConfigError(
+                    f"TEXT_SUPERVISION.NAME {type(supervision).__name__} takes one set of text features, but the prompts of "
+                    f"{type(bank).__name__} differ from image to image; choose another of the two"
+                )
         self.class_specific = bank.class_specific
-        self.ce_weight, self.router_weight = ce_weight, router_weight
-        self.text_weight, self.distill_weight = text_weight, distill_weight
-
-    def classifier(self) -> Tensor | Sequence[str]:
-        """Return text features (E, C, D), or the class names where prompts depend on the image."""
-        return self.task.classnames if self.bank.per_image else self.bank(self.task.classnames)
-
-    def logits(self, image_features: Tensor, classifier: Tensor | Sequence[str]) -> Tensor:
-        """Return scores (B, C) from image features (B, D) and what ``classifier`` returned."""
-        weights = None if self.router is None else self.router(image_features).dense
-        return self._mix(image_features, self._text(image_features, classifier), weights)
-
-    def loss(self, image_features: Tensor, labels: Tensor) -> LossTerms:
-        """Return the weighted sum of the roles' losses for a batch."""
-        routing = None if self.router is None else self.router(image_features)
-        weights = None if routing is None else routing.dense
-        if self._skips_experts and routing is not None and weights is not None:
-            used = routing.experts.unique()
-            text, weights = self.bank(self.task.classnames, experts=used), weights[:, used]
-        else:
-            text = self._text(image_features, self.classifier())
-        logits = self._mix(image_features, text, weights)
-        terms: dict[str, tuple[float, Tensor | None]] = {"ce": (self.ce_weight, F.cross_entropy(logits, labels))}
-        if self.router is not None and routing is not None:
-            terms["router"] = (self.router_weight, self.router.loss(routing, image_features, labels))
-        if self.supervision is not None:
-            terms["text"] = (self.text_weight, self.supervision(self.bank, text))
-        if self.distiller is not None:
-            terms["distill"] = (self.distill_weight, self.distiller(image_features, logits, labels))
-        present = {name: (weight, value) for name, (weight, value) in terms.items() if value is not None}
-        total = torch.stack([weight * value for weight, value in present.values()]).sum()
-        return LossTerms(total, {name: value for name, (_, value) in present.items()} if len(present) > 1 else {}, logits)
+        self.image_is_frozen = bank.image_is_frozen
+        self._frozen_text: Tensor | None = None
 
     @property
-    def _skips_experts(self) -> bool:
+    def components(self) -> list[Component]:
+        """All parts: bank, router, head, losses, measures."""
+        parts = [self.bank, self.router, self.head, *self.losses.values(), *self.measures.values()]
+        return [part for part in parts if isinstance(part, Component)]
+
+    @property
+    def skips_experts(self) -> bool:
         """Whether experts that no image chose can be left out: no loss looks at their features (and there are numbers at all)."""
-        possible = self.bank.takes_experts and self.supervision is None and not self.clip.scale.is_meta
-        return self.sparse_experts and possible
+        wanted = any(loss.needs_all_experts for loss in (*self.losses.values(), *self.measures.values()))
+        return self.sparse_experts and self.bank.takes_experts and not wanted and not self.clip.scale.is_meta
 
-    def _text(self, image_features: Tensor, classifier: Tensor | Sequence[str]) -> Tensor:
-        return classifier if isinstance(classifier, Tensor) else self.bank(classifier, image_features)
+    @property
+    def frozen_text(self) -> Tensor:
+        """Normalised features (C, D) of the data set's first hard template."""
+        if self._frozen_text is None or self._frozen_text.device != self.clip.scale.device:
+            self._frozen_text = self.clip.hard_features(self.task.templates[:1], self.task.classnames)[0]
+        return self._frozen_text
 
-    def _mix(self, image_features: Tensor, text: Tensor, weights: Tensor | None) -> Tensor:
-        """Scores (B, C) from features (B, D), text (E, C, D) or (B, E, C, D) and weights (B, E), None for equal ones."""
-        equation = "bd,becd->bec" if text.dim() == 4 else "bd,ecd->bec"
-        scores = torch.einsum(equation, image_features, text.to(image_features.dtype))
-        if weights is None:
-            return self.clip.scale * scores.mean(dim=1)
-        return self.clip.scale * torch.einsum("be,bec->bc", weights.to(scores.dtype), scores)
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Return normalised image features.
+
+        Returns:
+            (B, D); (B, E, D) where each expert prompts the image tower in its own way; (B, 1 + M, D) with the patches' features
+            behind the image's for heads with ``needs_tokens``.
+        """
+        schedules = self.bank.visual()
+        if self.head.needs_tokens:
+            if len(schedules) > 1:
+                raise ConfigError(
+                    "a head over patches takes one set of visual prompts; choose another head or a bank of one expert"
+                )
+            return self.clip.encode_tokens(images, *schedules)
+        if len(schedules) > 1:
+            return torch.stack([self.clip.encode_image(images, schedule) for schedule in schedules], dim=1)
+        return self.clip.encode_image(images, *schedules)
+
+    def classifier(self) -> Tensor | None:
+        """Return text features (E, C, D); None where prompts depend on the image."""
+        return None if self.bank.per_image else self.bank(self.task.classnames)
+
+    def logits(self, image_features: Tensor, classifier: Tensor | None) -> Tensor:
+        """Return scores (B, C) from what ``encode_images`` and ``classifier`` returned."""
+        return Step(self, None, features=image_features, text=classifier).logits
+
+    def loss(self, step: Step) -> LossTerms:
+        """Return the weighted sum of the losses for a batch."""
+        logits = step.logits
+        found = [(term, term.loss(step)) for term in self.terms]
+        present = [(term, value, term.weight * value) for term, value in found if value is not None]
+        total = torch.stack([weighed.float() for _, _, weighed in present]).sum()
+        parts = {term.part: weighed if term.weighted else value for term, value, weighed in present} if len(present) > 1 else {}
+        return LossTerms(total, parts | {name: measure(step) for name, measure in self.measures.items()}, logits)
+
+    def prepare(self, look: Callable[[], Iterable[Step]]) -> None:
+        """Let every part take what it needs from the training pictures."""
+        for component in self.components:
+            if component.needs_preparing:
+                component.prepare(look)
+
+    @property
+    def needs_preparing(self) -> bool:
+        """Whether a part wants to see the training pictures."""
+        return any(component.needs_preparing for component in self.components)
+
+    def fit_state(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return a checkpoint's tensors by today's names, and take the sizes of those that follow from its training data."""
+        state = {today(name): tensor for name, tensor in state.items()}
+        for prefix, module in self.named_modules():
+            for name in module.sized_by_data if isinstance(module, Component) else ():
+                own, theirs = getattr(module, name), state.get(f"{prefix}.{name}")
+                if theirs is not None and theirs.shape != own.shape and theirs.dim() == own.dim():
+                    own.data = torch.empty(theirs.shape, dtype=own.dtype, device=own.device)
+        return state

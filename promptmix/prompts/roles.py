@@ -1,35 +1,44 @@
-"""The four roles of a mixture of prompts, and how YAML chooses who plays them.
+"""The roles that a method is made of, and how YAML chooses which part takes each.
 
-B images, C classes, E experts (prompts), K experts chosen per image, D joint width. A component is a class with plain constructor
-arguments, ``(task, **settings)`` for a bank and ``(task, bank, **settings)`` for the other roles; its config node
-``<ROLE>.<NAME IN UPPER CASE>`` holds the settings under the same names in upper case, declared by ``add_config``.
+B images, C classes, E experts (prompts), K experts chosen per image, M patches, D joint width. A part is a class with plain
+constructor arguments, ``(task, **settings)`` for a bank and ``(task, bank, **settings)`` for the other roles. Settings are
+declared in the constructor (``promptmix.config.declare``) and lie in the config node ``<ROLE>.<NAME IN UPPER CASE>``.
 """
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from promptmix.clip import CLIP
+from promptmix.clip.vision import VisualPrompts
+from promptmix.config.declare import declare_all
+from promptmix.errors import ConfigError, PluginError, SettingError
 from promptmix.registry import (
     DISTILLER_REGISTRY,
+    HEAD_REGISTRY,
     PROMPT_BANK_REGISTRY,
     ROUTER_REGISTRY,
     TEXT_SUPERVISION_REGISTRY,
     Registry,
 )
 
-#: Config node of each role, and the registry of those who can play it.
+if TYPE_CHECKING:
+    from promptmix.prompts.losses import LossSum
+    from promptmix.prompts.step import Step
+
+#: Config node of each role, and the registry of the parts that can take it.
 ROLES: dict[str, Registry] = {
     "PROMPT_BANK": PROMPT_BANK_REGISTRY,
     "ROUTER": ROUTER_REGISTRY,
+    "HEAD": HEAD_REGISTRY,
     "TEXT_SUPERVISION": TEXT_SUPERVISION_REGISTRY,
     "DISTILLER": DISTILLER_REGISTRY,
 }
@@ -37,7 +46,7 @@ ROLES: dict[str, Registry] = {
 
 @dataclass(frozen=True)
 class Task:
-    """What components are built for: the frozen model and the data set's words.
+    """What parts are built for: the frozen model, the data set's words, and the labels that training will show.
 
     Attributes:
         clip: the frozen model, on its device.
@@ -45,6 +54,7 @@ class Task:
         all_classnames: names of all classes of the data set, base classes first.
         templates: the data set's hard templates, such as ``"a photo of a {}."``.
         template_groups: hard templates in groups of similar ones (MoCoOp's experts).
+        train_labels: label of each training picture, in the data set's order; empty where there is no training set (``predict``).
     """
 
     clip: CLIP
@@ -52,6 +62,7 @@ class Task:
     all_classnames: tuple[str, ...]
     templates: tuple[str, ...]
     template_groups: tuple[tuple[str, ...], ...]
+    train_labels: tuple[int, ...] = ()
 
     def label_rows(self, features: Tensor) -> Tensor:
         """Pick from features (E, C_all, D) of all class names those of the classes told apart: (E, C, D)."""
@@ -60,17 +71,36 @@ class Task:
 
 
 class Component(nn.Module):
-    """What the four roles share."""
+    """What all roles share."""
 
-    @staticmethod
-    def add_config(node: CfgNode) -> None:
-        """Declare settings with defaults in ``node``, one commented key per constructor argument."""
+    #: Learned tensors and buffers whose sizes follow from the training data; a checkpoint decides them when it is loaded.
+    sized_by_data: ClassVar[tuple[str, ...]] = ()
+    #: Whether ``prepare`` wants to see the training pictures.
+    needs_preparing: ClassVar[bool] = False
+
+    @classmethod
+    def add_config(cls, node: CfgNode) -> None:
+        """Declare the constructor's settings in ``node``."""
+        declare_all(node, cls)
+
+    @classmethod
+    def check_settings(cls, cfg: CfgNode, node: str) -> None:
+        """Raise ``ConfigError`` for settings under the key ``node`` that contradict each other; ranges are checked before."""
+
+    def prepare(self, look: Callable[[], Iterable[Step]]) -> None:
+        """Take what is needed from the training pictures before the first step, such as a cache of features.
+
+        It is not called where a checkpoint is loaded or resumed, which holds what was taken.
+
+        Args:
+            look: goes once through the training pictures, augmented as configured, and gives their steps without a graph.
+        """
 
 
 class PromptBank(Component, ABC):
-    """Where the prompts of the E experts come from."""
+    """What stands at both towers: the prompts of E experts, in the text tower, the image tower, or both."""
 
-    #: Whether prompts depend on the image, so that ``forward`` gives (B, E, C, D).
+    #: Whether text prompts depend on the image, so that ``forward`` gives (B, E, C, D).
     per_image: bool = False
     #: Whether something is learned for each class, which then serves these very class names only.
     class_specific: bool = False
@@ -83,7 +113,13 @@ class PromptBank(Component, ABC):
         """Number of experts E."""
 
     @abstractmethod
-    def forward(self, names: Sequence[str], image_features: Tensor | None = None, *, full_stop: bool | None = None) -> Tensor:
+    def forward(
+        self,
+        names: Sequence[str],
+        image_features: Tensor | None = None,
+        *,
+        full_stop: bool | None = None,
+    ) -> Tensor:
         """Encode every expert's prompt for every class name.
 
         Args:
@@ -98,6 +134,19 @@ class PromptBank(Component, ABC):
     @abstractmethod
     def references(self, names: Sequence[str]) -> Tensor:
         """Return each expert's normalised hard-prompt features (E, C, D) for C class names, without gradient."""
+
+    @property
+    def image_is_frozen(self) -> bool:
+        """Whether the image tower runs as it is, so that its features can be kept."""
+        return True
+
+    def visual(self) -> Sequence[VisualPrompts]:
+        """Return what the image tower's prompts are: one schedule that all experts share, one for each, or none."""
+        return ()
+
+    def adapt(self, image: Tensor) -> Tensor:
+        """Change the frozen tower's normalised features (B, D), as adapters behind the tower do; the result is normalised."""
+        return image
 
 
 @dataclass(frozen=True)
@@ -129,81 +178,91 @@ class Routing:
 class Router(Component, ABC):
     """Which experts an image is sent to."""
 
-    @abstractmethod
-    def forward(self, image_features: Tensor) -> Routing:
-        """Route normalised image features (B, D)."""
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Say what to change in a router of promptmix 0.1's first form."""
+        super().__init_subclass__(**kwargs)
+        _takes_step(cls, "forward", "forward(image_features)", "step.query")
+        _takes_step(cls, "loss", "loss(routing, image_features, labels)", "step.routing, step.query and step.labels")
 
-    def loss(self, routing: Routing, image_features: Tensor, labels: Tensor) -> Tensor | None:
-        """Return the router's own loss (scalar) for a batch with labels (B,), or None where it has none."""
+    @abstractmethod
+    def forward(self, step: Step) -> Routing:
+        """Route a batch, by ``step.query`` (B, D) or whatever else of the step."""
+
+    def loss(self, step: Step) -> Tensor | None:
+        """Return the router's own loss (scalar) for a batch with labels, or None where it has none."""
         return None
 
 
-class TextSupervision(Component, ABC):
+class Head(Component, ABC):
+    """How image and text features become class scores."""
+
+    #: Whether it reads ``step.tokens``, the patches' features.
+    needs_tokens: ClassVar[bool] = False
+
+    @abstractmethod
+    def forward(self, step: Step) -> Tensor:
+        """Return class scores (B, C)."""
+
+
+class Loss(Component, ABC):
+    """A term of the loss; ``CrossEntropy() + 8.0 * loss`` is a sum of two."""
+
+    #: Its name in log lines.
+    part: str = "loss"
+    #: Whether it looks at the text features of experts that no image of the batch chose.
+    needs_all_experts: bool = True
+
+    @abstractmethod
+    def forward(self, step: Step) -> Tensor | None:
+        """Return the term (scalar) for a batch with labels; None leaves it out."""
+
+    def named(self, part: str, *, weighted: bool = False) -> LossSum:
+        """Return the sum of this one term under another name in log lines, which show it ``weighted`` or as it is."""
+        from promptmix.prompts.losses import LossSum, Term
+
+        return LossSum((Term(self, 1.0, part, weighted),))
+
+    def __rmul__(self, weight: float) -> LossSum:
+        return weight * self.named(self.part)
+
+    def __add__(self, other: Loss | LossSum) -> LossSum:
+        return self.named(self.part) + other
+
+
+class TextSupervision(Loss):
     """A loss that holds soft prompts near hard ones."""
 
+    part = "text"
     #: Whether it also takes the features (B, E, C, D) of banks with ``per_image``.
     takes_per_image: bool = False
 
-    @abstractmethod
-    def forward(self, bank: PromptBank, text_features: Tensor) -> Tensor:
-        """Return the loss (scalar) of the batch's normalised text features (E, C, D)."""
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Say what to change in a supervision of promptmix 0.1's first form."""
+        super().__init_subclass__(**kwargs)
+        _takes_step(cls, "forward", "forward(bank, text_features)", "step.bank and step.text")
 
 
-class Distiller(Component, ABC):
-    """A loss that teaches the student's logits from hard-prompt teachers."""
+class Distiller(Loss):
+    """A loss that teaches the student from frozen teachers."""
 
-    @abstractmethod
-    def forward(self, image_features: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the loss (scalar) for normalised image features (B, D), student logits (B, C) and labels (B,)."""
+    part = "distill"
+    needs_all_experts = False
 
-
-@dataclass(frozen=True)
-class LossTerms:
-    """A batch's loss: the sum that is propagated, its parts as they are reported, and the logits (B, C)."""
-
-    total: Tensor
-    parts: dict[str, Tensor]
-    logits: Tensor
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Say what to change in a distiller of promptmix 0.1's first form."""
+        super().__init_subclass__(**kwargs)
+        _takes_step(cls, "forward", "forward(image_features, logits, labels)", "step.image, step.logits and step.labels")
 
 
-class PromptLearner(nn.Module, ABC):
-    """The learned part of a method: its state dict is its checkpoint, the frozen model is kept outside of it."""
+def _takes_step(cls: type, method: str, before: str, now: str) -> None:
+    """Refuse a class whose own ``method`` still has the signature ``before``."""
+    own = vars(cls).get(method)
+    if own is not None and len(inspect.signature(own).parameters) != 2 or f"{method}({_second(own)})" == before:
+        raise PluginError(f"{cls.__module__}.{cls.__qualname__}: {before} is now {method}(step); read {now}")
 
-    #: Whether image features can be computed without gradient, and so once for all epochs.
-    image_is_frozen: bool = True
-    #: Whether something is learned for each class, which then serves these very class names only.
-    class_specific: bool = False
-    #: Whether experts that no image of a batch chose may be left out, where no loss needs them (``MODEL.SPARSE_EXPERTS``).
-    sparse_experts: bool = True
 
-    def __init__(self, task: Task) -> None:
-        super().__init__()
-        self.task = task  # a plain object, so that the frozen model does not become a submodule
-
-    @property
-    def clip(self) -> CLIP:
-        """The frozen model."""
-        return self.task.clip
-
-    def encode_images(self, images: Tensor) -> Tensor:
-        """Return normalised image features (B, D); methods with visual prompts override this.
-
-        With ``image_is_frozen`` it runs in inference mode, so what it makes on the way must not be kept for steps that learn.
-        """
-        return self.clip.encode_image(images)
-
-    @abstractmethod
-    def classifier(self) -> Any:  # noqa: ANN401
-        """Return what ``logits`` needs and no image changes (text features); computed once per evaluation."""
-
-    @abstractmethod
-    def logits(self, image_features: Tensor, classifier: Any) -> Tensor:  # noqa: ANN401
-        """Return class scores (B, C) for normalised image features (B, D)."""
-
-    def loss(self, image_features: Tensor, labels: Tensor) -> LossTerms:
-        """Return the loss of a batch; the default is the cross-entropy of the logits."""
-        logits = self.logits(image_features, self.classifier())
-        return LossTerms(F.cross_entropy(logits, labels), {}, logits)
+def _second(method: Any) -> str:  # noqa: ANN401
+    return "" if method is None else list(inspect.signature(method).parameters)[1]
 
 
 def component_node(cfg: CfgNode, role: str, name: str) -> CfgNode:
@@ -211,22 +270,65 @@ def component_node(cfg: CfgNode, role: str, name: str) -> CfgNode:
     return cfg[role][name.upper()]
 
 
+def parse_sum(text: str) -> list[tuple[float, str]]:
+    """Return the (factor, name) pairs of ``"10 * FrozenImageL1 + ZeroshotKL"``; a name alone has the factor 1.
+
+    Raises:
+        ConfigError: a factor that is no number, or a name is missing.
+    """
+    pairs = []
+    for term in text.split("+"):
+        factor, star, name = term.rpartition("*")
+        try:
+            pairs.append((float(factor) if star else 1.0, name.strip()))
+        except ValueError:
+            name = ""
+        if not name.strip():
+            raise ConfigError(f"{text!r} is no sum of losses; write names, with factors if you like: '10 * NAME + OTHER'")
+    return pairs
+
+
 def build_component(cfg: CfgNode, role: str, default: str, task: Task, *parts: Any) -> Any:  # noqa: ANN401
-    """Build who plays ``role``: ``cfg.<role>.NAME``, or the trainer's ``default``; None where that is empty or ``none``.
+    """Build the part that takes ``role``: ``cfg.<role>.NAME``, or the trainer's ``default``; None where that is ``none``.
 
     Args:
         cfg: the whole tree.
-        role: ``PROMPT_BANK``, ``ROUTER``, ``TEXT_SUPERVISION`` or ``DISTILLER``.
+        role: a key of ``ROLES``.
         default: registry name that the trainer chooses; empty = the trainer does without.
         task: what it is built for.
         parts: further constructor arguments (the bank, for those who need its references).
 
     Raises:
         RegistryError: the registry has no component of this name.
+        ConfigError: its settings don't fit the model or the data set.
     """
     name = cfg[role].NAME or default
-    if not name or name == "none":
+    return None if not name or name == "none" else _build(cfg, role, name, task, *parts)
+
+
+def build_losses(cfg: CfgNode, role: str, default: str, task: Task, bank: PromptBank) -> LossSum | None:
+    """Build the loss that takes ``role``, or the sum of several: ``NAME: "10 * FrozenImageL1 + ZeroshotKL"``.
+
+    Raises:
+        RegistryError: the registry has no loss of this name.
+        ConfigError: its settings don't fit the model or the data set.
+    """
+    chosen = cfg[role].NAME or default
+    if not chosen or chosen == "none":
         return None
+    total: Any = None
+    pairs = parse_sum(chosen)
+    for factor, name in pairs:
+        loss: Loss = _build(cfg, role, name, task, bank)
+        term = factor * loss.named(loss.part if len(pairs) == 1 else f"{loss.part}_{name.lower()}")
+        total = term if total is None else total + term
+    return total
+
+
+def _build(cfg: CfgNode, role: str, name: str, task: Task, *parts: Any) -> Any:  # noqa: ANN401
     component = ROLES[role].get(name)
     settings = {key.lower(): value for key, value in component_node(cfg, role, name).items()}
-    return component(task, *parts, **settings)
+    try:
+        return component(task, *parts, **settings)
+    except SettingError as error:
+        raise error.under(f"{role}.{name.upper()}") from None

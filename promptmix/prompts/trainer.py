@@ -6,51 +6,119 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 from yacs.config import CfgNode
 
 from promptmix.clip import load_clip
 from promptmix.clip.reference import make_plain
 from promptmix.config import source_of
+from promptmix.config.declare import declare_all, inherited_by, key_of, settings_of
 from promptmix.cost.estimate import explained
 from promptmix.data.features.cache import FeatureCache, open_cache
 from promptmix.data.features.views import ReplayLoader, cache_views, feature_loader, is_steady
 from promptmix.engine import TrainerX, build_lr_scheduler, build_optimizer, convert
 from promptmix.engine.checkpoint import load_pretrained_weights, load_state_dict_strict
 from promptmix.engine.evaluator import compute_accuracy
+from promptmix.engine.layout import Layout
 from promptmix.engine.precision import Precision
-from promptmix.errors import CheckpointError, ConfigError
-from promptmix.prompts.roles import PromptLearner, Task
+from promptmix.errors import CheckpointError, ConfigError, SettingError
+from promptmix.prompts.average import GaussianAverage
+from promptmix.prompts.learner import LossTerms, PromptLearner
+from promptmix.prompts.losses import LossSum
+from promptmix.prompts.roles import PromptBank, Task, build_component, build_losses
+from promptmix.prompts.step import Step
 from promptmix.utils import count_num_param, get_logger
 
 
 class PromptTrainer(TrainerX):
-    """A Dassl trainer for prompts on a frozen CLIP. A method defines its config node and ``build_learner``.
+    """A Dassl trainer for prompts on a frozen CLIP. A method defines ``compose``, whose settings are its config node.
 
     Class attributes:
-        roles: default component per role (``{"ROUTER": "HardPromptTopK"}``); a role that is not named here is not used.
+        roles: default part per role that YAML may fill otherwise (``{"ROUTER": "HardPromptTopK"}``); other roles are not used.
+        layout: how the authors' code saves the method, for ``--model-dir`` and ``promptmix convert``; None = not known.
+        schedule_unit: what one step of the learning-rate schedule is, ``epoch`` or ``step`` (then MAX_EPOCH counts epochs still,
+            and the schedule spans all their batches).
     """
 
     roles: ClassVar[dict[str, str]] = {}
+    layout: ClassVar[Layout | None] = None
+    schedule_unit: ClassVar[str] = "epoch"
 
     model: PromptLearner  # made by build_model()
 
-    @staticmethod
-    def add_config(node: CfgNode) -> None:
-        """Declare the method's settings in its node ``TRAINER.<NAME IN UPPER CASE>``, one commented key each."""
+    def compose(self, task: Task) -> PromptLearner:
+        """Return the method's learned part for ``task``.
+
+        Further arguments are the method's settings, annotated with ``promptmix.config.declare.Setting``: the keys of its node
+        ``TRAINER.<NAME IN UPPER CASE>``. Parts that YAML chooses come from ``part`` and ``losses``.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define compose(task, ...)")
+
+    @classmethod
+    def add_config(cls, node: CfgNode) -> None:
+        """Declare the settings of ``compose`` in the method's node."""
+        declare_all(node, cls.compose)
 
     @classmethod
     def validate(cls, cfg: CfgNode) -> None:
-        """Raise ``ConfigError`` for settings that can't work or would be ignored; ``cfg`` is the whole tree."""
+        """Raise ``ConfigError`` for settings that can't work together or would be ignored; ``cfg`` is the whole tree."""
+        for constructor in inherited_by(cls.compose):
+            constructor.check_settings(cfg, f"TRAINER.{cfg.TRAINER.NAME.upper()}")
 
     def build_learner(self, task: Task) -> PromptLearner:
-        """Return the method's learned part for ``task``."""
-        raise NotImplementedError(f"{type(self).__name__} must define build_learner(task)")
+        """Compose the method with the settings of its node.
+
+        Raises:
+            ConfigError: a setting doesn't fit the model or the data set; the message names its key.
+        """
+        try:
+            return self.compose(task, **{name: self.node[key_of(name)] for name in settings_of(self.compose)})
+        except SettingError as error:
+            raise error.under(f"TRAINER.{self.cfg.TRAINER.NAME.upper()}") from None
+
+    def part(self, role: str, task: Task, *parts: Any) -> Any:  # noqa: ANN401
+        """Return the part that YAML, or else ``roles``, chooses for ``role``; None where it chooses none."""
+        return build_component(self.cfg, role, self.roles[role], task, *parts)
+
+    def bank(self, task: Task) -> PromptBank:
+        """Return the bank that YAML, or else ``roles``, chooses.
+
+        Raises:
+            ConfigError: it chooses none.
+        """
+        bank: PromptBank | None = self.part("PROMPT_BANK", task)
+        if bank is None:
+            raise ConfigError(
+                f"PROMPT_BANK.NAME is 'none', but {self.cfg.TRAINER.NAME} can't do without prompts; leave the key out"
+            )
+        return bank
+
+    def losses(self, role: str, task: Task, bank: PromptBank) -> LossSum | None:
+        """Return the loss, or sum of losses, that YAML, or else ``roles``, chooses for ``role``; None where it chooses none."""
+        return build_losses(self.cfg, role, self.roles[role], task, bank)
 
     @property
     def node(self) -> CfgNode:
         """The method's own config node."""
         return self.cfg.TRAINER[self.cfg.TRAINER.NAME.upper()]
+
+    def build_optimizer(self, model: PromptLearner) -> torch.optim.Optimizer:
+        """Return the optimizer of the learned tensors; by default the one that ``OPTIM`` names."""
+        return build_optimizer(model, self.cfg.OPTIM)
+
+    def build_scheduler(self, optimizer: torch.optim.Optimizer) -> Any:  # noqa: ANN401
+        """Return the learning-rate schedule, stepped every ``schedule_unit``; by default the one that ``OPTIM`` names."""
+        optim = self.cfg.OPTIM
+        if self.schedule_unit == "step":
+            optim = optim.clone()
+            optim.defrost()
+            optim.MAX_EPOCH *= max(len(self.train_loader_x or ()), 1)
+        return build_lr_scheduler(optimizer, optim)
+
+    def weight_average(self, model: PromptLearner) -> GaussianAverage | None:
+        """Return the average over epochs that is deployed after the last; None deploys the last weights."""
+        return None
 
     def build_model(self) -> None:
         """Load the frozen model, build the learner, its optimizer and schedule, and register them as ``prompt_learner``."""
@@ -73,9 +141,14 @@ class PromptTrainer(TrainerX):
         self.approximations: list[str] = []  # for results.json
         self._classifier: Any = None
         self._testing = False
-        if any(True for _ in self.model.parameters()):
-            optim = build_optimizer(self.model, cfg.OPTIM)
-            self.register_model("prompt_learner", self.model, optim, build_lr_scheduler(optim, cfg.OPTIM))
+        self.average: GaussianAverage | None = None
+        if self.model.state_dict():
+            learns = any(parameter.requires_grad for parameter in self.model.parameters())
+            optim = self.build_optimizer(self.model) if learns else None
+            self.register_model("prompt_learner", self.model, optim, None if optim is None else self.build_scheduler(optim))
+            self.average = self.weight_average(self.model)
+            if self.average is not None:
+                self.register_model("weight_average", self.average)
 
     def _check_input(self) -> None:
         """Warn where pictures reach the model otherwise than it was trained: it still runs, but worse than it could."""
@@ -95,7 +168,8 @@ class PromptTrainer(TrainerX):
         templates = tuple(getattr(dataset, "templates", ())) or ("a photo of a {}.",)
         given = self.cfg.DATASET.TEMPLATE_GROUPS or getattr(dataset, "template_groups", ())
         groups = tuple(tuple(group) for group in given) or ((templates[0],),)
-        return Task(self.clip, names, tuple(getattr(dataset, "all_classnames", names)), templates, groups)
+        labels = tuple(item.label for item in getattr(dataset, "train_x", None) or ())
+        return Task(self.clip, names, tuple(getattr(dataset, "all_classnames", names)), templates, groups, labels)
 
     def before_train(self) -> None:
         """Resume if there is something to resume; then encode cached views, if asked for.
@@ -104,6 +178,8 @@ class PromptTrainer(TrainerX):
             ConfigError: views are to be cached, but the method changes the image features while it trains.
         """
         super().before_train()
+        if self.model.needs_preparing and self.start_epoch == 0:
+            self.model.prepare(self._look)
         views = self.cfg.INPUT.CACHED_VIEWS
         if not views or isinstance(self.train_loader_x, ReplayLoader):
             return
@@ -125,6 +201,14 @@ class PromptTrainer(TrainerX):
             self.clip.image,
             draws_between=int(validates),
         )
+
+    @torch.no_grad()
+    def _look(self) -> Iterator[Step]:
+        """Go once through the training pictures without learning."""
+        for batch in self.train_loader_x:
+            images, labels = self.parse_batch_train(batch)
+            with self.precision.autocast():
+                yield self.model.step(images, labels)
 
     def before_epoch(self) -> None:
         """Turn to the next cached view."""
@@ -176,6 +260,12 @@ class PromptTrainer(TrainerX):
         """
         with explained(self):
             super().run_epoch()
+        if self.average is None:
+            return
+        self.average.update(self.model, self.epoch + 1)
+        if self.epoch + 1 == self.max_epoch:
+            get_logger().info("Using the Gaussian-weighted average of %d epochs", self.max_epoch)
+            self.average.write_to(self.model)
 
     def forward_backward(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Learn from one batch.
@@ -185,26 +275,31 @@ class PromptTrainer(TrainerX):
         """
         images, labels = self.parse_batch_train(batch)
         with self.precision.autocast():
-            terms = self.model.loss(self.encode_images(images), labels)
+            terms = self.model.loss(self.model.step(images, labels))
         optimizers = [optim for optim in self._optims.values() if optim is not None]
         self.precision.backward_and_update(
-            terms.total, optimizers, clip_norm=self.cfg.TRAIN.CLIP_GRAD_NORM, backward=self.model_backward
+            terms.total,
+            optimizers,
+            clip_norm=self.cfg.TRAIN.CLIP_GRAD_NORM,
+            backward=lambda loss: self.take_gradients(loss, terms),
         )
-        if self.batch_idx + 1 == self.num_batches:
+        if self.schedule_unit == "step" or self.batch_idx + 1 == self.num_batches:
             self.update_lr()
         parts = {name: value.detach() for name, value in terms.parts.items()}
         return {"loss": terms.total.detach(), "acc": compute_accuracy(terms.logits, labels)[0], **parts}
 
-    def encode_images(self, images: Tensor) -> Tensor:
-        """Return normalised image features (B, D), without gradient where the image side is frozen.
+    def take_gradients(self, loss: Tensor, terms: LossTerms) -> None:
+        """Put gradients into the learned tensors.
 
-        Cached views come as features already and are passed on.
+        Args:
+            loss: what is propagated: ``terms.total``, scaled where the precision scales losses.
+            terms: of the batch.
         """
-        if images.dim() == 2:
-            return images
-        if self.model.image_is_frozen:
-            return self.clip.encode_frozen(lambda: self.model.encode_images(images))
-        return self.model.encode_images(images)
+        self.model_backward(loss)
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Return image features, without gradient where the image side is frozen; kept features are passed on."""
+        return self.model.features(images)
 
     def parse_batch_train(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Return images (B, 3, S, S), or cached features (B, D), and labels (B,) on the device."""

@@ -51,7 +51,7 @@ def build(case):
 def theirs(case):
     """What the authors' code saves for a case: golden tensors, class-name buffers, and the frozen model where they save it."""
     shapes = json.loads((FOLDER / f"{case}.json").read_text())["learned"]
-    layout = convert.LAYOUTS[CASES[case]]
+    layout = convert.layouts()[CASES[case]]
     state = {name: torch.from_numpy(seeded().learned(case, name, tuple(shape))) for name, shape in shapes.items()}
     state |= {"prompt_learner.token_prefix": torch.zeros(5, 1, 512), "prompt_learner.token_suffix": torch.zeros(5, 72, 512)}
     if case == "mocoop":
@@ -70,7 +70,7 @@ def theirs(case):
 def learned_part(case):
     """The authors' tensors that training changes."""
     names = json.loads((FOLDER / f"{case}.json").read_text())["learned"]
-    whole = convert.LAYOUTS[CASES[case]].whole
+    whole = convert.layouts()[CASES[case]].whole
     state = theirs(case)
     return {name if whole else name.removeprefix("prompt_learner."): state[name if whole else name[15:]] for name in names}
 
@@ -81,7 +81,7 @@ def save(folder, case, state=None, epoch=5, best=True):
     optimizer = torch.optim.SGD([parameter], lr=0.1, momentum=0.9)
     successor = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 5.0)
     scheduler = {"successor": successor, "warmup_epoch": 1, "cons_lr": 1e-5, "last_epoch": 1, "_last_lr": [0.05]}
-    path = folder / convert.LAYOUTS[CASES[case]].folder
+    path = folder / convert.layouts()[CASES[case]].folder
     path.mkdir(parents=True)
     checkpoint = {
         "state_dict": theirs(case) if state is None else state,
@@ -116,7 +116,7 @@ def test_round_trip_and_golden_logits(case, tmp_path):
     assert (again.trainer, again.epoch) == (trainer, 5)
     load_state_dict_strict(learner, again.models[convert.LEARNER], "ours")
     assert main(["convert", str(tmp_path / "ours"), str(tmp_path / "back"), "--to", "coop"]) == 0
-    back = load_checkpoint(tmp_path / "back" / convert.LAYOUTS[trainer].folder / "model.pth.tar-5")["state_dict"]
+    back = load_checkpoint(tmp_path / "back" / convert.layouts()[trainer].folder / "model.pth.tar-5")["state_dict"]
     before = learned_part(case)
     assert {name for name in back if "ln_" not in name} == set(before)
     for name, tensor in before.items():
@@ -128,8 +128,8 @@ def test_every_layout_is_of_a_trainer_and_goes_both_ways():
     from promptmix.registry import TRAINER_REGISTRY
 
     get_plugin_manager()
-    assert set(CASES.values()) | {"ProGrad", "VPT"} == set(convert.LAYOUTS)
-    for trainer, layout in convert.LAYOUTS.items():
+    assert set(CASES.values()) | {"ProGrad", "VPT"} == set(convert.layouts())
+    for trainer, layout in convert.layouts().items():
         assert trainer in TRAINER_REGISTRY
         for rule in layout.rules:
             name = re.sub(r"\{i\}", "3", re.sub(r"\{j\}", "2", rule.theirs))

@@ -53,7 +53,7 @@ def test_both_files_learn_the_same(room):
 
 
 def test_every_layout_and_patch_is_on_the_page():
-    from promptmix.engine.convert import LAYOUTS
+    from promptmix.engine.convert import layouts
 
     text = PAGE.read_text(encoding="utf-8")
-    assert not [name for name in LAYOUTS if name not in text]
+    assert not [name for name in layouts() if name not in text]

@@ -42,7 +42,7 @@ def write_theirs(trainer, name, folder):
     """Write what the authors' code would: the table's names, class-name buffers, the frozen image tower where they save it."""
     models = {key: dict(model.state_dict()) for key, model in trainer._models.items()}
     state = convert.to_theirs(convert.Learned(name, models, "the test"))
-    layout = convert.LAYOUTS[name]
+    layout = convert.layouts()[name]
     prefix = "prompt_learner." if layout.whole else ""
     state[f"{prefix}token_prefix"] = torch.zeros(3, 1, 64)
     if layout.whole:
@@ -53,7 +53,7 @@ def write_theirs(trainer, name, folder):
     torch.save({"state_dict": state, "epoch": 3, "val_result": None}, path / "model.pth.tar-3")
 
 
-@pytest.mark.parametrize("name", list(convert.LAYOUTS))
+@pytest.mark.parametrize("name", list(convert.layouts()))
 def test_scores_are_those_of_the_trainer_that_wrote_it(room, tmp_path, name):
     before = shaken(toy.toy_trainer(room, name, *options(name)))
     write_theirs(before, name, tmp_path / "theirs")

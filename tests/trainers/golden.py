@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from promptmix.clip import CLIP, Tokenizer
 from promptmix.clip.load import openai_config
-from promptmix.prompts.roles import LossTerms, PromptLearner, Task
+from promptmix.prompts.learner import LossTerms, PromptLearner
+from promptmix.prompts.roles import Task
 
 FOLDER = Path(__file__).resolve().parent.parent / "golden"
 RELATIVE = 1e-4
@@ -87,10 +88,9 @@ def compare(case: str, learner: PromptLearner, names: dict[str, str], classes: i
     """Assert that logits, loss and every gradient are the authors'; return the loss terms for further checks."""
     parameters = set_learned(case, learner, names)
     expected = numbers(case)
-    features = learner.encode_images(images())
     with torch.no_grad():
-        close(learner.logits(features, learner.classifier()), expected["logits"])
-    terms = learner.loss(features, labels(classes))
+        close(learner.logits(learner.features(images()), learner.classifier()), expected["logits"])
+    terms = learner.loss(learner.step(images(), labels(classes)))
     close(terms.total, expected["loss"])
     terms.total.backward()
     for theirs, parameter in parameters.items():

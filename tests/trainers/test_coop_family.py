@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import open_clip
 import pytest
@@ -17,7 +18,8 @@ from promptmix.config import get_cfg, merge_file, merge_opts, validate
 from promptmix.engine import build_trainer, set_random_seed
 from promptmix.errors import ConfigError
 from promptmix.plugin_manager import get_plugin_manager
-from promptmix.prompts.learner import Mixture
+from promptmix.prompts.learner import Learner
+from promptmix.prompts.losses import CrossEntropy
 from promptmix.prompts.roles import Task
 from promptmix.prompts.templates import IMAGENET_80
 from promptmix.registry import DISTILLER_REGISTRY, PROMPT_BANK_REGISTRY, ROUTER_REGISTRY, TEXT_SUPERVISION_REGISTRY
@@ -52,6 +54,13 @@ def unit(*shape: int) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def task() -> Task:
     return small_task(6)
+
+
+def made_step(**parts):
+    """The parts of a step that one component reads."""
+    parts.setdefault("query", parts.get("image"))
+    parts.setdefault("frozen_image", parts["query"])
+    return SimpleNamespace(**parts)
 
 
 def bank_of(task: Task, name: str = "Soft", **settings):
@@ -126,14 +135,14 @@ def test_prograd_refuses_more_words_than_vectors():
 
 def test_cocoop_needs_a_tenth_of_the_flops(monkeypatch):
     task = small_task()
-    learner = Mixture(task, bank_of(task, "InstanceConditional", n_ctx=4))
+    learner = Learner(task, bank_of(task, "InstanceConditional", n_ctx=4))
     features, labels = unit(4, JOINT), torch.arange(4)
     flops, gradients = [], []
     for shared in (True, False):
         monkeypatch.setattr(task.clip.text, "shares_prefix", shared)
         learner.zero_grad()
         with FlopCounterMode(display=False) as counter:
-            learner.loss(features, labels).total.backward()
+            learner.loss(learner.step(features, labels)).total.backward()
         flops.append(counter.get_total_flops())
         gradients.append(learner.bank.ctx.grad.clone())
     assert torch.allclose(*gradients, atol=1e-5)
@@ -162,7 +171,7 @@ def test_cocoop_bounds_what_it_encodes_at_once(task, monkeypatch):
 def test_prompts_per_image_refuse_a_supervision_of_one_text(task):
     bank = bank_of(task, "InstanceConditional")
     with pytest.raises(ConfigError, match="GroupedContrastive takes one set of text features"):
-        Mixture(task, bank, supervision=TEXT_SUPERVISION_REGISTRY.get("GroupedContrastive")(task, bank))
+        Learner(task, bank, loss=CrossEntropy() + TEXT_SUPERVISION_REGISTRY.get("GroupedContrastive")(task, bank))
 
 
 # The generic mixture
@@ -193,7 +202,7 @@ def test_unpublished_combinations_learn(name):
     for _ in range(5):
         trainer.set_model_mode("eval")  # without the noise of a router
         with torch.no_grad():
-            losses.append(trainer.model.loss(trainer.encode_images(batch["img"]), batch["label"]).total.item())
+            losses.append(trainer.model.loss(trainer.model.step(batch["img"], batch["label"])).total.item())
         trainer.set_model_mode("train")
         trainer.forward_backward(batch)
     learned = [parameter for parameter in trainer.model.parameters() if parameter.numel()]
@@ -204,7 +213,7 @@ def test_unpublished_combinations_learn(name):
 
 
 def test_mixture_refuses_what_nobody_reads():
-    with pytest.raises(ConfigError, match="DISTILL_WEIGHT .* DISTILLER.NAME names nobody"):
+    with pytest.raises(ConfigError, match="DISTILL_WEIGHT .* DISTILLER.NAME names no part"):
         emoji("configs/trainers/Mixture/kgcoop.yaml", opts=("TRAINER.MIXTURE.DISTILL_WEIGHT", "0.5"))
     with pytest.raises(ConfigError, match="PROMPT_BANK.NAME is 'none'"):
         emoji("configs/trainers/Mixture/tiny.yaml", opts=("PROMPT_BANK.NAME", "none"))
@@ -217,8 +226,8 @@ def test_mixture_refuses_what_nobody_reads():
 def test_every_bank_with_every_router(task, bank, settings, router):
     experts = bank_of(task, bank, **settings)
     routes = None if router == "none" else ROUTER_REGISTRY.get(router)(task, experts)
-    learner = Mixture(task, experts, routes, distiller=DISTILLER_REGISTRY.get("ZeroshotKL")(task, experts))
-    terms = learner.loss(unit(4, JOINT), torch.tensor([0, 1, 2, 5]))
+    learner = Learner(task, experts, routes, loss=CrossEntropy() + DISTILLER_REGISTRY.get("ZeroshotKL")(task, experts))
+    terms = learner.loss(learner.step(unit(4, JOINT), torch.tensor([0, 1, 2, 5])))
     terms.total.backward()
     assert terms.logits.shape == (4, 6)
     assert all(parameter.grad is not None for parameter in learner.parameters() if parameter.numel())
@@ -231,22 +240,24 @@ def test_soft_router_weighs_all_and_uniform_equally(task):
     bank = bank_of(task, "TemplateGroups")
     features = unit(5, JOINT)
     soft = ROUTER_REGISTRY.get("Soft")(task, bank)
-    routing = soft(features)
+    routing = soft(made_step(query=features))
     assert torch.allclose(routing.dense, soft.gate(features).softmax(dim=-1), atol=1e-6)
     uniform = ROUTER_REGISTRY.get("Uniform")(task, bank)
-    assert torch.allclose(uniform(features).dense, torch.full((5, 3), 1 / 3))
+    assert torch.allclose(uniform(made_step(query=features)).dense, torch.full((5, 3), 1 / 3))
     assert not list(uniform.parameters())
-    with_uniform, without = Mixture(task, bank, uniform), Mixture(task, bank)
-    assert torch.allclose(with_uniform.loss(features, torch.arange(5)).total, without.loss(features, torch.arange(5)).total)
+    losses = [
+        each.loss(each.step(features, torch.arange(5))).total for each in (Learner(task, bank, uniform), Learner(task, bank))
+    ]
+    assert torch.allclose(*losses)
 
 
 def test_noisy_router_is_noisy_in_training_only(task):
     router = ROUTER_REGISTRY.get("NoisyTopK")(task, bank_of(task, n_prompts=4))
-    features = unit(8, JOINT)
-    assert not torch.equal(router(features).logits, router(features).logits)
+    step = made_step(query=unit(8, JOINT))
+    assert not torch.equal(router(step).logits, router(step).logits)
     router.eval()
-    assert torch.equal(router(features).logits, router(features).clean)
-    with pytest.raises(ConfigError, match=r"K is 5; choose from 1 to the number of experts, 4"):
+    assert torch.equal(router(step).logits, router(step).clean)
+    with pytest.raises(ConfigError, match=r"k is 5, but must be from 1 to the number of experts, 4"):
         ROUTER_REGISTRY.get("NoisyTopK")(task, bank_of(task, n_prompts=4), k=5)
 
 
@@ -256,7 +267,7 @@ def test_noisy_load_is_the_chance_of_being_chosen(task):
     router = ROUTER_REGISTRY.get("NoisyTopK")(task, bank_of(task, n_prompts=4), k=2)
     torch.nn.init.normal_(router.gate)
     torch.nn.init.normal_(router.noise)
-    routing = router(unit(3, JOINT))
+    routing = router(made_step(query=unit(3, JOINT)))
     chance = chance_of_choice(routing, 2)
     for image in range(3):
         for expert in range(4):
@@ -274,10 +285,11 @@ def test_noisy_loss_is_zero_in_balance_and_grows_without(task):
     features, labels = unit(6, JOINT).abs(), torch.zeros(6, dtype=torch.long)
     with torch.no_grad():
         router.gate[:, 0] = 9.0  # everything goes to expert 0
-    loss = router.loss(router(features), features, labels)
+    step = made_step(query=features, labels=labels)
+    loss = router.loss(made_step(query=features, routing=router(step)))
     assert loss.item() == pytest.approx(0.1 * 3 + 0.1 * 3, rel=1e-3)
     everyone = ROUTER_REGISTRY.get("NoisyTopK")(task, bank, k=4).eval()
-    assert everyone.loss(everyone(features), features, labels).item() == pytest.approx(0, abs=1e-6)
+    assert everyone.loss(made_step(query=features, routing=everyone(step))).item() == pytest.approx(0, abs=1e-6)
 
 
 # Text supervision and distillers
@@ -288,26 +300,26 @@ def test_distances_to_hard_prompts(task):
     features = bank(task.classnames)
     cosine = TEXT_SUPERVISION_REGISTRY.get("CosineToHard")(task, bank)
     hard = task.clip.hard_features(task.templates[:1], task.classnames)
-    assert torch.allclose(cosine(bank, features), 1 - (features * hard).sum(dim=-1).mean(), atol=1e-6)
-    assert cosine(bank, hard.expand(2, -1, -1)).item() == pytest.approx(0, abs=1e-6)
+    assert torch.allclose(cosine(made_step(text=features, query=None)), 1 - (features * hard).sum(dim=-1).mean(), atol=1e-6)
+    assert cosine(made_step(text=hard.expand(2, -1, -1), query=None)).item() == pytest.approx(0, abs=1e-6)
     assert not cosine.state_dict()  # hard features depend on the class names, so no checkpoint keeps them
     l1 = TEXT_SUPERVISION_REGISTRY.get("L1ToEnsemble")(task, bank)
     tower = task.clip.text
     with torch.no_grad():
         raw = torch.stack([tower(tower.compose_text(template, task.classnames))[0] for template in IMAGENET_80])
     target = raw.mean(dim=0) / raw.mean(dim=0).norm(dim=-1, keepdim=True)
-    assert torch.allclose(l1(bank, features), F.l1_loss(features, target.expand_as(features)), atol=1e-6)
+    assert torch.allclose(l1(made_step(text=features, query=None)), F.l1_loss(features, target.expand_as(features)), atol=1e-6)
 
 
 def test_zeroshot_kl_is_the_divergence(task):
     distiller = DISTILLER_REGISTRY.get("ZeroshotKL")(task, bank_of(task), t=2.0)
     features, labels = unit(3, JOINT), torch.zeros(3, dtype=torch.long)
     taught = task.clip.scale * features @ task.clip.ensemble(task.templates[:1], task.classnames).T
-    assert distiller(features, taught, labels).item() == pytest.approx(0, abs=1e-6)
+    assert distiller(made_step(image=features, logits=taught, labels=labels)).item() == pytest.approx(0, abs=1e-6)
     student = torch.randn(3, 6)
     p, q = (taught / 2).softmax(dim=-1), (student / 2).softmax(dim=-1)
     expected = 4 * (p * (p / q).log()).sum(dim=1).mean()
-    assert distiller(features, student, labels).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert distiller(made_step(image=features, logits=student, labels=labels)).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_gated_teachers_are_few_and_weighed(task):
@@ -327,6 +339,7 @@ def test_gated_teachers_are_few_and_weighed(task):
             mps += (a * F.cross_entropy(h, labels[b])).item() / 3
     found = distiller.terms(features, student, labels)
     assert [term.item() for term in found] == pytest.approx([mpd, mps], rel=1e-4)
-    assert math.isclose(distiller(features, student, labels).item(), 0.2 * mpd + 0.1 * mps, rel_tol=1e-4)
-    with pytest.raises(ConfigError, match="K from 1 to the number of hard templates, 4"):
+    both = distiller(made_step(image=features, logits=student, labels=labels))
+    assert math.isclose(both.item(), 0.2 * mpd + 0.1 * mps, rel_tol=1e-4)
+    with pytest.raises(ConfigError, match="k is 5, but must be from 1 to the number of hard templates, 4"):
         DISTILLER_REGISTRY.get("GatedHardPrompts")(task, bank_of(task), k=5)

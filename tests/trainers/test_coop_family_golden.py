@@ -6,11 +6,15 @@ import json
 
 import pytest
 import torch
+from promptmix.plugins.distillation.gated_hard_prompts import GatedHardPrompts
+from promptmix.plugins.distillation.zeroshot_kl import ZeroshotKL
+from promptmix.plugins.prompt_bank.instance_conditional import InstanceConditional
+from promptmix.plugins.prompt_bank.soft import Soft
+from promptmix.plugins.text_supervision.hard_prompts import CosineToHard
 from promptmix.trainers.prograd import project
 
-from promptmix.plugin_manager import get_plugin_manager
-from promptmix.prompts.learner import Mixture
-from promptmix.registry import DISTILLER_REGISTRY, PROMPT_BANK_REGISTRY, TEXT_SUPERVISION_REGISTRY
+from promptmix.prompts.learner import Learner
+from promptmix.prompts.losses import CrossEntropy
 from tests.trainers.golden import FOLDER, close, compare, golden_clip, golden_task, images, labels, numbers, set_learned
 
 HARD = json.loads((FOLDER / "mopd_templates.json").read_text(encoding="utf-8"))
@@ -24,36 +28,30 @@ META_NET = {
 
 @pytest.fixture(scope="module")
 def clip():
-    get_plugin_manager()
     return golden_clip()
-
-
-def soft(task):
-    return PROMPT_BANK_REGISTRY.get("Soft")(task, n_ctx=4)
 
 
 def cocoop(clip, **settings):
     task = golden_task(clip)
-    return Mixture(task, PROMPT_BANK_REGISTRY.get("InstanceConditional")(task, n_ctx=4, **settings))
+    return Learner(task, InstanceConditional(task, n_ctx=4, **settings))
 
 
 def kgcoop(clip):
     task = golden_task(clip, templates=EUROSAT_1)
-    bank = soft(task)
-    return Mixture(task, bank, supervision=TEXT_SUPERVISION_REGISTRY.get("CosineToHard")(task, bank), text_weight=8.0)
+    bank = Soft(task, n_ctx=4)
+    return Learner(task, bank, loss=CrossEntropy() + 8.0 * CosineToHard(task, bank))
 
 
 def mopd(clip, dataset="EuroSAT", k=2, w=0.5, w2=0.1):
     task = golden_task(clip, templates=tuple(HARD[dataset]))
-    bank = soft(task)
-    distiller = DISTILLER_REGISTRY.get("GatedHardPrompts")(task, bank, k=k, mpd_weight=1 - w, mps_weight=w2)
-    return Mixture(task, bank, distiller=distiller, ce_weight=w)
+    bank = Soft(task, n_ctx=4)
+    return Learner(task, bank, loss=w * CrossEntropy() + GatedHardPrompts(task, bank, k=k, mpd_weight=1 - w, mps_weight=w2))
 
 
 def prograd(clip):
     task = golden_task(clip)
-    bank = soft(task)
-    return Mixture(task, bank, distiller=DISTILLER_REGISTRY.get("ZeroshotKL")(task, bank), distill_weight=0.0)
+    bank = Soft(task, n_ctx=4)
+    return Learner(task, bank, measures={"kl": ZeroshotKL(task, bank)})
 
 
 def test_cocoop(clip):
@@ -74,14 +72,14 @@ def test_kgcoop(clip):
 @pytest.mark.parametrize(("case", "settings"), [("mopd", ("EuroSAT", 2, 0.5, 0.1)), ("mopd_pets", ("OxfordPets", 3, 0.8, 0.5))])
 def test_mopd(clip, case, settings):
     learner = mopd(clip, *settings)
-    compare(case, learner, {"prompt_learner.ctx": "bank.ctx", "prompt_learner.gate": "distiller.gate"})
+    compare(case, learner, {"prompt_learner.ctx": "bank.ctx", "prompt_learner.gate": "losses.distill.gate"})
     expected = numbers(case)
     with torch.no_grad():
         features = learner.encode_images(images())
         logits = learner.logits(features, learner.classifier())
-        for ours, name in zip(learner.distiller.terms(features, logits, labels()), ("mpd", "mps"), strict=True):
+        for ours, name in zip(learner.losses.distill.terms(features, logits, labels()), ("mpd", "mps"), strict=True):
             close(ours, expected[name])
-        assert learner.distiller.route(features).experts.tolist() == expected["kept"].astype(int).tolist()
+        assert learner.losses.distill.route(features).experts.tolist() == expected["kept"].astype(int).tolist()
 
 
 @pytest.mark.parametrize("conflict", ["", "conflict_"])
@@ -97,13 +95,13 @@ def test_prograd_gradient_is_the_projected_one(clip, conflict):
         hard = clip.ensemble(["a photo of a {}."], learner.task.classnames)
         teacher = clip.scale * features @ hard.T
         close(teacher, expected["zeroshot_logits"])
-    terms = learner.loss(features, target)
+    terms = learner.loss(learner.step(features, target))
     close(terms.total, expected[f"{conflict}loss"])
     probability = teacher.softmax(dim=-1)
     entropy = -(probability * probability.log()).sum(dim=-1).mean()  # the authors' term keeps it, ours is the divergence
-    close(terms.parts["distill"] + entropy, expected[f"{conflict}kl"])
+    close(terms.parts["kl"] + entropy, expected[f"{conflict}kl"])
     (specific,) = torch.autograd.grad(terms.total, [ctx], retain_graph=True)
-    (general,) = torch.autograd.grad(terms.parts["distill"], [ctx])
+    (general,) = torch.autograd.grad(terms.parts["kl"], [ctx])
     close(torch.cosine_similarity(specific.flatten(), general.flatten(), dim=0), expected[f"{conflict}cosine"], scale=1.0)
     assert (expected[f"{conflict}cosine"] < 0) == bool(conflict)
     ours, norm = project(specific, general), float(expected[f"gradnorm:{conflict}prompt_learner.ctx"])
@@ -122,11 +120,10 @@ def test_short_training_equals_the_plain_tower(build, monkeypatch):
         torch.manual_seed(0)
         learner = build(clip)
         optimizer = torch.optim.SGD(learner.parameters(), lr=0.05, momentum=0.9)
-        features = learner.encode_images(images())
         losses = []
         for _ in range(5):
             optimizer.zero_grad()
-            loss = learner.loss(features, labels()).total
+            loss = learner.loss(learner.step(images(), labels())).total
             loss.backward()
             optimizer.step()
             losses.append(loss.item())

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from promptmix.plugins.prompt_bank.soft import Soft
+from promptmix.plugins.prompt_bank.template_groups import TemplateGroups
+from promptmix.plugins.router.topk import HardPromptTopK
+from promptmix.plugins.text_supervision.grouped import GroupedContrastive
 
-from promptmix.plugin_manager import get_plugin_manager
-from promptmix.prompts.learner import Mixture
-from promptmix.registry import PROMPT_BANK_REGISTRY, ROUTER_REGISTRY, TEXT_SUPERVISION_REGISTRY
-from tests.trainers.golden import close, compare, golden_clip, golden_task, images, labels, numbers
+from promptmix.prompts.learner import Learner
+from promptmix.prompts.losses import CrossEntropy, RouterLoss
+from tests.trainers.golden import close, compare, golden_clip, golden_task, images, labels, numbers, set_learned
 
 TEMPLATES = (
     "a photo of a {}, a type of animal.",
@@ -19,20 +22,18 @@ TEMPLATES = (
 )
 
 
-def coop(case: str, clip=None) -> Mixture:
-    get_plugin_manager()
+def coop(case: str, clip=None) -> Learner:
     _, position, *csc = case.split("_")
     task = golden_task(clip)
-    return Mixture(task, PROMPT_BANK_REGISTRY.get("Soft")(task, n_ctx=4, csc=bool(csc), class_token_position=position))
+    return Learner(task, Soft(task, n_ctx=4, csc=bool(csc), class_token_position=position))
 
 
-def mocoop(classes: int, clip=None) -> Mixture:
-    get_plugin_manager()
+def mocoop(classes: int, clip=None, chosen_only: bool = False) -> Learner:
     task = golden_task(clip, classes)
-    bank = PROMPT_BANK_REGISTRY.get("TemplateGroups")(task, TEMPLATES, (1, 2, 2))
-    router = ROUTER_REGISTRY.get("HardPromptTopK")(task, bank)
-    supervision = TEXT_SUPERVISION_REGISTRY.get("GroupedContrastive")(task, bank)
-    return Mixture(task, bank, router, supervision, text_weight=5.0)
+    bank = TemplateGroups(task, TEMPLATES, (1, 2, 2))
+    router = HardPromptTopK(task, bank)
+    text = GroupedContrastive(task, bank, chosen_only)
+    return Learner(task, bank, router, loss=CrossEntropy() + RouterLoss(router) + 5.0 * text)
 
 
 MOCOOP_NAMES = {
@@ -57,9 +58,25 @@ def test_mocoop(case, classes):
     with torch.no_grad():
         close(learner.classifier(), expected["expert_features"])
         close(learner.bank.references(learner.task.all_classnames), expected["prototypes"])
-        routing = learner.router(learner.encode_images(images()))
+        routing = learner.step(images()).routing
     close(routing.logits, expected["gate_logits"])
     assert routing.experts.tolist() == expected["experts"].astype(int).tolist()
+
+
+def test_mocoop_at_batch_1_supervises_the_chosen_experts_only():
+    """The others' features count as zero, each adding the constant ln C; they get no gradient of the supervision."""
+    learner = mocoop(5, chosen_only=True)
+    parameters = set_learned("mocoop_batch1", learner, MOCOOP_NAMES)
+    expected = numbers("mocoop_batch1")
+    assert learner.skips_experts
+    terms = learner.loss(learner.step(images()[:1], labels()[:1]))
+    close(terms.logits, expected["logits"])
+    close(terms.total, expected["loss"])
+    close(terms.parts["text"], expected["text_loss"])
+    terms.total.backward()
+    for theirs, parameter in parameters.items():
+        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        close(gradient.norm(), expected.get(f"gradnorm:{theirs}", torch.zeros(()).numpy()), scale=1.0)
 
 
 @pytest.mark.parametrize("build", [lambda clip: coop("coop_end", clip), lambda clip: mocoop(3, clip)], ids=["coop", "mocoop"])
@@ -73,11 +90,11 @@ def test_short_training_equals_the_plain_tower(build, monkeypatch):
         torch.manual_seed(0)
         learner = build(clip)
         optimizer = torch.optim.SGD(learner.parameters(), lr=0.05, momentum=0.9)
-        features, target = learner.encode_images(images()), labels(3)
+        target = labels(3)
         losses = []
         for _ in range(5):
             optimizer.zero_grad()
-            loss = learner.loss(features, target).total
+            loss = learner.loss(learner.step(images(), target)).total
             loss.backward()
             optimizer.step()
             losses.append(loss.item())

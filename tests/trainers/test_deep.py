@@ -26,13 +26,13 @@ def refusal(room, trainer, *opts):
 @pytest.mark.parametrize("trainer", VISUAL)
 def test_convolutional_image_tower_is_refused_with_the_trainers_name(room, trainer):
     message = refusal(room, trainer, *EMBEDDED)
-    for part in (f"TRAINER.NAME {trainer} ", "tiny-en", "ViT-B/16", "tiny-vit"):
+    for part in ("MODEL.BACKBONE.NAME is tiny-en", "takes no prompts", "ViT-B/16", "tiny-vit"):
         assert part in message
 
 
 def test_resnet_is_refused_when_the_model_is_built(room):
     message = refusal(room, "MaPLe", *RESNET)
-    assert "MODEL.BACKBONE.NAME RN50 (ModifiedResNet) takes none" in message
+    assert "MODEL.BACKBONE.NAME is RN50, whose image tower (ModifiedResNet) takes no prompts" in message
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_numbers_that_cannot_work_are_refused(room, trainer, opts, parts):
 
 def test_random_start_takes_any_number_of_tokens(room):
     trainer = toy_trainer(room, "MaPLe", "TRAINER.MAPLE.CTX_INIT", "", "TRAINER.MAPLE.N_CTX", 6)
-    assert trainer.model.text.ctx.shape == (6, 64)
+    assert trainer.model.bank.text.ctx.shape == (6, 64)
     assert first_step(trainer)["loss"].isfinite()
 
 
@@ -92,7 +92,7 @@ def test_language_prompts_alone_run_on_any_image_tower(room):
     validate(cfg)
     trainer = build_trainer(cfg)
     assert trainer.model.image_is_frozen
-    assert {key.split(".")[0] for key in trainer.model.state_dict()} == {"text"}
+    assert {key.split(".")[1] for key in trainer.model.state_dict()} == {"text"}
     assert first_step(trainer)["loss"].isfinite()
 
 

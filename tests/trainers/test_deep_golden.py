@@ -6,38 +6,53 @@ from functools import lru_cache
 
 import pytest
 import torch
-from promptmix.trainers.maple import MaPLeLearner
+from promptmix.plugins.distillation.frozen_image import FrozenImageL1
+from promptmix.plugins.distillation.zeroshot_kl import ZeroshotKL
+from promptmix.plugins.prompt_bank.coupled_deep import CoupledDeep
+from promptmix.plugins.prompt_bank.independent_deep import IndependentDeep
+from promptmix.plugins.text_supervision.hard_prompts import L1ToEnsemble
 from promptmix.trainers.mpl import ModularPrompts
 from promptmix.trainers.pmpo import PartitionedPrompts, block_of
-from promptmix.trainers.promptsrc import GaussianAverage, SelfRegulatingPrompts
-from promptmix.trainers.vpt import VisualPromptLearner
+from promptmix.trainers.vpt import HardWithVision
 
-from promptmix.prompts.deep import IndependentPrompts, TextPrompts, VisionPrompts
+from promptmix.prompts.average import GaussianAverage
+from promptmix.prompts.deep import TextPrompts, VisionPrompts
+from promptmix.prompts.heads import Cosine
+from promptmix.prompts.learner import Learner
+from promptmix.prompts.losses import CrossEntropy
+from promptmix.prompts.templates import IMAGENET_60
 from tests.trainers.golden import close, compare, golden_clip, golden_task, images, labels, numbers, set_learned
 
 DEPTH = 3
 INDEPENDENT = {
-    "prompt_learner.ctx": "text.ctx",
-    "image_encoder.VPT": "vision.layers.0",
-    **{f"image_encoder.transformer.resblocks.{i}.VPT_shallow": f"vision.layers.{i}" for i in (1, 2)},
-    **{f"text_encoder.transformer.resblocks.{i}.VPT_shallow": f"text.deeper.{i - 1}" for i in (1, 2)},
+    "prompt_learner.ctx": "bank.text.ctx",
+    "image_encoder.VPT": "bank.vision.layers.0",
+    **{f"image_encoder.transformer.resblocks.{i}.VPT_shallow": f"bank.vision.layers.{i}" for i in (1, 2)},
+    **{f"text_encoder.transformer.resblocks.{i}.VPT_shallow": f"bank.text.deeper.{i - 1}" for i in (1, 2)},
 }
 KINDS = ("weight", "bias")
-TEXT = {"prompt_learner.ctx": "text.ctx", **{f"prompt_learner.compound_prompts_text.{i}": f"text.deeper.{i}" for i in (0, 1)}}
+TEXT = {
+    "prompt_learner.ctx": "bank.text.ctx",
+    **{f"prompt_learner.compound_prompts_text.{i}": f"bank.text.deeper.{i}" for i in (0, 1)},
+}
 NAMES = {
     "vpt": {theirs: ours for theirs, ours in INDEPENDENT.items() if theirs.startswith("image_encoder")},
     "ivlp": INDEPENDENT,
     "promptsrc": INDEPENDENT,
     "maple": {
         **TEXT,
-        **{f"prompt_learner.proj.{kind}": f"couple.0.{kind}" for kind in KINDS},
-        **{f"prompt_learner.compound_prompt_projections.{i}.{kind}": f"couple.{i + 1}.{kind}" for i in (0, 1) for kind in KINDS},
+        **{f"prompt_learner.proj.{kind}": f"bank.couple.0.{kind}" for kind in KINDS},
+        **{
+            f"prompt_learner.compound_prompt_projections.{i}.{kind}": f"bank.couple.{i + 1}.{kind}"
+            for i in (0, 1)
+            for kind in KINDS
+        },
     },
     "mpl": {
         **TEXT,
-        **{f"prompt_learner.proj.{kind}": f"couple.{kind}" for kind in KINDS},
+        **{f"prompt_learner.proj.{kind}": f"bank.couple.{kind}" for kind in KINDS},
         **{
-            f"prompt_learner.txt2img_proj.{group}.{layer}.{kind}": f"add.{layer}.{group}.{kind}"
+            f"prompt_learner.txt2img_proj.{group}.{layer}.{kind}": f"bank.add.{layer}.{group}.{kind}"
             for group in (0, 1)
             for layer in (0, 1)
             for kind in KINDS
@@ -58,18 +73,24 @@ def frozen():
 
 def build(case):
     task = golden_task(frozen())
-    vision = VisionPrompts(task.clip.image.width, 2, DEPTH)
-    builders = {
-        "ivlp": lambda: IndependentPrompts(task, text_prompts(task, 2, "of a"), vision),
-        "promptsrc": lambda: SelfRegulatingPrompts(task, text_prompts(task, 2, "of a"), vision, 25.0, 10.0),
-        "maple": lambda: MaPLeLearner(task, text_prompts(task, 2, "of a")),
+    depths = {"prompt_depth_vision": DEPTH, "prompt_depth_text": DEPTH}
+    banks = {
+        "ivlp": lambda: IndependentDeep(task, **depths),
+        "promptsrc": lambda: IndependentDeep(task, **depths),
+        "maple": lambda: CoupledDeep(task, prompt_depth=DEPTH),
         "mpl": lambda: ModularPrompts(task, text_prompts(task, 1, "a photo of a"), 2, 1),
-        "vpt": lambda: VisualPromptLearner(task, VisionPrompts(task.clip.image.width, 4, DEPTH), "a photo of a"),
+        "vpt": lambda: HardWithVision(task, "a photo of a {}.", VisionPrompts(task.clip.image.width, 4, DEPTH)),
         "pmpo": lambda: PartitionedPrompts(
             task, TextPrompts(task, torch.zeros(2, 2, task.clip.text.width).normal_(std=0.02), (), 2), DEPTH
         ),
     }
-    return builders[case]()
+    bank = banks[case]()
+    loss = CrossEntropy()
+    if case == "promptsrc":
+        loss += 25.0 * L1ToEnsemble(task, bank, IMAGENET_60).named("text_l1", weighted=True)
+        loss += 10.0 * FrozenImageL1(task, bank).named("image_l1", weighted=True)
+        loss += ZeroshotKL(task, bank, IMAGENET_60, raw=True, over_classes=True).named("logit_kl")
+    return Learner(task, bank, head=Cosine(task, bank), loss=loss)
 
 
 @pytest.mark.parametrize("case", list(NAMES))
@@ -88,7 +109,7 @@ def test_golden(case):
 
 def test_template_ensemble_is_the_authors():
     expected = torch.from_numpy(numbers("promptsrc")["fixed_embeddings"])
-    close(build("promptsrc").ensemble, torch.nn.functional.normalize(expected, dim=-1).numpy())
+    close(build("promptsrc").losses.text_l1.hard, torch.nn.functional.normalize(expected, dim=-1).numpy())
 
 
 @pytest.mark.parametrize("case", ["ivlp", "promptsrc", "maple", "mpl", "pmpo"])
@@ -112,7 +133,7 @@ def train(learner, steps, lr=0.0035):
     losses = []
     for _ in range(steps):
         optimizer.zero_grad()
-        loss = learner.loss(learner.encode_images(images()), labels()).total
+        loss = learner.loss(learner.step(images(), labels())).total
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
@@ -122,8 +143,8 @@ def train(learner, steps, lr=0.0035):
 def test_vpt_learns_over_hard_text_features():
     """VPT is the image side of IVLP in front of the hard prompts' features."""
     learner, other = build("vpt"), build("ivlp")
-    other.vision = learner.vision
-    hard = learner.clip.hard_features(["a photo of a {}."], learner.task.classnames)[0]
+    other.bank.vision = learner.bank.vision
+    hard = learner.clip.hard_features(["a photo of a {}."], learner.task.classnames)
     features = other.encode_images(images())
     close(learner.logits(learner.encode_images(images()), learner.classifier()), (other.logits(features, hard)).detach().numpy())
     losses = train(learner, 4, lr=0.0025)
@@ -149,9 +170,9 @@ def test_partition_is_contiguous_and_equal():
 
 def test_each_pmpo_prompt_reaches_only_its_block():
     learner = build("pmpo")
-    steps = learner.visual_prompts()
+    (steps,) = learner.bank.visual()
     for layer, step in steps.items():
-        (gradient,) = torch.autograd.grad(step.tokens.sum(), learner.text.ctx, retain_graph=True)
+        (gradient,) = torch.autograd.grad(step.tokens.sum(), learner.bank.text.ctx, retain_graph=True)
         assert [bool(part.any()) for part in gradient] == [block_of(layer, DEPTH, 2) == k for k in range(2)]
 
 

@@ -109,9 +109,9 @@ def test_as_many_views_as_epochs_are_the_uncached_inputs_bit_for_bit(tmp_path, t
         inputs = []
         original = subject.model.loss
 
-        def loss(features, labels, original=original, inputs=inputs):
-            inputs.append((features.clone(), labels.clone()))
-            return original(features, labels)
+        def loss(step, original=original, inputs=inputs):
+            inputs.append((step.features.clone(), step.labels.clone()))
+            return original(step)
 
         subject.model.loss = loss
         if len(seen) == 2:

@@ -17,8 +17,8 @@ class FirstExpert(Router):
     def add_config(node):
         node.EXPERT = 0  # which expert
 
-    def forward(self, image_features):
-        logits = torch.zeros(len(image_features), self.count)
+    def forward(self, step):
+        logits = torch.zeros(len(step.query), self.count)
         return Routing.top_k(logits.index_fill(1, torch.tensor([self.expert]), 1.0), 1)
 
 

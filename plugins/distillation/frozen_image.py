@@ -1,0 +1,34 @@
+"""Distillation by features: prompted image features are held near those of the frozen tower (PromptSRC, arXiv 2307.06948)."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from promptmix import hookimpl
+from promptmix.prompts.roles import Distiller, PromptBank, Task
+from promptmix.prompts.step import Step
+from promptmix.registry import Registry
+
+
+class FrozenImageL1(Distiller):
+    """Mean absolute difference of prompted and frozen image features; where experts have image features of their own, of all.
+
+    Args:
+        task: unused.
+        bank: unused, the teacher is the frozen image tower.
+    """
+
+    def __init__(self, task: Task, bank: PromptBank) -> None:
+        super().__init__()
+
+    def forward(self, step: Step) -> Tensor:
+        """Return the loss (scalar) of image features (B, D) or (B, E, D)."""
+        frozen = step.frozen_image.to(step.image.dtype)
+        return F.l1_loss(step.image, frozen if step.image.dim() == 2 else frozen[:, None].expand_as(step.image))
+
+
+@hookimpl
+def register_distillers(registry: Registry) -> None:
+    """Add the distiller."""
+    registry.register(FrozenImageL1)

@@ -1,0 +1,70 @@
+"""Heads: how image and text features become class scores."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from promptmix.errors import ConfigError
+from promptmix.hookspecs import hookimpl
+from promptmix.prompts.roles import Head, PromptBank, Task
+from promptmix.registry import Registry
+
+if TYPE_CHECKING:
+    from promptmix.prompts.step import Step
+
+
+class WeightedScores(Head):
+    """``s * <f_b, sum_k w_bk t_{e_bk, c}>``: the experts' scores, weighed by the router, equally without one (MoCoOp).
+
+    The mixed text feature is not normalised again, so the weighted sum of the experts' own scores is the same number without a
+    text feature per image. With one prompt it is the cosine times the scale.
+
+    Args:
+        task: the frozen model.
+        bank: unused, like in every head that reads features alone.
+    """
+
+    def __init__(self, task: Task, bank: PromptBank) -> None:
+        super().__init__()
+
+    def forward(self, step: Step) -> Tensor:
+        """Return class scores (B, C)."""
+        routing, image = step.routing, step.image
+        text = step.text.to(image.dtype)
+        images = "bed" if image.dim() == 3 else "bd"
+        scores = torch.einsum(f"{images},{'b' if text.dim() == 4 else ''}ecd->bec", image, text)
+        if routing is None:
+            return step.task.clip.scale * scores.mean(dim=1)
+        weights = routing.dense if step.experts is None else routing.dense[:, step.experts]
+        return step.task.clip.scale * torch.einsum("be,bec->bc", weights.to(scores.dtype), scores)
+
+
+class Cosine(Head):
+    """``s * <f_b, t_c>`` for one prompt.
+
+    Args:
+        task: the frozen model.
+        bank: of one expert.
+
+    Raises:
+        ConfigError: the bank has several experts, which need ``WeightedScores``.
+    """
+
+    def __init__(self, task: Task, bank: PromptBank) -> None:
+        super().__init__()
+        if bank.num_experts != 1 or bank.per_image:
+            raise ConfigError(f"HEAD.NAME Cosine scores one prompt, but there are {bank.num_experts}; choose WeightedScores")
+
+    def forward(self, step: Step) -> Tensor:
+        """Return class scores (B, C)."""
+        return step.task.clip.scale * step.image @ step.text[0].to(step.image.dtype).T
+
+
+@hookimpl
+def register_heads(registry: Registry) -> None:
+    """Add both heads."""
+    registry.register(WeightedScores)
+    registry.register(Cosine)

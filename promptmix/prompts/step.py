@@ -1,0 +1,141 @@
+"""One batch on its way through a method: every part is made once, when it is first asked for."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from promptmix.prompts.roles import PromptBank, Routing, Task
+
+
+class Step:
+    """What routers, heads and losses read of a batch.
+
+    B images, C classes, E experts, M patches, D joint width. All features are normalised.
+
+    Args:
+        learner: the method.
+        images: (B, 3, S, S); None where only kept features are at hand.
+        labels: (B,); None in evaluation.
+        features: what ``learner.encode_images`` gave for the images, where it was computed or kept before.
+        text: the bank's text features, where they were computed before.
+    """
+
+    def __init__(
+        self,
+        learner: Any,  # noqa: ANN401  (a PromptLearner; a composition has all the parts)
+        images: Tensor | None,
+        labels: Tensor | None = None,
+        *,
+        features: Tensor | None = None,
+        text: Tensor | None = None,
+    ) -> None:
+        self.learner, self.images = learner, images
+        self._labels, self._features, self._text = labels, features, text
+
+    @property
+    def task(self) -> Task:
+        """The frozen model and the data set's words."""
+        return self.learner.task
+
+    @property
+    def bank(self) -> PromptBank:
+        """The experts' prompts."""
+        return self.learner.bank
+
+    @property
+    def labels(self) -> Tensor:
+        """Labels (B,).
+
+        Raises:
+            ValueError: in evaluation, which has none.
+        """
+        if self._labels is None:
+            raise ValueError("this step has no labels: only losses may ask for them")
+        return self._labels
+
+    @cached_property
+    def features(self) -> Tensor:
+        """What the image tower gives (``Learner.encode_images``), and what caches keep."""
+        if self._features is not None:
+            return self._features
+        if self.images is None:
+            raise ValueError("this step has neither images nor their features")
+        return self.learner.features(self.images)
+
+    @cached_property
+    def image(self) -> Tensor:
+        """Image features (B, D), or (B, E, D) where each expert prompts the image tower in its own way."""
+        return self.bank.adapt(self._split[0])
+
+    @cached_property
+    def tokens(self) -> Tensor:
+        """Patch features (B, M, D), for heads with ``needs_tokens``.
+
+        Raises:
+            ValueError: the head does not say that it needs them.
+        """
+        tokens = self._split[1]
+        if tokens is None:
+            raise ValueError(f"set needs_tokens in {type(self.learner.head).__name__}, which reads step.tokens")
+        return tokens
+
+    @cached_property
+    def _split(self) -> tuple[Tensor, Tensor | None]:
+        if not self.learner.head.needs_tokens:
+            return self.features, None
+        return self.features[:, 0], self.features[:, 1:]
+
+    @cached_property
+    def frozen_image(self) -> Tensor:
+        """Features (B, D) of the frozen image tower, without prompts or adapters.
+
+        Raises:
+            ValueError: the image tower is prompted, and the pictures are not at hand.
+        """
+        if self.learner.image_is_frozen:
+            return self._split[0]
+        if self.images is None:
+            raise ValueError("frozen image features need the pictures, and this step has prompted features only")
+        images, clip = self.images, self.task.clip
+        return clip.encode_frozen(lambda: clip.encode_image(images))
+
+    @cached_property
+    def query(self) -> Tensor:
+        """What routers look at (B, D): the image features, or the frozen ones where each expert has image features of its own."""
+        return self.image if self.image.dim() == 2 else self.frozen_image
+
+    @cached_property
+    def routing(self) -> Routing | None:
+        """Which experts each image goes to; None without a router."""
+        return None if self.learner.router is None else self.learner.router(self)
+
+    @cached_property
+    def experts(self) -> Tensor | None:
+        """Indices (E',) of the experts that ``text`` holds; None where it holds all E."""
+        if self._text is not None or self._labels is None or self.routing is None or not self.learner.skips_experts:
+            return None
+        return self.routing.experts.unique()
+
+    @cached_property
+    def text(self) -> Tensor:
+        """Text features (E, C, D) of the experts, or (B, E, C, D) for banks with ``per_image``."""
+        if self._text is not None:
+            return self._text
+        names = self.task.classnames
+        if self.bank.per_image:
+            return self.bank(names, self.query)
+        return self.bank(names) if self.experts is None else self.bank(names, experts=self.experts)
+
+    @cached_property
+    def frozen_text(self) -> Tensor:
+        """Normalised features (C, D) of the data set's first hard template."""
+        return self.learner.frozen_text
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """Class scores (B, C)."""
+        return self.learner.head(self)
