@@ -91,7 +91,13 @@ def _bridge(name: str, trainer: type, manager: Any) -> type:  # noqa: ANN401
     """Return ``trainer`` with its data from Dassl's ``DataManager``."""
 
     def check_cfg(self: Any, cfg: CfgNode) -> None:  # noqa: ANN401
-        # Here nothing runs promptmix.config.validate, which would call this.
+        from promptmix.config import get_cfg, get_key
+        from promptmix.config.declare import all_declared
+
+        # Here nothing runs promptmix.config.validate, which would do both.
+        for key, setting in all_declared(get_cfg()).items():
+            if key.startswith(f"TRAINER.{name.upper()}."):
+                setting.check(key, get_key(cfg, key))
         getattr(trainer, "validate", lambda cfg: None)(cfg)
         trainer.check_cfg(self, cfg)  # type: ignore[attr-defined]
 

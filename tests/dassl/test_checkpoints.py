@@ -12,6 +12,7 @@ import torch
 
 from promptmix.cli import main
 from promptmix.engine import EpochSchedule, convert, load_checkpoint, load_state_dict_strict, resume_from_checkpoint
+from promptmix.engine.layout import rename
 from promptmix.engine.unpickle import Placeholder
 from promptmix.errors import CheckpointError
 from tests.trainers import test_coop_family_golden, test_coop_mocoop_golden, test_deep_golden
@@ -133,10 +134,8 @@ def test_every_layout_is_of_a_trainer_and_goes_both_ways():
         assert trainer in TRAINER_REGISTRY
         for rule in layout.rules:
             name = re.sub(r"\{i\}", "3", re.sub(r"\{j\}", "2", rule.theirs))
-            ours, _ = convert._apply(layout.rules, name)
-            assert convert._apply(layout.rules, ours, backwards=True)[0] == (
-                "image_encoder.VPT" if ours == "vision.layers.0" else name
-            )
+            ours, _ = rename(layout.rules, name)
+            assert rename(layout.rules, ours, backwards=True)[0] == ("image_encoder.VPT" if ours == "vision.layers.0" else name)
 
 
 def test_a_left_over_name_is_an_error(tmp_path):
