@@ -68,7 +68,7 @@ class TrainLoader(DataLoader[Any]):
 
     _staying: _Staying | None = None
 
-    def __init__(self, *args: Any, sample_streams: bool = True, **options: Any) -> None:  # noqa: ANN401
+    def __init__(self, *args: Any, sample_streams: bool = True, **options: Any) -> None:
         self.sample_streams = sample_streams
         super().__init__(*args, **options)
 
