@@ -30,19 +30,7 @@ from promptmix.runs.results import CONFIG_NAME, FILE_NAME, RunResult
 from promptmix.utils import atomic_write, get_logger
 
 
-def run(
-    cfg: CN,
-    *,
-    eval_only: bool = False,
-    model_dir: str = "",
-    load_epoch: int | None = None,
-    no_train: bool = False,
-    arguments: dict[str, Any] | None = None,
-    command: list[str] | None = None,
-    on_epoch: Callable[[Any], None] | None = None,
-    quiet: bool = False,
-    labels: dict[str, str] | None = None,
-) -> RunResult:
+def run(cfg: CN, *, eval_only: bool = False, no_train: bool = False, **options: Any) -> RunResult:  # noqa: ANN401
     """Build the trainer, train and test it (or only test); ``OUTPUT_DIR`` gets ``log.txt`` and ``results.json``.
 
     The output folder appears only once the data set, the weights and the checkpoint were found.
@@ -50,20 +38,60 @@ def run(
     Args:
         cfg: a merged config tree; it is validated and frozen here.
         eval_only: load ``model_dir`` and test, without training.
-        model_dir: output folder of the run whose learned tensors are evaluated.
-        load_epoch: epoch of the checkpoint; None = the best one, as in Dassl.
         no_train: only build, and leave nothing behind.
-        arguments: parsed flags, printed at the top of the log.
-        command: command line, kept in ``results.json``.
-        on_epoch: called with the trainer after each epoch.
-        quiet: write to the log only, nothing to standard output or error.
-        labels: ``protocol``, ``title`` and ``trained_on`` of the result, for tables.
+        options: what else ``running`` takes.
 
     Returns:
         The result; with ``no_train`` it has no numbers and is written nowhere.
 
     Raises:
         UserError: anything the user asked for that can't be done; the message says what and how to mend it.
+    """
+    with running(cfg, eval_only=eval_only, no_train=no_train, **options) as (trainer, result):
+        if no_train:
+            pass
+        elif eval_only or has_nothing_to_train(trainer):
+            trainer.test()
+        else:
+            trainer.train()
+    return result
+
+
+@contextlib.contextmanager
+def running(
+    cfg: CN,
+    *,
+    eval_only: bool = False,
+    model_dir: str = "",
+    load_epoch: int | None = None,
+    no_train: bool = False,
+    load: bool = True,
+    arguments: dict[str, Any] | None = None,
+    command: list[str] | None = None,
+    on_epoch: Callable[[Any], None] | None = None,
+    quiet: bool = False,
+    labels: dict[str, str] | None = None,
+) -> Iterator[tuple[Any, RunResult]]:
+    """What stands around training and testing: checks, seed, log, building; the body trains, then ``results.json`` is written.
+
+    Args:
+        cfg: a merged config tree; it is validated and frozen here.
+        eval_only: the body only tests.
+        model_dir: output folder of the run whose learned tensors are evaluated.
+        load_epoch: epoch of the checkpoint; None = the best one, as in Dassl.
+        no_train: only build, and leave nothing behind.
+        load: load ``model_dir``, with ``eval_only``; False leaves it to the body.
+        arguments: parsed flags, printed at the top of the log.
+        command: command line, kept in ``results.json``.
+        on_epoch: called with the trainer after each epoch.
+        quiet: write to the log only, nothing to standard output or error.
+        labels: ``protocol``, ``title`` and ``trained_on`` of the result, for tables.
+
+    Yields:
+        The trainer, and the result, whose numbers are there after the body.
+
+    Raises:
+        UserError: see ``run``.
     """
     config.validate(cfg)
     cfg.freeze()
@@ -86,20 +114,18 @@ def run(
         result.vocabulary = _vocabulary(trainer)
         if eval_only:
             _refuse_other_method(result, model_dir, getattr(trainer, "model", None))
-            trainer.load_model(model_dir, epoch=load_epoch)
+            if load:
+                trainer.load_model(model_dir, epoch=load_epoch)
         if no_train:
-            return result
+            yield trainer, result
+            return
         output.open(cfg)
         recorder.ready()
         with _plugged(recorder):
-            if eval_only or _has_nothing_to_train(trainer):
-                trainer.test()
-            else:
-                trainer.train()
+            yield trainer, result
         recorder.fill(result)
         result.approximations = list(getattr(trainer, "approximations", ()))
         get_logger().info("Results: %s", result.save(cfg.OUTPUT_DIR))
-    return result
 
 
 def finished(cfg: CN) -> RunResult | None:
@@ -191,7 +217,7 @@ def _vocabulary(trainer: Any) -> dict[str, Any]:  # noqa: ANN401
     return {name: _plain(getattr(dataset, name)) for name in names if hasattr(dataset, name)}
 
 
-def _has_nothing_to_train(trainer: Any) -> bool:  # noqa: ANN401
+def has_nothing_to_train(trainer: Any) -> bool:  # noqa: ANN401
     """Tell whether the epoch loop would have no parameter to move (CoOp's ZeroshotCLIP); a loop of its own is trusted."""
     return not _count_learned(trainer) and type(trainer).train is SimpleTrainer.train
 
