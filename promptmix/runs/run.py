@@ -30,7 +30,7 @@ from promptmix.runs.results import CONFIG_NAME, FILE_NAME, RunResult
 from promptmix.utils import atomic_write, get_logger
 
 
-def run(cfg: CN, *, eval_only: bool = False, no_train: bool = False, **options: Any) -> RunResult:  # noqa: ANN401
+def run(cfg: CN, *, eval_only: bool = False, no_train: bool = False, **options: Any) -> RunResult:
     """Build the trainer, train and test it (or only test); ``OUTPUT_DIR`` gets ``log.txt`` and ``results.json``.
 
     The output folder appears only once the data set, the weights and the checkpoint were found.
