@@ -119,3 +119,12 @@ REGISTRIES: dict[str, Registry] = {
     "evaluators": EVALUATOR_REGISTRY,
     "heads": HEAD_REGISTRY,
 }
+
+#: Config node of each role, and the registry of the parts that can take it.
+ROLES: dict[str, Registry] = {
+    "PROMPT_BANK": PROMPT_BANK_REGISTRY,
+    "ROUTER": ROUTER_REGISTRY,
+    "HEAD": HEAD_REGISTRY,
+    "TEXT_SUPERVISION": TEXT_SUPERVISION_REGISTRY,
+    "DISTILLER": DISTILLER_REGISTRY,
+}

@@ -191,3 +191,21 @@ def all_declared(cfg: CfgNode, prefix: str = "") -> dict[str, Setting]:
         if isinstance(value, CfgNode):
             found |= all_declared(value, f"{prefix}{name}.")
     return found
+
+
+def parse_sum(text: str) -> list[tuple[float, str]]:
+    """Return the (factor, name) pairs of ``"10 * FrozenImageL1 + ZeroshotKL"``; a name alone has the factor 1.
+
+    Raises:
+        ConfigError: a factor that is no number, or a name is missing.
+    """
+    pairs = []
+    for term in text.split("+"):
+        factor, star, name = term.rpartition("*")
+        try:
+            pairs.append((float(factor) if star else 1.0, name.strip()))
+        except ValueError:
+            name = ""
+        if not name.strip():
+            raise ConfigError(f"{text!r} is no sum of losses; write names, with factors if you like: '10 * NAME + OTHER'")
+    return pairs

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 from yacs.config import CfgNode as CN
 
+from promptmix.config.declare import parse_sum
 from promptmix.errors import ConfigError
 from promptmix.registry import Registry, closest
 
@@ -184,8 +185,7 @@ def get_cfg_default() -> CN:
 def get_cfg() -> CN:
     """Return a new config tree with the nodes of every registered trainer and component, and of plugins' ``extend_config``."""
     from promptmix.plugin_manager import get_plugin_manager
-    from promptmix.prompts.roles import ROLES
-    from promptmix.registry import TRAINER_REGISTRY
+    from promptmix.registry import ROLES, TRAINER_REGISTRY
 
     plugins = get_plugin_manager()
     cfg = get_cfg_default()
@@ -267,8 +267,7 @@ def validate(cfg: CN) -> None:
         ConfigError: a value that is not among its key's choices, or a setting that the chosen trainer would ignore.
     """
     from promptmix.plugin_manager import get_plugin_manager
-    from promptmix.prompts.roles import ROLES
-    from promptmix.registry import DATASET_REGISTRY, TRAINER_REGISTRY
+    from promptmix.registry import DATASET_REGISTRY, ROLES, TRAINER_REGISTRY
 
     trainer = TRAINER_REGISTRY.get(cfg.TRAINER.NAME)
     DATASET_REGISTRY.get(cfg.DATASET.NAME)
@@ -284,25 +283,27 @@ def validate(cfg: CN) -> None:
         if role not in own and cfg[role].NAME:
             raise ConfigError(f"{role}.NAME is {cfg[role].NAME!r}, but {cfg.TRAINER.NAME} has no such role; remove the key")
         chosen = (cfg[role].NAME or own[role]) if role in own else "none"
-        if chosen not in ("", "none"):
-            registry.get(chosen)
-        _refuse_strangers(cfg, role, chosen)
+        names = [name for _, name in parse_sum(chosen)] if chosen not in ("", "none") else []
+        for name in names:
+            getattr(registry.get(name), "check_settings", lambda cfg, node: None)(cfg, f"{role}.{name.upper()}")
+        _refuse_strangers(cfg, role, *names)
     getattr(trainer, "validate", lambda cfg: None)(cfg)
     get_plugin_manager().hook.validate_config(cfg=cfg)
 
 
-def _refuse_strangers(cfg: CN, group: str, chosen: str) -> None:
+def _refuse_strangers(cfg: CN, group: str, *chosen: str) -> None:
     """Refuse keys under ``group`` of another method than ``chosen``, unless the file that sets them serves several methods."""
     for source, written in cfg.__dict__.get("_written", {}).items():
         keys = [key for key in written if key.startswith(f"{group}.") and key.count(".") > 1]
-        strangers = [key for key in keys if not key.startswith(f"{group}.{chosen.upper()}.")]
+        own = tuple(f"{group}.{name.upper()}." for name in chosen)
+        strangers = [key for key in keys if not key.startswith(own)]
         # A role's settings in a file belong to the trainer they are written beside, so any file may carry them.
         methods = {key.split(".")[1] for key in keys}
         shared = source != "command line" and (len(strangers) < len(keys) or len(methods) > 1 or group != "TRAINER")
         if strangers and not shared:
             raise ConfigError(
                 f"{strangers[0]} (set by {source}) would be ignored: {cfg.TRAINER.NAME} reads "
-                + (f"{group}.{chosen.upper()}.*" if chosen not in ("", "none") else f"no key under {group}")
+                + (" and ".join(f"{prefix}*" for prefix in own) if own else f"no key under {group}")
                 + "; remove it or choose the trainer it belongs to"
             )
 

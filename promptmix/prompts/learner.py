@@ -157,6 +157,9 @@ class Learner(PromptLearner):
                 )
         self.class_specific = bank.class_specific
         self.image_is_frozen = bank.image_is_frozen
+        with torch.no_grad():
+            #: Whether each expert has image features of its own.
+            self.image_per_expert = not bank.image_is_frozen and len(bank.visual()) > 1
         self._frozen_text: Tensor | None = None
 
     @property
@@ -182,8 +185,8 @@ class Learner(PromptLearner):
         """Return normalised image features.
 
         Returns:
-            (B, D); (B, E, D) where each expert prompts the image tower in its own way; (B, 1 + M, D) with the patches' features
-            behind the image's for heads with ``needs_tokens``.
+            (B, D); (B, 1 + E, D) where each expert prompts the image tower in its own way, the frozen tower's features first, by
+            which images are routed; (B, 1 + M, D) with the patches' features behind the image's for heads with ``needs_tokens``.
         """
         schedules = self.bank.visual()
         if self.head.needs_tokens:
@@ -193,7 +196,8 @@ class Learner(PromptLearner):
                 )
             return self.clip.encode_tokens(images, *schedules)
         if len(schedules) > 1:
-            return torch.stack([self.clip.encode_image(images, schedule) for schedule in schedules], dim=1)
+            frozen = self.clip.encode_frozen(lambda: self.clip.encode_image(images))
+            return torch.stack([frozen, *(self.clip.encode_image(images, schedule) for schedule in schedules)], dim=1)
         return self.clip.encode_image(images, *schedules)
 
     def classifier(self) -> Tensor | None:

@@ -19,29 +19,13 @@ from yacs.config import CfgNode
 
 from promptmix.clip import CLIP
 from promptmix.clip.vision import VisualPrompts
-from promptmix.config.declare import declare_all
-from promptmix.errors import ConfigError, PluginError, SettingError
-from promptmix.registry import (
-    DISTILLER_REGISTRY,
-    HEAD_REGISTRY,
-    PROMPT_BANK_REGISTRY,
-    ROUTER_REGISTRY,
-    TEXT_SUPERVISION_REGISTRY,
-    Registry,
-)
+from promptmix.config.declare import declare_all, parse_sum
+from promptmix.errors import PluginError, SettingError
+from promptmix.registry import ROLES
 
 if TYPE_CHECKING:
     from promptmix.prompts.losses import LossSum
     from promptmix.prompts.step import Step
-
-#: Config node of each role, and the registry of the parts that can take it.
-ROLES: dict[str, Registry] = {
-    "PROMPT_BANK": PROMPT_BANK_REGISTRY,
-    "ROUTER": ROUTER_REGISTRY,
-    "HEAD": HEAD_REGISTRY,
-    "TEXT_SUPERVISION": TEXT_SUPERVISION_REGISTRY,
-    "DISTILLER": DISTILLER_REGISTRY,
-}
 
 
 @dataclass(frozen=True)
@@ -268,24 +252,6 @@ def _second(method: Any) -> str:  # noqa: ANN401
 def component_node(cfg: CfgNode, role: str, name: str) -> CfgNode:
     """Return the settings of component ``name`` in ``role``."""
     return cfg[role][name.upper()]
-
-
-def parse_sum(text: str) -> list[tuple[float, str]]:
-    """Return the (factor, name) pairs of ``"10 * FrozenImageL1 + ZeroshotKL"``; a name alone has the factor 1.
-
-    Raises:
-        ConfigError: a factor that is no number, or a name is missing.
-    """
-    pairs = []
-    for term in text.split("+"):
-        factor, star, name = term.rpartition("*")
-        try:
-            pairs.append((float(factor) if star else 1.0, name.strip()))
-        except ValueError:
-            name = ""
-        if not name.strip():
-            raise ConfigError(f"{text!r} is no sum of losses; write names, with factors if you like: '10 * NAME + OTHER'")
-    return pairs
 
 
 def build_component(cfg: CfgNode, role: str, default: str, task: Task, *parts: Any) -> Any:  # noqa: ANN401

@@ -69,7 +69,7 @@ class Step:
     @cached_property
     def image(self) -> Tensor:
         """Image features (B, D), or (B, E, D) where each expert prompts the image tower in its own way."""
-        return self.bank.adapt(self._split[0])
+        return self.features[:, 1:] if self.learner.image_per_expert else self.bank.adapt(self._split[0])
 
     @cached_property
     def tokens(self) -> Tensor:
@@ -85,9 +85,9 @@ class Step:
 
     @cached_property
     def _split(self) -> tuple[Tensor, Tensor | None]:
-        if not self.learner.head.needs_tokens:
-            return self.features, None
-        return self.features[:, 0], self.features[:, 1:]
+        if self.learner.head.needs_tokens or self.learner.image_per_expert:
+            return self.features[:, 0], self.features[:, 1:]
+        return self.features, None
 
     @cached_property
     def frozen_image(self) -> Tensor:
@@ -96,7 +96,7 @@ class Step:
         Raises:
             ValueError: the image tower is prompted, and the pictures are not at hand.
         """
-        if self.learner.image_is_frozen:
+        if self.learner.image_is_frozen or self.learner.image_per_expert:
             return self._split[0]
         if self.images is None:
             raise ValueError("frozen image features need the pictures, and this step has prompted features only")

@@ -193,7 +193,7 @@ def test_mixture_in_yaml_is_the_method(method):
     assert list(ours.model.state_dict()) == list(theirs.model.state_dict())
 
 
-@pytest.mark.parametrize("name", ["mocoop_mopd", "noisy_experts", "conditional_experts", "tiny"])
+@pytest.mark.parametrize("name", ["mocoop_mopd", "noisy_experts", "conditional_experts", "deep_experts", "tiny"])
 def test_unpublished_combinations_learn(name):
     trainer = emoji(f"configs/trainers/Mixture/{name}.yaml", opts=("OPTIM.LR", "0.02", "OPTIM.WARMUP_EPOCH", "-1"))
     batch = next(iter(trainer.train_loader_x))
