@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import logging
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from promptmix.commands.train import split_arguments
 from promptmix.errors import UserError
 from promptmix.registry import closest
+from promptmix.utils import get_logger
 
 if TYPE_CHECKING:
     from promptmix.data.check import Report
@@ -120,6 +124,8 @@ def _show(about: Description, report: Report, everything: bool) -> int:
         write(f"split: {report.split}\n")
     for finding in report.findings:
         write(f"- {finding}\n")
+    for note in report.notes:
+        write(f"- as published: {note}\n" if report.ok else f"- {note}\n")
     shown = list(report.bad.items()) if everything else list(report.bad.items())[:20]
     for path, wrong in shown:
         write(f"- {os.path.relpath(path, report.folder)}: {wrong}\n")
@@ -133,15 +139,39 @@ def _check_other(args: argparse.Namespace) -> int:
     """Build any other data set, which refuses what it can't read, then decode its pictures."""
     from promptmix.config.flags import make_config
     from promptmix.data import build_dataset
+    from promptmix.data.leaks import find_leaks
     from promptmix.data.reading.pictures import decode_problem, find_bad, quick_problem
 
     cfg = make_config([], {"NAME": ("DATASET.NAME", args.name), "--root": ("DATASET.ROOT", args.root)}, args.opts)
-    dataset = build_dataset(cfg)
+    with _warnings() as said:
+        dataset = build_dataset(cfg)
     parts = {"train": dataset.train_x, "val": dataset.val or [], "test": dataset.test or []}
     bad = find_bad((item.impath for items in parts.values() for item in items), quick_problem if args.fast else decode_problem)
+    leaks = find_leaks(parts)
+    said += [leak for leak in leaks if not any(leak in line for line in said)]  # a data set may have said them itself
+    for line in said:
+        sys.stdout.write(f"- {line}\n")
     for path, wrong in list(bad.items())[: None if args.all else 20]:
         sys.stdout.write(f"- {path}: {wrong}\n")
     sizes = ", ".join(f"{part} {len(items):,}" for part, items in parts.items())
-    state = f"{len(bad):,} bad pictures" if bad else "all right"
+    state = f"{len(bad):,} bad pictures" if bad else "see above" if said else "all right"
     sys.stdout.write(f"{args.name}: {dataset.num_classes} classes, {sizes}; {state}\n")
-    return 1 if bad else 0
+    return 1 if bad or leaks else 0
+
+
+@contextlib.contextmanager
+def _warnings() -> Iterator[list[str]]:
+    """Collect what is warned of, in place of printing it."""
+    said: list[str] = []
+
+    def collect(record: logging.LogRecord) -> bool:
+        if record.levelno >= logging.WARNING:
+            said.append(record.getMessage())
+        return record.levelno < logging.WARNING
+
+    logger = get_logger()
+    logger.addFilter(collect)
+    try:
+        yield said
+    finally:
+        logger.removeFilter(collect)

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from yacs.config import CfgNode
 
 
+#: Keys that say something about one data set, which no other inherits from a file.
+OF_ONE_DATASET = ("DATASET.SOURCE_DOMAINS", "DATASET.TARGET_DOMAINS", "DATASET.SUBSAMPLE_CLASSES")
+
+
 def resolve_config(path: str) -> Path:
     """Return the file that ``path`` names: as given, else among the configs that promptmix ships.
 
@@ -63,6 +67,9 @@ def make_config(
 ) -> CfgNode:
     """Merge files, flags and overrides onto the defaults, each remembered as the source of what it sets.
 
+    Domains and the choice of classes that a file sets together with ``DATASET.NAME`` belong to that data set: another that is
+    named later has the defaults.
+
     Args:
         config_files: paths in order of merging, empty ones are passed over.
         flags: flag to (config key, value); a value of None or "" was not given.
@@ -76,11 +83,18 @@ def make_config(
     from promptmix import config
 
     cfg = config.get_cfg()
-    for path in config_files:
-        if path:
-            config.merge_file(cfg, resolve_config(path))
+    paths = [resolve_config(path) for path in config_files if path]
+    names = []
+    for path in paths:
+        config.merge_file(cfg, path)
+        names.append(cfg.DATASET.NAME)
+    described, by = cfg.DATASET.NAME, config.source_of(cfg, "DATASET.NAME")
+    if names and names[0] not in ("", described):
+        config.merge_file(cfg, paths[0])  # a data set's file says which it is, even if the method's (quick start) names another
     merge_flags(cfg, flags)
     config.merge_opts(cfg, opts)
+    if described != cfg.DATASET.NAME:
+        config.reset(cfg, OF_ONE_DATASET, by)
     return cfg
 
 

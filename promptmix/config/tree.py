@@ -22,6 +22,7 @@ __all__ = [
     "merge_file",
     "merge_opts",
     "merge_tree",
+    "reset",
     "source_of",
     "sources",
     "validate",
@@ -252,6 +253,16 @@ def merge_opts(cfg: CN, opts: Sequence[Any], source: str = "command line") -> No
 def source_of(cfg: CN, key: str) -> str | None:
     """Return who set ``key`` (a file or ``command line``), or None where the default stands."""
     return cfg.__dict__.get("_sources", {}).get(key)
+
+
+def reset(cfg: CN, keys: Sequence[str], source: str | None) -> None:
+    """Give each of ``keys`` that ``source`` set its default back."""
+    default = get_cfg_default()
+    for key in keys:
+        if source is not None and source_of(cfg, key) == source:
+            node, leaf = key.rpartition(".")[::2]
+            get_key(cfg, node)[leaf] = get_key(default, key)
+            del cfg.__dict__["_sources"][key]
 
 
 def sources(cfg: CN) -> dict[str, str]:

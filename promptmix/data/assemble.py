@@ -9,7 +9,7 @@ from yacs.config import CfgNode
 
 from promptmix.data.base import DatasetBase
 from promptmix.data.datum import Datum
-from promptmix.data.fewshot import generate_fewshot, subsample_classes
+from promptmix.data.fewshot import generate_fewshot, say_fewer, subsample_classes
 from promptmix.data.reading.pictures import without_bad
 from promptmix.data.records import kept_fewshot
 from promptmix.utils import get_logger
@@ -48,6 +48,8 @@ class AssembledDataset(DatasetBase):
         shots = cfg.DATASET.NUM_SHOTS
         if shots >= 1 and fewshot:
             get_logger().info("Creating a %d-shot dataset", shots)
+            if "train" in fewshot:
+                say_fewer(splits["train"], shots)
             # Train is drawn before val, as CoOp does: the draws share python's generator.
             drawn = {part: generate_fewshot(splits[part], shots if part == "train" else min(shots, 4)) for part in fewshot}
             splits = splits | (drawn if folder is None else kept_fewshot(folder, shots, cfg.SEED, drawn))

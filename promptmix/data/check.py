@@ -11,6 +11,7 @@ from promptmix.data.datasets.descriptions import Description
 from promptmix.data.datasets.readers import Splits, dataset_folder, packaged_rows, read_splits
 from promptmix.data.datum import Datum
 from promptmix.data.fewshot import load_split
+from promptmix.data.leaks import find_leaks
 from promptmix.data.reading.pictures import decode_problem, find_bad, quick_problem
 from promptmix.data.records import FOLDER, read_records
 from promptmix.errors import DataError
@@ -30,6 +31,7 @@ class Report:
         split: where the split came from.
         findings: what is wrong, one line each.
         bad: path of a picture -> what is wrong with it.
+        notes: copies of pictures, which are the authors' own where nothing else is wrong.
     """
 
     folder: Path
@@ -37,6 +39,7 @@ class Report:
     split: str = ""
     findings: list[str] = field(default_factory=list)
     bad: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
@@ -61,6 +64,7 @@ def check(about: Description, root: str | os.PathLike[str], decode: bool = True)
     _check_split(about, report, splits)
     _check_labels(about, report, {part: splits[part] for part in parts})
     _check_kept(report, splits)
+    report.notes = find_leaks({part: splits[part] for part in parts})
     paths = [item.impath for part in parts for item in splits[part]]
     report.bad = find_bad(paths, decode_problem if decode else quick_problem)
     for part in parts:

@@ -13,7 +13,7 @@ from promptmix.data.datum import Datum
 from promptmix.errors import ConfigError, DataError
 from promptmix.utils import get_logger, read_json, write_json
 
-__all__ = ["generate_fewshot", "load_split", "save_split", "split_by", "subsample_classes"]
+__all__ = ["generate_fewshot", "load_split", "save_split", "say_fewer", "split_by", "subsample_classes"]
 
 StrPath = str | os.PathLike[str]
 
@@ -42,6 +42,21 @@ def generate_fewshot(items: Sequence[Datum], num_shots: int, repeat: bool = Fals
             members = random.choices(members, k=num_shots)
         chosen += members
     return chosen
+
+
+def say_fewer(items: Sequence[Datum], num_shots: int) -> None:
+    """Say how many classes have fewer training pictures than the shots that are asked for."""
+    counts = [len(members) for members in split_by(items, "label").values()]
+    fewer = [count for count in counts if count < num_shots]
+    if fewer:
+        least = f"{min(fewer)} to {max(fewer)}" if min(fewer) < max(fewer) else f"{fewer[0]}"
+        get_logger().warning(
+            "%d shots: %d of %d classes have fewer training pictures (%s) and give all of theirs",
+            num_shots,
+            len(fewer),
+            len(counts),
+            least,
+        )
 
 
 def subsample_classes(*splits: Sequence[Datum], subsample: str = "all") -> list[list[Datum]]:

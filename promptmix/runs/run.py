@@ -22,7 +22,7 @@ from promptmix import config
 from promptmix.cost import memory
 from promptmix.engine import Logger, SimpleTrainer, build_trainer, collect_env_info, set_random_seed, setup_logger
 from promptmix.engine.checkpoint import LAST_FILE
-from promptmix.errors import CheckpointError, UserError
+from promptmix.errors import CheckpointError, ConfigError, UserError
 from promptmix.hookspecs import hookimpl
 from promptmix.plugin_manager import get_plugin_manager
 from promptmix.runs import results
@@ -116,6 +116,8 @@ def running(
             _refuse_other_method(result, model_dir, getattr(trainer, "model", None))
             if load:
                 trainer.load_model(model_dir, epoch=load_epoch)
+        else:
+            _refuse_choice_on_test(cfg, trainer)
         if no_train:
             yield trainer, result
             return
@@ -182,6 +184,26 @@ def _refuse_other_method(new: RunResult, model_dir: str, learner: Any) -> None: 
         raise CheckpointError(
             f"--model-dir {model_dir} learned a context for each of its own {len(names)} classes, which can't serve other names; "
             "evaluate it on those classes, or train without class-specific contexts"
+        )
+
+
+def _refuse_choice_on_test(cfg: CN, trainer: Any) -> None:  # noqa: ANN401  (a trainer with Dassl's interface)
+    """Refuse to choose the best epoch on test pictures; where a benchmark's val part is its test part (ImageNet), say so."""
+    if cfg.TEST.FINAL_MODEL != "best_val" or cfg.TEST.NO_TEST or not _count_learned(trainer):
+        return
+    dataset = getattr(getattr(trainer, "dm", None), "dataset", None)
+    if getattr(trainer, "val_loader", None) is None:
+        raise ConfigError(
+            f"TEST.FINAL_MODEL is 'best_val', but {cfg.DATASET.NAME} has no val part here, so the best epoch would be chosen on "
+            "the test pictures; add val pictures, or leave it at 'last_step'"
+        )
+    tested = {item.impath for item in getattr(dataset, "test", None) or ()}
+    both = sum(item.impath in tested for item in getattr(dataset, "val", None) or ())
+    if both:
+        get_logger().warning(
+            "TEST.FINAL_MODEL is 'best_val', and %d val pictures of %s are test pictures: the epoch is chosen on what is tested",
+            both,
+            cfg.DATASET.NAME,
         )
 
 

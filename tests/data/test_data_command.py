@@ -3,9 +3,11 @@
 import hashlib
 import io
 import json
+import shutil
 import tarfile
 import threading
 import zipfile
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from promptmix.data.datasets import sources
 from promptmix.data.datasets.descriptions import DESCRIPTIONS
 from promptmix.data.datasets.readers import packaged_text, read_classnames
 from promptmix.data.datasets.sources import ARCHIVES, BY_HAND, Archive
+from promptmix.data.datum import Datum
 from promptmix.data.download import download, unpack
 from promptmix.data.prepare import prepare
 from promptmix.data.reading.pictures import quick_problem
@@ -140,10 +143,32 @@ def test_data_errors_are_one_line(capsys, tmp_path):
 
 def test_check_of_ones_own_pictures(capsys, tmp_path):
     for k in range(6):
-        tiny_jpeg(tmp_path / "cat" / f"{k}.jpg")
-        tiny_jpeg(tmp_path / "dog" / f"{k}.jpg")
-    assert main(["data", "check", "ImageFolder", "--root", str(tmp_path), "VERBOSE", "False"]) == 0
+        tiny_jpeg(tmp_path / "cat" / f"{k}.jpg", size=(10 + k, 10))
+        tiny_jpeg(tmp_path / "dog" / f"{k}.jpg", size=(10 + k, 20))
+    command = ["data", "check", "ImageFolder", "--root", str(tmp_path), "VERBOSE", "False"]
+    assert main(command) == 0
     assert "2 classes, train 6, val 2, test 4; all right" in capsys.readouterr().out
+    shutil.copy(tmp_path / "cat" / "0.jpg", tmp_path / "dog" / "6.jpg")
+    tiny_jpeg(tmp_path / "loose.jpg")
+    assert main(command) == 1
+    out = capsys.readouterr().out
+    assert "1 pictures stand under two labels, such as" in out and out.count("two labels") == 1
+    assert "1 pictures are not in class folders and are left out" in out and "loose.jpg" in out
+    assert out.rstrip().endswith("see above")
+
+
+def test_copies_in_a_published_data_set_are_notes(tmp_path, monkeypatch):
+    """The authors' own copies make no data set wrong, but they are counted."""
+    names = ("a.jpg", "b.jpg", "c.jpg")
+    for name, colour in zip(names, (5, 5, 90), strict=True):
+        tiny_jpeg(tmp_path / "oxford_pets" / "images" / name, (colour, colour, colour))
+    items = [Datum(str(tmp_path / "oxford_pets" / "images" / name), k % 2, 0, "xy"[k % 2]) for k, name in enumerate(names)]
+    splits = {"train": items[:1], "val": [], "test": items[1:]}
+    monkeypatch.setattr("promptmix.data.check.read_splits", lambda about, root: splits)
+    about = replace(DESCRIPTIONS["OxfordPets"], expected={"train": 1, "val": 0, "test": 2}, classes=2)
+    report = check(about, tmp_path)
+    assert report.ok and len(report.notes) == 2
+    assert report.notes[0].startswith("1 of 2 pictures of test are in train too") and "two labels" in report.notes[1]
 
 
 # Downloads

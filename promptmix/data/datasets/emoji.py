@@ -13,7 +13,7 @@ from promptmix import hookimpl
 from promptmix.assets import asset_path
 from promptmix.data.base import DatasetBase
 from promptmix.data.datum import Datum
-from promptmix.data.fewshot import subsample_classes
+from promptmix.data.fewshot import say_fewer, subsample_classes
 from promptmix.errors import ConfigError
 from promptmix.registry import Registry
 
@@ -55,6 +55,7 @@ class _EmojiBase(DatasetBase):
         """
         shots = cfg.DATASET.NUM_SHOTS
         if shots >= 1:
+            say_fewer(train, shots)
             train = self.generate_fewshot_dataset(train, num_shots=shots)  # type: ignore[assignment]
             val = self.generate_fewshot_dataset(val, num_shots=min(shots, 4))  # type: ignore[assignment]
         train, test, val = subsample_classes(train, test, val, subsample=cfg.DATASET.SUBSAMPLE_CLASSES)

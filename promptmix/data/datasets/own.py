@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,18 @@ from promptmix import hookimpl
 from promptmix.config import sources
 from promptmix.data.assemble import AssembledDataset, renumbered
 from promptmix.data.base import require_folder
-from promptmix.data.datasets.readers import list_folder, read_classnames, shuffled_split
+from promptmix.data.datasets.readers import read_classnames, shuffled_split
 from promptmix.data.datum import Datum
+from promptmix.data.leaks import alike, find_leaks
 from promptmix.errors import ConfigError, DataError
 from promptmix.registry import Registry
+from promptmix.utils import get_logger
 
 PARTS = ("train", "val", "test")
+#: What folders of the parts are called.
+_PART_FOLDERS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
+#: Formats of cameras and drawings that Pillow does not read by itself.
+_UNREAD_PICTURES = {".heic", ".heif", ".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".svg", ".jxl"}
 
 #: (part or "", domain, folder or label, path): one picture as found.
 Found = tuple[str, str, str, str]
@@ -63,6 +70,12 @@ class _Own(AssembledDataset):
         for part in ("train", "test"):
             if not splits[part]:
                 raise DataError(f"{where} has no {part} pictures; add some, or put all into one folder or list that is split")
+        twins = alike(item.classname for items in splits.values() for item in items)
+        if twins:
+            raise DataError(
+                f"{where}: {len(twins)} class names are there more than once but for case or underscores, such as "
+                f"{' and '.join(map(repr, twins[0]))}, which no prompt can tell apart; put them together or rename one"
+            )
         strange = {item.classname for item in splits["test"]} - {item.classname for item in splits["train"]}
         if strange:
             raise DataError(f"{where}: class {sorted(strange)[0]!r} has test but no training pictures; add some or move it away")
@@ -70,6 +83,14 @@ class _Own(AssembledDataset):
         present = {label: place for place, label in enumerate(sorted({item.label for item in splits["train"]}))}
         splits = {part: renumbered([i for i in items if i.label in present], present) for part, items in splits.items()}
         super().__init__(cfg, splits, remedy=f"check {where}")
+        if len(present) < 2:
+            only = splits["train"][0].classname
+            raise DataError(
+                f"{where} has one class, {only!r}, so there is nothing to tell apart; add a folder or label for another"
+            )
+        used = {"train": self.train_x, "val": self.val or [], "test": self.test or []}
+        for finding in find_leaks(used):
+            get_logger().warning("%s: %s", where, finding)
 
     @staticmethod
     def _split(items: Iterable[Datum], node: CfgNode, where: Path) -> dict[str, list[Datum]]:
@@ -104,7 +125,9 @@ def _in_order(labels: Iterable[str]) -> list[str]:
 
 
 class ImageFolder(_Own):
-    """Folders named by class below ``train/``, ``val/`` and ``test/``, or one level of class folders that is split.
+    """Folders named by class below ``train/``, ``val/`` and ``test/``, or class folders alone, which are split.
+
+    The pictures of a class may lie in folders of its folder, at any depth (``bird/2023/may/1.jpg``).
 
     With ``DATASET.IMAGEFOLDER.DOMAINS``, class folders lie in folders named by domain (``train/photo/cat``, ``sketch/dog``).
     """
@@ -114,29 +137,103 @@ class ImageFolder(_Own):
         if not cfg.DATASET.ROOT:
             raise DataError("data set ImageFolder: DATASET.ROOT is not set; set --root to the folder with your class folders")
         where = require_folder(os.path.join(cfg.DATASET.ROOT, node.FOLDER) if node.FOLDER else cfg.DATASET.ROOT, "ImageFolder")
-        parts = [part for part in PARTS if (where / part).is_dir()]
-        # A lone `train` may be a class of that name.
-        divided = parts[:1] == ["train"] and len(parts) > 1
-        found = [entry for part in (parts if divided else [""]) for entry in _folders(where / part, part, node.DOMAINS)]
+        parts = _parts(where)
+        found = [entry for part, above in parts.items() for entry in _folders(above, part, node.DOMAINS)]
+        _say_left_out(where, parts, found)
+        if not node.DOMAINS:
+            _say_if_domains(where, found)
         names: dict[str, str] = {}
         if node.CLASSNAMES:
             names = read_classnames(_text(where / node.CLASSNAMES, "DATASET.IMAGEFOLDER.CLASSNAMES"))
         super().__init__(cfg, node, found, names, where)
 
 
+def _parts(where: Path) -> dict[str, Path]:
+    """Return part -> folder of what is divided, else "" -> ``where``."""
+    parts = {part: where / name for part, names in _PART_FOLDERS.items() for name in names if (where / name).is_dir()}
+    if "train" not in parts:
+        return {"": where}
+    if len(parts) == 1:
+        # A lone `train` may be a class of that name. It is a part if it holds class folders and nothing lies beside it.
+        others = [entry for entry in _entries(where) if entry.is_dir() and entry.path != str(parts["train"])]
+        if others or any(not entry.is_dir() and _is_picture(entry.name) for entry in _entries(parts["train"])):
+            return {"": where}
+    return {part: parts[part] for part in PARTS if part in parts}
+
+
 def _folders(above: Path, part: str, domains: bool) -> list[Found]:
-    """Return the pictures of class folders, or of class folders in domain folders."""
+    """Return the pictures of class folders at any depth, or of class folders in domain folders."""
     if domains:
-        names = [name for name in list_folder(above) if (above / name).is_dir()]
+        names = [entry.name for entry in _entries(above) if entry.is_dir()]
         return [(part, name, *entry[2:]) for name in names for entry in _folders(above / name, part, False)]
-    known = Image.registered_extensions()
     return [
-        (part, "", name, str(above / name / file))
-        for name in list_folder(above)
-        if (above / name).is_dir()
-        for file in list_folder(above / name)
-        if Path(file).suffix.lower() in known
+        (part, "", folder.name, path)
+        for folder in _entries(above)
+        if folder.is_dir()
+        for path in _below(str(above / folder.name), (os.path.realpath(folder.path),))
+        if _is_picture(path)
     ]
+
+
+def _below(folder: str, above: tuple[str, ...]) -> Iterator[str]:
+    """Return the files below ``folder`` at any depth, sorted, without following a link into a folder that it lies in."""
+    for entry in _entries(Path(folder)):
+        if not entry.is_dir():
+            yield os.path.join(folder, entry.name)
+            continue
+        real = os.path.realpath(entry.path)
+        if real not in above:
+            yield from _below(os.path.join(folder, entry.name), (*above, real))
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    """Return what lies in ``folder`` by name, without hidden entries.
+
+    Raises:
+        DataError: it can't be listed.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+    except OSError as error:
+        raise DataError(f"can't list {folder} ({error.strerror}); check the path and DATASET.ROOT") from error
+
+
+def _is_picture(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in Image.registered_extensions()
+
+
+def _say_left_out(where: Path, parts: dict[str, Path], found: list[Found]) -> None:
+    """Say which files below ``where`` are no picture of any class, with their number."""
+    taken = {path for *_, path in found}
+    left = [path for path in _below(str(where), (os.path.realpath(where),)) if path not in taken]
+    loose = [path for path in left if _is_picture(path)]
+    other = Counter(Path(path).suffix.lower() for path in left if not _is_picture(path))
+    if loose:
+        inside = f"below {', '.join(folder.name for folder in parts.values())}" if "" not in parts else "in class folders"
+        get_logger().warning("%s: %d pictures are not %s and are left out, such as %s", where, len(loose), inside, loose[0])
+    if other:
+        kinds = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in other.most_common(5))
+        log = get_logger().warning if set(other) & _UNREAD_PICTURES else get_logger().info
+        log("%s: %d files are of no picture format that is read here and are left out (%s)", where, other.total(), kinds)
+
+
+def _say_if_domains(where: Path, found: list[Found]) -> None:
+    """Warn where every class folder holds the same folders and nothing else: these may be the classes, in domains."""
+    inside: dict[str, set[str]] = {}
+    for part, _, label, path in found:
+        below = Path(path).relative_to(where).parts
+        inside.setdefault(label, set()).add(below[1 + bool(part)] if len(below) > 2 + bool(part) else "")
+    same = set.intersection(*inside.values()) if len(inside) > 1 else set()
+    if len(same) > 1 and "" not in same:
+        get_logger().warning(
+            "%s: the folders %s each hold %s; they are read as the classes %s. If those inside are the classes, set "
+            "DATASET.IMAGEFOLDER.DOMAINS True",
+            where,
+            ", ".join(list(inside)[:3]),
+            ", ".join(sorted(same)[:3]),
+            ", ".join(list(inside)[:3]),
+        )
 
 
 class CSV(_Own):

@@ -12,13 +12,14 @@ from __future__ import annotations
 import os
 import zipfile
 from functools import lru_cache
+from typing import IO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from promptmix.errors import DataError
 
-__all__ = ["READINGS", "as_rgb", "read_image"]
+__all__ = ["READINGS", "as_rgb", "member_size", "open_member", "read_image"]
 
 READINGS = ("benchmark", "upright")
 
@@ -50,7 +51,7 @@ def read_image(path: str, reading: str = "benchmark") -> Image.Image:
         if not inside:
             with Image.open(path) as img:
                 return as_rgb(img, reading)
-        with _zip(os.path.abspath(pack), os.getpid()).open(member) as file, Image.open(file) as img:
+        with open_member(path) as file, Image.open(file) as img:
             return as_rgb(img, reading)
     except FileNotFoundError as error:
         raise DataError(f"no picture {path}; check DATASET.ROOT, or get the data set again") from error
@@ -98,6 +99,18 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     else:
         top = 1.0 if image.mode == "F" and high <= 1 else max(high, 255.0)
     return Image.fromarray(np.clip(values * (255 / top) + 0.5, 0, 255).astype(np.uint8))
+
+
+def open_member(path: str) -> IO[bytes]:
+    """Open ``pack.zip::member`` for reading; what is wrong comes as the zip module says it."""
+    pack, _, member = path.partition("::")
+    return _zip(os.path.abspath(pack), os.getpid()).open(member)
+
+
+def member_size(path: str) -> int:
+    """Return how many bytes ``pack.zip::member`` has, unpacked."""
+    pack, _, member = path.partition("::")
+    return _zip(os.path.abspath(pack), os.getpid()).getinfo(member).file_size
 
 
 @lru_cache(maxsize=32)
