@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 from promptmix.commands.train import split_arguments
 from promptmix.errors import UserError
 from promptmix.registry import closest
-from promptmix.utils import get_logger
 
 if TYPE_CHECKING:
     from promptmix.data.check import Report
@@ -162,6 +161,8 @@ def _check_other(args: argparse.Namespace) -> int:
 @contextlib.contextmanager
 def _warnings() -> Iterator[list[str]]:
     """Collect what is warned of, in place of printing it."""
+    from promptmix.utils import get_logger
+
     said: list[str] = []
 
     def collect(record: logging.LogRecord) -> bool:
