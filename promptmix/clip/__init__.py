@@ -4,8 +4,24 @@ from __future__ import annotations
 
 from promptmix.clip.load import load_clip
 from promptmix.clip.model import CLIP
-from promptmix.clip.text import Prompts, TextTower
+from promptmix.clip.packed import Prompts
+from promptmix.clip.places import LayerAction, PromptStep
+from promptmix.clip.text import TextTower
 from promptmix.clip.tokens import ClassTokens, Tokenizer, split_template
-from promptmix.clip.vision import ImageTower, PromptStep
+from promptmix.clip.vision import ImageStates, ImageTower
+from promptmix.clip.weights import Weights
 
-__all__ = ["CLIP", "ClassTokens", "ImageTower", "PromptStep", "Prompts", "TextTower", "Tokenizer", "load_clip", "split_template"]
+__all__ = [
+    "CLIP",
+    "ClassTokens",
+    "ImageStates",
+    "ImageTower",
+    "LayerAction",
+    "PromptStep",
+    "Prompts",
+    "TextTower",
+    "Tokenizer",
+    "Weights",
+    "load_clip",
+    "split_template",
+]

@@ -3,15 +3,22 @@
 Both towers are stacks of open_clip's residual attention blocks, and each is read at one token: the text tower at EOT, a vision
 transformer at its class token. In the last layer, therefore, only that token asks; the others give their keys and values.
 The layers here are those blocks with less memory traffic, and open_clip's own wherever something else was put in a block.
+A layer takes what a method changes in it (``LayerChanges``); None is the frozen layer, to the bit.
 """
 
 from __future__ import annotations
 
 from typing import TypeGuard
 
+import torch
 import torch.nn.functional as F
 from open_clip.transformer import QuickGELU, ResidualAttentionBlock
 from torch import Tensor, nn
+from torch.func import functional_call
+
+from promptmix.clip.places import LayerChanges
+from promptmix.clip.weights import Branch, fused, merged
+from promptmix.errors import ConfigError
 
 
 def is_standard(block: nn.Module) -> TypeGuard[ResidualAttentionBlock]:
@@ -28,48 +35,191 @@ def is_standard(block: nn.Module) -> TypeGuard[ResidualAttentionBlock]:
     return linear and not any(part._forward_hooks or part._forward_pre_hooks for part in watched)
 
 
-def layer(block: nn.Module, x: Tensor) -> Tensor:
-    """One layer without mask on tokens (B, L, W); a block that is not open_clip's runs as it is."""
+def layer(block: nn.Module, x: Tensor, own: LayerChanges | None = None, mask: Tensor | None = None) -> Tensor:
+    """One layer on tokens (..., L, W); a block that is not open_clip's runs as it is.
+
+    Args:
+        block: the frozen block.
+        x: (..., L, W).
+        own: what is changed in it.
+        mask: (L, L), added to the attention's logits; None where every token sees all others.
+
+    Raises:
+        ConfigError: the change has no place in a block that is not open_clip's.
+    """
     if not is_standard(block):
-        out: Tensor = block(x)
-        return out
-    attention = block.attn
-    parts = F.linear(block.ln_1(x), attention.in_proj_weight, attention.in_proj_bias).chunk(3, dim=-1)
-    query, key, value = (split_heads(part, attention.num_heads) for part in parts)
-    return finish(block, x, join_heads(F.scaled_dot_product_attention(query, key, value)))
+        return _foreign_layer(block, x, own, mask)
+    x, normed = enter(block, x, own)
+    if own is not None and own.action is not None and own.action.attention is not None:
+        return finish(block, x, own.action.attention(lambda extra: _attend(block, normed, extra, own, mask)), own)
+    return finish(block, x, _attend(block, normed, None, own, mask), own)
 
 
-def first_token_layer(block: nn.Module, x: Tensor) -> Tensor:
+def first_token_layer(block: nn.Module, x: Tensor, own: LayerChanges | None = None) -> Tensor:
     """``layer`` where only the first token's state (B, 1, W) is read."""
-    if not is_standard(block):
-        return layer(block, x)[:, :1]
-    normed = block.ln_1(x)
-    query, key, value = (split_heads(part, block.attn.num_heads) for part in project_some(block, normed[:, :1], normed))
-    return finish(block, x[:, :1], join_heads(F.scaled_dot_product_attention(query, key, value)))
+    if not is_standard(block) or not _alone(own):
+        return layer(block, x, own)[:, :1]
+    x, normed = enter(block, x, own)
+    parts = project_some(block, normed[:, :1], normed, own)
+    return finish(block, x[:, :1], attention(*parts, block.attn.num_heads), own)
 
 
-def project_some(block: ResidualAttentionBlock, asking: Tensor, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries of the tokens ``asking`` (..., W), keys and values of ``normed`` (B, L, W); heads are not split."""
-    weight, bias = block.attn.in_proj_weight, block.attn.in_proj_bias
+def values_layer(block: nn.Module, x: Tensor, own: LayerChanges | None = None) -> Tensor:
+    """``layer`` where only the first token asks and each other token sees itself alone (last-block values of GalLoP, SurPL).
+
+    Raises:
+        ConfigError: the block is not open_clip's, or an action there does not change each token on its own.
+    """
+    if not is_standard(block) or not _alone(own):
+        raise ConfigError(
+            f"last-block values need a CLIP layer at the end that no action looks across, not {type(block).__name__}; "
+            "choose a backbone such as ViT-B/16, or patches instead of values"
+        )
+    x, normed = enter(block, x, own)
+    query, key, value = project_some(block, normed[:, :1], normed, own)
+    first = attention(query, key, value, block.attn.num_heads)
+    return finish(block, x, torch.cat([first, value[:, 1:]], dim=1), own)
+
+
+def enter(block: ResidualAttentionBlock, x: Tensor, own: LayerChanges | None) -> tuple[Tensor, Tensor]:
+    """Return the tokens that enter the layer, and what its attention reads of them."""
+    if own is None:
+        return x, block.ln_1(x)
+    if own.action is not None and own.action.before is not None:
+        x = own.action.before(x)
+    normed = _call(block.ln_1, x, own, "ln_1")
+    if own.action is not None and own.action.normed is not None:
+        normed = own.action.normed(normed)
+    return x, normed
+
+
+def project(block: ResidualAttentionBlock, normed: Tensor, own: LayerChanges | None) -> Tensor:
+    """Queries, keys and values (..., 3W) of tokens; heads are not split."""
+    if own is None:
+        return F.linear(normed, block.attn.in_proj_weight, block.attn.in_proj_bias)
+    out = F.linear(normed, *_in_proj(block, own))
+    fused_branch, thirds = _in_proj_branches(own)
+    if fused_branch is not None:
+        out = out + fused_branch(normed)
+    if any(thirds):
+        parts = zip(out.chunk(3, dim=-1), thirds, strict=True)
+        out = torch.cat([part if branch is None else part + branch(normed) for part, branch in parts], dim=-1)
+    return out
+
+
+def project_some(
+    block: ResidualAttentionBlock, asking: Tensor, normed: Tensor, own: LayerChanges | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries of the tokens ``asking`` (..., W), keys and values of ``normed`` (..., L, W); heads are not split."""
     width = normed.shape[-1]
+    weight, bias = (block.attn.in_proj_weight, block.attn.in_proj_bias) if own is None else _in_proj(block, own)
     key, value = F.linear(normed, weight[width:], bias[width:]).chunk(2, dim=-1)
-    return F.linear(asking, weight[:width], bias[:width]), key, value
+    query = F.linear(asking, weight[:width], bias[:width])
+    if own is None:
+        return query, key, value
+    fused_branch, (for_query, for_key, for_value) = _in_proj_branches(own)
+    if fused_branch is not None:
+        more = fused_branch(normed)[..., width:].chunk(2, dim=-1)
+        query, key, value = query + fused_branch(asking)[..., :width], key + more[0], value + more[1]
+    return (
+        query if for_query is None else query + for_query(asking),
+        key if for_key is None else key + for_key(normed),
+        value if for_value is None else value + for_value(normed),
+    )
 
 
-def finish(block: ResidualAttentionBlock, x: Tensor, heads: Tensor) -> Tensor:
+def finish(block: ResidualAttentionBlock, x: Tensor, heads: Tensor, own: LayerChanges | None = None) -> Tensor:
     """The rest of a layer: attention's output projection and the MLP, added to ``x``."""
-    x = x + block.ls_1(block.attn.out_proj(heads))
-    return x + block.ls_2(_mlp(block, block.ln_2(x)))
+    if own is None:
+        x = x + block.ls_1(block.attn.out_proj(heads))
+        return x + block.ls_2(_mlp(block, block.ln_2(x)))
+    entered = x
+    x = x + _call(block.ls_1, _call(block.attn.out_proj, heads, own, "attn.out_proj"), own, "ls_1")
+    hidden = _call(block.mlp.c_fc, _call(block.ln_2, x, own, "ln_2"), own, "mlp.c_fc")
+    action = own.action
+    if action is not None and action.hidden is not None:
+        hidden = action.hidden(hidden)
+    x = x + _call(block.ls_2, _call(block.mlp.c_proj, block.mlp.gelu(hidden), own, "mlp.c_proj"), own, "ls_2")
+    return x if action is None or action.after is None else action.after(entered, x)
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
+    """Attention of (..., Q, W) over (..., L, W), all projected already; heads are joined again."""
+    query, key, value = (split_heads(part, heads) for part in (query, key, value))
+    return join_heads(F.scaled_dot_product_attention(query, key, value, attn_mask=mask))
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
-    """(B, L, W) to (B, H, L, W / H)."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    """(..., L, W) to (..., H, L, W / H)."""
+    return x.unflatten(-1, (heads, -1)).transpose(-3, -2)
 
 
 def join_heads(x: Tensor) -> Tensor:
-    """(B, H, L, d) to (B, L, H * d)."""
-    return x.transpose(1, 2).flatten(2)
+    """(..., H, L, d) to (..., L, H * d)."""
+    return x.transpose(-3, -2).flatten(-2)
+
+
+def _attend(
+    block: ResidualAttentionBlock, normed: Tensor, extra: Tensor | None, own: LayerChanges | None, mask: Tensor | None
+) -> Tensor:
+    """Attention of tokens (..., L, W) over themselves and ``extra`` tokens (n, W) that all of them see; heads joined."""
+    query, key, value = project(block, normed, own).chunk(3, dim=-1)
+    if extra is not None:
+        more = project(block, _call(block.ln_1, extra.to(normed.dtype), own, "ln_1"), own).chunk(3, dim=-1)
+        key, value = (
+            torch.cat([part, new.expand(*part.shape[:-2], -1, -1)], dim=-2)
+            for part, new in zip((key, value), more[1:], strict=True)
+        )
+        mask = mask if mask is None else F.pad(mask, (0, extra.shape[-2]))
+    return attention(query, key, value, block.attn.num_heads, mask if mask is None else mask.to(normed.dtype))
+
+
+def _alone(own: LayerChanges | None) -> bool:
+    return own is None or own.action is None or own.action.alone
+
+
+def _call(module: nn.Module, x: Tensor, own: LayerChanges | None, name: str) -> Tensor:
+    """Run a part of a block with the deltas of its weights."""
+    mine = (
+        {} if own is None else {key[len(name) + 1 :]: delta for key, delta in own.weights.items() if key.startswith(f"{name}.")}
+    )
+    changed = merged(module, mine)
+    out: Tensor = functional_call(module, changed, (x,)) if changed else module(x)
+    branch = mine.get("weight")
+    return out if branch is None or isinstance(branch, Tensor) else out + branch(x)
+
+
+def _in_proj(block: ResidualAttentionBlock, own: LayerChanges) -> tuple[Tensor, Tensor]:
+    mine = {name: delta for name, delta in own.weights.items() if fused(name).startswith("attn.in_proj_")}
+    found = merged(block, mine)
+    attention = block.attn
+    return found.get("attn.in_proj_weight", attention.in_proj_weight), found.get("attn.in_proj_bias", attention.in_proj_bias)
+
+
+def _in_proj_branches(own: LayerChanges) -> tuple[Branch | None, list[Branch | None]]:
+    names = ("attn.in_proj_weight", *(f"attn.{part}_proj.weight" for part in "qkv"))
+    whole, *thirds = (None if isinstance(delta := own.weights.get(name), Tensor) else delta for name in names)
+    return whole, thirds
+
+
+def _foreign_layer(block: nn.Module, x: Tensor, own: LayerChanges | None, mask: Tensor | None) -> Tensor:
+    """A block of another make: tensors added to its weights, and functions before and after it."""
+    weights = {} if own is None else own.weights
+    action = None if own is None else own.action
+    inside = [name for name, delta in weights.items() if not isinstance(delta, Tensor)]
+    inside += [name for name in ("normed", "attention", "hidden") if getattr(action, name, None) is not None]
+    if inside:
+        raise ConfigError(
+            f"this tower's layers ({type(block).__name__}) are not CLIP's own, so {inside[0]} can't be changed by a function; "
+            "give a tensor that is added to a weight, functions before and after a layer, or choose a backbone such as ViT-B/16"
+        )
+    if action is not None and action.before is not None:
+        x = action.before(x)
+    masks, changed = {} if mask is None else {"attn_mask": mask}, merged(block, weights)
+    flat = x.flatten(0, -3)
+    out: Tensor = functional_call(block, changed, (flat,), masks) if changed else block(flat, **masks)
+    out = out.view_as(x)
+    return out if action is None or action.after is None else action.after(x, out)
 
 
 def _mlp(block: ResidualAttentionBlock, x: Tensor) -> Tensor:

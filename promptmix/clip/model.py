@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
 
 import open_clip
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from promptmix.clip.places import LayerAction
 from promptmix.clip.text import TextTower
 from promptmix.clip.tokens import Tokenizer
 from promptmix.clip.vision import ImageTower, VisualPrompts
+from promptmix.clip.weights import Weights
 
 
 class CLIP(nn.Module):
@@ -78,9 +81,41 @@ class CLIP(nn.Module):
         """Stay in evaluation mode: batch norms and dropout of a frozen model must not move."""
         return super().train(False)
 
-    def encode_image(self, images: Tensor, prompts: VisualPrompts | None = None) -> Tensor:
-        """Return normalised image features (B, D) of images (B, 3, S, S)."""
-        return F.normalize(self.image(images, prompts), dim=-1)
+    def encode_image(
+        self,
+        images: Tensor,
+        prompts: VisualPrompts | None = None,
+        *,
+        weights: Weights | None = None,
+        actions: Mapping[int, LayerAction] | None = None,
+    ) -> Tensor:
+        """Return normalised image features (B, D) of images (B, 3, S, S); see ``ImageTower.forward``."""
+        return F.normalize(self.image(images, prompts, weights=weights, actions=actions), dim=-1)
+
+    def encode_both(
+        self,
+        images: Tensor,
+        prompts: VisualPrompts | None = None,
+        *,
+        weights: Weights | None = None,
+        actions: Mapping[int, LayerAction] | None = None,
+        tokens: Literal["patches", "values"] = "patches",
+    ) -> tuple[Tensor, Tensor]:
+        """Return normalised features of images (B, D) and of their patches (B, M, D) from one pass (``ImageTower.forward``)."""
+        image, patches = self.image(images, prompts, weights=weights, actions=actions, tokens=tokens)
+        return F.normalize(image, dim=-1), F.normalize(patches, dim=-1)
+
+    def encode_tokens(
+        self,
+        images: Tensor,
+        prompts: VisualPrompts | None = None,
+        *,
+        weights: Weights | None = None,
+        actions: Mapping[int, LayerAction] | None = None,
+        tokens: Literal["patches", "values"] = "patches",
+    ) -> Tensor:
+        """Return normalised features (B, M, D) of the patches of images (B, 3, S, S); see ``ImageTower.forward``."""
+        return self.encode_both(images, prompts, weights=weights, actions=actions, tokens=tokens)[1]
 
     def encode_frozen(self, encode: Callable[[], Tensor]) -> Tensor:
         """Return what ``encode`` computes from frozen weights alone: in inference mode, but as a tensor that a loss may keep."""

@@ -8,43 +8,30 @@ what stands before the class name) and a packed *tail* (class name to EOT, no pa
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from itertools import accumulate
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import cast
 
 import open_clip
 import torch
-import torch.nn.functional as F
-from open_clip.transformer import ResidualAttentionBlock, Transformer
+from open_clip.transformer import Transformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from promptmix.clip.blocks import finish, is_standard, join_heads, project_some, split_heads
+from promptmix.clip.blocks import is_standard, layer
+from promptmix.clip.packed import Packed, Prompts, expand, layout_of, packing, shared_block, take_step
+from promptmix.clip.places import Changes, LayerAction, PromptStep
 from promptmix.clip.tokens import ClassTokens, Tokenizer
+from promptmix.clip.weights import Weights, merged, run_changed
 from promptmix.errors import ConfigError
 
 #: Tokens per CPU thread whose states between two layers of a ViT-B/16 stay in the caches; more at once are slower, not faster.
 _TOKENS_PER_THREAD = 1024
 
-#: Deep prompts: {layer: (E, n, W)}; before that layer they replace the n positions behind SOT. Layer 0 is the input itself.
-DeepPrompts = Mapping[int, Tensor]
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """Token embeddings (without positions) of E prompts over C classes, cut where the classes begin to differ.
-
-    Attributes:
-        prefix: (E, P, W), from SOT to the last token that all classes share.
-        tail: (E, N, W), the other tokens up to EOT, class after class without padding; N = sum of ``lengths``.
-        lengths: tail tokens of each of the C classes.
-    """
-
-    prefix: Tensor
-    tail: Tensor
-    lengths: tuple[int, ...]
+#: Deep prompts: {layer: tokens (E or 1, n, W), or (E or 1, C, n, W) where they differ by class}; before that layer they replace
+#: the n positions behind SOT. Layer 0 is the input itself. A ``PromptStep`` says otherwise what is removed and inserted there.
+DeepPrompts = Mapping[int, Tensor | PromptStep]
 
 
 class TextTower(nn.Module):
@@ -87,7 +74,7 @@ class TextTower(nn.Module):
         self.class_chunk = 0
         #: Whether prompts take the way of this module; otherwise they go at full length through open_clip's own layers.
         self.shares_prefix = self.attn_mask is not None
-        self._layer = _shared_block
+        self._layer = shared_block
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -125,16 +112,16 @@ class TextTower(nn.Module):
         everything: list[Tensor | ClassTokens] = [edges[None, :1], *pieces, edges[None, 1:]]
         shared = next(i for i, piece in enumerate(everything) if isinstance(piece, ClassTokens) or piece.dim() == 4)
         front = cast("list[Tensor]", everything[:shared])  # class names come later
-        prefix = torch.cat([_expand(piece, experts) for piece in front], dim=1)
+        prefix = torch.cat([expand(piece, experts) for piece in front], dim=1)
         sources, signature = [], []
         for piece in everything[shared:]:
             if isinstance(piece, ClassTokens):
                 rows, kind = self.embed(piece.flat)[None], "names"
             else:
                 rows, kind = piece.flatten(1, -2), ("shared" if piece.dim() == 3 else "class")
-            sources.append(_expand(rows, experts))
+            sources.append(expand(rows, experts))
             signature.append((kind, piece.shape[-2] if isinstance(piece, Tensor) else 0))
-        index, lengths = _packing(tuple(signature), names.lengths, str(prefix.device))
+        index, lengths = packing(tuple(signature), names.lengths, str(prefix.device))
         tail = torch.cat(sources, dim=1).index_select(1, index)
         longest = prefix.shape[1] + max(lengths)
         if longest > self.context_length:
@@ -142,7 +129,9 @@ class TextTower(nn.Module):
                 f"the longest prompt has {longest} tokens, but this backbone reads {self.context_length}; "
                 f"shorten the context or the class name {names.names[lengths.index(max(lengths))]!r}"
             )
-        return Prompts(prefix, tail, lengths)
+        names_at = next(i for i, piece in enumerate(everything) if isinstance(piece, ClassTokens))
+        context = sum(cast("Tensor", piece).shape[-2] for piece in everything[shared:names_at])
+        return Prompts(prefix, tail, lengths, context)
 
     def compose_text(self, template: str, names: Sequence[str]) -> Prompts:
         """Put the hard prompts ``template.format(name)`` of all ``names`` together (E = 1), sharing their common first tokens."""
@@ -151,76 +140,152 @@ class TextTower(nn.Module):
         rest = ClassTokens(tuple(names), tuple(tuple(row[shared:]) for row in ids))
         return self.compose(self.embed(ids[0][:shared])[None], rest)
 
-    def forward(self, prompts: Prompts, deep: DeepPrompts | None = None) -> Tensor:
+    def forward(
+        self,
+        prompts: Prompts,
+        deep: DeepPrompts | None = None,
+        *,
+        weights: Weights | None = None,
+        actions: Mapping[int, LayerAction] | None = None,
+    ) -> Tensor:
         """Encode prompts.
+
+        The prefix-shared way serves deep prompts, weights and actions that change each token on its own. It is left, for
+        layers at full length, where an action looks across tokens, and where the tower has no causal mask or layers that are
+        not CLIP's. A branch that draws random numbers draws them once for what classes share (and, under ``class_chunk``, once
+        for each chunk).
 
         Args:
             prompts: E prompts over C classes.
-            deep: prompts for deeper layers, ``{layer: (E or 1, n, W)}``.
+            deep: prompts for deeper layers.
+            weights: deltas by their names in this tower's state dict (``transformer.resblocks.0.attn.q_proj.weight``).
+            actions: functions at the joints of layers.
 
         Returns:
             Text features (E, C, D), not normalised.
 
         Raises:
-            ConfigError: deep prompts are longer than the shared prefix, or the tower can't take them.
+            ConfigError: deep prompts are longer than what stands before the class name, a name or a layer is unknown, or the
+                tower can't take them.
         """
-        if deep:
-            widest = max(prompt.shape[-2] for prompt in deep.values())
-            if widest >= prompts.prefix.shape[1]:
-                raise ConfigError(
-                    f"deep text prompts replace {widest} positions behind SOT, but only {prompts.prefix.shape[1] - 1} context "
-                    "tokens stand before the class name; use as many context tokens in front of the class name"
-                )
-        if not self.shares_prefix or not all(map(is_standard, self.blocks)):  # adapters may come at any time
-            from promptmix.clip.reference import encode_plain
+        steps = {i: new if isinstance(new, PromptStep) else PromptStep(new, new.shape[-2]) for i, new in (deep or {}).items()}
+        if deep and isinstance(deep.get(0), Tensor):
+            del steps[0]  # the input, which holds it already
+        changes = Changes(steps, weights or {}, actions or {})
+        if weights or actions or steps:
+            changes.check(self, len(self.blocks), "text")
+            _check_room(prompts, steps)
+        if (
+            not self.shares_prefix or not changes.is_shared or not all(map(is_standard, self.blocks))
+        ):  # adapters may come any time
+            return self.encode_full(prompts, changes)
+        if not torch.is_grad_enabled() and prompts.prefix.device.type == "cpu" and not changes.has_functions:
+            return self._encode_portions(prompts, changes)
+        return self._encode_chunks(prompts, changes, self.class_chunk)
 
-            return encode_plain(self, prompts, deep)
-        deep = deep or {}
-        if not torch.is_grad_enabled() and prompts.prefix.device.type == "cpu":
-            return self._encode_portions(prompts, deep)
-        return self._encode_chunks(prompts, deep, self.class_chunk)
-
-    def _encode_portions(self, prompts: Prompts, deep: DeepPrompts) -> Tensor:
+    def _encode_portions(self, prompts: Prompts, changes: Changes) -> Tensor:
         """Encode without a graph, some experts and some classes at a time, so that what lies between stays in a CPU's caches."""
         each, limit = prompts.prefix.shape[1] + prompts.tail.shape[1], _TOKENS_PER_THREAD * torch.get_num_threads()
         experts, chunk = max(limit // each, 1), max(len(prompts.lengths) * limit // each, 1)
         chunk = min(chunk, self.class_chunk or chunk)
         features = []
         for i, (prefix, tail) in enumerate(zip(prompts.prefix.split(experts), prompts.tail.split(experts), strict=True)):
-            own = {layer: new.split(experts)[i] if len(new) > 1 else new for layer, new in deep.items()}
-            features.append(self._encode_chunks(Prompts(prefix, tail, prompts.lengths), own, chunk))
+            own = _cut(changes, partial(_portion, size=experts, index=i, dims=(3, 4), dim=0))
+            features.append(self._encode_chunks(replace(prompts, prefix=prefix, tail=tail), own, chunk))
         return torch.cat(features)
 
-    def _encode_chunks(self, prompts: Prompts, deep: DeepPrompts, chunk: int) -> Tensor:
+    def _encode_chunks(self, prompts: Prompts, changes: Changes, chunk: int) -> Tensor:
         """Encode ``chunk`` classes at a time, 0 for all at once; with a graph, what lies between is computed again for it."""
         if not 0 < chunk < len(prompts.lengths):
-            return self._encode_shared(prompts, deep)
+            return self._encode_shared(prompts, changes)
+        again = partial(checkpoint, use_reentrant=False, preserve_rng_state=changes.has_functions)
         features = []
         sizes = [prompts.lengths[i : i + chunk] for i in range(0, len(prompts.lengths), chunk)]
-        for tail, lengths in zip(prompts.tail.split([sum(size) for size in sizes], dim=1), sizes, strict=True):
-            some = Prompts(prompts.prefix, tail, lengths)
+        for i, (tail, lengths) in enumerate(zip(prompts.tail.split([sum(size) for size in sizes], dim=1), sizes, strict=True)):
+            some = replace(prompts, tail=tail, lengths=lengths)
+            own = _cut(changes, partial(_portion, size=chunk, index=i, dims=(4,), dim=1))
             if torch.is_grad_enabled():
-                features.append(checkpoint(self._encode_shared, some, deep, use_reentrant=False, preserve_rng_state=False))
+                features.append(again(self._encode_shared, some, own))
             else:
-                features.append(self._encode_shared(some, deep))
+                features.append(self._encode_shared(some, own))
         return torch.cat(features, dim=1)
 
-    def _encode_shared(self, prompts: Prompts, deep: DeepPrompts) -> Tensor:
-        start = prompts.prefix.shape[1]
-        layout = _layout(prompts.lengths, start, str(prompts.prefix.device))
-        position = self.positional_embedding
+    def _encode_shared(self, prompts: Prompts, changes: Changes) -> Tensor:
+        start, device = prompts.prefix.shape[1], str(prompts.prefix.device)
+        layout = layout_of(prompts.lengths, start, device)
+        whole = merged(self, changes.outside)
+        position = whole.get("positional_embedding", self.positional_embedding)
         x = torch.cat([prompts.prefix + position[:start], prompts.tail + position[layout.positions]], dim=1)
-        last = len(self.blocks) - 1
+        lengths, last = prompts.lengths, len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
-            if i in deep and i > 0:
-                new = _expand(deep[i], x.shape[0])
-                x = torch.cat([x[:, :1], new.to(x.dtype), x[:, 1 + new.shape[1] :]], dim=1)
-            x = self._layer(block, x, start, layout, last=i == last)
-        return self.project(self.ln_final(x))
+            if i in changes.steps:
+                x, start, lengths = take_step(Packed(x, start, lengths), changes.steps[i])
+                layout = layout_of(lengths, start, device)
+            own = changes.at(i)
+            run = self._layer if own is None else shared_block  # functions are not compiled
+            x = run(block, x, start, layout, *([] if own is None else [own]), last=i == last)
+        return self._read(x, whole)
+
+    def encode_full(self, prompts: Prompts, changes: Changes) -> Tensor:
+        """Encode at full length with padding, through open_clip's own layers where nothing is changed in them.
+
+        Raises:
+            ConfigError: the tower's layers are not a plain stack, so that changes have no place.
+        """
+        x, ends = self.pad(prompts)
+        whole = merged(self, changes.outside)
+        experts, classes = x.shape[:2]
+        x = x + whole.get("positional_embedding", self.positional_embedding)
+        inside = changes.steps or changes.actions or any(name.startswith(changes.blocks) for name in changes.weights)
+        if not inside:
+            x = self.transformer(x.flatten(0, 1), attn_mask=self.attn_mask).unflatten(0, (experts, classes))
+        elif not getattr(self.transformer, "batch_first", True):
+            raise ConfigError(
+                "MODEL.BACKBONE.NAME: this text tower can't take deep prompts; choose a CLIP ViT with its own text tower"
+            )
+        for i, block in enumerate(self.blocks if inside else []):
+            if i in changes.steps:
+                before = x.shape[2]
+                x = _replace_padded(x, changes.steps[i])
+                ends = ends + x.shape[2] - before
+            own = changes.at(i)
+            mask = self._mask(x.shape[2])
+            if own is None:
+                x = block(x.flatten(0, 1), attn_mask=mask).unflatten(0, (experts, classes))
+            else:
+                x = layer(block, x, own, mask)
+        index = ends.view(1, classes, 1, 1).expand(experts, classes, 1, x.shape[-1])
+        return self._read(x.gather(2, index).squeeze(2), whole)
+
+    def pad(self, prompts: Prompts) -> tuple[Tensor, Tensor]:
+        """Lay prompts out at full length.
+
+        Returns:
+            Embeddings (E, C, L, W) padded with token 0 as CLIP's tokenizer does, and the position of EOT in each class (C,).
+        """
+        experts, start, _ = prompts.prefix.shape
+        padding = self.embed([0]).expand(experts, self.context_length, -1)
+        rows = []
+        for tail in prompts.tail.split(prompts.lengths, dim=1):
+            used = start + tail.shape[1]
+            rows.append(torch.cat([prompts.prefix, tail, padding[:, used:]], dim=1))
+        ends = torch.tensor(prompts.lengths, device=prompts.tail.device) + start - 1
+        return torch.stack(rows, dim=1), ends
+
+    def _mask(self, length: int) -> Tensor | None:
+        """Return the attention mask (length, length), which grows with tokens that steps insert."""
+        mask = self.attn_mask
+        if mask is None or length == mask.shape[0]:
+            return mask
+        return torch.full((length, length), float("-inf"), device=mask.device, dtype=mask.dtype).triu_(1)
+
+    def _read(self, x: Tensor, whole: Mapping[str, Tensor]) -> Tensor:
+        """Map EOT states (..., W) as the last layer leaves them to features (..., D), with the changed weights ``whole``."""
+        return run_changed(self, whole, lambda tower, states: tower.project(tower.ln_final(states)), x)
 
     def compile_layers(self) -> None:
         """Run the layers through ``torch.compile`` from now on."""
-        self._layer = torch.compile(_shared_block)
+        self._layer = torch.compile(shared_block)
 
     def project(self, x: Tensor) -> Tensor:
         """Map EOT states (..., W) into the joint space (..., D)."""
@@ -229,132 +294,53 @@ class TextTower(nn.Module):
         return x if self.text_projection is None else x @ self.text_projection
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """Where the packed tail tokens of C classes stand; all tensors on the tower's device.
-
-    Attributes:
-        positions: (N,) position in the prompt of each tail token.
-        padded: (C, T) row of the packed tail for each class and place; places behind EOT repeat row 0.
-        packed: (N,) place in the flattened (C * T) grid of each packed row.
-        ends: (C,) packed row of each class's EOT.
-        causal: (T, T) bool, True where a query may look.
-        reach: (C, 1, T) bool, True up to the class's EOT.
-    """
-
-    positions: Tensor
-    padded: Tensor
-    packed: Tensor
-    ends: Tensor
-    causal: Tensor
-    reach: Tensor
-
-
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)  # kept for steps that learn
-def _layout(lengths: tuple[int, ...], start: int, device: str) -> _Layout:
-    count = torch.tensor(lengths)
-    place = torch.arange(int(count.max()))
-    inside = place[None, :] < count[:, None]
-    first = count.cumsum(0) - count
-    padded = torch.where(inside, first[:, None] + place[None, :], 0)
-    causal = place[None, :] <= place[:, None]
-    parts = (
-        (start + place).expand_as(inside)[inside],
-        padded,
-        inside.flatten().nonzero().flatten(),
-        first + count - 1,
-        causal,
-        inside[:, None, :],
-    )
-    return _Layout(*(part.to(device) for part in parts))
+def _check_room(prompts: Prompts, steps: Mapping[int, PromptStep]) -> None:
+    """Refuse steps that would replace SOT's neighbours beyond what stands before the class name."""
+    room, sizes = prompts.room, (len(prompts.prefix), len(prompts.lengths))
+    for _, step in sorted(steps.items()):
+        if step.remove > room:
+            raise ConfigError(
+                f"deep text prompts replace {step.remove} positions behind SOT, but only {room} context "
+                "tokens stand before the class name; use as many context tokens in front of the class name"
+            )
+        if isinstance(step.tokens, Tensor):
+            given = step.tokens.shape[:-2]
+            if any(number not in (1, size) for number, size in zip(given, sizes, strict=False)):
+                raise ConfigError(
+                    f"deep text prompts are for {tuple(given)} prompts and classes, not for {sizes}; give 1 or as many of each"
+                )
+        room -= step.remove
+        if step.tokens is not None:
+            room += step.tokens.shape[-2] if isinstance(step.tokens, Tensor) else step.remove
 
 
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)  # kept for steps that learn
-def _packing(
-    signature: tuple[tuple[str, int], ...], name_lengths: tuple[int, ...], device: str
-) -> tuple[Tensor, tuple[int, ...]]:
-    """Return the rows (N,) that pick the tail, class after class, from the concatenated pieces, and the tail lengths."""
-    rows: list[int] = []
-    lengths = []
-    starts = (0, *accumulate(name_lengths))
-    for c, name_length in enumerate(name_lengths):
-        offset, begin = 0, len(rows)
-        for kind, m in signature:
-            if kind == "names":
-                rows.extend(range(offset + starts[c], offset + starts[c] + name_length))
-                offset += sum(name_lengths)
-            elif kind == "class":
-                rows.extend(range(offset + c * m, offset + (c + 1) * m))
-                offset += len(name_lengths) * m
-            else:
-                rows.extend(range(offset, offset + m))
-                offset += m
-        lengths.append(len(rows) - begin)
-    return torch.tensor(rows, device=device), tuple(lengths)
+def _portion(tokens: Tensor, *, size: int, index: int, dims: tuple[int, ...], dim: int) -> Tensor:
+    """Return a part of ``tokens`` along ``dim``, where they have that axis and are not the same for all."""
+    return tokens.split(size, dim)[index] if tokens.dim() in dims and tokens.shape[dim] > 1 else tokens
 
 
-def _shared_block(block: ResidualAttentionBlock, x: Tensor, start: int, layout: _Layout, *, last: bool) -> Tensor:
-    """One transformer layer on packed tokens (E, P + N, W); the last layer gives EOT states (E, C, W) only."""
-    heads = block.attn.num_heads
-    normed = block.ln_1(x)
-    # Prefix and tail are split, not sliced: the gradient of a split is put together in one go. The prefix is copied, since what
-    # is kept of it for the backward pass would otherwise keep the tail's memory too.
-    sizes = (start, x.shape[1] - start)
-    if last:
-        # Only EOT asks in the last layer, and nobody reads the other tokens' outputs.
-        ends = start + layout.ends
-        query, *pairs = project_some(block, normed[:, ends], normed)
-        (k_front, k_tail), (v_front, v_tail) = (part.split(sizes, dim=1) for part in pairs)
-        k_front, v_front = k_front.clone(), v_front.clone()
-        mixed = _attend_tail(query.unsqueeze(2), (k_front, v_front), (k_tail, v_tail), layout, layout.reach, heads)
-        return finish(block, x[:, ends], mixed.squeeze(2))
-    front, tail = F.linear(normed, block.attn.in_proj_weight, block.attn.in_proj_bias).split(sizes, dim=1)
-    q_front, k_front, v_front = front.clone().chunk(3, dim=-1)
-    q_tail, k_tail, v_tail = tail.chunk(3, dim=-1)
-    grid = q_tail[:, layout.padded]  # (E, C, T, W)
-    tail = _attend_tail(grid, (k_front, v_front), (k_tail, v_tail), layout, layout.causal, heads).flatten(1, 2)
-    query, key, value = (split_heads(part, heads) for part in (q_front, k_front, v_front))
-    front = join_heads(F.scaled_dot_product_attention(query, key, value, is_causal=True))
-    return finish(block, x, torch.cat([front, tail[:, layout.packed]], dim=1))
+def _cut(changes: Changes, cut: Callable[[Tensor], Tensor]) -> Changes:
+    """Return the changes for a part of the experts or classes."""
+    if not changes.steps:
+        return changes
+    steps = {
+        i: replace(step, tokens=cut(step.tokens)) if isinstance(step.tokens, Tensor) else step
+        for i, step in changes.steps.items()
+    }
+    return replace(changes, steps=steps)
 
 
-def _attend_tail(
-    query: Tensor, shared: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor], layout: _Layout, allowed: Tensor, heads: int
-) -> Tensor:
-    """Attention of tail tokens over the shared prefix and their own class's tail.
-
-    Args:
-        query: (E, C, Q, W), already projected; Q is T, or 1 for EOT alone.
-        shared: keys and values (E, P, W) of the prefix.
-        own: keys and values (E, N, W) of the tail, packed.
-        layout: where the tail's tokens stand.
-        allowed: bool, broadcast to (C, Q, T): which places of its own tail a query may see.
-        heads: number of heads H.
-
-    Returns:
-        (E, C, Q, W), heads joined, not yet projected.
-    """
-    experts, classes, queries, width = query.shape
-    size = width // heads
-    k_shared, v_shared = (split_heads(part, heads) for part in shared)  # (E, H, P, d)
-    k_own, v_own = (
-        part[:, layout.padded].view(experts, classes, -1, heads, size).permute(0, 3, 1, 2, 4) for part in own
-    )  # (E, H, C, T, d)
-    q = query.view(experts, classes, queries, heads, size).permute(0, 3, 1, 2, 4).contiguous() * size**-0.5  # (E, H, C, Q, d)
-    flat = q.view(experts, heads, classes * queries, size)
-    to_shared = (flat @ k_shared.transpose(-1, -2)).view(experts, heads, classes, queries, -1)
-    to_own = (q @ k_own.transpose(-1, -2)).masked_fill(~allowed, float("-inf"))
-    weights = torch.cat([to_shared, to_own], dim=-1).softmax(dim=-1).to(query.dtype)
-    on_shared, on_own = weights.split([to_shared.shape[-1], to_own.shape[-1]], dim=-1)
-    front = on_shared.reshape(experts, heads, classes * queries, -1) @ v_shared
-    mixed = front.view(experts, heads, classes, queries, size) + on_own @ v_own
-    return mixed.permute(0, 2, 3, 1, 4).reshape(experts, classes, queries, width)
-
-
-def _expand(piece: Tensor, experts: int) -> Tensor:
-    return piece if piece.shape[0] == experts else piece.expand(experts, *piece.shape[1:])
+def _replace_padded(x: Tensor, step: PromptStep) -> Tensor:
+    """Remove and insert tokens behind SOT at full length (E, C, L, W)."""
+    new = step.tokens
+    if new is not None and not isinstance(new, Tensor):
+        new = new(x[:, :, 1 : 1 + step.remove])
+    kept = [x[:, :, :1], x[:, :, 1 + step.remove :]]
+    if new is not None:
+        new = new if new.dim() > 2 else new[None]
+        new = new if new.dim() == 4 else new[:, None]
+        kept.insert(1, new.to(x.dtype).expand(*x.shape[:2], -1, -1))
+    return torch.cat(kept, dim=2)
 
 
 def _common_prefix(rows: Sequence[Sequence[int]]) -> int:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from promptmix.clip import CLIP
+from promptmix.data.features.views import are_pictures
 from promptmix.engine.layout import today
 from promptmix.errors import ConfigError, PluginError
 from promptmix.prompts.heads import WeightedScores
@@ -68,13 +69,18 @@ class PromptLearner(nn.Module, ABC):
         """
         return self.clip.encode_image(images)
 
+    @property
+    def feature_kind(self) -> str:
+        """What ``encode_images`` gives beside the image's feature; caches keep each kind apart."""
+        return ""
+
     def features(self, images: Tensor) -> Tensor:
         """Return ``encode_images(images)``, without a graph where the image side is frozen; kept features are passed on.
 
         Args:
-            images: (B, 3, S, S), or features of any other number of dimensions.
+            images: (B, 3, S, S), or features of any other shape.
         """
-        if images.dim() == 4:
+        if are_pictures(images):
             return (
                 self.clip.encode_frozen(lambda: self.encode_images(images))
                 if self.image_is_frozen
@@ -84,7 +90,7 @@ class PromptLearner(nn.Module, ABC):
 
     def step(self, images: Tensor, labels: Tensor | None = None) -> Step:
         """Return the step of a batch of images (B, 3, S, S), or of kept features, with labels (B,)."""
-        if images.dim() == 4:
+        if are_pictures(images):
             return Step(self, images, labels)
         return Step(self, None, labels, features=images)
 
@@ -194,11 +200,17 @@ class Learner(PromptLearner):
                 raise ConfigError(
                     "a head over patches takes one set of visual prompts; choose another head or a bank of one expert"
                 )
-            return self.clip.encode_tokens(images, *schedules)
+            image, tokens = self.clip.encode_both(images, *schedules)
+            return torch.cat([image[:, None], tokens], dim=1)
         if len(schedules) > 1:
             frozen = self.clip.encode_frozen(lambda: self.clip.encode_image(images))
             return torch.stack([frozen, *(self.clip.encode_image(images, schedule) for schedule in schedules)], dim=1)
         return self.clip.encode_image(images, *schedules)
+
+    @property
+    def feature_kind(self) -> str:
+        """Patches, where the head reads them."""
+        return "patches" if self.head.needs_tokens else ""
 
     def classifier(self) -> Tensor | None:
         """Return text features (E, C, D); None where prompts depend on the image."""

@@ -200,6 +200,7 @@ class PromptTrainer(TrainerX):
             self._feature_cache(),
             self.clip.image,
             draws_between=int(validates),
+            kind=self.model.feature_kind,
         )
 
     @torch.no_grad()
@@ -245,7 +246,9 @@ class PromptTrainer(TrainerX):
         name = "val_loader" if validates else "test_loader"
         loader = getattr(self, name)
         if cache is not None:
-            found = feature_loader(loader, self._encode_frozen, self.cfg, cache, self.clip.image, name.partition("_")[0])
+            split = name.partition("_")[0]
+            kind = self.model.feature_kind
+            found = feature_loader(loader, self._encode_frozen, self.cfg, cache, self.clip.image, split, kind)
             setattr(self, name, found or loader)
         try:
             yield

@@ -11,6 +11,7 @@ import torch
 from promptmix.cli import main
 from promptmix.config import validate
 from promptmix.data.features.cache import FeatureCache, cache_folder, feature_key
+from promptmix.data.features.views import CachedViews
 from promptmix.data.reading.streams import get_streams, set_streams
 from promptmix.engine import build_trainer, set_random_seed
 from promptmix.errors import ConfigError
@@ -59,6 +60,32 @@ def test_scores_are_the_same_numbers_with_and_without_the_cache(tmp_path, traine
     for way in ("first", "again"):
         assert torch.equal(seen["off"][0], seen[way][0])
         assert torch.equal(seen["off"][1], seen[way][1])
+
+
+@pytest.mark.parametrize("opts", [[], [*RANDOM, "INPUT.CACHED_VIEWS", 2]])
+def test_features_of_any_shape_are_kept(tmp_path, trainer, monkeypatch, opts):
+    """Patches ride behind the image's feature for heads that read them, in files of their own."""
+    seen = {}
+    for needs in (False, True):
+        subject = trainer("CoOp", *opts)
+        monkeypatch.setattr(type(subject.model.head), "needs_tokens", needs)
+        shapes = []
+        original = subject.model.logits
+        monkeypatch.setattr(subject.model, "logits", lambda x, t, o=original, s=shapes: s.append(x.shape) or o(x, t))
+        subject.train()
+        seen[needs] = [parameter.detach().clone() for parameter in subject.model.parameters()]
+        assert {len(shape) for shape in shapes} == {2 + needs}
+        if needs:
+            steps = next(iter(subject.train_loader_x))["img"]
+            assert steps.dim() == (3 if "INPUT.CACHED_VIEWS" in opts else 4)
+    for ours, theirs in zip(*seen.values(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    assert len(files(tmp_path)) == (4 if opts else 2)
+
+
+def test_features_that_look_like_pictures_are_refused():
+    with pytest.raises(ConfigError, match=r"shape \(3, 4, 5\) can't be told from pictures"):
+        CachedViews(torch.zeros(1, 2, 3, 4, 5), [])
 
 
 def test_methods_and_seeds_share_a_file_and_other_weights_do_not(tmp_path, trainer):

@@ -23,6 +23,7 @@ from promptmix.data.datum import Datum
 from promptmix.data.features.cache import FeatureCache, feature_key, same_randomness
 from promptmix.data.reading.loaders import TrainLoader
 from promptmix.data.reading.streams import get_streams, set_streams, streams_hash
+from promptmix.errors import ConfigError
 from promptmix.utils import get_logger
 
 Encode = Callable[[Tensor], Tensor]
@@ -31,15 +32,27 @@ Encode = Callable[[Tensor], Tensor]
 STEADY = frozenset({"center_crop", "normalize", "instance_norm"})
 
 
+def are_pictures(batch: Tensor) -> bool:
+    """Tell pictures (B, 3, height, width) from features (B, ...) of a cache."""
+    return batch.dim() == 4 and batch.shape[1] == 3
+
+
 class CachedViews(Dataset[dict[str, Any]]):
-    """Items whose ``img`` is the feature (D,) of one of K precomputed views; ``view`` says of which.
+    """Items whose ``img`` is the feature of one of K precomputed views; ``view`` says of which.
 
     Args:
-        features: (K, n, D), K views of n items.
+        features: (K, n, ...), K views of n items; a feature has any shape but that of a picture: (D,), (M, D) ...
         items: the n items.
+
+    Raises:
+        ConfigError: a feature has the shape (3, height, width), so that nobody could tell it from a picture.
     """
 
     def __init__(self, features: Tensor, items: Sequence[Datum]) -> None:
+        if are_pictures(features[0]):
+            raise ConfigError(
+                f"features of shape {tuple(features.shape[2:])} can't be told from pictures; join two of their axes"
+            )
         self.features, self.items = features, items
         self.view = 0
 
@@ -97,22 +110,25 @@ def cache_views(
     cache: FeatureCache | None,
     tower: torch.nn.Module,
     draws_between: int = 0,
+    kind: str = "",
 ) -> ReplayLoader:
     """Return a loader like ``loader`` (same order, same batches) that gives features instead of pictures.
 
     Args:
         loader: the training loader; its data set augments pictures.
         views: K; one is enough where nothing is random.
-        encode: images (B, 3, S, S), on the CPU, to features (B, D).
+        encode: images (B, 3, S, S), on the CPU, to features (B, ...) of any shape.
         cfg: the whole config tree.
         cache: where features are kept beyond this run; None keeps them in memory only.
         tower: the frozen image tower.
         draws_between: loaders that start between two epochs (validation); each draws one number.
+        kind: what ``encode`` gives beside the image's feature; each kind is kept apart.
     """
     source: Any = loader.dataset
     steady = is_steady(cfg.INPUT.TRANSFORMS)
     views = 1 if steady else views
     more: dict[str, object] = {"split": "train", "batch": loader.batch_size, "device": _device(tower)}
+    more |= {"kind": kind} if kind else {}
     if not steady:
         node = cfg.DATALOADER
         more |= {"views": views, "streams": streams_hash(get_streams()), "sampler": node.TRAIN_X.SAMPLER}
@@ -153,7 +169,7 @@ def _record(loader: DataLoader[Any], views: int, encode: Encode, draws_between: 
         orders.append(torch.cat(order))
         after.append(get_streams())
         seen = torch.cat(parts)
-        view = seen.new_zeros(items, seen.shape[-1])
+        view = seen.new_zeros(items, *seen.shape[1:])
         view[orders[-1]] = seen
         missing = sorted(set(range(items)) - set(orders[-1].tolist()))
         if missing:
@@ -179,7 +195,13 @@ def in_order(loader: DataLoader[Any], dataset: Dataset[Any] | None = None) -> Da
 
 
 def feature_loader(
-    loader: DataLoader[Any], encode: Encode, cfg: CfgNode, cache: FeatureCache, tower: torch.nn.Module, split: str
+    loader: DataLoader[Any],
+    encode: Encode,
+    cfg: CfgNode,
+    cache: FeatureCache,
+    tower: torch.nn.Module,
+    split: str,
+    kind: str = "",
 ) -> DataLoader[Any] | None:
     """Return a loader like the evaluation loader ``loader`` that gives features, computed now or read from ``cache``.
 
@@ -192,6 +214,7 @@ def feature_loader(
     if not isinstance(loader.sampler, torch.utils.data.SequentialSampler) or not hasattr(source, "data_source"):
         return None
     more: dict[str, object] = {"split": "test", "batch": loader.batch_size, "device": _device(tower)}
+    more |= {"kind": kind} if kind else {}
     key = feature_key(cfg, tower, source.data_source, source.transform, **more)
     if key is None:
         return None

@@ -1,0 +1,237 @@
+"""Prompts as the text tower holds them: a prefix that all classes share, and a packed tail where they differ.
+
+Tokens of E prompts over C classes are kept as (E, P + N, W): P shared ones, then class after class what is its own, up to EOT,
+without padding. Every layer runs on those rows; attention of the tail's tokens looks at the shared keys and its own class's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from open_clip.transformer import ResidualAttentionBlock
+from torch import Tensor
+
+from promptmix.clip.blocks import enter, finish, join_heads, project, project_some, split_heads
+from promptmix.clip.places import LayerChanges, PromptStep
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Token embeddings (without positions) of E prompts over C classes, cut where the classes begin to differ.
+
+    Attributes:
+        prefix: (E, P, W), from SOT to the last token that all classes share.
+        tail: (E, N, W), the other tokens up to EOT, class after class without padding; N = sum of ``lengths``.
+        lengths: tail tokens of each of the C classes.
+        context: tokens of the tail that stand in front of each class name, where contexts are class-specific.
+    """
+
+    prefix: Tensor
+    tail: Tensor
+    lengths: tuple[int, ...]
+    context: int = 0
+
+    @property
+    def room(self) -> int:
+        """Tokens between SOT and the class name, which deep prompts may replace."""
+        return self.prefix.shape[1] + self.context - 1
+
+
+class Packed(NamedTuple):
+    """Tokens between two layers.
+
+    Attributes:
+        x: (E, P + N, W).
+        start: P.
+        lengths: tail tokens of each of the C classes.
+    """
+
+    x: Tensor
+    start: int
+    lengths: tuple[int, ...]
+
+
+def take_step(tokens: Packed, step: PromptStep) -> Packed:
+    """Remove and insert tokens behind SOT.
+
+    What all classes share stays shared, unless a step's tokens differ by class or reach into what is the classes' own; then
+    all tokens behind SOT become part of each class's tail from here on.
+    """
+    x, start, lengths = tokens
+    shared = step.remove < start
+    new = step.tokens
+    if new is not None and not isinstance(new, Tensor):
+        new = new(x[:, 1 : 1 + step.remove] if shared else x[:, _rows_behind_sot(lengths, start, step.remove, str(x.device))])
+    count = 0 if new is None else new.shape[-2]
+    if new is not None:
+        new = new.to(x.dtype)
+        new = expand(new if new.dim() > 2 else new[None], x.shape[0])
+        new = new if new.dim() == 3 else new.expand(-1, len(lengths), -1, -1)
+    if shared and (new is None or new.dim() == 3):
+        parts = [x[:, :1], x[:, 1 + step.remove :]] if new is None else [x[:, :1], new, x[:, 1 + step.remove :]]
+        return Packed(torch.cat(parts, dim=1), start + count - step.remove, lengths)
+    per_class = new is not None and new.dim() == 4
+    index = _unshared(lengths, start, step.remove, count, per_class, str(x.device))
+    pool = x if new is None else torch.cat([x, new.flatten(1, -2)], dim=1)
+    longer = start - 1 + count - step.remove
+    return Packed(pool.index_select(1, index), 1, tuple(length + longer for length in lengths))
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # kept for steps that learn
+def _rows_behind_sot(lengths: tuple[int, ...], start: int, count: int, device: str) -> Tensor:
+    """Return the packed rows (C, count) of each class's first tokens behind SOT."""
+    shared = list(range(1, start))[:count]
+    firsts = (start + before for before in accumulate(lengths, initial=0))
+    rows = [shared + list(range(first, first + count - len(shared))) for first, _ in zip(firsts, lengths, strict=False)]
+    return torch.tensor(rows, device=device)
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # kept for steps that learn
+def _unshared(lengths: tuple[int, ...], start: int, remove: int, count: int, per_class: bool, device: str) -> Tensor:
+    """Return the rows that pick SOT and then, class after class, new tokens, old prefix and tail from [packed, new]."""
+    rows, new, first = [0], start + sum(lengths), start
+    skip = max(remove - (start - 1), 0)
+    for length in lengths:
+        rows.extend(range(new, new + count))
+        rows.extend(range(1 + remove, start))
+        rows.extend(range(first + skip, first + length))
+        first += length
+        new += count if per_class else 0
+    return torch.tensor(rows, device=device)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the packed tail tokens of C classes stand; all tensors on the tower's device.
+
+    Attributes:
+        positions: (N,) position in the prompt of each tail token.
+        padded: (C, T) row of the packed tail for each class and place; places behind EOT repeat row 0.
+        packed: (N,) place in the flattened (C * T) grid of each packed row.
+        ends: (C,) packed row of each class's EOT.
+        causal: (T, T) bool, True where a query may look.
+        reach: (C, 1, T) bool, True up to the class's EOT.
+    """
+
+    positions: Tensor
+    padded: Tensor
+    packed: Tensor
+    ends: Tensor
+    causal: Tensor
+    reach: Tensor
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # kept for steps that learn
+def layout_of(lengths: tuple[int, ...], start: int, device: str) -> Layout:
+    """Return where tails of ``lengths`` tokens stand behind a prefix of ``start`` tokens."""
+    count = torch.tensor(lengths)
+    place = torch.arange(int(count.max()))
+    inside = place[None, :] < count[:, None]
+    first = count.cumsum(0) - count
+    padded = torch.where(inside, first[:, None] + place[None, :], 0)
+    causal = place[None, :] <= place[:, None]
+    parts = (
+        (start + place).expand_as(inside)[inside],
+        padded,
+        inside.flatten().nonzero().flatten(),
+        first + count - 1,
+        causal,
+        inside[:, None, :],
+    )
+    return Layout(*(part.to(device) for part in parts))
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # kept for steps that learn
+def packing(signature: tuple[tuple[str, int], ...], name_lengths: tuple[int, ...], device: str) -> tuple[Tensor, tuple[int, ...]]:
+    """Return the rows (N,) that pick the tail, class after class, from the concatenated pieces, and the tail lengths."""
+    rows: list[int] = []
+    lengths = []
+    starts = (0, *accumulate(name_lengths))
+    for c, name_length in enumerate(name_lengths):
+        offset, begin = 0, len(rows)
+        for kind, m in signature:
+            if kind == "names":
+                rows.extend(range(offset + starts[c], offset + starts[c] + name_length))
+                offset += sum(name_lengths)
+            elif kind == "class":
+                rows.extend(range(offset + c * m, offset + (c + 1) * m))
+                offset += len(name_lengths) * m
+            else:
+                rows.extend(range(offset, offset + m))
+                offset += m
+        lengths.append(len(rows) - begin)
+    return torch.tensor(rows, device=device), tuple(lengths)
+
+
+def shared_block(
+    block: ResidualAttentionBlock, x: Tensor, start: int, layout: Layout, own: LayerChanges | None = None, *, last: bool
+) -> Tensor:
+    """One transformer layer on packed tokens (E, P + N, W); the last layer gives EOT states (E, C, W) only."""
+    heads = block.attn.num_heads
+    x, normed = enter(block, x, own)
+    # Prefix and tail are split, not sliced: the gradient of a split is put together in one go. The prefix is copied, since what
+    # is kept of it for the backward pass would otherwise keep the tail's memory too.
+    sizes = (start, x.shape[1] - start)
+    if last:
+        # Only EOT asks in the last layer, and nobody reads the other tokens' outputs.
+        ends = start + layout.ends
+        query, *pairs = project_some(block, normed[:, ends], normed, own)
+        (k_front, k_tail), (v_front, v_tail) = (part.split(sizes, dim=1) for part in pairs)
+        k_front, v_front = k_front.clone(), v_front.clone()
+        mixed = _attend_tail(query.unsqueeze(2), (k_front, v_front), (k_tail, v_tail), layout, layout.reach, heads)
+        return finish(block, x[:, ends], mixed.squeeze(2), own)
+    front, tail = project(block, normed, own).split(sizes, dim=1)
+    q_front, k_front, v_front = front.clone().chunk(3, dim=-1)
+    q_tail, k_tail, v_tail = tail.chunk(3, dim=-1)
+    grid = q_tail[:, layout.padded]  # (E, C, T, W)
+    tail = _attend_tail(grid, (k_front, v_front), (k_tail, v_tail), layout, layout.causal, heads).flatten(1, 2)
+    query, key, value = (split_heads(part, heads) for part in (q_front, k_front, v_front))
+    front = join_heads(F.scaled_dot_product_attention(query, key, value, is_causal=True))
+    return finish(block, x, torch.cat([front, tail[:, layout.packed]], dim=1), own)
+
+
+def _attend_tail(
+    query: Tensor, shared: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor], layout: Layout, allowed: Tensor, heads: int
+) -> Tensor:
+    """Attention of tail tokens over the shared prefix and their own class's tail.
+
+    Args:
+        query: (E, C, Q, W), already projected; Q is T, or 1 for EOT alone.
+        shared: keys and values (E, P, W) of the prefix.
+        own: keys and values (E, N, W) of the tail, packed.
+        layout: where the tail's tokens stand.
+        allowed: bool, broadcast to (C, Q, T): which places of its own tail a query may see.
+        heads: number of heads H.
+
+    Returns:
+        (E, C, Q, W), heads joined, not yet projected.
+    """
+    experts, classes, queries, width = query.shape
+    size = width // heads
+    k_shared, v_shared = (split_heads(part, heads) for part in shared)  # (E, H, P, d)
+    k_own, v_own = (
+        part[:, layout.padded].view(experts, classes, -1, heads, size).permute(0, 3, 1, 2, 4) for part in own
+    )  # (E, H, C, T, d)
+    q = query.view(experts, classes, queries, heads, size).permute(0, 3, 1, 2, 4).contiguous() * size**-0.5  # (E, H, C, Q, d)
+    flat = q.view(experts, heads, classes * queries, size)
+    to_shared = (flat @ k_shared.transpose(-1, -2)).view(experts, heads, classes, queries, -1)
+    to_own = (q @ k_own.transpose(-1, -2)).masked_fill(~allowed, float("-inf"))
+    weights = torch.cat([to_shared, to_own], dim=-1).softmax(dim=-1).to(query.dtype)
+    on_shared, on_own = weights.split([to_shared.shape[-1], to_own.shape[-1]], dim=-1)
+    front = on_shared.reshape(experts, heads, classes * queries, -1) @ v_shared
+    mixed = front.view(experts, heads, classes, queries, size) + on_own @ v_own
+    return mixed.permute(0, 2, 3, 1, 4).reshape(experts, classes, queries, width)
+
+
+def expand(piece: Tensor, experts: int) -> Tensor:
+    """Give a piece for all prompts (1, ...) the axis of E prompts."""
+    return piece if piece.shape[0] == experts else piece.expand(experts, *piece.shape[1:])

@@ -1,0 +1,144 @@
+"""Where a method may act inside the frozen towers: tokens between layers, weights inside layers, functions at a layer's joints.
+
+The towers know no method; they are handed tensors and functions of three kinds, each keyed by where it acts:
+
+- **steps**, ``{layer: PromptStep}``: tokens are removed, appended or inserted before a layer (deep prompts, MaPLe, TCP, MMRL);
+- **weights**, ``{name: delta}``: a tensor is added to a weight or bias, or a function of a linear layer's input is added to its
+  output (LoRA with its dropout, trained layer norms, a trained projection); names are those of the tower's state dict, in
+  OpenAI's layout, and ``q_proj``, ``k_proj``, ``v_proj`` name the thirds of ``in_proj``;
+- **actions**, ``{layer: LayerAction}``: functions at a layer's joints (adapters, convolutions, extra keys and values).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from promptmix.clip.weights import Weights, fused
+from promptmix.errors import ConfigError
+
+#: Attention of a layer: with extra tokens (n, W) that only give keys and values, or None, to the joined heads (..., L, W).
+Attend = Callable[[Tensor | None], Tensor]
+
+
+@dataclass(frozen=True)
+class PromptStep:
+    """What happens to a tower's prompt tokens before a layer.
+
+    They stand at the end of an image's tokens and right behind SOT in a text. Replacing n prompts is
+    ``PromptStep(new, remove=n)``; adding is ``PromptStep(new)``; what no step touches is carried on.
+
+    Attributes:
+        tokens: for images (n, W) or (B, n, W); for texts (n, W), (E or 1, n, W), or (E or 1, C, n, W) where classes differ; or a
+            function that makes them of the removed tokens (B, remove, W), (E, remove, W) or (E, C, remove, W). A function sees
+            some of the classes at a time under ``MODEL.CLASS_CHUNK``. None adds nothing.
+        remove: tokens taken away first.
+    """
+
+    tokens: Tensor | Callable[[Tensor], Tensor] | None
+    remove: int = 0
+
+
+@dataclass(frozen=True)
+class LayerAction:
+    """Functions at the joints of one residual attention block; None leaves a joint as it is.
+
+    Tokens are (B, L, W) in the image tower, class token first, then patches, then prompts. In the text tower they are
+    (E, C, L, W), at full length and with its padding, unless ``per_token``.
+
+    Attributes:
+        before: tokens that enter the block to those that enter instead.
+        normed: the output of ``ln_1`` to what attention reads instead.
+        attention: given ``attend(extra)``, the joined heads (..., L, W) that go into the output projection. ``extra`` (n, W) are
+            tokens that every token sees and that are gone after the layer; ``attend(None)`` is the block's own attention.
+        hidden: what the MLP's first layer gives to what its activation reads instead.
+        after: (tokens that entered, tokens that leave) to the tokens that leave instead.
+        per_token: whether the functions change each token on its own, whatever stands beside it: then ``...`` in (..., W) is
+            any shape, tokens that nobody reads are left out, and the text tower stays prefix-shared.
+    """
+
+    before: Callable[[Tensor], Tensor] | None = None
+    normed: Callable[[Tensor], Tensor] | None = None
+    attention: Callable[[Attend], Tensor] | None = None
+    hidden: Callable[[Tensor], Tensor] | None = None
+    after: Callable[[Tensor, Tensor], Tensor] | None = None
+    per_token: bool = False
+
+    @property
+    def alone(self) -> bool:
+        """Whether each token is changed on its own."""
+        return self.per_token and self.attention is None
+
+
+@dataclass(frozen=True)
+class LayerChanges:
+    """What is changed in one block: deltas by their name within the block, and an action."""
+
+    weights: Weights
+    action: LayerAction | None = None
+
+
+@dataclass(frozen=True)
+class Changes:
+    """Everything that a method changes in one pass of a tower.
+
+    Attributes:
+        steps: tokens between layers.
+        weights: deltas by their name in the tower's state dict.
+        actions: functions at the joints of layers.
+        blocks: the prefix of the tower's blocks in its state dict.
+    """
+
+    steps: Mapping[int, PromptStep] = field(default_factory=dict)
+    weights: Weights = field(default_factory=dict)
+    actions: Mapping[int, LayerAction] = field(default_factory=dict)
+    blocks: str = "transformer.resblocks."
+
+    def at(self, layer: int) -> LayerChanges | None:
+        """Return what is changed in block ``layer``, or None where nothing is."""
+        prefix = f"{self.blocks}{layer}."
+        own = {name.removeprefix(prefix): delta for name, delta in self.weights.items() if name.startswith(prefix)}
+        action = self.actions.get(layer)
+        return LayerChanges(own, action) if own or action else None
+
+    @property
+    def outside(self) -> Weights:
+        """The deltas outside of the blocks."""
+        return {name: delta for name, delta in self.weights.items() if not name.startswith(self.blocks)}
+
+    @property
+    def has_functions(self) -> bool:
+        """Whether random numbers may be drawn inside of a layer, or experts told apart there."""
+        return bool(self.actions) or any(not isinstance(delta, Tensor) for delta in self.weights.values())
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether every action changes each token on its own, so that a text's shared prefix stays shared."""
+        return all(action.alone for action in self.actions.values())
+
+    def check(self, module: nn.Module, depth: int, tower: str) -> None:
+        """Refuse what would be ignored.
+
+        Args:
+            module: the tower.
+            depth: its number of layers.
+            tower: its name, for the message.
+
+        Raises:
+            ConfigError: a delta names no weight of the tower, or an action or a step no layer.
+        """
+        if self.weights:
+            # Embeddings are looked up when prompts are composed, before any change is known.
+            known = {name for name in module.state_dict() if not name.startswith("token_embedding")}
+            for name, delta in self.weights.items():
+                if fused(name) not in known or not (isinstance(delta, Tensor) or name.endswith("weight")):
+                    raise ConfigError(
+                        f"weights name {name!r}, which the {tower} tower can't change so; names are those of its state dict, "
+                        f"such as {max(known)}, and functions stand beside the weight of a linear layer"
+                    )
+        for what, layers in (("an action", self.actions), ("prompts", self.steps)):
+            for layer in layers:
+                if not 0 <= layer < depth:
+                    raise ConfigError(f"{what} for layer {layer}, but the {tower} tower has layers 0 to {depth - 1}")
