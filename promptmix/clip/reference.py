@@ -16,7 +16,7 @@ from promptmix.clip.packed import Prompts
 from promptmix.clip.text import DeepPrompts, TextTower
 
 
-def encode_plain(tower: TextTower, prompts: Prompts, deep: DeepPrompts | None = None, **changes: Any) -> Tensor:  # noqa: ANN401
+def encode_plain(tower: TextTower, prompts: Prompts, deep: DeepPrompts | None = None, **changes: Any) -> Tensor:
     """Encode prompts at full length; same arguments and result as ``TextTower.forward``.
 
     Raises:
