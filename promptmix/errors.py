@@ -51,3 +51,7 @@ class CheckpointError(UserError, OSError):
 
 class PluginError(UserError, ImportError):
     """A plugin that can't be loaded or that implements an unknown hook."""
+
+
+class TrainingError(UserError, FloatingPointError):
+    """A training whose loss is no number any more."""

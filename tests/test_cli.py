@@ -165,7 +165,7 @@ def test_wrong_values_are_one_line_and_leave_nothing(dots, tmp_path, capsys, mon
 
 def test_weights_that_cannot_be_downloaded(dots, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("open_clip.create_model", unreachable)
-    command = [*swap(dots, "--trainer", "CoOp"), "--backbone", "ViT-B/16"]
+    command = [*swap(dots, "--trainer", "CoOp"), "--backbone", "ViT-B/16", "INPUT.SIZE", "(224, 224)"]
     fails(capsys, command, "MODEL.BACKBONE.WEIGHTS", "tiny-en")
     assert not (tmp_path / "out").exists()
 
@@ -359,3 +359,25 @@ def test_doors_work_without_installation(tmp_path):
 def test_quickstart_refuses_a_wrong_name_before_it_runs(comparison, tmp_path, capsys):
     fails(capsys, [*comparison, "--trainers", "Linear", "Lineer"], "did you mean 'Linear'")
     assert not (tmp_path / "quick").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("", "TRAINER.PREC"),
+        ("OPTIM", "single_step"),
+        ("optim.lr", "0 or more"),
+        ("DEVICE", "'auto', 'cpu', 'cuda'"),
+        ("TopK", "TOPK"),
+    ],
+)
+def test_list_keys(name, words, capsys):
+    assert main(["list", "keys", *filter(None, [name])]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("Key ")
+    assert words in shown
+
+
+def test_list_keys_of_nothing(capsys):
+    fails(capsys, ["list", "keys", "OPTIMM"], "did you mean 'OPTIM'")
+    fails(capsys, ["list", "trainers", "CoOp"], "list keys CoOp")

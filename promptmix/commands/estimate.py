@@ -32,6 +32,7 @@ def run(args: argparse.Namespace) -> int:
     values: dict[str, Any] = vars(args)
     flags = {flag: (key, values[flag[2:].replace("-", "_")]) for flag, key in train.FLAGS.items()}
     cfg = make_config([args.dataset_config_file, args.config_file], flags, [*args.opts, "VERBOSE", "False"], args.plugin)
+    train.check_names(cfg)
     config.validate(cfg)
     trainer = build_trainer(cfg)
     if not isinstance(trainer, PromptTrainer):

@@ -8,29 +8,32 @@ import sys
 from promptmix.errors import UserError
 from promptmix.registry import REGISTRIES, closest
 
-KINDS = (*REGISTRIES, "hooks", "plugins")
+KINDS = (*REGISTRIES, "hooks", "plugins", "keys")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
-    parser.add_argument("kind", nargs="?", default="", help=f"one of {', '.join(KINDS)}; default: all but hooks, plugins")
-    parser.add_argument("--plugin", action="append", default=[], metavar="MODULE|FILE", help="load a plugin first")
+    add = parser.add_argument
+    add("kind", nargs="?", default="", help=f"one of {', '.join(KINDS)}; default: every registry")
+    add("name", nargs="?", default="", metavar="NAME", help="keys: a component (TopK), a node (OPTIM) or a key (OPTIM.LR)")
+    add("--plugin", action="append", default=[], metavar="MODULE|FILE", help="load a plugin first")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the tables."""
-    return show(args.kind, args.plugin)
+    return show(args.kind, args.plugin, args.name)
 
 
-def show(kind: str, plugins: list[str]) -> int:
+def show(kind: str, plugins: list[str], name: str = "") -> int:
     """Print one kind, or every registry.
 
     Args:
         kind: one of ``KINDS`` or "".
         plugins: plugins to load before.
+        name: of kind ``keys``, what to show the keys of.
 
     Raises:
-        UserError: an unknown kind.
+        UserError: an unknown kind or name.
     """
     from tabulate import tabulate
 
@@ -39,7 +42,12 @@ def show(kind: str, plugins: list[str]) -> int:
     kind = kind.replace("-", "_")
     if kind and kind not in KINDS:
         raise UserError(f"unknown kind {kind!r}{closest(kind, list(KINDS))} (kinds: {', '.join(KINDS)})")
+    if name and kind != "keys":
+        raise UserError(f"list {kind}: takes no name, but got {name!r}; leave it out, or give `list keys {name}`")
     load_plugins(plugins)
+    if kind == "keys":
+        sys.stdout.write(tabulate(_keys(name), headers=("Key", "Default", "Takes", "Meaning"), disable_numparse=True) + "\n")
+        return 0
     tables = {"hooks": (("Hook", "Fires"), _hooks), "plugins": (("Plugin", "Implements"), _plugins)}
     if kind in tables:
         headers, rows = tables[kind]
@@ -53,6 +61,37 @@ def show(kind: str, plugins: list[str]) -> int:
     ]
     sys.stdout.write(tabulate(entries, headers=("Kind", "Name", "From")) + "\n")
     return 0
+
+
+def _keys(name: str) -> list[tuple[str, str, str, str]]:
+    """Return key, default, what it takes and what it means, of all keys or of those of one component, node or key.
+
+    Raises:
+        UserError: nothing is called ``name``.
+    """
+    from promptmix.config import get_cfg, get_key
+    from promptmix.config.declare import Setting, all_declared, all_keys
+
+    cfg = get_cfg()
+    declared, undeclared = all_declared(cfg), Setting("")  # keys of plugins that add them without a declaration
+    rows = []
+    for key in all_keys(cfg):
+        default, setting = get_key(cfg, key), declared.get(key, undeclared)
+        takes = setting.allowed.removeprefix("give ").removeprefix("choose from ")
+        rows.append((key, repr(default), takes or type(default).__name__, setting.comment))
+    if not name:
+        return rows
+    wanted = name.upper().split(".")
+    found = [row for row in rows if _names(row[0].split("."), wanted)]
+    if not found:
+        nodes = sorted({part for key, *_ in rows for part in key.split(".")})
+        raise UserError(f"list keys: nothing is called {name!r}{closest(name, nodes)} (`promptmix list keys` shows all)")
+    return found
+
+
+def _names(key: list[str], wanted: list[str]) -> bool:
+    """Tell whether ``wanted`` is the key, or one of the nodes above it."""
+    return any(key[start : start + len(wanted)] == wanted for start in range(len(key)))
 
 
 def _hooks() -> list[tuple[str, str]]:

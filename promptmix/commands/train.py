@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from promptmix.config.flags import make_config
 from promptmix.errors import ConfigError
+
+if TYPE_CHECKING:
+    from yacs.config import CfgNode
 
 #: Flag to config key, as in CoOp.
 FLAGS = {
@@ -96,13 +99,27 @@ def run(args: argparse.Namespace) -> int:
         return 0
     flags = {flag: (key, values[flag[2:].replace("-", "_")]) for flag, key in FLAGS.items()}
     cfg = make_config([args.dataset_config_file, args.config_file], flags, args.opts, args.plugin)
-    for key, flag in (("TRAINER.NAME", "--trainer"), ("DATASET.NAME", "--dataset-config-file")):
-        group, name = key.split(".")
-        if not cfg[group][name]:
-            raise ConfigError(
-                f"{key} is not set: give {flag}, or a --config-file that sets it (`promptmix list` shows the names)"
-            )
+    check_names(cfg)
     from promptmix.runs.run import run as run_one
 
     run_one(cfg, **options)
     return 0
+
+
+def check_names(cfg: CfgNode) -> None:
+    """Refuse a run that lacks one of its names.
+
+    Raises:
+        ConfigError: no trainer, no data set, or no backbone for a prompt trainer is chosen.
+    """
+    from promptmix.config import get_key
+    from promptmix.registry import TRAINER_REGISTRY
+
+    needed = {"TRAINER.NAME": "--trainer", "DATASET.NAME": "--dataset-config-file"}
+    if cfg.TRAINER.NAME and hasattr(TRAINER_REGISTRY.get(cfg.TRAINER.NAME), "roles"):
+        needed["MODEL.BACKBONE.NAME"] = "--backbone"
+    for key, flag in needed.items():
+        if not get_key(cfg, key):
+            raise ConfigError(
+                f"{key} is not set: give {flag}, or a --config-file that sets it (`promptmix list` shows the names)"
+            )

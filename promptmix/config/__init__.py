@@ -1,6 +1,7 @@
 """The config tree: Dassl's keys and defaults, ours beside them, and merging that refuses what it doesn't understand."""
 
 from promptmix.config.tree import (
+    check_values,
     get_cfg,
     get_cfg_default,
     get_key,
@@ -14,6 +15,7 @@ from promptmix.config.tree import (
 )
 
 __all__ = [
+    "check_values",
     "get_cfg",
     "get_cfg_default",
     "get_key",

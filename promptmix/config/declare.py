@@ -21,6 +21,7 @@ from promptmix.registry import closest
 
 #: Where a config tree keeps the declarations of its own keys, by name.
 _DECLARED = "_declared"
+_DEFAULTS = "_defaults"
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Setting:
         below: numbers must be smaller than this.
         choices: the only values (of each item); empty = no such limit.
         length: number of items of a list; None = any.
+        items: type of each item of a list, where the default has none that shows it.
     """
 
     comment: str
@@ -44,19 +46,15 @@ class Setting:
     below: float | None = None
     choices: tuple[Any, ...] = ()
     length: int | None = None
+    items: type | tuple[type, ...] | None = None
 
     @property
     def allowed(self) -> str:
         """Return what is allowed, in words; empty where everything of the right type is."""
         if self.choices:
             return f"choose from {', '.join(map(repr, self.choices))}"
-        lowest = (
-            f"{self.low:g} or more" if self.low is not None else f"more than {self.above:g}" if self.above is not None else ""
-        )
-        highest = (
-            f"{self.high:g} or less" if self.high is not None else f"less than {self.below:g}" if self.below is not None else ""
-        )
-        number = " and ".join(filter(None, (lowest, highest)))
+        bounds = ((self.low, "{} or more"), (self.above, "more than {}"), (self.high, "{} or less"), (self.below, "less than {}"))
+        number = " and ".join(words.format(bound) for bound, words in bounds if bound is not None)
         count = "" if self.length is None else f"{self.length} item" + "s" * (self.length != 1)
         return f"give {count + (', each ' if count and number else '') + number}" if count or number else ""
 
@@ -71,26 +69,65 @@ class Setting:
         Raises:
             ConfigError: the value is out of range, no number (NaN), not among the choices or a list of the wrong length.
         """
+        problem = _unusable(value)
         items = list(value) if isinstance(value, (list, tuple)) else [value]
-        fits = (self.length is None or len(items) == self.length) and all(map(self._takes, items))
-        if not fits:
+        if problem or not ((self.length is None or len(items) == self.length) and all(map(self._takes, items))):
             by = f" (set by {source})" if source else ""
-            near = closest(str(value), [str(choice) for choice in self.choices]) if self.choices else ""
-            raise ConfigError(f"{key} is {value!r}{by}, which is not allowed; {self.allowed or 'give a finite number'}{near}")
+            near = closest(str(value), [str(choice) for choice in self.choices]) if self.choices and not problem else ""
+            raise ConfigError(f"{key} is {shown(value)}{by}, which is not allowed; {problem or self._wanted()}{near}")
+
+    def _wanted(self) -> str:
+        if self.allowed or self.items is None:
+            return self.allowed or "give a finite number"
+        kinds = self.items if isinstance(self.items, tuple) else (self.items,)
+        return f"each item must be a {' or '.join(kind.__name__ for kind in kinds)}"
 
     def _takes(self, item: Any) -> bool:  # noqa: ANN401
+        if self.items is not None and not (isinstance(item, self.items) and type(item) is not bool):
+            return False
         if self.choices:
             return item in self.choices
         if isinstance(item, bool) or not isinstance(item, (int, float)):
-            return True
+            limited = any(limit is not None for limit in (self.low, self.high, self.above, self.below))
+            return not limited  # a range means numbers, also inside a list whose type says nothing of its items
         return (
-            not math.isnan(item)
-            and (math.isfinite(item) or self.high is None)
-            and (self.low is None or item >= self.low)
+            (self.low is None or item >= self.low)
             and (self.high is None or item <= self.high)
             and (self.above is None or item > self.above)
             and (self.below is None or item < self.below)
         )
+
+
+def shown(value: Any) -> str:  # noqa: ANN401
+    """Return ``value`` as a message shows it: on one line, cut where it is long."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a number of more digits than Python prints, or a list that holds itself
+        return f"a {type(value).__name__} too large to show"
+    return text if len(text) <= 200 else f"{text[:197]}..."
+
+
+def _unusable(value: Any, depth: int = 0) -> str:  # noqa: ANN401
+    """Return what no key takes: numbers that are none, numbers beyond 64 bits, text that no file holds; "" for nothing."""
+    if isinstance(value, (list, tuple)):
+        if depth > 8:
+            return "lists lie too deep in each other"
+        return next(filter(None, (_unusable(item, depth + 1) for item in value)), "")
+    if isinstance(value, float) and not math.isfinite(value):
+        return "give a finite number"
+    if isinstance(value, int) and abs(value) >= 2**63:
+        return "give a number of at most 64 bits"
+    if isinstance(value, str) and ("\0" in value or not value.isascii() and _half_characters(value)):
+        return "give text in UTF-8, without NUL"
+    return ""
+
+
+def _half_characters(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 @dataclass(frozen=True)
@@ -171,6 +208,7 @@ def declare(node: CfgNode, name: str, default: Any, setting: Setting) -> None:  
     """Add the key ``name`` with ``default`` to ``node``, and remember what it takes."""
     node[name] = default
     node.__dict__.setdefault(_DECLARED, {})[name] = setting
+    node.__dict__.setdefault(_DEFAULTS, {})[name] = default
 
 
 def declare_all(node: CfgNode, function: Callable[..., Any]) -> None:
@@ -209,3 +247,20 @@ def parse_sum(text: str) -> list[tuple[float, str]]:
         if not name.strip():
             raise ConfigError(f"{text!r} is no sum of losses; write names, with factors if you like: '10 * NAME + OTHER'")
     return pairs
+
+
+def all_defaults(cfg: CfgNode, prefix: str = "") -> dict[str, Any]:
+    """Return the default of every declared key of the tree by dotted key."""
+    found = {f"{prefix}{name}": default for name, default in cfg.__dict__.get(_DEFAULTS, {}).items()}
+    for name, value in cfg.items():
+        if isinstance(value, CfgNode):
+            found |= all_defaults(value, f"{prefix}{name}.")
+    return found
+
+
+def all_keys(cfg: CfgNode, prefix: str = "") -> list[str]:
+    """Return the dotted key of every value of the tree, declared or not."""
+    found: list[str] = []
+    for name, value in cfg.items():
+        found += all_keys(value, f"{prefix}{name}.") if isinstance(value, CfgNode) else [f"{prefix}{name}"]
+    return found

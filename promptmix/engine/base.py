@@ -17,7 +17,7 @@ from promptmix.engine.checkpoint import (
     save_checkpoint,
 )
 from promptmix.engine.log import LazyWriter
-from promptmix.errors import CheckpointError
+from promptmix.errors import CheckpointError, TrainingError
 from promptmix.plugin_manager import get_plugin_manager
 from promptmix.utils import get_logger, tolist_if_not
 
@@ -37,7 +37,7 @@ class TrainerBase:
         #: Whether losses are checked every ``TRAIN.PRINT_FREQ`` batches only, since a look at each would wait for the GPU.
         self.waits_to_check = False
         self._finite: torch.Tensor | None = None
-        self.epoch = self.start_epoch = self.max_epoch = 0
+        self.epoch = self.start_epoch = self.max_epoch = self.batch_idx = 0
         #: The numbers of the latest evaluation of each split.
         self.last_results: dict[str, dict[str, float]] = {}
 
@@ -242,7 +242,7 @@ class TrainerBase:
         """Stop at a loss that is infinite or not a number; with ``waits_to_check`` at the next ``check_anomalies``.
 
         Raises:
-            FloatingPointError: it is.
+            TrainingError: it is.
         """
         finite = torch.isfinite(loss.detach()).all()
         if self.waits_to_check:
@@ -255,11 +255,16 @@ class TrainerBase:
         """Stop if one of the losses since the last check was infinite or not a number.
 
         Raises:
-            FloatingPointError: it was.
+            TrainingError: it was; lower the learning rate or limit the gradients.
         """
         finite, self._finite = self._finite, None
         if finite is not None and not finite:
-            raise FloatingPointError("Loss is infinite or NaN!")
+            step = f"epoch {self.epoch + 1}, batch {self.batch_idx + 1}"
+            since = " or up to TRAIN.PRINT_FREQ batches before" if self.waits_to_check else ""
+            raise TrainingError(
+                f"Loss is infinite or NaN at {step}{since} (learning rate {self.get_current_lr():.3g}); lower OPTIM.LR, "
+                "or limit the gradients with TRAIN.CLIP_GRAD_NORM 1.0"
+            )
 
     def model_zero_grad(self, names: Names = None) -> None:
         """Clear the gradients of the models' optimizers."""

@@ -12,13 +12,10 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from yacs.config import CfgNode
 
+from promptmix.config.core import OPTIMIZERS, SCHEDULES, WARMUPS
 from promptmix.errors import CheckpointError, ConfigError
 
 __all__ = ["EpochSchedule", "build_lr_scheduler", "build_optimizer"]
-
-OPTIMIZERS = ("adam", "amsgrad", "sgd", "rmsprop", "radam", "adamw")
-SCHEDULES = ("single_step", "multi_step", "cosine")
-WARMUPS = ("linear", "constant")
 
 
 def build_optimizer(

@@ -8,11 +8,10 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import nn
 
+from promptmix.config.core import DEVICES, PRECISIONS
 from promptmix.errors import ConfigError
 
 __all__ = ["Precision", "choose_device"]
-
-PRECISIONS = ("fp32", "amp", "bf16")
 
 
 def choose_device(name: str = "auto", use_cuda: bool = True) -> torch.device:
@@ -25,8 +24,8 @@ def choose_device(name: str = "auto", use_cuda: bool = True) -> torch.device:
     Raises:
         ConfigError: ``cuda`` is asked for but there is none, or the name is none of the three.
     """
-    if name not in ("auto", "cpu", "cuda"):
-        raise ConfigError(f"DEVICE is {name!r}, but must be one of: auto, cpu, cuda")
+    if name not in DEVICES:
+        raise ConfigError(f"DEVICE is {name!r}, but must be one of: {', '.join(DEVICES)}")
     if name == "cuda" and not use_cuda:
         raise ConfigError("DEVICE is 'cuda' but USE_CUDA is False; leave one of them out")
     if name == "cuda" and not torch.cuda.is_available():

@@ -12,6 +12,7 @@ from yacs.config import CfgNode
 
 from promptmix.clip import load_clip
 from promptmix.clip.reference import make_plain
+from promptmix.clip.sizes import check_size, check_takes
 from promptmix.config import source_of
 from promptmix.config.declare import declare_all, inherited_by, key_of, settings_of
 from promptmix.cost.estimate import explained
@@ -39,11 +40,13 @@ class PromptTrainer(TrainerX):
         layout: how the authors' code saves the method, for ``--model-dir`` and ``promptmix convert``; None = not known.
         schedule_unit: what one step of the learning-rate schedule is, ``epoch`` or ``step`` (then MAX_EPOCH counts epochs still,
             and the schedule spans all their batches).
+        ignores: keys of the core tree that these trainers do not read; other values than the default are refused.
     """
 
     roles: ClassVar[dict[str, str]] = {}
     layout: ClassVar[Layout | None] = None
     schedule_unit: ClassVar[str] = "epoch"
+    ignores: ClassVar[tuple[str, ...]] = ("MODEL.HEAD.NAME", "INPUT.NO_TRANSFORM", "DATALOADER.K_TRANSFORMS")
 
     model: PromptLearner  # made by build_model()
 
@@ -124,7 +127,9 @@ class PromptTrainer(TrainerX):
         """Load the frozen model, build the learner, its optimizer and schedule, and register them as ``prompt_learner``."""
         cfg, log = self.cfg, get_logger()
         log.info("Loading CLIP (backbone: %s)", cfg.MODEL.BACKBONE.NAME)
+        check_size(cfg)
         self.clip = load_clip(cfg).to(self.device)
+        check_takes(self.clip, cfg.INPUT.SIZE)
         self._check_input()
         self.precision = Precision(cfg.TRAINER.PREC, self.device)
         self.clip.text.class_chunk = cfg.MODEL.CLASS_CHUNK

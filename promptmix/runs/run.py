@@ -22,7 +22,7 @@ from promptmix import config
 from promptmix.cost import memory
 from promptmix.engine import Logger, SimpleTrainer, build_trainer, collect_env_info, set_random_seed, setup_logger
 from promptmix.engine.checkpoint import LAST_FILE
-from promptmix.errors import CheckpointError, ConfigError, UserError
+from promptmix.errors import CheckpointError, ConfigError, TrainingError, UserError
 from promptmix.hookspecs import hookimpl
 from promptmix.plugin_manager import get_plugin_manager
 from promptmix.runs import results
@@ -361,7 +361,7 @@ class _Output:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._log.close()
         self._console.close()
-        if isinstance(error, UserError):
+        if isinstance(error, UserError) and not isinstance(error, TrainingError):  # whose log shows how it came about
             for path in self._made:
                 with contextlib.suppress(OSError):  # a folder that got a checkpoint stays
                     path.rmdir() if path.is_dir() else path.unlink()

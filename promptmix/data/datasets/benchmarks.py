@@ -7,6 +7,7 @@ from typing import ClassVar
 from yacs.config import CfgNode
 
 from promptmix import hookimpl
+from promptmix.config.declare import Setting, declare
 from promptmix.data.assemble import AssembledDataset
 from promptmix.data.datasets.descriptions import DESCRIPTIONS, Description
 from promptmix.data.datasets.readers import dataset_folder, read_splits, remedy
@@ -44,7 +45,8 @@ def _dataset(about: Description) -> type[Benchmark]:
 @hookimpl
 def extend_config(cfg: CfgNode) -> None:
     """Add ``DATASET.SKIP_BAD``."""
-    cfg.DATASET.SKIP_BAD = False  # True: leave out pictures that are missing or damaged, instead of stopping before training
+    comment = "True: leave out pictures that are missing or damaged, instead of stopping before training"
+    declare(cfg.DATASET, "SKIP_BAD", False, Setting(comment))
 
 
 @hookimpl

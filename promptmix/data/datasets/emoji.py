@@ -11,6 +11,7 @@ from yacs.config import CfgNode
 
 from promptmix import hookimpl
 from promptmix.assets import asset_path
+from promptmix.config.declare import Setting, declare
 from promptmix.data.base import DatasetBase
 from promptmix.data.datum import Datum
 from promptmix.data.fewshot import say_fewer, subsample_classes
@@ -146,8 +147,10 @@ class EmojiConcepts(_EmojiBase):
 def extend_config(cfg: CfgNode) -> None:
     """Add ``DATASET.EMOJI``."""
     cfg.DATASET.EMOJI = CfgNode()
-    cfg.DATASET.EMOJI.NUM_CONCEPTS = 150  # EmojiConcepts: classes, a fixed choice for each number
-    cfg.DATASET.EMOJI.CONCEPTS = "seen"  # EmojiConcepts: seen | novel (kept out of the tiny models' pretraining) | all
+    comment = "EmojiConcepts: classes, a fixed choice for each number"
+    declare(cfg.DATASET.EMOJI, "NUM_CONCEPTS", 150, Setting(comment, low=2, high=100_000))
+    comment = "EmojiConcepts: novel: those kept out of the tiny models' pretraining"
+    declare(cfg.DATASET.EMOJI, "CONCEPTS", "seen", Setting(comment, choices=("seen", "novel", "all")))
 
 
 @hookimpl

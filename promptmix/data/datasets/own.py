@@ -14,6 +14,8 @@ from yacs.config import CfgNode
 
 from promptmix import hookimpl
 from promptmix.config import sources
+from promptmix.config.checks import check_templates
+from promptmix.config.declare import Setting, declare
 from promptmix.data.assemble import AssembledDataset, renumbered
 from promptmix.data.base import require_folder
 from promptmix.data.datasets.readers import read_classnames, shuffled_split
@@ -276,13 +278,19 @@ def extend_config(cfg: CfgNode) -> None:
     """Add ``DATASET.IMAGEFOLDER`` and ``DATASET.CSV``."""
     for name in ("IMAGEFOLDER", "CSV"):
         node = cfg.DATASET[name] = CfgNode()
-        node.TEMPLATES = ("a photo of a {}.",)  # hard templates; the first is the one that methods start from
-        node.SPLIT_RATIO = (0.5, 0.2, 0.3)  # shares of train, val and test where the pictures come without a split
-        node.SPLIT_SEED = 1  # of that split; the run's SEED does not move it
-    cfg.DATASET.IMAGEFOLDER.FOLDER = ""  # folder of the pictures below DATASET.ROOT; "" = DATASET.ROOT itself
-    cfg.DATASET.IMAGEFOLDER.DOMAINS = False  # True: class folders lie in folders named by domain
-    cfg.DATASET.IMAGEFOLDER.CLASSNAMES = ""  # file with lines "folder class name"; "" = the folders' names are the classes'
-    cfg.DATASET.CSV.FILE = "labels.csv"  # the table, below DATASET.ROOT or with its full path
+        comment = "hard templates; the first is the one that methods start from"
+        declare(node, "TEMPLATES", ("a photo of a {}.",), Setting(comment, items=str))
+        comment = "shares of train, val and test where the pictures come without a split"
+        declare(node, "SPLIT_RATIO", (0.5, 0.2, 0.3), Setting(comment, low=0, high=1, length=3))
+        comment = "of that split; the run's SEED does not move it"
+        declare(node, "SPLIT_SEED", 1, Setting(comment, low=0, high=2**32 - 1))
+    node = cfg.DATASET.IMAGEFOLDER
+    comment = 'folder of the pictures below DATASET.ROOT; "" = DATASET.ROOT itself'
+    declare(node, "FOLDER", "", Setting(comment))
+    declare(node, "DOMAINS", False, Setting("True: class folders lie in folders named by domain"))
+    comment = 'file with lines "folder class name"; "" = the folders\' names are the classes\''
+    declare(node, "CLASSNAMES", "", Setting(comment))
+    declare(cfg.DATASET.CSV, "FILE", "labels.csv", Setting("the table, below DATASET.ROOT or with its full path"))
 
 
 @hookimpl
@@ -294,6 +302,7 @@ def validate_config(cfg: CfgNode) -> None:
             raise ConfigError(
                 f"{keys[0]} (set by {sources(cfg)[keys[0]]}) would be ignored by data set {cfg.DATASET.NAME}; remove it"
             )
+        check_templates(f"DATASET.{name}.TEMPLATES", cfg.DATASET[name].TEMPLATES)
 
 
 @hookimpl

@@ -17,11 +17,10 @@ from typing import IO
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from promptmix.config.core import READINGS
 from promptmix.errors import DataError
 
 __all__ = ["READINGS", "as_rgb", "member_size", "open_member", "read_image"]
-
-READINGS = ("benchmark", "upright")
 
 _ORIENTATION = 0x0112  # EXIF's tag
 #: What undoes each orientation but 1.

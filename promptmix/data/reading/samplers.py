@@ -10,6 +10,7 @@ import numpy as np
 from torch.utils.data import RandomSampler, Sampler, SequentialSampler
 from yacs.config import CfgNode
 
+from promptmix.config.core import SAMPLERS
 from promptmix.data.datum import Datum
 from promptmix.errors import ConfigError
 
@@ -186,5 +187,4 @@ def build_sampler(
         return SeqDomainSampler(data_source, batch_size)
     if sampler_type == "RandomClassSampler":
         return RandomClassSampler(data_source, batch_size, n_ins)
-    known = "RandomSampler, SequentialSampler, RandomDomainSampler, SeqDomainSampler, RandomClassSampler"
-    raise ConfigError(f"unknown sampler {sampler_type!r} in DATALOADER (choices: {known})")
+    raise ConfigError(f"unknown sampler {sampler_type!r} in DATALOADER (choices: {', '.join(SAMPLERS)})")

@@ -14,6 +14,7 @@ from torchvision.transforms import functional as F
 from torchvision.transforms.functional import InterpolationMode
 from yacs.config import CfgNode
 
+from promptmix.config.core import TRANSFORMS as CHOICES
 from promptmix.data.reading.randaugment import RandAugment, RandAugment2, RandAugmentFixMatch
 from promptmix.errors import ConfigError
 from promptmix.registry import closest
@@ -30,28 +31,6 @@ __all__ = [
 ]
 
 Transform = Callable[[Any], Any]
-
-#: What ``INPUT.TRANSFORMS`` may name.
-CHOICES = (
-    "random_flip",
-    "random_resized_crop",
-    "normalize",
-    "instance_norm",
-    "random_crop",
-    "random_translation",
-    "center_crop",  # evaluation does it always; allowed here because configs name it
-    "cutout",
-    "imagenet_policy",
-    "cifar10_policy",
-    "svhn_policy",
-    "randaugment",
-    "randaugment_fixmatch",
-    "randaugment2",
-    "gaussian_noise",
-    "colorjitter",
-    "randomgrayscale",
-    "gaussian_blur",
-)
 
 INTERPOLATION_MODES = {
     "bilinear": InterpolationMode.BILINEAR,
