@@ -31,6 +31,10 @@ __all__ = [
 ]
 
 
+#: Files that build on each other; longer chains are circles.
+_MOST_BASES = 32
+
+
 def get_cfg() -> CN:
     """Return a new config tree with the nodes of every registered trainer and component, and of plugins' ``extend_config``."""
     from promptmix.plugin_manager import get_plugin_manager
