@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import shutil
 from collections import Counter, OrderedDict
 from collections.abc import Mapping
@@ -17,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from promptmix.engine.optim import EpochSchedule
-from promptmix.engine.unpickle import read_pickled
+from promptmix.engine.unpickle import Refused, read_pickled
 from promptmix.errors import CheckpointError
+from promptmix.files.digests import digest_of
 from promptmix.utils import atomic_write, get_logger, mkdir_if_missing, read_json, write_json
 
 __all__ = [
@@ -40,6 +40,8 @@ BEST_FILE = "model-best.pth.tar"
 #: A model as `promptmix convert` writes it: tensors, and what else is known of them.
 EXPORT_FILE, EXPORT_NOTE = "model.safetensors", "model.json"
 _EXPORT_VERSION = 1
+#: Where a file keeps the digest of everything else in it.
+DIGEST = "digest"
 
 
 def save_checkpoint(
@@ -65,7 +67,8 @@ def save_checkpoint(
     mkdir_if_missing(folder)
     if remove_module_from_keys:
         state = {**state, "state_dict": _without_module(state["state_dict"])}
-    payload = _plain(state, "checkpoint")
+    payload = _plain({key: value for key, value in state.items() if key != DIGEST}, "checkpoint")
+    payload[DIGEST] = digest_of(payload)
     path = folder / (model_name or f"model.pth.tar-{state['epoch']}")
     atomic_write(path, lambda temporary: torch.save(payload, temporary))
     get_logger().info("Checkpoint saved to %s", path)
@@ -83,37 +86,46 @@ def load_checkpoint(fpath: StrPath) -> dict[str, Any]:
     any other object is refused.
 
     Raises:
-        CheckpointError: no such file, not a checkpoint, or one that holds objects.
+        CheckpointError: no such file, not a checkpoint, one that holds objects, or one that was changed after it was written.
     """
     path = Path(fpath)
     if not path.is_file():
         raise CheckpointError(f"no checkpoint {path}; {_what_is_there(path.parent)}")
     try:
-        checkpoint = _read(path)
-    except pickle.UnpicklingError as error:
-        # A damaged file comes here too; only one that is well-formed names what it wants to build.
-        wanted = next((line.strip() for line in str(error).splitlines() if "GLOBAL" in line), "")
-        reason = f"it holds objects besides tensors and numbers ({wanted})" if wanted else "it is damaged or no checkpoint"
+        checkpoint = read_pickled(path)
+    except Refused as error:
+        # Only a file that is well-formed names what it wants to build.
+        objects = "GLOBAL" in str(error)
+        reason = (
+            f"it holds objects besides tensors and numbers: {error}" if objects else f"it is damaged or no checkpoint: {error}"
+        )
         raise CheckpointError(
-            f"can't read {path}: {reason}; promptmix never runs code from a file. "
+            f"can't read {path} ({reason}); promptmix never runs code from a file. "
             "Write it again with promptmix, or save its state_dict alone"
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"can't read {path} ({first}); it is damaged or no checkpoint") from error
+    except (OSError, MemoryError) as error:
+        raise CheckpointError(
+            f"can't read {path} ({error or type(error).__name__}); check the disk and who may read it"
+        ) from error
     if not isinstance(checkpoint, dict):
         kind = type(checkpoint).__name__
         raise CheckpointError(f"{path} is no checkpoint: it holds a {kind}, not a dict with 'state_dict'")
+    _check_digest(checkpoint, {key: value for key, value in checkpoint.items() if key != DIGEST}, path)
+    state, epoch = checkpoint.get("state_dict", {}), checkpoint.get("epoch", 0)
+    if not isinstance(state, Mapping) or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()):
+        raise CheckpointError(f"the 'state_dict' in {path} is no dict of named tensors; take another copy or epoch")
+    if type(epoch) is not int or epoch < 0:
+        raise CheckpointError(f"the 'epoch' in {path} is {str(epoch)[:40]!r}, not a number of epochs; take another copy or epoch")
     return checkpoint
 
 
-def _read(path: Path) -> Any:  # noqa: ANN401
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "GLOBAL" not in str(error):
-            raise
-        return read_pickled(path)
+def _check_digest(note: Mapping[str, Any], content: Any, path: Path) -> None:  # noqa: ANN401
+    """Refuse a file whose content is not what its digest was taken of; older files and other programs' have none."""
+    if DIGEST in note and note[DIGEST] != digest_of(content):
+        raise CheckpointError(
+            f"{path} is not what was written (its digest differs): it was damaged or changed; take another copy or epoch, "
+            f"or train again. Whoever changed it on purpose removes its entry {DIGEST!r}"
+        )
 
 
 def read_model(folder: StrPath, epoch: int | None = None) -> tuple[dict[str, Any], Path]:
@@ -145,7 +157,8 @@ def export_model(state_dict: Mapping[str, torch.Tensor], folder: StrPath, note: 
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
     atomic_write(path, lambda temporary: save_file(tensors, temporary))
     shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
-    write_json({"schema_version": _EXPORT_VERSION, **note, "tensors": shapes}, Path(folder, EXPORT_NOTE))
+    whole = {"schema_version": _EXPORT_VERSION, **note, "tensors": shapes, DIGEST: digest_of(dict(sorted(tensors.items())))}
+    write_json(whole, Path(folder, EXPORT_NOTE))
     return path
 
 
@@ -168,6 +181,7 @@ def read_export(folder: StrPath, epoch: int | None = None) -> dict[str, Any]:
         state = load_file(path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"can't read {path} ({error}); convert the checkpoint again") from error
+    _check_digest(note, dict(sorted(state.items())), path)
     return {**note, "state_dict": state}
 
 
@@ -186,11 +200,7 @@ def load_state_dict_strict(model: nn.Module, state_dict: Mapping[str, Any], sour
     own = model.state_dict()
     missing = [key for key in own if key not in state_dict]
     unexpected = [key for key in state_dict if key not in own]
-    shapes = [
-        f"{key} is {tuple(state_dict[key].shape)} there and {tuple(own[key].shape)} here"
-        for key in own
-        if key in state_dict and state_dict[key].shape != own[key].shape
-    ]
+    shapes = [clash for key in own if key in state_dict and (clash := _clash(key, state_dict[key], own[key]))]
     problems = [f"{word} {_some(keys)}" for word, keys in (("lacks", missing), ("has unknown", unexpected)) if keys]
     problems += [_some(shapes)] if shapes else []
     if problems:
@@ -198,7 +208,28 @@ def load_state_dict_strict(model: nn.Module, state_dict: Mapping[str, Any], sour
             f"{source} doesn't fit {type(model).__name__}: it {'; '.join(problems)}. "
             "It is of another method or config; use those that wrote it"
         )
+    broken = [key for key in own if not _is_finite(state_dict[key])]
+    if broken:
+        raise CheckpointError(
+            f"{source} holds numbers that are NaN or infinite ({_some(broken)}): training diverged, or the file is damaged; "
+            "take an earlier epoch, or train again with a lower OPTIM.LR"
+        )
     model.load_state_dict(dict(state_dict))
+
+
+def _clash(key: str, theirs: Any, ours: torch.Tensor) -> str:  # noqa: ANN401
+    """Say why a value can't stand for a tensor of the model; "" where it can."""
+    if not isinstance(theirs, torch.Tensor):
+        return f"{key} is a {type(theirs).__name__} there, not a tensor"
+    if theirs.shape != ours.shape:
+        return f"{key} is {tuple(theirs.shape)} there and {tuple(ours.shape)} here"
+    if theirs.dtype != ours.dtype and not (theirs.is_floating_point() and ours.is_floating_point()):
+        return f"{key} is of type {theirs.dtype} there and {ours.dtype} here"
+    return ""
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor.float()).all())
 
 
 def resume_from_checkpoint(
@@ -261,9 +292,14 @@ def load_pretrained_weights(model: nn.Module, weight_path: StrPath) -> None:
         CheckpointError: the file can't be read, or not one tensor fits.
     """
     checkpoint = load_checkpoint(weight_path)
-    loaded = _without_module(checkpoint.get("state_dict", checkpoint))
+    found = checkpoint.get("state_dict", checkpoint)
+    if not isinstance(found, Mapping) or not all(isinstance(key, str) for key in found):
+        raise CheckpointError(f"{weight_path} holds no state_dict of named tensors; name a checkpoint")
+    loaded = _without_module(found)
     own = model.state_dict()
-    fitting = {key: value for key, value in loaded.items() if key in own and own[key].shape == value.shape}
+    fitting = {
+        key: value for key, value in loaded.items() if key in own and not _clash(key, value, own[key]) and _is_finite(value)
+    }
     if not fitting:
         raise CheckpointError(
             f"nothing in {weight_path} fits {type(model).__name__}: there are {_some(list(loaded))}; "

@@ -16,6 +16,7 @@ from promptmix.engine import (
     resume_from_checkpoint,
     save_checkpoint,
 )
+from promptmix.engine.checkpoint import export_model, read_export
 from promptmix.errors import CheckpointError
 
 
@@ -192,3 +193,119 @@ def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         save_checkpoint(state(nn.Linear(1, 1)), tmp_path)
     assert (tmp_path / "model.pth.tar-3").read_bytes() == old
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["checkpoint", "model.pth.tar-3"]
+
+
+# A file that was changed after it was written
+
+
+def changed(path, change):
+    """Read a checkpoint, change it and write it back as torch.save does, with checksums that are right."""
+    checkpoint = torch.load(path, weights_only=True)
+    change(checkpoint)
+    torch.save(checkpoint, path)
+
+
+def flip(checkpoint):
+    """One bit of one weight."""
+    checkpoint["state_dict"]["weight"].view(torch.int32)[0, 0] ^= 1
+
+
+CHANGES = {
+    "a bit of a weight": flip,
+    "a weight more": lambda checkpoint: checkpoint["state_dict"].update(more=torch.ones(1)),
+    "another epoch": lambda checkpoint: checkpoint.update(epoch=4),
+    "integers": lambda checkpoint: checkpoint["state_dict"].update(weight=torch.zeros(2, 3, dtype=torch.int64)),
+    "half precision": lambda checkpoint: checkpoint["state_dict"].update(weight=checkpoint["state_dict"]["weight"].half()),
+    "another moment": lambda checkpoint: checkpoint["optimizer"]["state"][0]["momentum_buffer"].add_(1),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=list(CHANGES))
+def test_a_changed_checkpoint_is_refused(tmp_path, change):
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    learn(model, optimizer)
+    save_checkpoint(state(model, optimizer=optimizer.state_dict(), random=(1, [2, 3], torch.arange(3))), tmp_path)
+    path = tmp_path / "model.pth.tar-3"
+    changed(path, lambda checkpoint: None)
+    assert load_checkpoint(path)["random"][:2] == (1, [2, 3])
+    changed(path, change)
+    with pytest.raises(CheckpointError, match=r"is not what was written .its digest differs"):
+        load_checkpoint(path)
+    changed(path, lambda checkpoint: checkpoint.pop("digest"))  # as a file of Dassl's
+    load_checkpoint(path)
+
+
+def test_equal_checkpoints_are_equal_files(tmp_path):
+    model = nn.Linear(3, 2)
+    for folder in ("one", "two"):
+        save_checkpoint(state(model), tmp_path / folder)
+    assert (tmp_path / "one/model.pth.tar-3").read_bytes() == (tmp_path / "two/model.pth.tar-3").read_bytes()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("kind", [torch.float32, torch.float16])
+def test_numbers_that_are_none_are_refused(tmp_path, bad, kind):
+    model, broken = nn.Linear(3, 2), nn.Linear(3, 2).to(kind)
+    before = model.weight.clone()
+    with torch.no_grad():
+        broken.weight[1, 2] = bad
+    save_checkpoint(state(broken), tmp_path)
+    with pytest.raises(CheckpointError, match=r"model.pth.tar-3 holds numbers that are NaN or infinite .weight"):
+        resume_from_checkpoint(tmp_path, model)
+    assert torch.equal(model.weight, before)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (dict(weight=torch.zeros(2, 3, dtype=torch.int64)), "weight is of type torch.int64 there and torch.float32 here"),
+        (dict(weight=torch.zeros(2, 3, dtype=torch.bool)), "weight is of type torch.bool there"),
+        (dict(weight=torch.zeros(2, 3, dtype=torch.complex64)), "weight is of type torch.complex64 there"),
+        (dict(weight=[[1.0]]), "weight is a list there, not a tensor"),
+    ],
+)
+def test_tensors_of_another_type_are_refused(values, words):
+    model = nn.Linear(3, 2)
+    with pytest.raises(CheckpointError, match=words):
+        load_state_dict_strict(model, {**model.state_dict(), **values}, "file")
+    load_state_dict_strict(model, {name: value.half() for name, value in model.state_dict().items()}, "file")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"state_dict": [1]}, "no dict of named tensors"),
+        ({"state_dict": {"weight": 1}}, "no dict of named tensors"),
+        ({"state_dict": {1: torch.ones(1)}}, "no dict of named tensors"),
+        ({"state_dict": {}, "epoch": "3"}, "not a number of epochs"),
+        ({"state_dict": {}, "epoch": -1}, "not a number of epochs"),
+        ({"state_dict": {}, "epoch": 1, "digest": 7}, "digest differs"),
+    ],
+)
+def test_entries_of_another_form_are_refused(tmp_path, content, words):
+    torch.save(content, tmp_path / "file")
+    with pytest.raises(CheckpointError, match=words):
+        load_checkpoint(tmp_path / "file")
+
+
+def test_deep_and_recursive_checkpoints_end_in_one_line(tmp_path):
+    circle: dict = {"state_dict": {}, "epoch": 1}
+    circle["again"] = circle
+    deep: list = []
+    for _ in range(300):
+        deep = [deep]
+    for name, content, words in (("circle", circle, "holds itself"), ("deep", {"deep": deep}, "100 levels deep")):
+        torch.save(content, tmp_path / name)
+        with pytest.raises(CheckpointError, match=words):
+            load_checkpoint(tmp_path / name)
+
+
+def test_an_export_that_was_changed_is_refused(tmp_path):
+    from safetensors.torch import save_file
+
+    export_model({"a": torch.arange(4.0), "b": torch.ones(2)}, tmp_path, {"trainer": "CoOp", "epoch": 1})
+    assert list(read_export(tmp_path)["state_dict"]) == ["a", "b"]
+    save_file({"a": torch.arange(4.0).flip(0).contiguous(), "b": torch.ones(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"model.safetensors is not what was written"):
+        read_export(tmp_path)
