@@ -9,6 +9,21 @@ _CACHE = tempfile.TemporaryDirectory(prefix="promptmix-tests-")
 os.environ["PROMPTMIX_CACHE_DIR"] = _CACHE.name
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import torch  # noqa: E402  (after the environment is set)
+import pytest  # noqa: E402  (after the environment is set)
+import torch  # noqa: E402
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def room(tmp_path_factory):
+    """A folder with the toy pictures and the random backbone, which are registered as long as the tests run."""
+    from promptmix.registry import DATASET_REGISTRY
+    from tests.trainers import toy
+
+    folder = tmp_path_factory.mktemp("toy")
+    toy.draw(folder / "toy")
+    toy.write_backbone(folder / "clip.safetensors")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(DATASET_REGISTRY._entries, "ToyPictures", toy.ToyPictures)
+        yield folder

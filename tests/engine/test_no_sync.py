@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from promptmix.engine.meters import AverageMeter, MetricMeter
-from tests.trainers.conftest import room  # noqa: F401
 from tests.trainers.toy import toy_trainer
 
 
@@ -42,7 +41,7 @@ def test_meters_add_up_on_the_device_to_the_same_numbers(ema):
     assert OnDevice.waited > 0
 
 
-def test_a_run_waits_at_printed_lines_only_and_prints_the_same(room, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_a_run_waits_at_printed_lines_only_and_prints_the_same(room, tmp_path, monkeypatch, capsys):
     seen = []
     for pretend in (False, True):
         opts = ["TRAIN.PRINT_FREQ", 2, "DATALOADER.TRAIN_X.BATCH_SIZE", 3, "OPTIM.MAX_EPOCH", 2, "TEST.NO_TEST", True]
@@ -66,7 +65,7 @@ def test_a_run_waits_at_printed_lines_only_and_prints_the_same(room, tmp_path, m
 
 
 @pytest.mark.parametrize("waits", [False, True])
-def test_a_bad_loss_stops_the_run(room, tmp_path, monkeypatch, waits):  # noqa: F811
+def test_a_bad_loss_stops_the_run(room, tmp_path, monkeypatch, waits):
     trainer = toy_trainer(room, "CoOp", "OUTPUT_DIR", str(tmp_path))
     trainer.waits_to_check = waits
     trainer.model.bank.ctx.data.fill_(float("nan"))

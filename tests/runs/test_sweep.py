@@ -15,7 +15,7 @@ import yaml
 from promptmix.cli import main
 from promptmix.errors import ConfigError, UserError
 from promptmix.runs import backends, sweep
-from tests.protocols import made
+from tests.runs import made
 
 HERE = Path(__file__).resolve().parent
 

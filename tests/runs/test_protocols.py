@@ -7,7 +7,7 @@ import pytest
 from promptmix.cli import main
 from promptmix.runs import results
 from promptmix.runs.protocols import PROTOCOLS, Job, check, parts
-from tests.protocols import made
+from tests.runs import made
 
 SMALL = ["OPTIM.MAX_EPOCH", "1", "INPUT.SIZE", "(32, 32)", "DATASET.EMOJI.NUM_CONCEPTS", "6"]
 FAMILIES, CONCEPTS = "EmojiFamilies", "EmojiConcepts"
