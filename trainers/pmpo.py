@@ -9,9 +9,11 @@ Yingjie Tian, Yiqi Wang, Xianda Guo, Zheng Zhu, Long Chen. 2023. https://arxiv.o
 | projection of a text prompt into the layers of its block | ``project``, one linear map for each prompted layer |
 | prior of hand-written templates | ``manual`` (C, D), ``MANUAL_TEMPLATES``, ``MANUAL_WEIGHT`` |
 
-No code was ever published, so this follows the paper's text; what that leaves open is assumed, each in a key of its own:
+No code was ever published, and only the paper's abstract was at hand. From it: several prompts, a partition of the image tower's
+depth, prompts that reach into it, and hand-written templates as a prior. All else is assumed, where it can be in keys:
 
-- N_PROMPTS 4, N_CTX 4 and PROMPT_DEPTH 9.
+- N_PROMPTS 4, N_CTX 4 and PROMPT_DEPTH 9: the first nine layers are partitioned, not all twelve.
+- One linear map for each prompted layer turns a text prompt into that layer's visual tokens.
 - The blocks are contiguous and as equal as they can be, the earlier ones larger. Tokens are replaced from layer to layer (MaPLe).
 - The first prompt starts from CTX_INIT, the others at random: prompts of the same start would have the same text features.
 - TEXT_DEPTH 1: text prompts stand at the input alone. More gives each prompt new tokens in deeper layers of the text tower.

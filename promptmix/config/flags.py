@@ -7,6 +7,7 @@ from importlib.resources import files
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
+from promptmix.config.names import named_configs, named_tree
 from promptmix.errors import ConfigError
 from promptmix.registry import closest
 
@@ -19,7 +20,7 @@ OF_ONE_DATASET = ("DATASET.SOURCE_DOMAINS", "DATASET.TARGET_DOMAINS", "DATASET.S
 
 
 def resolve_config(path: str) -> Path:
-    """Return the file that ``path`` names: as given, else among the configs that promptmix ships.
+    """Return the file that ``path`` names: as given, else among the shipped configs, as a file or in their table of names.
 
     Args:
         path: a path, or a shipped config with or without its leading ``configs/`` (``configs/quickstart.yaml``).
@@ -34,9 +35,10 @@ def resolve_config(path: str) -> Path:
     if not given.is_absolute():
         parts = PurePath(path).parts
         candidate = shipped.joinpath(*(parts[1:] if parts[:1] == ("configs",) else parts))
-        if candidate.is_file():
+        if candidate.is_file() or named_tree(candidate) is not None:
             return candidate
-    names = sorted(f"configs/{file.relative_to(shipped).as_posix()}" for file in shipped.rglob("*.yaml"))
+    found = [file.relative_to(shipped).as_posix() for file in shipped.rglob("[!_]*.yaml")]
+    names = sorted(f"configs/{name}" for name in (*found, *named_configs(shipped)))
     folders = sorted({str(PurePath(name).parent) for name in names})
     raise ConfigError(
         f"config file {path}: no such file here or among the shipped ones{closest(path, names)} "

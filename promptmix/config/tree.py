@@ -11,6 +11,7 @@ from yacs.config import CfgNode as CN
 
 from promptmix.config.core import get_cfg_default
 from promptmix.config.declare import Setting, all_declared, all_defaults, all_keys, declare, parse_sum, shown
+from promptmix.config.names import named_tree
 from promptmix.config.yamlfile import read_yaml
 from promptmix.errors import ConfigError
 from promptmix.registry import Registry, closest
@@ -68,7 +69,7 @@ def merge_file(cfg: CN, path: str | Path) -> None:
 
 
 def _merge_file(cfg: CN, path: Path, above: list[Path]) -> None:
-    tree = read_yaml(path)
+    tree = named_tree(path) or read_yaml(path)
     if not isinstance(tree, dict):
         raise ConfigError(f"config file {path} must hold a tree of keys, not {type(tree).__name__}")
     base = tree.pop("_BASE_", None)

@@ -26,6 +26,7 @@ from promptmix.errors import CheckpointError, ConfigError, TrainingError, UserEr
 from promptmix.hookspecs import hookimpl
 from promptmix.plugin_manager import get_plugin_manager
 from promptmix.runs import results
+from promptmix.runs.from_run import take_from_run
 from promptmix.runs.results import CONFIG_NAME, FILE_NAME, RunResult
 from promptmix.utils import atomic_write, get_logger
 
@@ -93,6 +94,8 @@ def running(
     Raises:
         UserError: see ``run``.
     """
+    if eval_only:
+        take_from_run(cfg, model_dir)
     config.validate(cfg)
     cfg.freeze()
     result = replace(RunResult.from_config(_plain(cfg)), **(labels or {}))  # type: ignore[arg-type]

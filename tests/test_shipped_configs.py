@@ -1,0 +1,128 @@
+"""The configs that ship: names that stand for files, what they share, and what the authors' scripts type."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import promptmix
+from promptmix.config import get_cfg, merge_file, merge_opts, source_of, validate
+from promptmix.config.flags import make_config, resolve_config
+from promptmix.config.names import named_configs, named_tree
+from promptmix.data.datasets.descriptions import DESCRIPTIONS
+from promptmix.errors import ConfigError
+from promptmix.plugin_manager import get_plugin_manager
+
+get_plugin_manager()
+CONFIGS = next(Path(folder) / "configs" for folder in promptmix.__path__ if (Path(folder) / "configs").is_dir())
+NAMES = sorted(named_configs(CONFIGS))
+TINY = sorted(CONFIGS.glob("trainers/*/tiny.yaml"))
+#: Sizes of the groups in the MoCoOp authors' configs (github.com/dyabel/mocoop, commit 04b5d2a, configs/datasets).
+GROUPS = {
+    **dict.fromkeys(("Caltech101", "DescribableTextures", "FGVCAircraft", "OxfordFlowers"), [1, 1, 1, 4, 2]),
+    "EuroSAT": [1, 1, 2, 2, 4, 2],
+    "Food101": [1, 3, 4, 2],
+    "OxfordPets": [1, 2, 1, 1, 4, 2],
+    "StanfordCars": [3, 1, 1, 4, 2],
+    "SUN397": [1, 1, 4, 2],
+    "UCF101": [1, 1, 1, 1, 4, 2],
+    "ImageNet": [1, 1, 1, 1, 2, 2, 3, 1, 1, 1, 7, 2, 1, 2, 1, 1, 1, 1, 1, 1],
+}
+
+
+def merged(name):
+    cfg = get_cfg()
+    merge_file(cfg, resolve_config(f"configs/trainers/{name}.yaml"))
+    return cfg
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_name_merges_and_validates(name):
+    cfg = get_cfg()
+    merge_file(cfg, CONFIGS / name)
+    merge_opts(cfg, ["DATASET.NAME", "EmojiFamilies"], source="the test")
+    assert Path(name).parent.name == cfg.TRAINER.NAME
+    validate(cfg)
+    assert not (CONFIGS / name).exists()  # a file of that name would be taken in its place
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("CoOp/rn50", ("RN50", 200, "", 32)),
+        ("CoOp/rn50_ep50", ("RN50", 50, "", 32)),
+        ("CoOp/rn50_ep50_ctxv1", ("RN50", 50, "a photo of a", 32)),
+        ("CoOp/rn50_val", ("RN50", 200, "", 200)),
+        ("CoOp/rn101_ep50", ("RN101", 50, "", 32)),
+        ("CoOp/vit_b32_ep50", ("ViT-B/32", 50, "", 32)),
+        ("CoOp/vit_b16_ep100_ctxv1", ("ViT-B/16", 100, "a photo of a", 32)),
+    ],
+)
+def test_coops_names_say_what_coops_files_say(name, expected):
+    cfg = merged(name)
+    assert expected == (
+        cfg.MODEL.BACKBONE.NAME,
+        cfg.OPTIM.MAX_EPOCH,
+        cfg.TRAINER.COOP.CTX_INIT,
+        cfg.DATALOADER.TRAIN_X.BATCH_SIZE,
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "same"),
+    [
+        ("MaPLe/vit_b16_c2_ep5_batch4_2ctx", "MaPLe/base_to_new"),
+        ("PromptSRC/vit_b16_c2_ep50_batch4_4+4ctx_few_shot", "PromptSRC/few_shot"),
+        ("IVLP/vit_b16_c2_ep5_batch4_4ctx_language_only", "IVLP/language_only"),
+        ("MPL/vit_b4_c1_add2_rm1_cross_datasets", "MPL/cross_dataset"),
+    ],
+)
+def test_the_authors_names_stand_for_ours(name, same):
+    assert merged(name) == merged(same)
+
+
+def test_names_are_typed_from_any_folder_and_suggested(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cfg = make_config(["trainers/CoOp/vit_b16_ep50.yaml"], {}, ["OPTIM.LR", "0.1"])
+    assert (cfg.OPTIM.MAX_EPOCH, cfg.OPTIM.LR) == (50, 0.1)
+    assert str(source_of(cfg, "OPTIM.MAX_EPOCH")).endswith("CoOp/vit_b16_ep50.yaml")
+    assert cfg.TRAINER.NAME == "CoOp" and str(source_of(cfg, "TRAINER.NAME")).endswith("CoOp/vit_b16.yaml")
+    with pytest.raises(ConfigError, match=r"did you mean 'configs/trainers/CoOp/rn50_ep50.yaml'"):
+        resolve_config("configs/trainers/CoOp/rn50_ep5.yaml")
+
+
+def test_a_file_goes_before_a_name(tmp_path):
+    (tmp_path / "_names.yaml").write_text("M/a: {OPTIM: {MAX_EPOCH: 3}}\nM/b: {_BASE_: a.yaml, OPTIM: {LR: 0.5}}\n")
+    (tmp_path / "M").mkdir()
+    cfg = get_cfg()
+    merge_file(cfg, tmp_path / "M" / "b.yaml")
+    assert (cfg.OPTIM.MAX_EPOCH, cfg.OPTIM.LR) == (3, 0.5)
+    (tmp_path / "M" / "a.yaml").write_text("OPTIM: {MAX_EPOCH: 7}\n")
+    merge_file(cfg, tmp_path / "M" / "b.yaml")
+    assert cfg.OPTIM.MAX_EPOCH == 7
+    assert named_tree(tmp_path / "M" / "c.yaml") is None
+    with pytest.raises(ConfigError, match=r"c.yaml: No such file"):
+        merge_file(cfg, tmp_path / "M" / "c.yaml")
+
+
+@pytest.mark.parametrize("path", TINY, ids=lambda path: path.parent.name)
+def test_tiny_configs_share_their_pictures(path):
+    cfg = get_cfg()
+    merge_file(cfg, path)
+    for key in ("DATASET.NAME", "DATASET.NUM_SHOTS", "INPUT.TRANSFORMS", "OPTIM.NAME", "TRAIN.PRINT_FREQ"):
+        assert Path(str(source_of(cfg, key))).name == "_tiny.yaml"
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_mocoops_groups_come_with_the_data_set(name):
+    assert [len(group) for group in DESCRIPTIONS[name].groups] == GROUPS[name]
+
+
+def test_mocoop_has_a_name_for_each_of_the_eleven():
+    files = {path.stem for path in CONFIGS.glob("datasets/*.yaml")} - {"emoji_concepts", "emoji_families"}
+    tested_only = {"imagenetv2", "imagenet_sketch", "imagenet_a", "imagenet_r"}
+    for name in files - tested_only:
+        cfg = merged(f"MoCoOp/{name}")
+        assert ((1, 10) if name == "imagenet" else (32, 50)) == (cfg.DATALOADER.TRAIN_X.BATCH_SIZE, cfg.OPTIM.MAX_EPOCH)
+        assert cfg.DATASET.TEMPLATE_GROUPS == cfg.PROMPT_BANK.TEMPLATEGROUPS.TEMPLATES == ()
