@@ -75,6 +75,10 @@ class Soft(PromptBank):
         experts: Tensor | None = None,
     ) -> Tensor:
         """Return normalised text features (E, C, D); prompts end with a full stop unless ``full_stop`` is False."""
+        return F.normalize(self.encode(names, full_stop=full_stop, experts=experts), dim=-1)
+
+    def encode(self, names: Sequence[str], *, full_stop: bool | None = None, experts: Tensor | None = None) -> Tensor:
+        """Return text features (E, C, D) as they come from the tower."""
         tower = self.task.clip.text
         if self.ctx.dim() == 4 and len(names) != self.ctx.shape[1]:
             raise ConfigError(
@@ -85,7 +89,7 @@ class Soft(PromptBank):
         ctx = self.ctx if experts is None else self.ctx[experts]
         before, after = ctx[..., :split, :], ctx[..., split:, :]
         prompts = tower.compose(before, tower.tokenizer.class_tokens(names), after, stop)
-        return F.normalize(tower(prompts), dim=-1)
+        return tower(prompts)
 
     def references(self, names: Sequence[str]) -> Tensor:
         """Return the features of the data set's first template, the same for every prompt: (E, C, D)."""

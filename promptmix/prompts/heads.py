@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 from torch import Tensor
 
+from promptmix.config.declare import Setting
 from promptmix.errors import ConfigError
 from promptmix.hookspecs import hookimpl
 from promptmix.prompts.roles import Head, PromptBank, Task
@@ -25,10 +26,14 @@ class WeightedScores(Head):
     Args:
         task: the frozen model.
         bank: unused, like in every head that reads features alone.
+        scale: s.
     """
 
-    def __init__(self, task: Task, bank: PromptBank) -> None:
+    def __init__(
+        self, task: Task, bank: PromptBank, scale: Annotated[float, Setting("s; 0 = the model's temperature", low=0)] = 0.0
+    ) -> None:
         super().__init__()
+        self.scale = scale
 
     def forward(self, step: Step) -> Tensor:
         """Return class scores (B, C)."""
@@ -37,9 +42,9 @@ class WeightedScores(Head):
         images = "bed" if image.dim() == 3 else "bd"
         scores = torch.einsum(f"{images},{'b' if text.dim() == 4 else ''}ecd->bec", image, text)
         if routing is None:
-            return step.task.clip.scale * scores.mean(dim=1)
+            return (self.scale or step.task.clip.scale) * scores.mean(dim=1)
         weights = routing.dense if step.experts is None else routing.dense[:, step.experts]
-        return step.task.clip.scale * torch.einsum("be,bec->bc", weights.to(scores.dtype), scores)
+        return (self.scale or step.task.clip.scale) * torch.einsum("be,bec->bc", weights.to(scores.dtype), scores)
 
 
 class Cosine(Head):
@@ -48,19 +53,23 @@ class Cosine(Head):
     Args:
         task: the frozen model.
         bank: of one expert.
+        scale: s.
 
     Raises:
         ConfigError: the bank has several experts, which need ``WeightedScores``.
     """
 
-    def __init__(self, task: Task, bank: PromptBank) -> None:
+    def __init__(
+        self, task: Task, bank: PromptBank, scale: Annotated[float, Setting("s; 0 = the model's temperature", low=0)] = 0.0
+    ) -> None:
         super().__init__()
+        self.scale = scale
         if bank.num_experts != 1 or bank.per_image:
             raise ConfigError(f"HEAD.NAME Cosine scores one prompt, but there are {bank.num_experts}; choose WeightedScores")
 
     def forward(self, step: Step) -> Tensor:
         """Return class scores (B, C)."""
-        return step.task.clip.scale * step.image @ step.text[0].to(step.image.dtype).T
+        return (self.scale or step.task.clip.scale) * step.image @ step.text[0].to(step.image.dtype).T
 
 
 @hookimpl

@@ -194,23 +194,24 @@ class Learner(PromptLearner):
             (B, D); (B, 1 + E, D) where each expert prompts the image tower in its own way, the frozen tower's features first, by
             which images are routed; (B, 1 + M, D) with the patches' features behind the image's for heads with ``needs_tokens``.
         """
-        schedules = self.bank.visual()
+        schedules, changes = self.bank.visual(), self.bank.image_changes()
         if self.head.needs_tokens:
             if len(schedules) > 1:
                 raise ConfigError(
                     "a head over patches takes one set of visual prompts; choose another head or a bank of one expert"
                 )
-            image, tokens = self.clip.encode_both(images, *schedules)
+            image, tokens = self.clip.encode_both(images, *schedules, **changes, tokens=self.head.token_kind)
             return torch.cat([image[:, None], tokens], dim=1)
         if len(schedules) > 1:
             frozen = self.clip.encode_frozen(lambda: self.clip.encode_image(images))
-            return torch.stack([frozen, *(self.clip.encode_image(images, schedule) for schedule in schedules)], dim=1)
-        return self.clip.encode_image(images, *schedules)
+            own = [self.clip.encode_image(images, schedule, **changes) for schedule in schedules]
+            return torch.stack([frozen, *own], dim=1)
+        return self.clip.encode_image(images, *schedules, **changes)
 
     @property
     def feature_kind(self) -> str:
         """Patches, where the head reads them."""
-        return "patches" if self.head.needs_tokens else ""
+        return self.head.token_kind if self.head.needs_tokens else ""
 
     def classifier(self) -> Tensor | None:
         """Return text features (E, C, D); None where prompts depend on the image."""

@@ -11,7 +11,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -128,6 +128,10 @@ class PromptBank(Component, ABC):
         """Return what the image tower's prompts are: one schedule that all experts share, one for each, or none."""
         return ()
 
+    def image_changes(self) -> dict[str, Any]:
+        """Return what else changes the image tower: ``weights`` inside layers and ``actions`` (``promptmix.clip.places``)."""
+        return {}
+
     def adapt(self, image: Tensor) -> Tensor:
         """Change the frozen tower's normalised features (B, D), as adapters behind the tower do; the result is normalised."""
         return image
@@ -182,6 +186,8 @@ class Head(Component, ABC):
 
     #: Whether it reads ``step.tokens``, the patches' features.
     needs_tokens: ClassVar[bool] = False
+    #: Which: the patches as they leave the last layer, or its ``values``, where no attention has mixed them.
+    token_kind: ClassVar[Literal["patches", "values"]] = "patches"
 
     @abstractmethod
     def forward(self, step: Step) -> Tensor:

@@ -1,0 +1,1 @@
+"""Heads: how image and text features become class scores."""
