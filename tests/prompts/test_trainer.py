@@ -94,9 +94,9 @@ def test_class_specific_contexts_serve_their_own_classes_only(tmp_path):
     flags = ["train", "--trainer", "CoOp", "--config-file", "configs/quickstart.yaml", "--seed", "1"]
     opts = [*SMALL, "TRAINER.COOP.CSC", "True", "TRAINER.COOP.CTX_INIT", "", "DATASET.NAME", "EmojiConcepts"]
     opts += ["DATASET.EMOJI.NUM_CONCEPTS", "20"]
-    assert main([*flags, "--output-dir", str(tmp_path / "base"), *opts]) == 0
+    assert main([*flags, "--output-dir", str(tmp_path / "base"), *opts, "DATASET.SUBSAMPLE_CLASSES", "base"]) == 0
     evaluate = [*flags, "--output-dir", str(tmp_path / "new"), "--eval-only", "--model-dir", str(tmp_path / "base")]
     evaluate += ["--load-epoch", "2"]
     with pytest.raises(CheckpointError, match=r"each of its own 10 classes"):
         main([*evaluate, "--debug", *opts, "DATASET.SUBSAMPLE_CLASSES", "new"])
-    assert main([*evaluate, *opts]) == 0
+    assert main([*evaluate, *opts, "DATASET.SUBSAMPLE_CLASSES", "base"]) == 0

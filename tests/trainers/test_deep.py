@@ -12,7 +12,16 @@ from tests.trainers.toy import first_step, scores, toy_cfg, toy_trainer
 
 VISUAL = ["VPT", "IVLP", "MaPLe", "PromptSRC", "MPL", "PMPO"]
 EMBEDDED = ("MODEL.BACKBONE.NAME", "tiny-en", "MODEL.BACKBONE.WEIGHTS", "", "MODEL.BACKBONE.PRETRAINED", False)
-RESNET = ("MODEL.BACKBONE.NAME", "RN50", "MODEL.BACKBONE.WEIGHTS", "", "MODEL.BACKBONE.PRETRAINED", False)
+RESNET = (
+    "MODEL.BACKBONE.NAME",
+    "RN50",
+    "MODEL.BACKBONE.WEIGHTS",
+    "",
+    "MODEL.BACKBONE.PRETRAINED",
+    False,
+    "INPUT.SIZE",
+    (224, 224),
+)
 
 
 def refusal(room, trainer, *opts):
@@ -61,10 +70,10 @@ def test_depth_above_the_layers_names_key_value_and_limit(room, trainer, key, to
         ("MaPLe", ("TRAINER.MAPLE.N_CTX", 5), ("TRAINER.MAPLE.N_CTX is 5", "'a photo of a' has only 4 tokens", "CTX_INIT to ''")),
         ("IVLP", ("TRAINER.IVLP.N_CTX_VISION", 0), ("N_CTX_VISION is 0 and", "PROMPT_DEPTH_VISION is 9", "set both to 0")),
         ("IVLP", ("TRAINER.IVLP.N_CTX_TEXT", 5), ("TRAINER.IVLP.N_CTX_TEXT is 5",)),
-        ("PromptSRC", ("TRAINER.PROMPTSRC.GPA_STD", 0), ("TRAINER.PROMPTSRC.GPA_STD is 0", "above 0")),
+        ("PromptSRC", ("TRAINER.PROMPTSRC.GPA_STD", 0), ("TRAINER.PROMPTSRC.GPA_STD is 0", "more than 0")),
         ("MPL", ("TRAINER.MPL.N_RM_OP", 2), ("TRAINER.MPL.N_RM_OP is 2", "set it to 1 or less")),
         ("PMPO", ("TRAINER.PMPO.N_PROMPTS", 10), ("TRAINER.PMPO.PROMPT_DEPTH is 9", "N_PROMPTS = 10")),
-        ("PMPO", ("TRAINER.PMPO.MANUAL_WEIGHT", 1.0), ("MANUAL_WEIGHT is 1.0", "below 1")),
+        ("PMPO", ("TRAINER.PMPO.MANUAL_WEIGHT", 1.0), ("MANUAL_WEIGHT is 1.0", "less than 1")),
         (
             "PMPO",
             ("TRAINER.PMPO.MANUAL_WEIGHT", 0, "TRAINER.PMPO.MANUAL_TEMPLATES", ("a {}.",)),
