@@ -8,6 +8,7 @@ A layer takes what a method changes in it (``LayerChanges``); None is the frozen
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TypeGuard
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from promptmix.clip.places import LayerChanges
-from promptmix.clip.weights import Branch, fused, merged
+from promptmix.clip.weights import Branch, beside, fused, merged, run_changed
 from promptmix.errors import ConfigError
 
 
@@ -35,7 +36,13 @@ def is_standard(block: nn.Module) -> TypeGuard[ResidualAttentionBlock]:
     return linear and not any(part._forward_hooks or part._forward_pre_hooks for part in watched)
 
 
-def layer(block: nn.Module, x: Tensor, own: LayerChanges | None = None, mask: Tensor | None = None) -> Tensor:
+def layer(
+    block: nn.Module,
+    x: Tensor,
+    own: LayerChanges | None = None,
+    mask: Tensor | None = None,
+    given: Mapping[str, Tensor] | None = None,
+) -> Tensor:
     """One layer on tokens (..., L, W); a block that is not open_clip's runs as it is.
 
     Args:
@@ -43,12 +50,13 @@ def layer(block: nn.Module, x: Tensor, own: LayerChanges | None = None, mask: Te
         x: (..., L, W).
         own: what is changed in it.
         mask: (L, L), added to the attention's logits; None where every token sees all others.
+        given: further arguments that a block of another make wants.
 
     Raises:
         ConfigError: the change has no place in a block that is not open_clip's.
     """
     if not is_standard(block):
-        return _foreign_layer(block, x, own, mask)
+        return _foreign_layer(block, x, own, {**(given or {}), **({} if mask is None else {"attn_mask": mask})})
     x, normed = enter(block, x, own)
     if own is not None and own.action is not None and own.action.attention is not None:
         return finish(block, x, own.action.attention(lambda extra: _attend(block, normed, extra, own, mask)), own)
@@ -202,23 +210,24 @@ def _in_proj_branches(own: LayerChanges) -> tuple[Branch | None, list[Branch | N
     return whole, thirds
 
 
-def _foreign_layer(block: nn.Module, x: Tensor, own: LayerChanges | None, mask: Tensor | None) -> Tensor:
-    """A block of another make: tensors added to its weights, and functions before and after it."""
-    weights = {} if own is None else own.weights
-    action = None if own is None else own.action
-    inside = [name for name, delta in weights.items() if not isinstance(delta, Tensor)]
-    inside += [name for name in ("normed", "attention", "hidden") if getattr(action, name, None) is not None]
-    if inside:
-        raise ConfigError(
-            f"this tower's layers ({type(block).__name__}) are not CLIP's own, so {inside[0]} can't be changed by a function; "
-            "give a tensor that is added to a weight, functions before and after a layer, or choose a backbone such as ViT-B/16"
-        )
+def _foreign_layer(block: nn.Module, x: Tensor, own: LayerChanges | None, given: Mapping[str, Tensor]) -> Tensor:
+    """A block of another make: changed weights, branches beside its linear layers, and functions before and after it."""
+    flat = x.flatten(0, -3)
+    if own is None:
+        plain: Tensor = block(flat, **given)
+        return plain.view_as(x)
+    action = own.action
+    for joint in ("normed", "attention", "hidden"):
+        if getattr(action, joint, None) is not None:
+            raise ConfigError(
+                f"this tower's layers ({type(block).__name__}) are not CLIP's own, so {joint} can't be changed by a function; "
+                "use before and after, or choose a backbone such as ViT-B/16"
+            )
     if action is not None and action.before is not None:
         x = action.before(x)
-    masks, changed = {} if mask is None else {"attn_mask": mask}, merged(block, weights)
-    flat = x.flatten(0, -3)
-    out: Tensor = functional_call(block, changed, (flat,), masks) if changed else block(flat, **masks)
-    out = out.view_as(x)
+    with beside(block, own.weights):
+        changed = merged(block, own.weights)
+        out = run_changed(block, changed, lambda block, x: block(x, **given), x.flatten(0, -3)).view_as(x)
     return out if action is None or action.after is None else action.after(x, out)
 
 

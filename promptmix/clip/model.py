@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import open_clip
 import torch
@@ -16,6 +16,19 @@ from promptmix.clip.text import TextTower
 from promptmix.clip.tokens import Tokenizer
 from promptmix.clip.vision import ImageTower, VisualPrompts
 from promptmix.clip.weights import Weights
+
+if TYPE_CHECKING:
+    from promptmix.clip.encoder import EncoderTower
+
+
+def text_tower(model: open_clip.CLIP | open_clip.CustomTextCLIP, tokenizer: Tokenizer) -> TextTower | EncoderTower:
+    """Return the text tower of an open_clip model, taking prompts as embeddings."""
+    source = getattr(model, "text", None)
+    if type(source).__name__ == "HFTextEncoder":
+        from promptmix.clip.encoder import EncoderTower
+
+        return EncoderTower(source, tokenizer)
+    return TextTower(model, tokenizer)
 
 
 class CLIP(nn.Module):
@@ -35,6 +48,7 @@ class CLIP(nn.Module):
     """
 
     logit_scale: nn.Parameter
+    logit_bias: nn.Parameter | None  # SigLIP's: what is added to scaled cosines before its sigmoid
 
     def __init__(
         self,
@@ -51,9 +65,10 @@ class CLIP(nn.Module):
         self.name = name
         self.mean, self.std = tuple(mean), tuple(std)
         self.image_size, self.interpolation = image_size, interpolation
-        self.text = TextTower(model, tokenizer)
+        self.text = cast("TextTower", text_tower(model, tokenizer))  # an encoder takes the same calls
         self.image = ImageTower(model.visual)
         self.logit_scale = model.logit_scale
+        self.logit_bias = getattr(model, "logit_bias", None)
         #: Whether what no learned tensor touches is computed in inference mode; otherwise it just keeps no graph.
         self.infers_frozen = True
         self.requires_grad_(False)
@@ -67,15 +82,17 @@ class CLIP(nn.Module):
     @property
     def embed_dim(self) -> int:
         """Width D of the joint space."""
-        projection = self.text.text_projection
-        if isinstance(projection, nn.Linear):
-            return projection.out_features
-        return self.text.width if projection is None else projection.shape[1]
+        return self.text.embed_dim
 
     @property
     def scale(self) -> Tensor:
         """The factor on cosines, s = exp(logit_scale)."""
         return self.logit_scale.exp()
+
+    @property
+    def bias(self) -> Tensor | None:
+        """What is added to scaled cosines; the same for every class, so it matters to sigmoids, not to a softmax."""
+        return self.logit_bias
 
     def train(self, mode: bool = True) -> CLIP:
         """Stay in evaluation mode: batch norms and dropout of a frozen model must not move."""

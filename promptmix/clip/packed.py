@@ -36,11 +36,6 @@ class Prompts:
     lengths: tuple[int, ...]
     context: int = 0
 
-    @property
-    def room(self) -> int:
-        """Tokens between SOT and the class name, which deep prompts may replace."""
-        return self.prefix.shape[1] + self.context - 1
-
 
 class Packed(NamedTuple):
     """Tokens between two layers.
@@ -56,37 +51,56 @@ class Packed(NamedTuple):
     lengths: tuple[int, ...]
 
 
-def take_step(tokens: Packed, step: PromptStep) -> Packed:
+def take_step(tokens: Packed, step: PromptStep, begin: int = 1) -> Packed:
     """Remove and insert tokens behind SOT.
 
     What all classes share stays shared, unless a step's tokens differ by class or reach into what is the classes' own; then
     all tokens behind SOT become part of each class's tail from here on.
+
+    Args:
+        tokens: what the layer before gave.
+        step: what is removed and inserted.
+        begin: tokens in front of all prompts, 1 for SOT or 0.
     """
     x, start, lengths = tokens
-    shared = step.remove < start
+    end, device = begin + step.remove, str(x.device)
+    shared = end <= start
     new = step.tokens
     if new is not None and not isinstance(new, Tensor):
-        new = new(x[:, 1 : 1 + step.remove] if shared else x[:, _rows_behind_sot(lengths, start, step.remove, str(x.device))])
+        new = new(x[:, begin:end] if shared else x[:, _rows_behind(begin, lengths, start, step.remove, device)])
     count = 0 if new is None else new.shape[-2]
     if new is not None:
         new = new.to(x.dtype)
         new = expand(new if new.dim() > 2 else new[None], x.shape[0])
         new = new if new.dim() == 3 else new.expand(-1, len(lengths), -1, -1)
     if shared and (new is None or new.dim() == 3):
-        parts = [x[:, :1], x[:, 1 + step.remove :]] if new is None else [x[:, :1], new, x[:, 1 + step.remove :]]
+        parts = [x[:, :begin], x[:, end:]] if new is None else [x[:, :begin], new, x[:, end:]]
         return Packed(torch.cat(parts, dim=1), start + count - step.remove, lengths)
     per_class = new is not None and new.dim() == 4
-    index = _unshared(lengths, start, step.remove, count, per_class, str(x.device))
+    index = _unshared(begin, lengths, start, step.remove, count, per_class, device)
     pool = x if new is None else torch.cat([x, new.flatten(1, -2)], dim=1)
-    longer = start - 1 + count - step.remove
-    return Packed(pool.index_select(1, index), 1, tuple(length + longer for length in lengths))
+    longer = start - begin + count - step.remove
+    return Packed(pool.index_select(1, index), begin, tuple(length + longer for length in lengths))
+
+
+def take_padded_step(x: Tensor, step: PromptStep, begin: int) -> Tensor:
+    """Remove and insert tokens behind SOT at full length (E, C, L, W)."""
+    new, end = step.tokens, begin + step.remove
+    if new is not None and not isinstance(new, Tensor):
+        new = new(x[:, :, begin:end])
+    kept = [x[:, :, :begin], x[:, :, end:]]
+    if new is not None:
+        new = new if new.dim() > 2 else new[None]
+        new = new if new.dim() == 4 else new[:, None]
+        kept.insert(1, new.to(x.dtype).expand(*x.shape[:2], -1, -1))
+    return torch.cat(kept, dim=2)
 
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)  # kept for steps that learn
-def _rows_behind_sot(lengths: tuple[int, ...], start: int, count: int, device: str) -> Tensor:
-    """Return the packed rows (C, count) of each class's first tokens behind SOT."""
-    shared = list(range(1, start))[:count]
+def _rows_behind(begin: int, lengths: tuple[int, ...], start: int, count: int, device: str) -> Tensor:
+    """Return the packed rows (C, count) of each class's tokens from position ``begin`` on."""
+    shared = list(range(begin, start))[:count]
     firsts = (start + before for before in accumulate(lengths, initial=0))
     rows = [shared + list(range(first, first + count - len(shared))) for first, _ in zip(firsts, lengths, strict=False)]
     return torch.tensor(rows, device=device)
@@ -94,13 +108,13 @@ def _rows_behind_sot(lengths: tuple[int, ...], start: int, count: int, device: s
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)  # kept for steps that learn
-def _unshared(lengths: tuple[int, ...], start: int, remove: int, count: int, per_class: bool, device: str) -> Tensor:
+def _unshared(begin: int, lengths: tuple[int, ...], start: int, remove: int, count: int, per_class: bool, device: str) -> Tensor:
     """Return the rows that pick SOT and then, class after class, new tokens, old prefix and tail from [packed, new]."""
-    rows, new, first = [0], start + sum(lengths), start
-    skip = max(remove - (start - 1), 0)
+    rows, new, first = list(range(begin)), start + sum(lengths), start
+    skip = max(remove - (start - begin), 0)
     for length in lengths:
         rows.extend(range(new, new + count))
-        rows.extend(range(1 + remove, start))
+        rows.extend(range(begin + remove, start))
         rows.extend(range(first + skip, first + length))
         first += length
         new += count if per_class else 0
@@ -115,9 +129,9 @@ class Layout:
         positions: (N,) position in the prompt of each tail token.
         padded: (C, T) row of the packed tail for each class and place; places behind EOT repeat row 0.
         packed: (N,) place in the flattened (C * T) grid of each packed row.
-        ends: (C,) packed row of each class's EOT.
-        causal: (T, T) bool, True where a query may look.
-        reach: (C, 1, T) bool, True up to the class's EOT.
+        ends: (C,) packed row of the token that is read, each class's last one.
+        causal: (T, T) or (C, T, T) bool, True where a query may look.
+        reach: (C, 1, T) bool, where the token that is read may look: up to itself.
     """
 
     positions: Tensor
@@ -130,21 +144,32 @@ class Layout:
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)  # kept for steps that learn
-def layout_of(lengths: tuple[int, ...], start: int, device: str) -> Layout:
-    """Return where tails of ``lengths`` tokens stand behind a prefix of ``start`` tokens."""
+def layout_of(lengths: tuple[int, ...], start: int, device: str, blind: tuple[bool, ...] = ()) -> Layout:
+    """Return where tails stand behind a prefix.
+
+    Args:
+        lengths: tokens of each tail.
+        start: tokens of the prefix.
+        device: where.
+        blind: for each class, whether its last token does not see itself; () where all do.
+    """
     count = torch.tensor(lengths)
     place = torch.arange(int(count.max()))
     inside = place[None, :] < count[:, None]
     first = count.cumsum(0) - count
     padded = torch.where(inside, first[:, None] + place[None, :], 0)
-    causal = place[None, :] <= place[:, None]
+    causal, reach = place[None, :] <= place[:, None], inside[:, None, :]
+    if any(blind):
+        itself = (place[None, :] == count[:, None] - 1) & torch.tensor(blind)[:, None]  # (C, T)
+        causal = causal & ~(itself[:, :, None] & itself[:, None, :])
+        reach = reach & ~itself[:, None, :]
     parts = (
         (start + place).expand_as(inside)[inside],
         padded,
         inside.flatten().nonzero().flatten(),
         first + count - 1,
         causal,
-        inside[:, None, :],
+        reach,
     )
     return Layout(*(part.to(device) for part in parts))
 

@@ -12,8 +12,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from promptmix.clip.compose import DeepPrompts
 from promptmix.clip.packed import Prompts
-from promptmix.clip.text import DeepPrompts, TextTower
+from promptmix.clip.text import TextTower
 
 
 def encode_plain(tower: TextTower, prompts: Prompts, deep: DeepPrompts | None = None, **changes: Any) -> Tensor:

@@ -8,7 +8,7 @@ what stands before the class name) and a packed *tail* (class name to EOT, no pa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import cast
@@ -17,24 +17,23 @@ import open_clip
 import torch
 from open_clip.transformer import Transformer
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from promptmix.clip.blocks import is_standard, layer
-from promptmix.clip.packed import Packed, Prompts, expand, layout_of, packing, shared_block, take_step
-from promptmix.clip.places import Changes, LayerAction, PromptStep
-from promptmix.clip.tokens import ClassTokens, Tokenizer
+from promptmix.clip.compose import DeepPrompts, PromptReader, check_room, cut, portion_of, steps_of
+from promptmix.clip.packed import Packed, Prompts, layout_of, shared_block, take_padded_step, take_step
+from promptmix.clip.places import Changes, LayerAction
+from promptmix.clip.tokens import Tokenizer
 from promptmix.clip.weights import Weights, merged, run_changed
 from promptmix.errors import ConfigError
 
 #: Tokens per CPU thread whose states between two layers of a ViT-B/16 stay in the caches; more at once are slower, not faster.
 _TOKENS_PER_THREAD = 1024
 
-#: Deep prompts: {layer: tokens (E or 1, n, W), or (E or 1, C, n, W) where they differ by class}; before that layer they replace
-#: the n positions behind SOT. Layer 0 is the input itself. A ``PromptStep`` says otherwise what is removed and inserted there.
-DeepPrompts = Mapping[int, Tensor | PromptStep]
+#: open_clip's names for the token that is read.
+_READ_AT = {"argmax": "eot", "eos": "eot", "last": "last", "first": "first"}
 
 
-class TextTower(nn.Module):
+class TextTower(PromptReader):
     """The frozen text tower of an open_clip model, taking prompts as embeddings.
 
     Args:
@@ -42,7 +41,7 @@ class TextTower(nn.Module):
         tokenizer: the tokenizer that the tower was trained with.
 
     Raises:
-        ConfigError: the tower is not a CLIP text transformer (for instance a Hugging Face encoder).
+        ConfigError: the tower is no text transformer of open_clip's, or is read in a way that prompts don't know.
     """
 
     token_embedding: nn.Embedding
@@ -51,29 +50,29 @@ class TextTower(nn.Module):
     ln_final: nn.LayerNorm
     text_projection: Tensor | nn.Linear | None  # (W, D)
     attn_mask: Tensor | None  # (L, L); None where every token sees all others
+    cls_emb: Tensor | None  # (W,), a token behind the padding that is read (CoCa)
 
     def __init__(self, model: open_clip.CLIP | open_clip.CustomTextCLIP, tokenizer: Tokenizer) -> None:
-        super().__init__()
         source = getattr(model, "text", model)
-        if not hasattr(source, "token_embedding") or getattr(source, "cls_emb", None) is not None:
+        pool = getattr(source, "pool_type", getattr(source, "text_pool_type", "argmax"))
+        if not hasattr(source, "token_embedding") or pool not in _READ_AT:
             raise ConfigError(
-                f"MODEL.BACKBONE.NAME: the text tower {type(source).__name__} is not a CLIP text transformer read at EOT; "
-                "choose a model with CLIP's own text tower, such as ViT-B-16"
+                f"MODEL.BACKBONE.NAME: the text tower {type(source).__name__} is not one of open_clip's transformers, or is read "
+                f"by {pool!r}; choose a model with CLIP's own text tower, such as ViT-B-16"
             )
-        self.tokenizer = tokenizer
-        self.token_embedding = source.token_embedding
+        super().__init__(tokenizer, source.token_embedding, source.context_length)
         self.positional_embedding = source.positional_embedding
         self.transformer = source.transformer
         self.ln_final = source.ln_final
         self.text_projection = source.text_projection
         self.register_buffer("attn_mask", source.attn_mask, persistent=False)
-        pool = getattr(source, "pool_type", getattr(source, "text_pool_type", "argmax"))
-        if pool not in ("argmax", "eos"):
-            raise ConfigError(f"MODEL.BACKBONE.NAME: the text feature is read by {pool!r}, but prompts need a tower read at EOT")
-        #: Classes encoded at a time; what lies between is computed again for the backward pass. 0 = all at once.
-        self.class_chunk = 0
+        self.cls_emb = getattr(source, "cls_emb", None)
+        self._own_cls = bool(getattr(source, "correct_cls_mask", False))
+        #: Which token is read: EOT, the last position whatever stands there, the first one, or one of its own behind the text.
+        self.reads = "class" if self.cls_emb is not None else _READ_AT[pool]
+        self._masks_padding = bool(getattr(source, "use_pad_mask", False))
         #: Whether prompts take the way of this module; otherwise they go at full length through open_clip's own layers.
-        self.shares_prefix = self.attn_mask is not None
+        self.shares_prefix = self._can_share
         self._layer = shared_block
 
     @property
@@ -82,63 +81,28 @@ class TextTower(nn.Module):
         return self.transformer.resblocks
 
     @property
-    def width(self) -> int:
-        """Token width W."""
-        return self.token_embedding.weight.shape[1]
+    def embed_dim(self) -> int:
+        """Width D of the joint space."""
+        projection = self.text_projection
+        if isinstance(projection, nn.Linear):
+            return projection.out_features
+        return self.width if projection is None else projection.shape[1]
 
     @property
-    def context_length(self) -> int:
-        """Longest prompt in tokens, SOT and EOT included."""
-        return self.positional_embedding.shape[0]
+    def _can_share(self) -> bool:
+        return self.attn_mask is not None and self.reads in ("eot", "class")
 
-    def embed(self, ids: Sequence[int]) -> Tensor:
-        """Return the token embeddings (len(ids), W) of ``ids``."""
-        weight = self.token_embedding.weight
-        return weight[torch.tensor(ids, dtype=torch.long, device=weight.device)]
+    @property
+    def sees_padding(self) -> bool:
+        """Whether what stands behind a prompt changes its feature, so that it must be computed."""
+        return self.reads == "last" or self.attn_mask is None and not self._masks_padding
 
-    def compose(self, *pieces: Tensor | ClassTokens) -> Prompts:
-        """Put E prompts over C classes together, adding SOT and EOT.
-
-        Args:
-            pieces: in reading order: contexts shared by all classes (E, m, W), class-specific contexts (E, C, m, W), and the
-                class names. E is that of the tensors; a piece with E = 1 serves all prompts.
-
-        Raises:
-            ConfigError: the longest prompt does not fit the tower's context length.
-        """
-        names = next(piece for piece in pieces if isinstance(piece, ClassTokens))
-        experts = max((piece.shape[0] for piece in pieces if isinstance(piece, Tensor)), default=1)
-        edges = self.embed([self.tokenizer.sot, self.tokenizer.eot])
-        everything: list[Tensor | ClassTokens] = [edges[None, :1], *pieces, edges[None, 1:]]
-        shared = next(i for i, piece in enumerate(everything) if isinstance(piece, ClassTokens) or piece.dim() == 4)
-        front = cast("list[Tensor]", everything[:shared])  # class names come later
-        prefix = torch.cat([expand(piece, experts) for piece in front], dim=1)
-        sources, signature = [], []
-        for piece in everything[shared:]:
-            if isinstance(piece, ClassTokens):
-                rows, kind = self.embed(piece.flat)[None], "names"
-            else:
-                rows, kind = piece.flatten(1, -2), ("shared" if piece.dim() == 3 else "class")
-            sources.append(expand(rows, experts))
-            signature.append((kind, piece.shape[-2] if isinstance(piece, Tensor) else 0))
-        index, lengths = packing(tuple(signature), names.lengths, str(prefix.device))
-        tail = torch.cat(sources, dim=1).index_select(1, index)
-        longest = prefix.shape[1] + max(lengths)
-        if longest > self.context_length:
-            raise ConfigError(
-                f"the longest prompt has {longest} tokens, but this backbone reads {self.context_length}; "
-                f"shorten the context or the class name {names.names[lengths.index(max(lengths))]!r}"
-            )
-        names_at = next(i for i, piece in enumerate(everything) if isinstance(piece, ClassTokens))
-        context = sum(cast("Tensor", piece).shape[-2] for piece in everything[shared:names_at])
-        return Prompts(prefix, tail, lengths, context)
-
-    def compose_text(self, template: str, names: Sequence[str]) -> Prompts:
-        """Put the hard prompts ``template.format(name)`` of all ``names`` together (E = 1), sharing their common first tokens."""
-        ids = [self.tokenizer.encode(template.format(name.replace("_", " "))) for name in names]
-        shared = _common_prefix(ids)
-        rest = ClassTokens(tuple(names), tuple(tuple(row[shared:]) for row in ids))
-        return self.compose(self.embed(ids[0][:shared])[None], rest)
+    @property
+    def way(self) -> str:
+        """How prompts go through: "prefix shared", "trimmed" to the longest of them, or at "full length"."""
+        if self.shares_prefix and all(map(is_standard, self.blocks)):
+            return "prefix shared"
+        return "full length" if self.sees_padding or self.attn_mask is not None else "trimmed"
 
     def forward(
         self,
@@ -168,20 +132,18 @@ class TextTower(nn.Module):
             ConfigError: deep prompts are longer than what stands before the class name, a name or a layer is unknown, or the
                 tower can't take them.
         """
-        steps = {i: new if isinstance(new, PromptStep) else PromptStep(new, new.shape[-2]) for i, new in (deep or {}).items()}
-        if deep and isinstance(deep.get(0), Tensor):
-            del steps[0]  # the input, which holds it already
-        changes = Changes(steps, weights or {}, actions or {})
-        if weights or actions or steps:
+        changes = Changes(steps_of(deep), weights or {}, actions or {})
+        if weights or actions or changes.steps:
             changes.check(self, len(self.blocks), "text")
-            _check_room(prompts, steps)
-        if (
-            not self.shares_prefix or not changes.is_shared or not all(map(is_standard, self.blocks))
-        ):  # adapters may come any time
-            return self.encode_full(prompts, changes)
+            check_room(prompts, changes.steps, self.start)
+        standard = all(map(is_standard, self.blocks))  # adapters may come at any time
+        if standard and changes.is_shared and self._can_share and not self.shares_prefix:
+            return self._encode_full(prompts, changes)  # the plain way was asked for
+        if not (self.shares_prefix and standard and changes.is_shared):
+            return self.encode_chunks(prompts, changes, self.class_chunk, self._encode_full)
         if not torch.is_grad_enabled() and prompts.prefix.device.type == "cpu" and not changes.has_functions:
             return self._encode_portions(prompts, changes)
-        return self._encode_chunks(prompts, changes, self.class_chunk)
+        return self.encode_chunks(prompts, changes, self.class_chunk, self._encode_shared)
 
     def _encode_portions(self, prompts: Prompts, changes: Changes) -> Tensor:
         """Encode without a graph, some experts and some classes at a time, so that what lies between stays in a CPU's caches."""
@@ -190,94 +152,125 @@ class TextTower(nn.Module):
         chunk = min(chunk, self.class_chunk or chunk)
         features = []
         for i, (prefix, tail) in enumerate(zip(prompts.prefix.split(experts), prompts.tail.split(experts), strict=True)):
-            own = _cut(changes, partial(_portion, size=experts, index=i, dims=(3, 4), dim=0))
-            features.append(self._encode_chunks(replace(prompts, prefix=prefix, tail=tail), own, chunk))
+            own = cut(changes, partial(portion_of, size=experts, index=i, dims=(3, 4), dim=0))
+            features.append(self.encode_chunks(replace(prompts, prefix=prefix, tail=tail), own, chunk, self._encode_shared))
         return torch.cat(features)
 
-    def _encode_chunks(self, prompts: Prompts, changes: Changes, chunk: int) -> Tensor:
-        """Encode ``chunk`` classes at a time, 0 for all at once; with a graph, what lies between is computed again for it."""
-        if not 0 < chunk < len(prompts.lengths):
-            return self._encode_shared(prompts, changes)
-        again = partial(checkpoint, use_reentrant=False, preserve_rng_state=changes.has_functions)
-        features = []
-        sizes = [prompts.lengths[i : i + chunk] for i in range(0, len(prompts.lengths), chunk)]
-        for i, (tail, lengths) in enumerate(zip(prompts.tail.split([sum(size) for size in sizes], dim=1), sizes, strict=True)):
-            some = replace(prompts, tail=tail, lengths=lengths)
-            own = _cut(changes, partial(_portion, size=chunk, index=i, dims=(4,), dim=1))
-            if torch.is_grad_enabled():
-                features.append(again(self._encode_shared, some, own))
-            else:
-                features.append(self._encode_shared(some, own))
-        return torch.cat(features, dim=1)
-
     def _encode_shared(self, prompts: Prompts, changes: Changes) -> Tensor:
-        start, device = prompts.prefix.shape[1], str(prompts.prefix.device)
-        layout = layout_of(prompts.lengths, start, device)
+        start, lengths, device = prompts.prefix.shape[1], prompts.lengths, str(prompts.prefix.device)
         whole = merged(self, changes.outside)
+        tail: Tensor = prompts.tail
+        blind: tuple[bool, ...] = ()
+        if self.cls_emb is not None:
+            tail, lengths, blind = self._closed(prompts, whole.get("cls_emb", self.cls_emb))
+        layout = layout_of(lengths, start, device, blind)
         position = whole.get("positional_embedding", self.positional_embedding)
-        x = torch.cat([prompts.prefix + position[:start], prompts.tail + position[layout.positions]], dim=1)
-        lengths, last = prompts.lengths, len(self.blocks) - 1
+        places = layout.positions
+        if self.cls_emb is not None:
+            places = places.index_fill(0, layout.ends, len(position) - 1)
+        x = torch.cat([prompts.prefix + position[:start], tail + position[places]], dim=1)
+        last = len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
             if i in changes.steps:
-                x, start, lengths = take_step(Packed(x, start, lengths), changes.steps[i])
-                layout = layout_of(lengths, start, device)
+                x, start, lengths = take_step(Packed(x, start, lengths), changes.steps[i], self.start)
+                layout = layout_of(lengths, start, device, blind)
             own = changes.at(i)
             run = self._layer if own is None else shared_block  # functions are not compiled
             x = run(block, x, start, layout, *([] if own is None else [own]), last=i == last)
         return self._read(x, whole)
 
-    def encode_full(self, prompts: Prompts, changes: Changes) -> Tensor:
-        """Encode at full length with padding, through open_clip's own layers where nothing is changed in them.
+    def _closed(self, prompts: Prompts, token: Tensor) -> tuple[Tensor, tuple[int, ...], tuple[bool, ...]]:
+        """Put the token that is read behind each class's tail, as CoCa sees it.
+
+        CoCa's mask is shifted by one, in its released weights: the token sees the text and one token of padding, but not itself.
+
+        Returns:
+            The tail (E, N', W), its lengths, and whether each class's token does not see itself.
+        """
+        filled = [prompts.prefix.shape[1] + length == self.context_length for length in prompts.lengths]
+        blind = tuple(not full and not self._own_cls for full in filled)
+        ends = torch.cat([self.embed([self.tokenizer.pad]), token[None]])
+        rows, first, count = [], 0, prompts.tail.shape[1]
+        for length, padded in zip(prompts.lengths, blind, strict=True):
+            rows += [*range(first, first + length), *([count] if padded else []), count + 1]
+            first += length
+        tail = torch.cat([prompts.tail, ends.expand(len(prompts.tail), -1, -1)], dim=1)
+        index = torch.tensor(rows, device=tail.device)
+        return tail[:, index], tuple(n + 1 + padded for n, padded in zip(prompts.lengths, blind, strict=True)), blind
+
+    def _encode_full(self, prompts: Prompts, changes: Changes) -> Tensor:
+        """Encode with padding, through open_clip's own layers where nothing is changed in them.
 
         Raises:
             ConfigError: the tower's layers are not a plain stack, so that changes have no place.
         """
-        x, ends = self.pad(prompts)
         whole = merged(self, changes.outside)
+        x, ends = self._padded(prompts, whole)
         experts, classes = x.shape[:2]
-        x = x + whole.get("positional_embedding", self.positional_embedding)
-        inside = changes.steps or changes.actions or any(name.startswith(changes.blocks) for name in changes.weights)
-        if not inside:
-            x = self.transformer(x.flatten(0, 1), attn_mask=self.attn_mask).unflatten(0, (experts, classes))
-        elif not getattr(self.transformer, "batch_first", True):
+        filled = ends + 1 == self.context_length
+        if not (changes.steps or changes.actions or len(whole) < len(changes.weights)):
+            mask = self._mask(x.shape[2], ends, filled)
+            mask = _for_blocks(mask, experts, self.blocks[0])
+            x = self.transformer(x.flatten(0, 1), attn_mask=mask).unflatten(0, (experts, classes))
+            return self._read(self._pick(x, ends), whole)
+        if not getattr(self.transformer, "batch_first", True):
             raise ConfigError(
                 "MODEL.BACKBONE.NAME: this text tower can't take deep prompts; choose a CLIP ViT with its own text tower"
             )
-        for i, block in enumerate(self.blocks if inside else []):
+        for i, block in enumerate(self.blocks):
             if i in changes.steps:
                 before = x.shape[2]
-                x = _replace_padded(x, changes.steps[i])
+                x = take_padded_step(x, changes.steps[i], self.start)
                 ends = ends + x.shape[2] - before
-            own = changes.at(i)
-            mask = self._mask(x.shape[2])
+            own, mask = changes.at(i), self._mask(x.shape[2], ends, filled)
             if own is None:
-                x = block(x.flatten(0, 1), attn_mask=mask).unflatten(0, (experts, classes))
+                x = block(x.flatten(0, 1), attn_mask=_for_blocks(mask, experts, block)).unflatten(0, (experts, classes))
             else:
                 x = layer(block, x, own, mask)
-        index = ends.view(1, classes, 1, 1).expand(experts, classes, 1, x.shape[-1])
-        return self._read(x.gather(2, index).squeeze(2), whole)
+        return self._read(self._pick(x, ends), whole)
 
-    def pad(self, prompts: Prompts) -> tuple[Tensor, Tensor]:
-        """Lay prompts out at full length.
+    def _padded(self, prompts: Prompts, whole: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return prompts with padding and positions (E, C, L, W), and where EOT stands in each class (C,)."""
+        x, ends = self.pad(prompts, trim=not self.sees_padding and self.attn_mask is None)
+        if self.cls_emb is not None:
+            token = whole.get("cls_emb", self.cls_emb).expand(*x.shape[:2], 1, -1)
+            x = torch.cat([x, token], dim=2)
+        return x + whole.get("positional_embedding", self.positional_embedding)[: x.shape[2]], ends
+
+    def _mask(self, length: int, ends: Tensor, filled: Tensor) -> Tensor | None:
+        """Return the attention mask, which grows with tokens that steps insert.
+
+        Args:
+            length: L, tokens at this layer.
+            ends: (C,), where EOT stands at this layer.
+            filled: (C,), whether a prompt is as long as the tower reads.
 
         Returns:
-            Embeddings (E, C, L, W) padded with token 0 as CLIP's tokenizer does, and the position of EOT in each class (C,).
+            (L, L) or (C, 1, L, L), added to the attention's logits; None where every token sees all others.
         """
-        experts, start, _ = prompts.prefix.shape
-        padding = self.embed([0]).expand(experts, self.context_length, -1)
-        rows = []
-        for tail in prompts.tail.split(prompts.lengths, dim=1):
-            used = start + tail.shape[1]
-            rows.append(torch.cat([prompts.prefix, tail, padding[:, used:]], dim=1))
-        ends = torch.tensor(prompts.lengths, device=prompts.tail.device) + start - 1
-        return torch.stack(rows, dim=1), ends
-
-    def _mask(self, length: int) -> Tensor | None:
-        """Return the attention mask (length, length), which grows with tokens that steps insert."""
         mask = self.attn_mask
-        if mask is None or length == mask.shape[0]:
+        if mask is not None and length != mask.shape[0]:
+            mask = torch.full((length, length), float("-inf"), device=mask.device, dtype=mask.dtype).triu_(1)
+        place = torch.arange(length, device=ends.device)
+        if self.cls_emb is not None:
+            itself = place == length - 1
+            seen = place <= ends[:, None] + (0 if self._own_cls else 1)
+            seen = torch.where(itself, torch.ones_like(filled)[:, None] if self._own_cls else filled[:, None], seen)
+        elif self._masks_padding and self.attn_mask is None:
+            seen = place <= ends[:, None]
+        else:
             return mask
-        return torch.full((length, length), float("-inf"), device=mask.device, dtype=mask.dtype).triu_(1)
+        hidden = torch.zeros(len(ends), 1, 1, length, device=ends.device).masked_fill_(~seen[:, None, None], float("-inf"))
+        return hidden.expand(-1, -1, length, -1) if mask is None else hidden + mask
+
+    def _pick(self, x: Tensor, ends: Tensor) -> Tensor:
+        """Return the states (E, C, W) that are read of tokens (E, C, L, W)."""
+        if self.reads == "first":
+            return x[:, :, 0]
+        if self.reads in ("last", "class"):
+            return x[:, :, -1]
+        index = ends.view(1, -1, 1, 1).expand(x.shape[0], -1, 1, x.shape[-1])
+        return x.gather(2, index).squeeze(2)
 
     def _read(self, x: Tensor, whole: Mapping[str, Tensor]) -> Tensor:
         """Map EOT states (..., W) as the last layer leaves them to features (..., D), with the changed weights ``whole``."""
@@ -294,56 +287,8 @@ class TextTower(nn.Module):
         return x if self.text_projection is None else x @ self.text_projection
 
 
-def _check_room(prompts: Prompts, steps: Mapping[int, PromptStep]) -> None:
-    """Refuse steps that would replace SOT's neighbours beyond what stands before the class name."""
-    room, sizes = prompts.room, (len(prompts.prefix), len(prompts.lengths))
-    for _, step in sorted(steps.items()):
-        if step.remove > room:
-            raise ConfigError(
-                f"deep text prompts replace {step.remove} positions behind SOT, but only {room} context "
-                "tokens stand before the class name; use as many context tokens in front of the class name"
-            )
-        if isinstance(step.tokens, Tensor):
-            given = step.tokens.shape[:-2]
-            if any(number not in (1, size) for number, size in zip(given, sizes, strict=False)):
-                raise ConfigError(
-                    f"deep text prompts are for {tuple(given)} prompts and classes, not for {sizes}; give 1 or as many of each"
-                )
-        room -= step.remove
-        if step.tokens is not None:
-            room += step.tokens.shape[-2] if isinstance(step.tokens, Tensor) else step.remove
-
-
-def _portion(tokens: Tensor, *, size: int, index: int, dims: tuple[int, ...], dim: int) -> Tensor:
-    """Return a part of ``tokens`` along ``dim``, where they have that axis and are not the same for all."""
-    return tokens.split(size, dim)[index] if tokens.dim() in dims and tokens.shape[dim] > 1 else tokens
-
-
-def _cut(changes: Changes, cut: Callable[[Tensor], Tensor]) -> Changes:
-    """Return the changes for a part of the experts or classes."""
-    if not changes.steps:
-        return changes
-    steps = {
-        i: replace(step, tokens=cut(step.tokens)) if isinstance(step.tokens, Tensor) else step
-        for i, step in changes.steps.items()
-    }
-    return replace(changes, steps=steps)
-
-
-def _replace_padded(x: Tensor, step: PromptStep) -> Tensor:
-    """Remove and insert tokens behind SOT at full length (E, C, L, W)."""
-    new = step.tokens
-    if new is not None and not isinstance(new, Tensor):
-        new = new(x[:, :, 1 : 1 + step.remove])
-    kept = [x[:, :, :1], x[:, :, 1 + step.remove :]]
-    if new is not None:
-        new = new if new.dim() > 2 else new[None]
-        new = new if new.dim() == 4 else new[:, None]
-        kept.insert(1, new.to(x.dtype).expand(*x.shape[:2], -1, -1))
-    return torch.cat(kept, dim=2)
-
-
-def _common_prefix(rows: Sequence[Sequence[int]]) -> int:
-    """Return how many first tokens all rows share, leaving each row at least one of its own."""
-    shortest = min(len(row) for row in rows) - 1
-    return next((i for i in range(shortest) if any(row[i] != rows[0][i] for row in rows)), max(shortest, 0))
+def _for_blocks(mask: Tensor | None, experts: int, block: nn.Module) -> Tensor | None:
+    """Give a mask (C, 1, L, L) the shape (E * C * H, L, L) that open_clip's blocks take."""
+    if mask is None or mask.dim() == 2:
+        return mask
+    return mask.repeat(experts, 1, 1, 1).repeat_interleave(cast("nn.MultiheadAttention", block.attn).num_heads, dim=0).squeeze(1)

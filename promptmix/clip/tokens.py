@@ -7,10 +7,14 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from open_clip import SimpleTokenizer
 
 from promptmix.errors import ConfigError
+
+if TYPE_CHECKING:
+    from open_clip.tokenizer import HFTokenizer
 
 
 class Tokenizer:
@@ -18,12 +22,22 @@ class Tokenizer:
 
     Args:
         bpe: file of merges (``.txt.gz``); None takes the one that open_clip ships.
+
+    Attributes:
+        before: ids in front of every text: SOT.
+        after: ids behind every text: EOT.
+        pad: id that fills texts up to the tower's length.
     """
+
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    pad: int = 0
 
     def __init__(self, bpe: Path | None = None) -> None:
         self._simple = SimpleTokenizer() if bpe is None else SimpleTokenizer(bpe_path=str(bpe))
         self.sot: int = self._simple.sot_token_id
         self.eot: int = self._simple.eot_token_id
+        self.before, self.after = (self.sot,), (self.eot,)
         self._encode = lru_cache(maxsize=65536)(self._encode_uncached)
 
     def _encode_uncached(self, text: str) -> tuple[int, ...]:
@@ -44,6 +58,37 @@ class Tokenizer:
             if not row:
                 raise ConfigError(f"class name {name!r} has no tokens; give every class a readable name")
         return ClassTokens(tuple(names), ids)
+
+
+class PretrainedTokenizer(Tokenizer):
+    """A tokenizer of Hugging Face, as open_clip wraps it for SigLIP, CLIPA and multilingual towers.
+
+    Args:
+        source: open_clip's ``HFTokenizer``: it has ``tokenizer``, ``clean_fn`` and ``strip_sep_token``.
+    """
+
+    def __init__(self, source: HFTokenizer) -> None:
+        self._source = source
+        self._encode = lru_cache(maxsize=65536)(self._encode_uncached)
+        inner: Any = source.tokenizer
+        self.pad = inner.pad_token_id or 0
+        word, whole = self._ids("a", special=False), self._ids("a", special=True)
+        at = next(i for i in range(len(whole)) if whole[i : i + len(word)] == word)
+        self.before, self.after = whole[:at], whole[at + len(word) :]
+        if source.strip_sep_token:  # what open_clip writes there looks like padding
+            self.after = tuple(0 if token == inner.sep_token_id else token for token in self.after)
+            self.after = () if set(self.after) == {self.pad} else self.after
+
+    def _ids(self, text: str, *, special: bool) -> tuple[int, ...]:
+        cleaned = self._source.clean_fn(text)
+        return tuple(self._source.tokenizer(cleaned, add_special_tokens=special)["input_ids"]) if cleaned or special else ()
+
+    def _encode_uncached(self, text: str) -> tuple[int, ...]:
+        if text.strip()[:1].isalnum():
+            return self._ids(text, special=False)
+        # What stands behind a class name, such as a full stop, has no word's beginning in front of it.
+        word, both = self._ids("a", special=False), self._ids(f"a{text.strip()}", special=False)
+        return both[len(word) :] if both[: len(word)] == word else self._ids(text, special=False)
 
 
 @dataclass(frozen=True)

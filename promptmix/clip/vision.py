@@ -9,11 +9,11 @@ from typing import Any, Literal, overload
 
 import torch
 from open_clip.modified_resnet import ModifiedResNet
-from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
-from promptmix.clip.blocks import attention, first_token_layer, layer, values_layer
+from promptmix.clip.blocks import first_token_layer, layer, values_layer
 from promptmix.clip.places import Changes, LayerAction, PromptStep
+from promptmix.clip.visuals import ClipLayers, Layers, apply_step, can_read_places, layers_of, places_of
 from promptmix.clip.weights import Weights, beside, merged, run_changed
 from promptmix.errors import ConfigError
 
@@ -36,15 +36,16 @@ class ImageTower(nn.Module):
     def __init__(self, visual: nn.Module) -> None:
         super().__init__()
         self.visual = visual
+        self.layers = layers_of(visual)
         #: Whether what nobody reads in the last layer is left out, and pictures go through in portions that fit a CPU's caches;
         #: otherwise every layer is open_clip's.
-        self.skips_unread = self.takes_prompts and visual.attn_pool is None and visual.pool_type == "tok"
+        self.skips_unread = isinstance(self.layers, ClipLayers) and self.layers.reads_first
         self._layer, self._last_layer = layer, first_token_layer
 
     @property
     def takes_prompts(self) -> bool:
         """Whether the tower is a vision transformer whose layers can be prompted."""
-        return type(self.visual) is VisionTransformer and hasattr(self.visual.transformer, "resblocks")
+        return self.layers is not None
 
     @property
     def width(self) -> int:
@@ -53,14 +54,12 @@ class ImageTower(nn.Module):
         Raises:
             ConfigError: the tower has no tokens (a ResNet or another convolutional network).
         """
-        self._require_transformer()
-        return self.visual.class_embedding.shape[0]
+        return self._transformer().width
 
     @property
     def depth(self) -> int:
         """Number of layers; raises ``ConfigError`` as ``width`` does."""
-        self._require_transformer()
-        return len(self.visual.transformer.resblocks)
+        return len(self._transformer().blocks)
 
     def compile_layers(self) -> None:
         """Run the layers, or the whole of another tower, through ``torch.compile`` from now on; names of weights stay."""
@@ -69,12 +68,14 @@ class ImageTower(nn.Module):
         else:
             self.visual.compile()
 
-    def _require_transformer(self) -> None:
-        if not self.takes_prompts:
+    def _transformer(self) -> Layers:
+        if self.layers is None:
+            made = getattr(self.visual, "trunk", self.visual)
             raise ConfigError(
-                f"MODEL.BACKBONE.NAME: the image tower {type(self.visual).__name__} takes no visual prompts; "
+                f"MODEL.BACKBONE.NAME: the image tower {type(made).__name__} takes no visual prompts; "
                 "choose a vision transformer such as ViT-B/16 or tiny-vit"
             )
+        return self.layers
 
     @overload
     def forward(
@@ -114,9 +115,10 @@ class ImageTower(nn.Module):
             weights: deltas by their names in this tower's state dict (``visual.transformer.resblocks.0.ln_1.weight``,
                 ``visual.proj``). Functions beside linear layers need a vision transformer of CLIP's own, or a timm tower.
             actions: functions at the joints of layers.
-            tokens: "patches" gives the patches' own features too: as they leave the last layer (of a ResNet: each place asks in
-                the attention pool), through the final norm and projection; "values" those without attention in the last layer
-                (of a ResNet: in the pool), as GalLoP and SurPL read them.
+            tokens: "patches" gives the patches' own features too: as they leave the last layer (of CLIP's ResNet: each place asks
+                in the attention pool; of other networks: the places of the last map), through norm and projection as if each
+                alone were the picture; "values" those without attention in the last layer (of CLIP's ResNet: in the pool), as
+                GalLoP and SurPL read them.
 
         Returns:
             Image features (B, D), not normalised; with ``tokens`` also those of the patches (B, M, D), without class and prompt
@@ -126,16 +128,13 @@ class ImageTower(nn.Module):
             ConfigError: prompts, actions or patches were asked of a tower that has none, or a name is unknown.
         """
         changes = self._changes(prompts, weights, actions)
-        inside = bool(changes.steps or changes.actions)
         if tokens is not None:
             return self._encode_tokens(images, changes, tokens)
-        if not inside and not self.skips_unread:
+        if not changes.steps and not changes.actions and not self.skips_unread:
             return self._whole(images, changes)
-        self._require_transformer()
-        separable = all(
-            step.tokens is None or isinstance(step.tokens, Tensor) and step.tokens.dim() == 2 for step in changes.steps.values()
-        )
-        separable = separable and not changes.has_functions
+        tokens_of = [step.tokens for step in changes.steps.values()]
+        same_for_all = all(new is None or isinstance(new, Tensor) and new.dim() == 2 for new in tokens_of)
+        separable = same_for_all and not changes.has_functions
         if self.skips_unread and separable and images.device.type == "cpu" and not torch.is_grad_enabled():
             portions = images.split(_PICTURES_PER_THREAD * torch.get_num_threads())
             return torch.cat([self._encode(portion, changes) for portion in portions])
@@ -160,29 +159,31 @@ class ImageTower(nn.Module):
             values: leave attention between tokens out of the last layer, except for the class token.
 
         Raises:
-            ConfigError: the tower is no vision transformer of CLIP's own.
+            ConfigError: the tower is no vision transformer that is read at its class token.
         """
-        self._require_transformer()
+        layers = self._transformer()
+        if not layers.reads_first:
+            raise ConfigError(
+                f"MODEL.BACKBONE.NAME: the image tower {type(self.visual).__name__} is not read at its class token, so it has no "
+                "states before the projection; choose a vision transformer such as ViT-B/16"
+            )
         changes = self._changes(prompts, weights, actions)
         x = self._run(images, changes, "values" if values else "all")
-        count = self.visual.positional_embedding.shape[0]
-        return ImageStates(x[:, 0], x[:, 1:count], x[:, count:])
+        count = layers.leading + layers.patches
+        return ImageStates(x[:, 0], x[:, layers.leading : count], x[:, count:])
 
     def norm(self, x: Tensor, weights: Weights | None = None) -> Tensor:
         """Apply the final layer norm to states (..., W) of ``states``."""
-        return run_changed(self, merged(self, weights or {}), lambda tower, states: tower.visual.ln_post(states), x)
+        return run_changed(self, merged(self, weights or {}), lambda tower, states: tower._transformer().norm(states), x)
 
     def project(self, x: Tensor, weights: Weights | None = None) -> Tensor:
         """Map normed states (..., W) into the joint space (..., D)."""
-        projection = merged(self, weights or {}).get("visual.proj", self.visual.proj)
-        return x if projection is None else x @ projection
+        return run_changed(self, merged(self, weights or {}), lambda tower, states: tower._transformer().project(states), x)
 
     def _changes(
         self, prompts: VisualPrompts | None, weights: Weights | None, actions: Mapping[int, LayerAction] | None
     ) -> Changes:
-        changes = Changes(prompts or {}, weights or {}, actions or {}, "visual.transformer.resblocks.")
-        if prompts or actions:
-            self._require_transformer()
+        changes = Changes(prompts or {}, weights or {}, actions or {}, "" if self.layers is None else self.layers.prefix)
         if prompts or weights or actions:
             changes.check(self, self.depth if prompts or actions else 0, "image")
         return changes
@@ -194,38 +195,48 @@ class ImageTower(nn.Module):
         return features[0] if isinstance(features, tuple) else features
 
     def _encode(self, images: Tensor, changes: Changes) -> Tensor:
-        x = self._run(images, changes, "first" if self.skips_unread else "all")
-        return run_changed(self, merged(self, changes.outside), _pooled, x)
+        return self._pooled(self._run(images, changes, "first" if self.skips_unread else "all"), changes)
+
+    def _pooled(self, x: Tensor, changes: Changes) -> Tensor:
+        return run_changed(self, merged(self, changes.outside), lambda tower, x: tower._transformer().pooled(x), x)
 
     def _encode_tokens(self, images: Tensor, changes: Changes, tokens: Literal["patches", "values"]) -> tuple[Tensor, Tensor]:
-        if isinstance(self.visual, ModifiedResNet):
-            with beside(self, changes.weights):
-                return run_changed(
-                    self, merged(self, changes.weights), partial(_resnet_tokens, values=tokens == "values"), images
+        layers = self.layers
+        if layers is None and can_read_places(self.visual):
+            if tokens == "values" and not isinstance(self.visual, ModifiedResNet):
+                raise ConfigError(
+                    f"MODEL.BACKBONE.NAME: the image tower {type(self.visual).__name__} has no last-block values; ask for "
+                    "patches, or choose a CLIP ViT or ResNet such as ViT-B/16 or RN50"
                 )
-        if not self.takes_prompts or self.visual.attn_pool is not None:
+            read = partial(places_of, values=tokens == "values")
+            with beside(self, changes.weights):
+                changed = merged(self, changes.weights)
+                return run_changed(self, changed, lambda tower, images: read(tower.visual, images), images)
+        if layers is None:
             raise ConfigError(
                 f"MODEL.BACKBONE.NAME: the image tower {type(self.visual).__name__} gives no patch features in the joint space; "
                 "choose a CLIP ViT or ResNet such as ViT-B/16 or RN50"
             )
         x = self._run(images, changes, "values" if tokens == "values" else "all")
-        patches = x[:, 1 : self.visual.positional_embedding.shape[0]]
-        pooled = run_changed(self, merged(self, changes.outside), _pooled, x)
-        return pooled, self.project(self.norm(patches, changes.outside), changes.outside)
+        patches = self.norm(x[:, layers.leading : layers.leading + layers.patches], changes.outside)
+        return self._pooled(x, changes), self.project(patches, changes.outside)
 
     def _run(self, images: Tensor, changes: Changes, last: Literal["first", "all", "values"]) -> Tensor:
         """Return the tokens (B, L, W) that leave the last layer: the class token alone, all, or all without attention there."""
-        x = run_changed(self, merged(self, changes.outside), partial(_embedded, step=changes.steps.get(0)), images)
-        end = self.depth - 1
-        for i, block in enumerate(self.visual.transformer.resblocks):
-            x = _apply(x, changes.steps.get(i)) if i else x
-            own, only_first = changes.at(i), i == end and last == "first"
+        layers, step = self._transformer(), changes.steps.get(0)
+        x, about = run_changed(
+            self, merged(self, changes.outside), lambda tower, images: tower._transformer().embed(images, step), images
+        )
+        end = len(layers.blocks) - 1
+        for i, block in enumerate(layers.blocks):
+            x = apply_step(x, changes.steps.get(i)) if i else x
+            own, only_first, given = changes.at(i), i == end and last == "first", layers.given(i, x, about)
             if i == end and last == "values":
                 x = values_layer(block, x, own)
             elif own is not None:  # functions are not compiled
-                x = (first_token_layer if only_first else layer)(block, x, own)
+                x = first_token_layer(block, x, own) if only_first else layer(block, x, own, given=given)
             elif not self.skips_unread:
-                x = block(x)
+                x = block(x, **given)
             else:
                 x = (self._last_layer if only_first else self._layer)(block, x)
         return x
@@ -244,50 +255,3 @@ class ImageStates:
     first: Tensor
     patches: Tensor
     prompts: Tensor
-
-
-def _embedded(tower: ImageTower, images: Tensor, step: PromptStep | None) -> Tensor:
-    """Return the tokens (B, L, W) that enter the first layer."""
-    visual = tower.visual
-    x = visual.conv1(images).flatten(2).transpose(1, 2)
-    first = visual.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1)
-    x = torch.cat([first, x], dim=1) + visual.positional_embedding.to(x.dtype)
-    out: Tensor = visual.ln_pre(_apply(x, step))
-    return out
-
-
-def _pooled(tower: ImageTower, x: Tensor) -> Tensor:
-    """Return the image features (B, D) of the last layer's tokens, read as open_clip reads them."""
-    visual = tower.visual
-    pooled, _ = visual._pool(x)
-    out: Tensor = pooled if visual.proj is None else pooled @ visual.proj
-    return out
-
-
-def _resnet_tokens(tower: ImageTower, images: Tensor, values: bool) -> tuple[Tensor, Tensor]:
-    """Image features (B, D) and those of the H * W places (B, M, D) of CLIP's ResNet, through its attention pool."""
-    visual = tower.visual
-    x = visual.stem(images)
-    for stage in (visual.layer1, visual.layer2, visual.layer3, visual.layer4):
-        x = stage(x)
-    pool = visual.attnpool
-    x = x.flatten(2).transpose(1, 2)
-    x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1) + pool.positional_embedding.to(x.dtype)
-    key, value = pool.k_proj(x), pool.v_proj(x)
-    query = pool.q_proj(x[:, :1] if values else x)
-    mixed = attention(query, key, value, pool.num_heads)
-    out = pool.c_proj(torch.cat([mixed, value[:, 1:]], dim=1) if values else mixed)
-    return out[:, 0], out[:, 1:]
-
-
-def _apply(x: Tensor, step: PromptStep | None) -> Tensor:
-    if step is None:
-        return x
-    end = x.shape[1] - step.remove
-    kept, new = x[:, :end], step.tokens
-    if new is not None and not isinstance(new, Tensor):
-        new = new(x[:, end:])
-    if new is None:
-        return kept
-    new = new.to(x.dtype)
-    return torch.cat([kept, new if new.dim() == 3 else new.expand(x.shape[0], -1, -1)], dim=1)

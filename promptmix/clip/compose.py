@@ -1,0 +1,185 @@
+"""Prompts put together from contexts and class names, as embeddings of a frozen text tower."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from promptmix.clip.packed import Prompts, expand, packing
+from promptmix.clip.places import Changes, PromptStep
+from promptmix.clip.tokens import ClassTokens, Tokenizer
+from promptmix.errors import ConfigError
+
+#: Deep prompts: {layer: tokens (E or 1, n, W), or (E or 1, C, n, W) where they differ by class}; before that layer they replace
+#: the n positions behind SOT. Layer 0 is the input itself. A ``PromptStep`` says otherwise what is removed and inserted there.
+DeepPrompts = Mapping[int, Tensor | PromptStep]
+
+
+class PromptReader(nn.Module):
+    """What every text tower knows of prompts: its tokenizer, its embeddings, and how long a prompt may be.
+
+    Args:
+        tokenizer: the tokenizer that the tower was trained with.
+        token_embedding: its embeddings.
+        context_length: longest prompt in tokens, the tokenizer's own first and last ones included.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, token_embedding: nn.Module, context_length: int) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.token_embedding = token_embedding
+        self.context_length = context_length
+        #: Classes encoded at a time; what lies between is computed again for the backward pass. 0 = all at once.
+        self.class_chunk = 0
+
+    @property
+    def width(self) -> int:
+        """Token width W."""
+        return cast("Tensor", self.token_embedding.weight).shape[1]
+
+    @property
+    def start(self) -> int:
+        """How many tokens stand in front of every prompt: 1 for SOT, 0 where the tokenizer has none."""
+        return len(self.tokenizer.before)
+
+    def embed(self, ids: Sequence[int]) -> Tensor:
+        """Return the token embeddings (len(ids), W) of ``ids``."""
+        device = cast("Tensor", self.token_embedding.weight).device
+        found: Tensor = self.token_embedding(torch.tensor(ids, dtype=torch.long, device=device))
+        return found
+
+    def compose(self, *pieces: Tensor | ClassTokens) -> Prompts:
+        """Put E prompts over C classes together, adding SOT and EOT.
+
+        Args:
+            pieces: in reading order: contexts shared by all classes (E, m, W), class-specific contexts (E, C, m, W), and the
+                class names. E is that of the tensors; a piece with E = 1 serves all prompts.
+
+        Raises:
+            ConfigError: the longest prompt does not fit the tower's context length.
+        """
+        names = next(piece for piece in pieces if isinstance(piece, ClassTokens))
+        experts = max((piece.shape[0] for piece in pieces if isinstance(piece, Tensor)), default=1)
+        edges = self.embed([*self.tokenizer.before, *self.tokenizer.after])[None]
+        everything: list[Tensor | ClassTokens] = [edges[:, : self.start], *pieces, edges[:, self.start :]]
+        shared = next(i for i, piece in enumerate(everything) if isinstance(piece, ClassTokens) or piece.dim() == 4)
+        front = cast("list[Tensor]", everything[:shared])  # class names come later
+        prefix = torch.cat([expand(piece, experts) for piece in front], dim=1)
+        sources, signature = [], []
+        for piece in everything[shared:]:
+            if isinstance(piece, ClassTokens):
+                rows, kind = self.embed(piece.flat)[None], "names"
+            else:
+                rows, kind = piece.flatten(1, -2), ("shared" if piece.dim() == 3 else "class")
+            sources.append(expand(rows, experts))
+            signature.append((kind, piece.shape[-2] if isinstance(piece, Tensor) else 0))
+        index, lengths = packing(tuple(signature), names.lengths, str(prefix.device))
+        tail = torch.cat(sources, dim=1).index_select(1, index)
+        longest = prefix.shape[1] + max(lengths)
+        if longest > self.context_length:
+            raise ConfigError(
+                f"the longest prompt has {longest} tokens, but this backbone reads {self.context_length}; "
+                f"shorten the context or the class name {names.names[lengths.index(max(lengths))]!r}"
+            )
+        names_at = next(i for i, piece in enumerate(everything) if isinstance(piece, ClassTokens))
+        context = sum(cast("Tensor", piece).shape[-2] for piece in everything[shared:names_at])
+        return Prompts(prefix, tail, lengths, context)
+
+    def compose_text(self, template: str, names: Sequence[str]) -> Prompts:
+        """Put the hard prompts ``template.format(name)`` of all ``names`` together (E = 1), sharing their common first tokens."""
+        ids = [self.tokenizer.encode(template.format(name.replace("_", " "))) for name in names]
+        shared = _common_prefix(ids)
+        rest = ClassTokens(tuple(names), tuple(tuple(row[shared:]) for row in ids))
+        return self.compose(self.embed(ids[0][:shared])[None], rest)
+
+    def pad(self, prompts: Prompts, *, trim: bool = False) -> tuple[Tensor, Tensor]:
+        """Lay prompts out at one length.
+
+        Args:
+            prompts: E prompts over C classes.
+            trim: as long as the longest; otherwise as long as the tower reads.
+
+        Returns:
+            Embeddings (E, C, L, W), padded as the tokenizer does, and the position of EOT in each class (C,).
+        """
+        experts, start, _ = prompts.prefix.shape
+        length = start + max(prompts.lengths) if trim else self.context_length
+        padding = self.embed([self.tokenizer.pad]).expand(experts, length, -1)
+        rows = []
+        for tail in prompts.tail.split(prompts.lengths, dim=1):
+            used = start + tail.shape[1]
+            rows.append(torch.cat([prompts.prefix, tail, padding[:, used:]], dim=1))
+        ends = torch.tensor(prompts.lengths, device=prompts.tail.device) + start - 1
+        return torch.stack(rows, dim=1), ends
+
+    def encode_chunks(
+        self, prompts: Prompts, changes: Changes, chunk: int, encode: Callable[[Prompts, Changes], Tensor]
+    ) -> Tensor:
+        """Encode ``chunk`` classes at a time, 0 for all at once; with a graph, what lies between is computed again for it."""
+        if not 0 < chunk < len(prompts.lengths):
+            return encode(prompts, changes)
+        again = partial(checkpoint, use_reentrant=False, preserve_rng_state=changes.has_functions)
+        features = []
+        sizes = [prompts.lengths[i : i + chunk] for i in range(0, len(prompts.lengths), chunk)]
+        for i, (tail, lengths) in enumerate(zip(prompts.tail.split([sum(size) for size in sizes], dim=1), sizes, strict=True)):
+            some = replace(prompts, tail=tail, lengths=lengths)
+            own = cut(changes, partial(portion_of, size=chunk, index=i, dims=(4,), dim=1))
+            features.append(again(encode, some, own) if torch.is_grad_enabled() else encode(some, own))
+        return torch.cat(features, dim=1)
+
+
+def steps_of(deep: DeepPrompts | None) -> dict[int, PromptStep]:
+    """Return deep prompts as steps; tokens at layer 0 are the input itself, which holds them already."""
+    return {
+        layer: new if isinstance(new, PromptStep) else PromptStep(new, new.shape[-2])
+        for layer, new in (deep or {}).items()
+        if layer > 0 or isinstance(new, PromptStep)
+    }
+
+
+def check_room(prompts: Prompts, steps: Mapping[int, PromptStep], begin: int) -> None:
+    """Refuse steps that would replace SOT's neighbours beyond what stands before the class name."""
+    room, sizes = prompts.prefix.shape[1] + prompts.context - begin, (len(prompts.prefix), len(prompts.lengths))
+    for _, step in sorted(steps.items()):
+        if step.remove > room:
+            raise ConfigError(
+                f"deep text prompts replace {step.remove} positions behind SOT, but only {room} context "
+                "tokens stand before the class name; use as many context tokens in front of the class name"
+            )
+        if isinstance(step.tokens, Tensor):
+            given = step.tokens.shape[:-2]
+            if any(number not in (1, size) for number, size in zip(given, sizes, strict=False)):
+                raise ConfigError(
+                    f"deep text prompts are for {tuple(given)} prompts and classes, not for {sizes}; give 1 or as many of each"
+                )
+        room -= step.remove
+        if step.tokens is not None:
+            room += step.tokens.shape[-2] if isinstance(step.tokens, Tensor) else step.remove
+
+
+def portion_of(tokens: Tensor, *, size: int, index: int, dims: tuple[int, ...], dim: int) -> Tensor:
+    """Return a part of ``tokens`` along ``dim``, where they have that axis and are not the same for all."""
+    return tokens.split(size, dim)[index] if tokens.dim() in dims and tokens.shape[dim] > 1 else tokens
+
+
+def cut(changes: Changes, cut: Callable[[Tensor], Tensor]) -> Changes:
+    """Return the changes for a part of the experts or classes."""
+    if not changes.steps:
+        return changes
+    steps = {
+        i: replace(step, tokens=cut(step.tokens)) if isinstance(step.tokens, Tensor) else step
+        for i, step in changes.steps.items()
+    }
+    return replace(changes, steps=steps)
+
+
+def _common_prefix(rows: Sequence[Sequence[int]]) -> int:
+    """Return how many first tokens all rows share, leaving each row at least one of its own."""
+    shortest = min(len(row) for row in rows) - 1
+    return next((i for i in range(shortest) if any(row[i] != rows[0][i] for row in rows)), max(shortest, 0))

@@ -1,0 +1,227 @@
+"""What the image tower knows of each make of network: where tokens come from, and how the feature is read from them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from open_clip.modified_resnet import ModifiedResNet
+from open_clip.timm_model import TimmModel
+from open_clip.transformer import VisionTransformer
+from torch import Tensor, nn
+from typing_extensions import override
+
+from promptmix.clip.blocks import attention
+from promptmix.clip.places import PromptStep
+
+
+class Layers(ABC):
+    """A stack of layers on tokens (B, L, W): leading tokens, patches, and prompts at the end.
+
+    Attributes:
+        prefix: of the layers' names in the image tower's state dict.
+        blocks: the layers, first to last.
+        width: W.
+        leading: tokens in front of the patches (class token, registers).
+        patches: number of patches M.
+        reads_first: whether the feature is the first token's.
+    """
+
+    prefix: str
+    blocks: nn.ModuleList
+    width: int
+    leading: int
+    patches: int
+    reads_first: bool
+
+    @abstractmethod
+    def embed(self, images: Tensor, step: PromptStep | None) -> tuple[Tensor, Any]:
+        """Return the tokens that enter the first layer, after ``step``, and what layers want to know beside them."""
+
+    def given(self, layer: int, x: Tensor, about: Any) -> Mapping[str, Tensor]:  # noqa: ANN401
+        """Return further arguments of a layer for tokens ``x``, from what ``embed`` returned."""
+        return {}
+
+    @abstractmethod
+    def pooled(self, x: Tensor) -> Tensor:
+        """Return the image features (B, D) of the tokens that leave the last layer."""
+
+    @abstractmethod
+    def norm(self, x: Tensor) -> Tensor:
+        """Apply the final norm to states (..., W)."""
+
+    @abstractmethod
+    def project(self, x: Tensor) -> Tensor:
+        """Map normed states (..., W) into the joint space (..., D), each as if it alone were the picture."""
+
+
+def layers_of(visual: nn.Module) -> Layers | None:
+    """Return the layers of a vision transformer of open_clip's or timm's; None for every other network."""
+    if type(visual) is VisionTransformer and hasattr(visual.transformer, "resblocks"):
+        return ClipLayers(visual)
+    if isinstance(visual, TimmModel):
+        from timm.models.eva import Eva
+        from timm.models.vision_transformer import VisionTransformer as TimmTransformer
+
+        if type(visual.trunk) in (Eva, TimmTransformer):
+            return TimmLayers(visual)
+    return None
+
+
+class ClipLayers(Layers):
+    """CLIP's own vision transformer."""
+
+    prefix = "visual.transformer.resblocks."
+    leading = 1
+
+    def __init__(self, visual: VisionTransformer) -> None:
+        self.visual: Any = visual
+        self.blocks = self.visual.transformer.resblocks
+        self.width = self.visual.class_embedding.shape[0]
+        self.patches = self.visual.positional_embedding.shape[0] - 1
+        self.reads_first = self.visual.attn_pool is None and self.visual.pool_type == "tok"
+
+    @override
+    def embed(self, images: Tensor, step: PromptStep | None) -> tuple[Tensor, None]:
+        visual = self.visual
+        x = visual.conv1(images).flatten(2).transpose(1, 2)
+        first = visual.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1)
+        x = torch.cat([first, x], dim=1) + visual.positional_embedding.to(x.dtype)
+        return visual.ln_pre(apply_step(x, step)), None
+
+    @override
+    def pooled(self, x: Tensor) -> Tensor:
+        pooled: Tensor = self.visual._pool(x)[0]
+        return pooled if self.visual.proj is None else pooled @ self.visual.proj
+
+    @override
+    def norm(self, x: Tensor) -> Tensor:
+        if self.visual.attn_pool is not None:
+            return x  # the pool comes first, and has a norm of its own
+        normed: Tensor = self.visual.ln_post(x)
+        return normed
+
+    @override
+    def project(self, x: Tensor) -> Tensor:
+        pool, projection = self.visual.attn_pool, self.visual.proj
+        if pool is not None:  # one key: whoever asks is answered by its value
+            x = pool(x.reshape(-1, 1, x.shape[-1]))[:, 0].unflatten(0, x.shape[:-1])
+            x = self.visual.ln_post(x)
+        return x if projection is None else x @ projection
+
+
+class TimmLayers(Layers):
+    """A vision transformer of timm: SigLIP's, EVA's, ViTamin's, Perception Encoder's."""
+
+    prefix = "visual.trunk.blocks."
+
+    def __init__(self, visual: TimmModel) -> None:
+        self.visual, self.trunk = visual, visual.trunk
+        self.blocks = self.trunk.blocks
+        self.width = self.trunk.embed_dim
+        self.leading = self.trunk.num_prefix_tokens
+        self.patches = self.trunk.patch_embed.num_patches
+        self.reads_first = self.trunk.attn_pool is None and self.trunk.global_pool == "token"
+
+    @override
+    def embed(self, images: Tensor, step: PromptStep | None) -> tuple[Tensor, Tensor | None]:
+        trunk, about = self.trunk, None
+        x = trunk._pos_embed(trunk.patch_embed(images))
+        if isinstance(x, tuple):
+            x, about = x
+        if getattr(trunk, "patch_drop", None) is not None:
+            x = trunk.patch_drop(x)
+        return trunk.norm_pre(apply_step(x, step)), about
+
+    @override
+    def given(self, layer: int, x: Tensor, about: Tensor | None) -> Mapping[str, Tensor]:
+        """Rotations of the patches, and none for the prompts behind them."""
+        if about is None:
+            return {}
+        about = about[layer] if getattr(self.trunk, "rope_mixed", False) else about
+        more = x.shape[1] - self.leading - about.shape[-2]
+        if more:
+            sin, cos = about.new_zeros(2, *about.shape[:-2], more, about.shape[-1] // 2).unbind()
+            about = torch.cat([about, torch.cat([sin, cos + 1], dim=-1)], dim=-2)
+        return {"rope": about}
+
+    @override
+    def pooled(self, x: Tensor) -> Tensor:
+        pooled: Tensor = self.visual.head(self.trunk.forward_head(self.trunk.norm(x)))
+        return pooled
+
+    @override
+    def norm(self, x: Tensor) -> Tensor:
+        normed: Tensor = self.trunk.norm(x)
+        return normed
+
+    @override
+    def project(self, x: Tensor) -> Tensor:
+        return _timm_project(self.visual, x)
+
+
+def can_read_places(visual: nn.Module) -> bool:
+    """Tell whether ``places_of`` knows the network."""
+    return isinstance(visual, ModifiedResNet) or isinstance(visual, TimmModel) and not hasattr(visual.head, "pool")
+
+
+def places_of(visual: Any, images: Tensor, *, values: bool) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+    """Image features (B, D) and those of the places of the last map (B, M, D), each as if it alone were the picture.
+
+    Args:
+        visual: CLIP's ResNet, or a network of timm that gives a map or tokens.
+        images: (B, 3, S, S).
+        values: for CLIP's ResNet: the places go through the pool's value and output projections; otherwise each asks in it.
+    """
+    if isinstance(visual, ModifiedResNet):
+        return _resnet_places(visual, images, values=values)
+    trunk: Any = visual.trunk
+    x = trunk.forward_features(images)
+    features: Tensor = visual.head(trunk.forward_head(x))
+    if x.dim() == 3:
+        return features, _timm_project(visual, x[:, getattr(trunk, "num_prefix_tokens", 0) :])
+    last = str(getattr(trunk, "output_fmt", "NCHW")).endswith("NHWC")
+    rows = (x if last else x.permute(0, 2, 3, 1)).flatten(1, 2)  # (B, M, W)
+    single = rows.reshape(-1, 1, 1, rows.shape[-1])
+    single = single if last else single.permute(0, 3, 1, 2)
+    places: Tensor = visual.head(trunk.forward_head(single))
+    return features, places.unflatten(0, rows.shape[:2])
+
+
+def _resnet_places(visual: Any, images: Tensor, *, values: bool) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+    x = visual.stem(images)
+    for stage in (visual.layer1, visual.layer2, visual.layer3, visual.layer4):
+        x = stage(x)
+    pool = visual.attnpool
+    x = x.flatten(2).transpose(1, 2)
+    x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1) + pool.positional_embedding.to(x.dtype)
+    key, value = pool.k_proj(x), pool.v_proj(x)
+    query = pool.q_proj(x[:, :1] if values else x)
+    mixed = attention(query, key, value, pool.num_heads)
+    out = pool.c_proj(torch.cat([mixed, value[:, 1:]], dim=1) if values else mixed)
+    return out[:, 0], out[:, 1:]
+
+
+def _timm_project(visual: Any, x: Tensor) -> Tensor:  # noqa: ANN401
+    trunk, shape = visual.trunk, x.shape[:-1]
+    single = x.reshape(-1, 1, x.shape[-1])
+    pool = getattr(trunk, "attn_pool", None)
+    out = pool(single) if pool is not None else single[:, 0]
+    projected: Tensor = visual.head(trunk.head(trunk.head_drop(trunk.fc_norm(out))))
+    return projected.unflatten(0, shape)
+
+
+def apply_step(x: Tensor, step: PromptStep | None) -> Tensor:
+    """Remove and append tokens at the end of (B, L, W)."""
+    if step is None:
+        return x
+    end = x.shape[1] - step.remove
+    kept, new = x[:, :end], step.tokens
+    if new is not None and not isinstance(new, Tensor):
+        new = new(x[:, end:])
+    if new is None:
+        return kept
+    new = new.to(x.dtype)
+    return torch.cat([kept, new if new.dim() == 3 else new.expand(x.shape[0], -1, -1)], dim=1)
