@@ -42,9 +42,10 @@ class WeightedScores(Head):
         images = "bed" if image.dim() == 3 else "bd"
         scores = torch.einsum(f"{images},{'b' if text.dim() == 4 else ''}ecd->bec", image, text)
         if routing is None:
-            return (self.scale or step.task.clip.scale) * scores.mean(dim=1)
+            return _with_bias(step, (self.scale or step.task.clip.scale) * scores.mean(dim=1))
         weights = routing.dense if step.experts is None else routing.dense[:, step.experts]
-        return (self.scale or step.task.clip.scale) * torch.einsum("be,bec->bc", weights.to(scores.dtype), scores)
+        mixed = torch.einsum("be,bec->bc", weights.to(scores.dtype), scores)
+        return _with_bias(step, (self.scale or step.task.clip.scale) * mixed)
 
 
 class Cosine(Head):
@@ -69,7 +70,13 @@ class Cosine(Head):
 
     def forward(self, step: Step) -> Tensor:
         """Return class scores (B, C)."""
-        return (self.scale or step.task.clip.scale) * step.image @ step.text[0].to(step.image.dtype).T
+        return _with_bias(step, (self.scale or step.task.clip.scale) * step.image @ step.text[0].to(step.image.dtype).T)
+
+
+def _with_bias(step: Step, logits: Tensor) -> Tensor:
+    """Add SigLIP's bias, which a sigmoid of the logits needs and a softmax does not see."""
+    bias = step.task.clip.bias
+    return logits if bias is None else logits + bias
 
 
 @hookimpl
