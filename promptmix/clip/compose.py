@@ -91,9 +91,12 @@ class PromptReader(nn.Module):
         context = sum(cast("Tensor", piece).shape[-2] for piece in everything[shared:names_at])
         return Prompts(prefix, tail, lengths, context)
 
-    def compose_text(self, template: str, names: Sequence[str]) -> Prompts:
-        """Put the hard prompts ``template.format(name)`` of all ``names`` together (E = 1), sharing their common first tokens."""
-        ids = [self.tokenizer.encode(template.format(name.replace("_", " "))) for name in names]
+    def compose_text(self, template: str, names: Sequence[str], verbatim: bool = False) -> Prompts:
+        """Put the hard prompts ``template.format(name)`` of all ``names`` together (E = 1), sharing their common first tokens.
+
+        Underscores in names become spaces, unless they are taken ``verbatim``.
+        """
+        ids = [self.tokenizer.encode(template.format(name if verbatim else name.replace("_", " "))) for name in names]
         shared = _common_prefix(ids)
         rest = ClassTokens(tuple(names), tuple(tuple(row[shared:]) for row in ids))
         return self.compose(self.embed(ids[0][:shared])[None], rest)

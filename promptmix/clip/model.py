@@ -150,13 +150,23 @@ class CLIP(nn.Module):
 
     def raw_ensemble(self, templates: Sequence[str], names: Sequence[str]) -> Tensor:
         """Return classifier weights (C, D): the mean of the templates' features as they come from the tower, then normalised."""
-        return self.encode_frozen(
-            lambda: F.normalize(sum(self.text(self.text.compose_text(t, names))[0] for t in templates) / len(templates), dim=-1)
-        )
+        return F.normalize(self.raw_features(templates, names).mean(dim=0), dim=-1)
+
+    def raw_features(self, templates: Sequence[str], names: Sequence[str], *, verbatim: bool = False) -> Tensor:
+        """Return the features (P, C, D) of P hard prompts as they come from the tower, not normalised.
+
+        Args:
+            templates: P templates.
+            names: C class names.
+            verbatim: keep underscores in names, where else they become spaces.
+        """
+        return self.encode_frozen(lambda: self._raw_features(templates, names, verbatim))
+
+    def _raw_features(self, templates: Sequence[str], names: Sequence[str], verbatim: bool = False) -> Tensor:
+        return torch.stack([self.text(self.text.compose_text(template, names, verbatim))[0] for template in templates])
 
     def _hard_features(self, templates: Sequence[str], names: Sequence[str]) -> Tensor:
-        features = [self.text(self.text.compose_text(template, names))[0] for template in templates]
-        return F.normalize(torch.stack(features), dim=-1)
+        return F.normalize(self._raw_features(templates, names), dim=-1)
 
     def extra_repr(self) -> str:
         """Name, width and temperature for ``print(model)``."""

@@ -12,12 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from promptmix.clip import CLIP
+from promptmix.clip.projection import unprojected
 from promptmix.data.features.views import are_pictures
 from promptmix.engine.layout import today
 from promptmix.errors import ConfigError, PluginError
 from promptmix.prompts.heads import WeightedScores
 from promptmix.prompts.losses import CrossEntropy, LossSum
-from promptmix.prompts.roles import Component, Head, Loss, PromptBank, Router, Task, TextSupervision
+from promptmix.prompts.roles import IMAGE_LEVELS, Component, Head, Loss, PromptBank, Router, Task, TextSupervision
 from promptmix.prompts.step import Step
 
 
@@ -40,6 +41,8 @@ class PromptLearner(nn.Module, ABC):
     image_is_frozen: bool = True
     #: Whether something is learned for each class, which then serves these very class names only.
     class_specific: bool = False
+    #: What that is, in an error's words.
+    per_class: str = "weights"
     #: Whether experts that no image of a batch chose may be left out, where no loss needs them (``MODEL.SPARSE_EXPERTS``).
     sparse_experts: bool = True
 
@@ -161,11 +164,19 @@ class Learner(PromptLearner):
                     f"TEXT_SUPERVISION.NAME {type(supervision).__name__} takes one set of text features, but the prompts of "
                     f"{type(bank).__name__} differ from image to image; choose another of the two"
                 )
-        self.class_specific = bank.class_specific
+        own = [part.per_class for part in self.components if part.class_specific]
+        self.class_specific, self.per_class = bool(own), " and ".join(dict.fromkeys(own))
+        #: Which image features the parts read, and so what is encoded and kept.
+        self.image_level = max((part.image_level for part in self.components), key=IMAGE_LEVELS.index)
         self.image_is_frozen = bank.image_is_frozen
         with torch.no_grad():
             #: Whether each expert has image features of its own.
             self.image_per_expert = not bank.image_is_frozen and len(bank.visual()) > 1
+        if self.image_level != "unit" and (self.head.needs_tokens or not bank.image_is_frozen):
+            raise ConfigError(
+                f"a part reads {self.image_level} image features, which go with neither patches nor prompts in the image tower; "
+                "choose another head or bank"
+            )
         self._frozen_text: Tensor | None = None
 
     @property
@@ -191,7 +202,7 @@ class Learner(PromptLearner):
         """Return normalised image features.
 
         Returns:
-            (B, D); (B, 1 + E, D) where each expert prompts the image tower in its own way, the frozen tower's features first, by
+            (B, D), by ``image_level`` normalised, raw, or those before the last linear map; (B, 1 + E, D) where each expert prompts the image tower in its own way, the frozen tower's features first, by
             which images are routed; (B, 1 + M, D) with the patches' features behind the image's for heads with ``needs_tokens``.
         """
         schedules, changes = self.bank.visual(), self.bank.image_changes()
@@ -206,12 +217,18 @@ class Learner(PromptLearner):
             frozen = self.clip.encode_frozen(lambda: self.clip.encode_image(images))
             own = [self.clip.encode_image(images, schedule, **changes) for schedule in schedules]
             return torch.stack([frozen, *own], dim=1)
+        if self.image_level == "unprojected":
+            return unprojected(self.clip.image, images)
+        if self.image_level == "raw":
+            return self.clip.image(images)
         return self.clip.encode_image(images, *schedules, **changes)
 
     @property
     def feature_kind(self) -> str:
-        """Patches, where the head reads them."""
-        return self.head.token_kind if self.head.needs_tokens else ""
+        """Patches, where the head reads them; raw or unprojected features, where a part reads those."""
+        if self.head.needs_tokens:
+            return self.head.token_kind
+        return "" if self.image_level == "unit" else self.image_level
 
     def classifier(self) -> Tensor | None:
         """Return text features (E, C, D); None where prompts depend on the image."""

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from promptmix.prompts.losses import LossSum
     from promptmix.prompts.step import Step
 
+ImageLevel = Literal["unit", "raw", "unprojected"]
+#: From what all have to what most can be computed from.
+IMAGE_LEVELS: tuple[ImageLevel, ...] = ("unit", "raw", "unprojected")
+
 
 @dataclass(frozen=True)
 class Task:
@@ -61,6 +65,13 @@ class Component(nn.Module):
     sized_by_data: ClassVar[tuple[str, ...]] = ()
     #: Whether ``prepare`` wants to see the training pictures.
     needs_preparing: ClassVar[bool] = False
+    #: Whether something is learned for each class, which then serves these very class names only.
+    class_specific: bool = False
+    #: What that is, in an error's words.
+    per_class: ClassVar[str] = "weights"
+    #: Which image features it reads: ``unit`` ones, ``raw`` ones as they come from the tower (``step.raw_image``), or those before
+    #: the tower's last linear map (``step.unprojected_image``).
+    image_level: ImageLevel = "unit"
 
     @classmethod
     def add_config(cls, node: CfgNode) -> None:
@@ -77,7 +88,8 @@ class Component(nn.Module):
         It is not called where a checkpoint is loaded or resumed, which holds what was taken.
 
         Args:
-            look: goes once through the training pictures, augmented as configured, and gives their steps without a graph.
+            look: goes once through the training pictures in the data set's order, augmented as configured (anew each time it is
+                called), and gives their steps without a graph.
         """
 
 
@@ -86,8 +98,6 @@ class PromptBank(Component, ABC):
 
     #: Whether text prompts depend on the image, so that ``forward`` gives (B, E, C, D).
     per_image: bool = False
-    #: Whether something is learned for each class, which then serves these very class names only.
-    class_specific: bool = False
     #: Whether ``forward`` takes ``experts``, a tensor of indices, and then gives features (len(experts), C, D) of those alone.
     takes_experts: bool = False
 
@@ -133,7 +143,14 @@ class PromptBank(Component, ABC):
         return {}
 
     def adapt(self, image: Tensor) -> Tensor:
-        """Change the frozen tower's normalised features (B, D), as adapters behind the tower do; the result is normalised."""
+        """Change the frozen tower's features, as adapters behind the tower do.
+
+        Args:
+            image: normalised features (B, D), or what the bank's ``image_level`` asks for.
+
+        Returns:
+            Normalised features (B, D).
+        """
         return image
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import torch.nn.functional as F
 from torch import Tensor
+
+from promptmix.clip.projection import last_map
 
 if TYPE_CHECKING:
     from promptmix.prompts.roles import PromptBank, Routing, Task
@@ -69,7 +72,35 @@ class Step:
     @cached_property
     def image(self) -> Tensor:
         """Image features (B, D), or (B, E, D) where each expert prompts the image tower in its own way."""
-        return self.features[:, 1:] if self.learner.image_per_expert else self.bank.adapt(self._split[0])
+        if self.learner.image_per_expert:
+            return self.features[:, 1:]
+        read = {"unit": lambda: self.unit_image, "raw": lambda: self.raw_image, "unprojected": lambda: self.unprojected_image}
+        return self.bank.adapt(read[self.bank.image_level]())
+
+    @cached_property
+    def unit_image(self) -> Tensor:
+        """The tower's normalised features (B, D), before ``bank.adapt``."""
+        return self._split[0] if self.learner.image_level == "unit" else F.normalize(self.raw_image, dim=-1)
+
+    @cached_property
+    def raw_image(self) -> Tensor:
+        """The tower's features (B, D) as they come, not normalised, for parts whose ``image_level`` is ``raw``."""
+        if self.learner.image_level == "raw":
+            return self._split[0]
+        weight, bias = last_map(self.task.clip.image)
+        projected = self.unprojected_image @ weight.to(self.unprojected_image.dtype)
+        return projected if bias is None else projected + bias.to(projected.dtype)
+
+    @cached_property
+    def unprojected_image(self) -> Tensor:
+        """What the tower's last linear map takes (B, W), for parts whose ``image_level`` is ``unprojected``.
+
+        Raises:
+            ValueError: no part says that it reads them.
+        """
+        if self.learner.image_level != "unprojected":
+            raise ValueError("set image_level in the part that reads these image features")
+        return self._split[0]
 
     @cached_property
     def tokens(self) -> Tensor:
@@ -96,8 +127,10 @@ class Step:
         Raises:
             ValueError: the image tower is prompted, and the pictures are not at hand.
         """
-        if self.learner.image_is_frozen or self.learner.image_per_expert:
+        if self.learner.image_per_expert:
             return self._split[0]
+        if self.learner.image_is_frozen:
+            return self.unit_image
         if self.images is None:
             raise ValueError("frozen image features need the pictures, and this step has prompted features only")
         images, clip = self.images, self.task.clip

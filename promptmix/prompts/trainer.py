@@ -17,7 +17,7 @@ from promptmix.config import source_of
 from promptmix.config.declare import declare_all, inherited_by, key_of, settings_of
 from promptmix.cost.estimate import explained
 from promptmix.data.features.cache import FeatureCache, open_cache
-from promptmix.data.features.views import ReplayLoader, cache_views, feature_loader, is_steady
+from promptmix.data.features.views import ReplayLoader, cache_views, feature_loader, in_order, is_steady
 from promptmix.engine import TrainerX, build_lr_scheduler, build_optimizer, convert
 from promptmix.engine.checkpoint import load_pretrained_weights, load_state_dict_strict
 from promptmix.engine.evaluator import compute_accuracy
@@ -210,8 +210,8 @@ class PromptTrainer(TrainerX):
 
     @torch.no_grad()
     def _look(self) -> Iterator[Step]:
-        """Go once through the training pictures without learning."""
-        for batch in self.train_loader_x:
+        """Go once through the training pictures in the data set's order, without learning."""
+        for batch in in_order(self.train_loader_x):
             images, labels = self.parse_batch_train(batch)
             with self.precision.autocast():
                 yield self.model.step(images, labels)
@@ -266,6 +266,8 @@ class PromptTrainer(TrainerX):
         Raises:
             UserError: memory does not suffice; the message names the settings that help, and by how much.
         """
+        if not any(self._optims.values()):
+            return  # what there is to learn was taken from the pictures by prepare()
         with explained(self):
             super().run_epoch()
         if self.average is None:
