@@ -183,8 +183,8 @@ class Predictor:
             return learned
         if learned.class_specific:
             raise CheckpointError(
-                f"{self._folder} learned {learned.per_class} for each of its own {len(self.classnames)} classes, which can't serve "
-                "other names; leave the class names out, or take a method that learns nothing for each class"
+                f"{self._folder} learned {learned.per_class} for each of its own {len(self.classnames)} classes, which can't "
+                "serve other names; leave the class names out, or take a method that learns nothing for each class"
             )
         task = self._trainer._task()
         known = tuple(dict.fromkeys((*task.all_classnames, *names)))

@@ -69,8 +69,8 @@ class Component(nn.Module):
     class_specific: bool = False
     #: What that is, in an error's words.
     per_class: ClassVar[str] = "weights"
-    #: Which image features it reads: ``unit`` ones, ``raw`` ones as they come from the tower (``step.raw_image``), or those before
-    #: the tower's last linear map (``step.unprojected_image``).
+    #: Which image features it reads: ``unit`` ones, ``raw`` ones as they come from the tower (``step.raw_image``), or those
+    #: before the tower's last linear map (``step.unprojected_image``).
     image_level: ImageLevel = "unit"
 
     @classmethod

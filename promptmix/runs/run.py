@@ -185,8 +185,8 @@ def _refuse_other_method(new: RunResult, model_dir: str, learner: Any) -> None: 
     names = old.vocabulary.get("classnames")
     if getattr(learner, "class_specific", False) and names and names != new.vocabulary.get("classnames"):
         raise CheckpointError(
-            f"--model-dir {model_dir} learned {learner.per_class} for each of its own {len(names)} classes, which can't serve other "
-            "names; evaluate it on those classes, or train a method that learns nothing for each class"
+            f"--model-dir {model_dir} learned {learner.per_class} for each of its own {len(names)} classes, which can't serve "
+            "other names; evaluate it on those classes, or train a method that learns nothing for each class"
         )
 
 
