@@ -202,8 +202,8 @@ class Learner(PromptLearner):
         """Return normalised image features.
 
         Returns:
-            (B, D), by ``image_level`` normalised, raw, or those before the last linear map; (B, 1 + E, D) where each expert prompts
-            the image tower in its own way, the frozen tower's features first, by which images are routed; (B, 1 + M, D) with the
+            (B, D), by ``image_level`` normalised, raw, or before the last linear map; (B, 1 + E, D) where each expert prompts the
+            image tower in its own way, the frozen tower's features first, by which images are routed; (B, 1 + M, D) with the
             patches' features behind the image's for heads with ``needs_tokens``.
         """
         schedules, changes = self.bank.visual(), self.bank.image_changes()
