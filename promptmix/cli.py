@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
-import os
 import sys
 from typing import NoReturn
 
-from promptmix import __version__
+from promptmix import __version__, console
 from promptmix.commands import COMMANDS
 from promptmix.errors import UserError
 from promptmix.registry import closest
@@ -35,9 +35,13 @@ class Parser(argparse.ArgumentParser):
         Raises:
             UserError: there are some; the message suggests the nearest flag.
         """
-        if extra:
-            flag = extra[0].partition("=")[0]
+        if not extra:
+            return
+        flag = extra[0].partition("=")[0]
+        if flag.startswith("-"):
             self.error(f"unknown argument {flag}{closest(flag, self.flags())}")
+        takes = [str(action.metavar or action.dest) for action in self._actions if not action.option_strings]
+        self.error(f"{flag!r} is one too many: {self.prog} takes {' '.join(takes) or 'flags only'}; leave it out")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -47,16 +51,15 @@ def main(argv: list[str] | None = None) -> int:
         argv: arguments without the program's name; None = those of the process.
 
     Returns:
-        Exit code: 0, 2 for a user error, 130 when interrupted, 1 when the reader of our output went away.
+        Exit code: 0; 2 for what the user can mend; 70 for what nobody foresaw; 130 when interrupted; 1 when the reader of our
+        output went away, or where a command says so.
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
+    console.ready()
     try:
-        return _dispatch(arguments)
-    except UserError as error:
-        if "--debug" in arguments:
-            raise
-        sys.stderr.write(f"promptmix: error: {' '.join(str(error).split())}\n")
-        return 2
+        code = _dispatch(arguments)
+        console.finish()
+        return code
     except KeyboardInterrupt:
         if "--debug" in arguments:
             raise
@@ -65,9 +68,25 @@ def main(argv: list[str] | None = None) -> int:
         )
         return 130
     except BrokenPipeError:
-        # `promptmix list | head`: keep the interpreter from complaining once more while it closes standard output.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        console.silence()  # `promptmix list | head`
         return 1
+    except (Exception, SystemExit) as error:
+        if "--debug" in arguments:
+            raise
+        return _report(error)
+
+
+def _report(error: BaseException) -> int:
+    """Print one line about an error; return the exit code."""
+    line, code = console.describe(error)
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):  # it is full, and may be what the line is about
+        console.silence()
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.write(f"promptmix: error: {line}\n")
+        sys.stderr.flush()
+    return code
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -84,6 +103,9 @@ def _dispatch(arguments: list[str]) -> int:
     parser = Parser(prog=f"promptmix {name}", description=COMMANDS[name], allow_abbrev=False)
     module.add_arguments(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument(
+        "--no-plugin", action="append", default=[], metavar="NAME", help="leave an installed plugin out; may be repeated"
+    )
     split = getattr(module, "split_arguments", None)
     flags, opts = split(parser, rest) if split else (rest, [])
     try:
@@ -92,6 +114,10 @@ def _dispatch(arguments: list[str]) -> int:
         return int(done.code or 0)
     parser.refuse_unknown(extra)
     args.argv = arguments
+    if args.no_plugin:
+        from promptmix.plugin_manager import switch_off
+
+        switch_off(args.no_plugin)
     if split:
         args.opts = [*args.opts, *opts]
     return module.run(args)

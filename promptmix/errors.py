@@ -53,5 +53,9 @@ class PluginError(UserError, ImportError):
     """A plugin that can't be loaded or that implements an unknown hook."""
 
 
+class OutputError(UserError, OSError):
+    """A file that can't be written: the disk is full, the folder read-only, the file too large for a limit."""
+
+
 class TrainingError(UserError, FloatingPointError):
     """A training whose loss is no number any more."""

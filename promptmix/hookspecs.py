@@ -61,6 +61,21 @@ def register_heads(registry: Registry) -> None:
 
 
 @hookspec
+def register_evaluators(registry: Registry) -> None:
+    """Fires once per plugin at loading: add ``promptmix.engine.evaluator.EvaluatorBase`` classes for ``TEST.EVALUATOR``."""
+
+
+@hookspec
+def register_protocols(registry: Registry) -> None:
+    """Fires once per plugin at loading: add ``promptmix.runs.protocols.Protocol`` objects by name, for ``run`` and sweeps."""
+
+
+@hookspec
+def register_sweep_backends(registry: Registry) -> None:
+    """Fires once per plugin at loading: add functions ``(jobs, options, started)`` as ``promptmix.runs.backends.Backend``."""
+
+
+@hookspec
 def extend_config(cfg: CfgNode) -> None:
     """Fires whenever a config tree is made: add nodes with their defaults to ``cfg``; change no key that is there."""
 

@@ -25,7 +25,7 @@ from promptmix.data.reading.images import READINGS, as_rgb, read_image
 from promptmix.data.reading.transforms import build_transform
 from promptmix.engine.checkpoint import BEST_FILE, LAST_FILE, load_state_dict_strict
 from promptmix.errors import CheckpointError, ConfigError, DataError
-from promptmix.plugin_manager import get_plugin_manager, load_plugin
+from promptmix.plugin_manager import check_plugins, load_plugin
 from promptmix.prompts.learner import PromptLearner
 from promptmix.prompts.trainer import PromptTrainer
 from promptmix.registry import TRAINER_REGISTRY
@@ -96,7 +96,7 @@ class Predictor:
     ) -> None:
         if reading not in ("", *READINGS):
             raise ConfigError(f"reading is {reading!r}; choose from {', '.join(map(repr, READINGS))}, or leave it out")
-        get_plugin_manager()
+        check_plugins()
         for plugin in plugins:
             load_plugin(plugin)
         folder = Path(run)

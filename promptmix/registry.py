@@ -29,6 +29,7 @@ class Registry:
     def __init__(self, name: str) -> None:
         self._name = name
         self._entries: ChainMap[str, Any] = ChainMap({})
+        self._plugins: dict[str, str] = {}  # name of an entry -> plugin that is not built in
 
     def register(self, obj: Any = None, *, name: str | None = None, force: bool = False) -> Any:  # noqa: ANN401
         """Add ``obj`` under ``name`` (default: its ``__name__``); without ``obj``, return a decorator.
@@ -77,13 +78,37 @@ class Registry:
         finally:
             self._entries = below
 
+    def snapshot(self) -> dict[str, Any]:
+        """Return the entries of the present layer, for ``restore``."""
+        return dict(self._entries.maps[0])
+
+    def restore(self, entries: dict[str, Any]) -> None:
+        """Put back what ``snapshot`` returned: what a plugin added before it failed goes."""
+        layer = self._entries.maps[0]
+        layer.clear()
+        layer.update(entries)
+
+    def note_origin(self, plugin: str, before: dict[str, Any]) -> None:
+        """Note that what is new or other since the snapshot ``before`` came with ``plugin``."""
+        changed = (name for name, entry in self._entries.maps[0].items() if before.get(name) is not entry)
+        self._plugins.update(dict.fromkeys(changed, plugin))
+
+    def remove_from(self, plugin: str) -> None:
+        """Remove the entries that came with ``plugin``."""
+        for name in [name for name, brought in self._plugins.items() if brought == plugin]:
+            self._entries.maps[0].pop(name, None)
+            del self._plugins[name]
+
     def registered_names(self) -> list[str]:
         """Return all names in alphabetical order."""
         return sorted(self._entries, key=str.lower)
 
     def origin(self, name: str) -> str:
         """Return the module that defined the entry, with the version of its package where it states one."""
-        module: str = getattr(self.get(name), "__module__", "unknown")
+        entry = self.get(name)
+        defined: str = getattr(entry, "__module__", "unknown")
+        # An object of one of our classes, such as a protocol, says nothing of where it was made.
+        module = defined if isinstance(entry, type) or callable(entry) else self._plugins.get(name, defined)
         version = getattr(sys.modules.get(module.split(".")[0]), "__version__", None)
         return f"{module} ({version})" if version else module
 
@@ -106,6 +131,8 @@ TEXT_SUPERVISION_REGISTRY = Registry("text supervision")
 DISTILLER_REGISTRY = Registry("distiller")
 EVALUATOR_REGISTRY = Registry("evaluator")
 HEAD_REGISTRY = Registry("head")
+PROTOCOL_REGISTRY = Registry("protocol")
+SWEEP_BACKEND_REGISTRY = Registry("sweep backend")
 
 #: Every registry by the plural that ``promptmix list`` and the ``register_*`` hooks use.
 REGISTRIES: dict[str, Registry] = {
@@ -118,6 +145,8 @@ REGISTRIES: dict[str, Registry] = {
     "distillers": DISTILLER_REGISTRY,
     "evaluators": EVALUATOR_REGISTRY,
     "heads": HEAD_REGISTRY,
+    "protocols": PROTOCOL_REGISTRY,
+    "sweep_backends": SWEEP_BACKEND_REGISTRY,
 }
 
 #: Config node of each role, and the registry of the parts that can take it.

@@ -16,9 +16,10 @@ from typing import Any, TextIO
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
-from promptmix.errors import DataError
+from promptmix.errors import DataError, OutputError, UserError
 
 __all__ = [
     "atomic_write",
@@ -36,11 +37,18 @@ __all__ = [
 
 
 class _ConsoleHandler(logging.StreamHandler):
-    """Writes to whatever ``sys.stdout`` is at the moment, so that a later tee or redirection sees the lines too."""
+    """Writes to whatever ``sys.stdout`` is at the moment, so that a later tee or redirection sees the lines too.
+
+    What can't be written is an error: ``logging`` would print a traceback for each line and go on.
+    """
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
         self.setFormatter(logging.Formatter("%(message)s"))
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Raise what writing raised."""
+        raise
 
     @property
     def stream(self) -> TextIO:
@@ -117,10 +125,33 @@ def atomic_write(path: str | os.PathLike[str], write: Callable[[Path], object]) 
     Args:
         path: the file to make; missing folders are made too.
         write: gets the temporary path and writes the whole content there.
+
+    Raises:
+        OutputError: the file can't be written; the disk is full, or the folder can't be written to.
     """
     target = Path(path)
-    mkdir_if_missing(target.parent)
     prefix = f".{target.name}."
+    try:
+        mkdir_if_missing(target.parent)
+        _write_whole(target, prefix, write)
+    except UserError:
+        raise
+    except OSError as error:
+        raise OutputError(f"{target} can't be written: {error.strerror or error}; make room or name another folder") from error
+    except (RuntimeError, SafetensorError) as error:  # what torch and safetensors make of a full disk
+        reason = _no_room(str(error))
+        if not reason:
+            raise
+        raise OutputError(f"{target} can't be written: {reason}; make room or name another folder") from error
+
+
+def _no_room(words: str) -> str:
+    """Return why a library could not write a file, "" where it was for another reason than room."""
+    full = any(text in words for text in ("No space left", "File too large", "quota", "PytorchStreamWriter", "unexpected pos"))
+    return "no room, or a limit on the size of files (ulimit -f)" if full else ""
+
+
+def _write_whole(target: Path, prefix: str, write: Callable[[Path], object]) -> None:
     with tempfile.TemporaryDirectory(prefix=prefix, suffix=".tmp", dir=target.parent, ignore_cleanup_errors=True) as room:
         temporary = Path(room, target.name)
         write(temporary)

@@ -38,13 +38,16 @@ def show(kind: str, plugins: list[str], name: str = "") -> int:
     from tabulate import tabulate
 
     from promptmix.config.flags import load_plugins
+    from promptmix.plugin_manager import failed_plugins
 
     kind = kind.replace("-", "_")
     if kind and kind not in KINDS:
         raise UserError(f"unknown kind {kind!r}{closest(kind, list(KINDS))} (kinds: {', '.join(KINDS)})")
     if name and kind != "keys":
         raise UserError(f"list {kind}: takes no name, but got {name!r}; leave it out, or give `list keys {name}`")
-    load_plugins(plugins)
+    load_plugins(plugins, lenient=True)
+    for error in failed_plugins().values():
+        sys.stderr.write(f"note: left out: {error}\n")
     if kind == "keys":
         sys.stdout.write(tabulate(_keys(name), headers=("Key", "Default", "Takes", "Meaning"), disable_numparse=True) + "\n")
         return 0

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from promptmix.commands.train import split_arguments
 from promptmix.errors import ConfigError
+from promptmix.registry import PROTOCOL_REGISTRY
 from promptmix.runs.protocols import PROTOCOLS, Job
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
     add = parser.add_argument
     about = "; ".join(f"{name}: {protocol.summary}" for name, protocol in PROTOCOLS.items())
-    add("protocol", choices=tuple(PROTOCOLS), help=about)
+    add("protocol", metavar="PROTOCOL", help=f"{about}; `promptmix list protocols` shows those of plugins too")
     add("--trainer", "--trainers", dest="trainers", nargs="+", required=True, metavar="NAME", help="methods")
     add("--datasets", nargs="+", required=True, metavar="NAME|YAML", help="data sets to train on, by name or config file")
     add("--targets", nargs="+", default=[], metavar="NAME", help="data sets or domains to test on; default: those of the papers")
@@ -53,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
     if len(args.opts) % 2:
         raise ConfigError(f"command line: overrides come as KEY VALUE pairs, but {args.opts[-1]!r} has no value")
     load_plugins(args.plugin)
+    PROTOCOL_REGISTRY.get(args.protocol)
     jobs = [
         Job(
             protocol=args.protocol,

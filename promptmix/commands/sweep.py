@@ -24,7 +24,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("file", metavar="FILE.yaml", help="methods, data sets, seeds, protocols, overrides (see configs/sweeps/emoji.yaml)")
     add("--jobs", type=int, metavar="N", help="runs at a time; default: one per GPU, or per CPU where there is none")
     add("--threads", type=int, metavar="N", help="CPU threads of each run; default: CPUs / jobs")
-    add("--backend", choices=("local", "ray", "slurm"), default="local", help="where they run; default: processes here")
+    add(
+        "--backend",
+        default="local",
+        metavar="NAME",
+        help="where they run: local (default: processes here), ray, slurm, a plugin's",
+    )
     add(
         "--address",
         default="",
@@ -44,8 +49,8 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: a sweep that can't be run as written; nothing has run then.
     """
+    from promptmix.registry import SWEEP_BACKEND_REGISTRY
     from promptmix.runs import results, sweep
-    from promptmix.runs.backends import BACKENDS
     from promptmix.runs.protocols import check, is_done
     from promptmix.tables import tables
 
@@ -53,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
     if args.address and args.backend != "ray":
         raise UserError(f"--address {args.address} is for --backend ray, not {args.backend}; leave it out")
     plan = sweep.read(args.file)
+    backend = SWEEP_BACKEND_REGISTRY.get(args.backend)
     if plan.slurm and args.backend != "slurm":
         plan.slurm.clear()
     options = _options(args, plan)
@@ -62,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
         for job in plan.jobs:
             sys.stdout.write(f"{'done' if is_done(job) else 'to do'}  {job.protocol} {job.name}: {job.folder}\n")
         return 0
-    failed = _run_all(plan.jobs, options, BACKENDS[args.backend], Path(plan.output))
+    failed = _run_all(plan.jobs, options, backend, Path(plan.output))
     if len(failed) < len(plan.jobs):
         rows, metrics, notes = tables.aggregate(results.find(plan.output)[0])
         sys.stdout.write(f"\n{tables.render(rows + tables.averages(rows, metrics), metrics, args.format)}\n")

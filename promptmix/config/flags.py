@@ -46,15 +46,21 @@ def resolve_config(path: str) -> Path:
     )
 
 
-def load_plugins(names: Iterable[str]) -> None:
+def load_plugins(names: Iterable[str], lenient: bool = False) -> None:
     """Load the built-in and installed plugins, then those of ``--plugin``.
+
+    Args:
+        names: modules or files.
+        lenient: do without installed plugins that fail, as commands do that only show what there is.
 
     Raises:
         PluginError: one of them can't be loaded.
     """
-    from promptmix.plugin_manager import get_plugin_manager, load_plugin
+    from promptmix.plugin_manager import check_plugins, get_plugin_manager, load_plugin
 
     get_plugin_manager()
+    if not lenient:
+        check_plugins()
     names = list(names)
     if names:
         from promptmix import dassl

@@ -11,7 +11,9 @@ import torch
 from yacs.config import CfgNode
 
 from promptmix.errors import ConfigError, DataError
-from promptmix.registry import EVALUATOR_REGISTRY
+from promptmix.hookspecs import hookimpl
+from promptmix.plugin_manager import get_plugin_manager
+from promptmix.registry import EVALUATOR_REGISTRY, Registry
 from promptmix.utils import get_logger, mkdir_if_missing
 
 __all__ = ["EVALUATOR_REGISTRY", "Classification", "EvaluatorBase", "build_evaluator", "compute_accuracy"]
@@ -40,7 +42,6 @@ class EvaluatorBase:
         raise NotImplementedError
 
 
-@EVALUATOR_REGISTRY.register()
 class Classification(EvaluatorBase):
     """Top-1 classification, all numbers in percent.
 
@@ -130,6 +131,7 @@ def build_evaluator(cfg: CfgNode, **kwargs: Any) -> EvaluatorBase:
     Raises:
         RegistryError: no such evaluator; the message lists those there are.
     """
+    get_plugin_manager()
     if cfg.VERBOSE:
         get_logger().info("Loading evaluator: %s", cfg.TEST.EVALUATOR)
     evaluator: EvaluatorBase = EVALUATOR_REGISTRY.get(cfg.TEST.EVALUATOR)(cfg, **kwargs)
@@ -153,3 +155,9 @@ def compute_accuracy(
     guesses = scores.topk(min(max(topk), scores.shape[1]), dim=1).indices  # (B, K), best first
     hits = guesses.eq(target.view(-1, 1))
     return [hits[:, :k].any(dim=1).float().mean().mul(100.0).view(1) for k in topk]
+
+
+@hookimpl
+def register_evaluators(registry: Registry) -> None:
+    """Add the evaluator."""
+    registry.register(Classification)

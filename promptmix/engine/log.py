@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -12,6 +13,7 @@ from typing import Any, TextIO, TypeVar
 
 from tqdm import tqdm
 
+from promptmix.errors import OutputError
 from promptmix.utils import get_logger, mkdir_if_missing
 
 __all__ = ["LazyWriter", "Logger", "get_logger", "progress", "setup_logger"]
@@ -40,7 +42,12 @@ class Logger:
     def write(self, msg: str) -> int:
         """Write to both."""
         if self.file is not None:
-            self.file.write(msg)
+            try:
+                self.file.write(msg)
+            except OSError as error:
+                raise OutputError(
+                    f"{self.file.name} can't be written: {error.strerror or error}; make room or choose another --output-dir"
+                ) from error
         return self.console.write(msg)
 
     def flush(self) -> None:
@@ -54,7 +61,8 @@ class Logger:
         if sys.stdout is self:
             sys.stdout = self.console
         if self.file is not None:
-            self.file.close()
+            with contextlib.suppress(OSError):  # the disk is full, as the write before said
+                self.file.close()
             self.file = None
 
     def __enter__(self) -> Logger:

@@ -25,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from promptmix.errors import UserError
+from promptmix.hookspecs import hookimpl
+from promptmix.registry import Registry
 from promptmix.runs.protocols import Job, execute
 
 #: Imported once by the process that local jobs are forked from: a job then starts in a fraction of a second.
@@ -300,3 +302,10 @@ def _from_slurm(queued: Any) -> Outcome:  # noqa: ANN401  (a job of submitit)
 
 
 BACKENDS: dict[str, Backend] = {"local": local, "ray": on_ray, "slurm": on_slurm}
+
+
+@hookimpl
+def register_sweep_backends(registry: Registry) -> None:
+    """Add this machine, Ray and Slurm."""
+    for name, backend in BACKENDS.items():
+        registry.register(backend, name=name)

@@ -19,7 +19,8 @@ import yaml
 
 from promptmix.config.flags import load_plugins, make_config, merge_flags, resolve_config
 from promptmix.errors import ConfigError, UserError
-from promptmix.registry import DATASET_REGISTRY, closest
+from promptmix.hookspecs import hookimpl
+from promptmix.registry import DATASET_REGISTRY, PROTOCOL_REGISTRY, Registry, closest
 
 if TYPE_CHECKING:
     from yacs.config import CfgNode
@@ -53,6 +54,7 @@ _TEN = (
 )
 _STYLES = ("fluent_3d", "openmoji_black", "fluent_high_contrast")
 
+#: The field's own; a plugin may register more.
 PROTOCOLS: dict[str, Protocol] = {
     "few-shot": Protocol("train on all classes, test on them", part="all", classes="all"),
     "base-to-new": Protocol("train on the base classes, test on base and new ones", part="base", classes="base", new=True),
@@ -91,7 +93,7 @@ class Job:
     """One training and what is evaluated from it; plain values only, so that it can be sent to another machine.
 
     Attributes:
-        protocol: a name of ``PROTOCOLS``.
+        protocol: a name of the protocol registry.
         trainer: a name of the trainer registry.
         dataset: a name of the data set registry, or a YAML file; "" = the one that ``config_file`` names.
         folder: where the run folders go.
@@ -187,7 +189,7 @@ def parts(job: Job) -> list[Part]:
     Raises:
         UserError: targets for a protocol that has none, no targets for one that needs some, or an unknown one.
     """
-    protocol = PROTOCOLS[job.protocol]
+    protocol: Protocol = PROTOCOL_REGISTRY.get(job.protocol)
     found = [Part(protocol.part, job.dataset, protocol.classes)]
     if protocol.new:
         found.append(Part("new", job.dataset, "new"))
@@ -353,7 +355,7 @@ def execute(job: Job, watcher: Watcher | None = None, command: Sequence[str] = (
                 last = None if cfg.TEST.FINAL_MODEL == "best_val" else cfg.OPTIM.MAX_EPOCH
                 model_dir = found[0].config["OUTPUT_DIR"] if found[0].learned_parameters else ""
                 options = {"eval_only": True, "model_dir": model_dir, "load_epoch": last}
-                if PROTOCOLS[job.protocol].targets is not None:
+                if PROTOCOL_REGISTRY.get(job.protocol).targets is not None:
                     labels["trained_on"] = title(job.dataset)
             result = run(cfg, quiet=True, on_epoch=watcher.epoch, command=list(command), labels=labels, **options)
             watcher.end(result, skipped=False)
@@ -418,3 +420,10 @@ def default_config(trainer: str, dataset: str) -> str:
     except ConfigError:
         return "configs/quickstart.yaml"  # a plugin's method
     return tiny
+
+
+@hookimpl
+def register_protocols(registry: Registry) -> None:
+    """Add the field's protocols."""
+    for name, protocol in PROTOCOLS.items():
+        registry.register(protocol, name=name)

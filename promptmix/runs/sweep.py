@@ -25,8 +25,8 @@ from typing import Any
 import yaml
 
 from promptmix.errors import ConfigError
-from promptmix.registry import closest
-from promptmix.runs.protocols import PROTOCOLS, Job, default_config, folder_of
+from promptmix.registry import PROTOCOL_REGISTRY, closest
+from promptmix.runs.protocols import Job, default_config, folder_of
 
 #: Key to the type of its value, in the order of the documentation.
 _KEYS: dict[str, type | tuple[type, ...]] = {
@@ -96,10 +96,9 @@ def read(path: str) -> Sweep:
 def _jobs(tree: dict[str, Any], file: Path, plugins: tuple[str, ...]) -> Iterable[Job]:
     where = str(file)
     for name in tree["protocols"]:
-        if name not in PROTOCOLS:
-            raise ConfigError(
-                f"{where}: protocols: unknown {name!r}{closest(str(name), list(PROTOCOLS))} (choices: {', '.join(PROTOCOLS)})"
-            )
+        if name not in PROTOCOL_REGISTRY:
+            known = list(PROTOCOL_REGISTRY)
+            raise ConfigError(f"{where}: protocols: unknown {name!r}{closest(str(name), known)} (choices: {', '.join(known)})")
     targets = {name: _list(value, f"{where}: targets.{name}") for name, value in tree.get("targets", {}).items()}
     for name in targets:
         if name not in tree["protocols"]:

@@ -1,0 +1,121 @@
+"""What stands between a command and the terminal: streams that may be closed or full, and errors as one line each."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import sys
+import traceback
+from pathlib import Path
+
+from promptmix.errors import UserError
+
+__all__ = ["FAULT", "describe", "finish", "ready", "silence"]
+
+#: Exit code of an error that nobody foresaw (``EX_SOFTWARE`` of sysexits.h).
+FAULT = 70
+
+#: Errors of the operating system that have a remedy of their own.
+_REMEDIES = {
+    errno.ENOSPC: "make room, then give the same command again",
+    errno.EDQUOT: "make room in your quota, then give the same command again",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f), then give the same command again",
+    errno.EROFS: "name a folder that can be written",
+    errno.EACCES: "check its permissions, or name another",
+    errno.EPERM: "check its permissions, or name another",
+    errno.EMFILE: "raise the limit on open files (ulimit -n), or lower DATALOADER.NUM_WORKERS",
+    errno.ENFILE: "close other programs, or lower DATALOADER.NUM_WORKERS",
+    errno.ENOMEM: "lower DATALOADER.TRAIN_X.BATCH_SIZE, or set MODEL.CLASS_CHUNK",
+}
+_FRAME = re.compile(r'File "([^"]+)", line (\d+)')
+
+
+def ready() -> None:
+    """Make standard streams fit to write to: closed ones go nowhere, and what they can't encode is written as escapes.
+
+    A closed descriptor would otherwise be given to the next file that is opened, which would then get what is printed.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r+" if name == "stdin" else "w", encoding="utf-8"))  # noqa: SIM115
+        stream = getattr(sys, name)
+        if name != "stdin" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def finish() -> None:
+    """Write out what standard output still holds.
+
+    Raises:
+        OSError: it can't be written; nobody reads it any more (``BrokenPipeError``), or the disk is full.
+    """
+    sys.stdout.flush()
+
+
+def silence() -> None:
+    """Send standard output nowhere, so that the interpreter does not complain once more while it closes it."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def describe(error: BaseException) -> tuple[str, int]:
+    """Return one line for an error, and the exit code: 2 for what the user can mend, ``FAULT`` for what only we can.
+
+    The line names the value or file, or for what nobody foresaw the exception's words and where it came from.
+    """
+    if isinstance(error, UserError):
+        return _one_line(str(error)), 2
+    if isinstance(error, MemoryError):
+        return f"memory does not suffice; {_REMEDIES[errno.ENOMEM]}", 2
+    file, line = _origin(error)
+    words = _words(error)
+    from promptmix.plugin_manager import plugin_at
+
+    plugin = plugin_at(file)
+    if plugin:
+        return f"plugin {plugin!r} ({file}, line {line}) failed: {words}; mend it, or leave it out with --no-plugin {plugin}", 2
+    if isinstance(error, OSError) and error.errno is not None:
+        paths = [str(path) for path in (error.filename, error.filename2) if path is not None]
+        remedy = _REMEDIES.get(error.errno, "check the path")
+        if paths or error.errno in _REMEDIES:
+            return _one_line(f"{' -> '.join(paths) or 'output'}: {error.strerror}; {remedy}"), 2
+    return (
+        f"unexpected {words} ({file}, line {line}); this is a fault of promptmix or of a library: "
+        "please report it with the command and what it prints with --debug (CONTRIBUTING.md)"
+    ), FAULT
+
+
+def _words(error: BaseException) -> str:
+    """Return an exception's kind and words on one line."""
+    if isinstance(error, SystemExit):
+        return f"SystemExit({error.code!r}): it ended the process"
+    text = str(error)
+    if "Original Traceback" in text:  # of a worker that reads pictures: its last line is the error
+        return _one_line(text.strip().splitlines()[-1])
+    return _one_line(f"{type(error).__name__}: {text}" if text else type(error).__name__)
+
+
+def _one_line(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= 2000 else f"{text[:2000]}..."
+
+
+def _origin(error: BaseException) -> tuple[str, int]:
+    """Return the innermost place of an error that lies in promptmix or in a plugin, else the innermost of all."""
+    from promptmix.plugin_manager import plugin_at
+
+    places = [(frame.filename, frame.lineno or 0) for frame in traceback.extract_tb(error.__traceback__)]
+    if "Original Traceback" in str(error):
+        places += [(file, int(line)) for file, line in _FRAME.findall(str(error))]
+    above = Path(__file__).parent
+    rooms = [above, *(above.parent / room for room in ("trainers", "plugins"))]
+    for file, line in reversed(places):
+        if plugin_at(file) or any(room in Path(file).parents for room in rooms):
+            return file, line
+    return places[-1] if places else ("unknown", 0)
