@@ -7,17 +7,19 @@ from functools import lru_cache
 import pytest
 import torch
 from promptmix.plugins.heads.transport import Transport, sinkhorn
+from promptmix.plugins.prompt_bank.attributes import AttributePrompts, CoupledAttributes
 from promptmix.plugins.prompt_bank.low_rank import LowRank, layers_of
 from promptmix.plugins.prompt_bank.soft import Soft
 from promptmix.plugins.text_supervision.hard_prompts import CosineToHard
 from promptmix.trainers.plot import PooledSoft, TransportAndGlobal
+from promptmix.trainers.proda import Orthogonality, PromptDistribution, UpperBound, positions
 from promptmix.trainers.tcp import ClassAware
 
 from promptmix.clip import reference
 from promptmix.prompts.heads import Cosine
 from promptmix.prompts.learner import Learner
 from promptmix.prompts.losses import CrossEntropy
-from tests.trainers.golden import close, compare, golden_clip, golden_task, images, numbers, set_learned
+from tests.trainers.golden import close, compare, golden_clip, golden_task, images, labels, numbers, set_learned
 
 LINEAR = [f"meta_net.{layer}.{kind}" for layer in ("linear1", "linear2") for kind in ("weight", "bias")]
 
@@ -128,3 +130,65 @@ def test_positions_follow_the_depth():
     assert layers_of("up", 12) == [8, 9, 10, 11]
     assert layers_of("half-up", 12) == [6, 7, 8, 9, 10, 11]
     assert layers_of("top1", 4) == [3]
+
+
+def test_coop_atp():
+    learner = Learner(golden_task(frozen()), AttributePrompts(golden_task(frozen()), attributes=("shape", "size")))
+    names = {
+        f"prompt_learner.ctx{theirs}": ours
+        for theirs, ours in (("", "bank.ctx"), ("_att1", "bank.att.0"), ("_att2", "bank.att.1"))
+    }
+    compare("coop_atp", learner, names)
+    one = Learner(golden_task(frozen()), AttributePrompts(golden_task(frozen()), attributes=("shape",)))
+    one.bank.load_state_dict({name: value for name, value in learner.bank.state_dict().items() if name != "att.1"})
+    with torch.no_grad():
+        close(one.step(images()).logits, numbers("coop_atp")["one/logits"])
+
+
+def test_attribute_words_may_have_several_tokens():
+    bank = AttributePrompts(golden_task(frozen()), attributes=("playfulness", "energy"))
+    assert [len(word) for word in bank.words] == [2, 1] and bank.span == 11
+
+
+def test_maple_atp():
+    task = golden_task(frozen())
+    bank = CoupledAttributes(task, n_ctx=2, n_att=2, attributes=("shape", "size"), prompt_depth=3)
+    names = {
+        "prompt_learner.ctx": "bank.ctx",
+        **{f"prompt_learner.ctx_att{i}": f"bank.att.{i - 1}" for i in (1, 2)},
+        **{f"prompt_learner.compound_prompts_text.{i}": f"bank.deeper.{i}" for i in (0, 1)},
+        **{f"prompt_learner.proj.{kind}": f"bank.couple.0.{kind}" for kind in ("weight", "bias")},
+        **{
+            f"prompt_learner.compound_prompt_projections.{i}.{kind}": f"bank.couple.{i + 1}.{kind}"
+            for i in (0, 1)
+            for kind in ("weight", "bias")
+        },
+    }
+    compare("maple_atp", Learner(task, bank, head=Cosine(task, bank)), names)
+
+
+def test_proda():
+    task = golden_task(frozen())
+    bank = PromptDistribution(task, 8, 16, 8)
+    learner = Learner(task, bank, loss=UpperBound() + 0.1 * Orthogonality())
+    terms = compare("proda", learner, {"prompt_learner.ctx": "bank.ctx"})
+    expected = numbers("proda")
+    close(terms.parts["upper"], expected["loss_upper"])
+    close(terms.parts["diversity"], expected["loss_diversity"])
+    with torch.no_grad():
+        close(UpperBound().scores(learner.step(images(), labels())), expected["logits_train"])
+        close(learner.classifier().mean(dim=0).norm(dim=-1), expected["text_mean_norm"])
+    assert [["front", "middle", "end"].index(place) for place in positions(8)] == expected["position"].astype(int).tolist()
+
+
+def test_proda_takes_each_prompt_once_before_any_twice():
+    task = golden_task(frozen())
+    bank = PromptDistribution(task, 8, 2, 4).train()
+    seen = []
+    bank.encode = lambda names, prompts: seen.append(prompts) or torch.zeros(len(prompts), 5, 512)
+    for _ in range(4):
+        bank(task.classnames)
+    assert [sorted(seen[i] + seen[i + 1]) for i in (0, 2)] == [list(range(8))] * 2
+    with torch.no_grad():
+        bank.eval()(task.classnames)
+    assert seen[-1] == list(range(8))

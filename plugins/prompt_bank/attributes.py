@@ -1,0 +1,129 @@
+"""Attribute words with soft tokens of their own in front of the context (ATPrompt, arXiv 2412.09442, section 3.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from promptmix import hookimpl
+from promptmix.clip.places import PromptStep
+from promptmix.clip.text import DeepPrompts
+from promptmix.clip.vision import VisualPrompts
+from promptmix.config.declare import Setting
+from promptmix.errors import SettingError
+from promptmix.prompts.deep import STD, check_depth, linear_maps, replace_each_layer
+from promptmix.prompts.roles import PromptBank, Task
+from promptmix.registry import Registry
+
+
+class AttributePrompts(PromptBank):
+    """``[SOT] [att_1] word_1 ... [att_A] word_A [ctx] class name . [EOT]``; what is in brackets is learned.
+
+    Args:
+        task: the frozen model and the data set's words.
+        n_ctx: M, context tokens in front of the class name.
+        n_att: soft tokens in front of each attribute word.
+        attributes: the A words, any number of them, of any number of tokens.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        n_ctx: Annotated[int, Setting("M: context tokens in front of the class name", low=1)] = 4,
+        n_att: Annotated[int, Setting("soft tokens in front of each attribute word", low=1)] = 4,
+        attributes: Annotated[Sequence[str], Setting("attribute words, such as (color, shape)")] = (),
+    ) -> None:
+        super().__init__()
+        if not attributes:
+            raise SettingError("attributes", tuple(attributes), "but must hold words such as (color, shape)")
+        tower = task.clip.text
+        self.task = task
+        self.words = tuple(tower.tokenizer.encode(word) for word in attributes)
+        self.ctx = nn.Parameter(torch.empty(n_ctx, tower.width).normal_(std=STD))
+        self.att = nn.ParameterList(nn.Parameter(torch.empty(n_att, tower.width).normal_(std=0.01)) for _ in attributes)
+
+    @property
+    def num_experts(self) -> int:
+        """Always 1."""
+        return 1
+
+    @property
+    def span(self) -> int:
+        """Tokens of all attributes, which stand between SOT and the context."""
+        return sum(len(att) + len(word) for att, word in zip(self.att, self.words, strict=True))
+
+    def deep(self) -> DeepPrompts:
+        """Return what replaces tokens in deeper layers of the text tower."""
+        return {}
+
+    def forward(self, names: Sequence[str], image_features: Tensor | None = None, *, full_stop: bool | None = None) -> Tensor:
+        """Return normalised text features (1, C, D); prompts end with a full stop unless ``full_stop`` is False."""
+        tower = self.task.clip.text
+        pieces = [piece for att, word in zip(self.att, self.words, strict=True) for piece in (att, tower.embed(word))]
+        stop = tower.embed(tower.tokenizer.encode("." if full_stop in (None, True) else ""))
+        context = torch.cat([*pieces, self.ctx])[None]
+        prompts = tower.compose(context, tower.tokenizer.class_tokens(names), stop[None])
+        return F.normalize(tower(prompts, self.deep()), dim=-1)
+
+    def references(self, names: Sequence[str]) -> Tensor:
+        """Return the features of the data set's first template (1, C, D)."""
+        return self.task.clip.hard_features(self.task.templates[:1], names)
+
+
+class CoupledAttributes(AttributePrompts):
+    """Attribute prompts whose context is new at each of the first layers, and mapped into the image tower (MaPLe).
+
+    Attributes are carried on from layer to layer and don't touch the image tower.
+
+    Args:
+        task: the frozen model and the data set's words.
+        n_ctx: M, context tokens of each layer, in both towers.
+        n_att: soft tokens in front of each attribute word.
+        attributes: the words.
+        prompt_depth: J, layers with a context of their own.
+        clone_maps: the maps of the deeper layers start as copies of one.
+    """
+
+    image_is_frozen = False
+
+    def __init__(
+        self,
+        task: Task,
+        n_ctx: Annotated[int, Setting("M: context tokens of each layer, in both towers", low=1)] = 4,
+        n_att: Annotated[int, Setting("soft tokens in front of each attribute word", low=1)] = 4,
+        attributes: Annotated[Sequence[str], Setting("attribute words, such as (color, shape)")] = (),
+        prompt_depth: Annotated[int, Setting("J: layers with a context of their own, from the first", low=1)] = 9,
+        clone_maps: Annotated[bool, Setting("coupling maps of deeper layers start as copies of one, as the authors' do")] = False,
+    ) -> None:
+        check_depth(task.clip, "prompt_depth", prompt_depth, text=True, vision=True)
+        super().__init__(task, n_ctx, n_att, attributes)
+        self.deeper = nn.ParameterList(nn.Parameter(torch.empty_like(self.ctx).normal_(std=STD)) for _ in range(prompt_depth - 1))
+        widths = task.clip.text.width, task.clip.image.width
+        self.couple = linear_maps(widths, 1, clones=False) + linear_maps(widths, prompt_depth - 1, clones=clone_maps)
+
+    def deep(self) -> DeepPrompts:
+        """Return the steps that replace the context behind the attributes."""
+        span, length = self.span, len(self.ctx)
+
+        def behind(new: Tensor) -> PromptStep:
+            def replaced(removed: Tensor) -> Tensor:
+                return torch.cat([removed[..., :span, :], new.expand(*removed.shape[:-2], -1, -1).to(removed.dtype)], dim=-2)
+
+            return PromptStep(replaced, remove=span + length)
+
+        return {layer: behind(new) for layer, new in enumerate(self.deeper, start=1)}
+
+    def visual(self) -> Sequence[VisualPrompts]:
+        """Return the schedule of the mapped contexts."""
+        return replace_each_layer([f(p) for f, p in zip(self.couple, (self.ctx, *self.deeper), strict=True)])
+
+
+@hookimpl
+def register_prompt_banks(registry: Registry) -> None:
+    """Add both banks."""
+    registry.register(AttributePrompts)
+    registry.register(CoupledAttributes)

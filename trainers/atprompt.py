@@ -1,0 +1,97 @@
+"""ATPrompt: Textual-based Prompt Learning with Embedded Attributes, on CoOp and on MaPLe.
+
+Zheng Li, Yibing Song, Penghai Zhao, Ming-Ming Cheng, Xiang Li, Jian Yang. ICCV 2025. https://arxiv.org/abs/2412.09442
+
+| paper | here |
+|---|---|
+| [T_a1] ... [A] ... [T_b1] ... [B] [T_1] ... [T_M] [CLS] | ``AttributePrompts.forward`` |
+| soft attribute tokens | ``AttributePrompts.att``, ``N_ATT`` each |
+| attributes found by the search | ``ATTRIBUTES`` below, or the key of that name |
+| deep version: only class-related tokens are dropped and added again | ``CoupledAttributes.deep`` |
+
+Deviations from the authors' code (github.com/zhengli97/ATPrompt): attribute words may have several tokens, where theirs counts
+one for each and so loses "energy" in OxfordPets' row (a checkpoint of theirs for OxfordPets was trained on that row); unused
+attribute tokens do not exist; N_ATT may differ from N_CTX in MaPLe; CTX_INIT, which theirs never reads, is no key. The search for
+attributes needs a language model's candidates and is not here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from promptmix.plugins.prompt_bank.attributes import AttributePrompts, CoupledAttributes
+
+from promptmix import hookimpl
+from promptmix.config.declare import inherits
+from promptmix.engine.layout import Layout, Rule, linear
+from promptmix.prompts.heads import Cosine
+from promptmix.prompts.learner import Learner
+from promptmix.prompts.roles import Task
+from promptmix.prompts.trainer import PromptTrainer
+from promptmix.registry import Registry
+
+#: The authors' words (train.py).
+ATTRIBUTES = {
+    "Caltech101": ("shape", "size"),
+    "OxfordPets": ("playfulness", "energy"),
+    "StanfordCars": ("luxury",),
+    "OxfordFlowers": ("color", "habitat", "growth"),
+    "Food101": ("flavor", "preparation"),
+    "FGVCAircraft": ("design", "range"),
+    "SUN397": ("function",),
+    "DescribableTextures": ("pattern", "color", "design"),
+    "EuroSAT": ("habitat",),
+    "UCF101": ("precision",),
+}
+#: ImageNet, its variants, and data sets the authors did not search.
+OTHERS = ("color", "shape")
+
+_ATT = (Rule("ctx", "bank.ctx"), Rule("ctx_att{i}", "bank.att.{i-1}"))
+
+
+class _WithAttributes(PromptTrainer):
+    """What both share: the words of the data set."""
+
+    def words(self, attributes: Sequence[str]) -> tuple[str, ...]:
+        """Return the words given, or the authors' for the data set."""
+        return tuple(attributes) or ATTRIBUTES.get(self.cfg.DATASET.NAME, OTHERS)
+
+
+class CoOpATP(_WithAttributes):
+    """CoOp behind attribute words, trained with cross-entropy."""
+
+    layout = Layout("prompt_learner", _ATT)
+
+    @inherits(AttributePrompts)
+    def compose(self, task: Task, attributes: Sequence[str] = (), **soft: Any) -> Learner:
+        """Return the prompt with its attributes."""
+        return Learner(task, AttributePrompts(task, attributes=self.words(attributes), **soft))
+
+
+class MaPLeATP(_WithAttributes):
+    """MaPLe behind attribute words, trained with cross-entropy."""
+
+    layout = Layout(
+        "MultiModalPromptLearner",
+        (
+            *_ATT,
+            Rule("compound_prompts_text.{i}", "bank.deeper.{i}"),
+            *linear("proj", "bank.couple.0"),
+            *linear("compound_prompt_projections.{i}", "bank.couple.{i+1}"),
+        ),
+        whole=True,
+    )
+
+    @inherits(CoupledAttributes)
+    def compose(self, task: Task, attributes: Sequence[str] = (), **deep: Any) -> Learner:
+        """Return the coupled prompts with their attributes."""
+        prompts = CoupledAttributes(task, attributes=self.words(attributes), **deep)
+        return Learner(task, prompts, head=Cosine(task, prompts))
+
+
+@hookimpl
+def register_trainers(registry: Registry) -> None:
+    """Add both trainers."""
+    registry.register(CoOpATP)
+    registry.register(MaPLeATP)
