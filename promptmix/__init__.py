@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-__version__ = "0.1.0"
-
 # In a checkout the rooms `trainers/`, `plugins/` and `configs/` lie beside this folder; an installed package has them inside.
 _above = Path(__file__).resolve().parent.parent
 if (_above / "setup.py").is_file() and (_above / "trainers").is_dir():
     __path__.append(str(_above))
 
 from promptmix.hookspecs import hookimpl, hookspec  # noqa: E402  (needs __path__ as set above)
+from promptmix.version import __version__  # noqa: E402
 
 __all__ = ["__version__", "hookimpl", "hookspec", "load"]
 

@@ -8,10 +8,11 @@ import importlib
 import sys
 from typing import NoReturn
 
-from promptmix import __version__, console
+from promptmix import console
 from promptmix.commands import COMMANDS
 from promptmix.errors import UserError
 from promptmix.registry import closest
+from promptmix.version import __version__
 
 
 class Parser(argparse.ArgumentParser):

@@ -38,7 +38,7 @@ from promptmix.prompts.heads import Cosine
 from promptmix.prompts.learner import Learner, PromptLearner
 from promptmix.prompts.losses import CrossEntropy
 from promptmix.prompts.roles import Task
-from promptmix.prompts.templates import IMAGENET_60
+from promptmix.data.templates import IMAGENET_60
 from promptmix.prompts.trainer import PromptTrainer
 from promptmix.registry import Registry
 

@@ -17,7 +17,7 @@ from promptmix.config.declare import Setting
 from promptmix.prompts.heads import Cosine
 from promptmix.prompts.learner import Learner
 from promptmix.prompts.roles import Task
-from promptmix.prompts.templates import IMAGENET_7, IMAGENET_80
+from promptmix.data.templates import IMAGENET_7, IMAGENET_80
 from promptmix.prompts.trainer import PromptTrainer
 from promptmix.registry import Registry
 

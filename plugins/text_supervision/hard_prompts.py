@@ -12,7 +12,7 @@ from promptmix import hookimpl
 from promptmix.config.declare import Setting
 from promptmix.prompts.roles import PromptBank, Task, TextSupervision
 from promptmix.prompts.step import Step
-from promptmix.prompts.templates import IMAGENET_80
+from promptmix.data.templates import IMAGENET_80
 from promptmix.registry import Registry
 
 

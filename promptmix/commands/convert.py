@@ -31,11 +31,13 @@ def run(args: argparse.Namespace) -> int:
         UserError: OUT holds something already, or IN no checkpoint of a known method.
     """
     from promptmix.engine import convert
+    from promptmix.runs.results import read_run
 
     target = Path(args.target)
     if target.is_dir() and any(target.iterdir()):
         raise UserError(f"{target} is not empty; name a new folder")
-    learned = convert.read(args.source, args.load_epoch, args.trainer)
+    logged = read_run(args.source)
+    learned = convert.read(args.source, args.load_epoch, args.trainer, logged.trainer if logged else "")
     written = [convert.write_theirs(learned, target)] if args.to == "coop" else convert.write_ours(learned, target)
     count = sum(tensor.numel() for state in learned.models.values() for tensor in state.values())
     sys.stdout.write(f"{learned.trainer}, epoch {learned.epoch}: {count:,} numbers from {learned.source}\n")

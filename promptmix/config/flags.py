@@ -61,11 +61,6 @@ def load_plugins(names: Iterable[str], lenient: bool = False) -> None:
     get_plugin_manager()
     if not lenient:
         check_plugins()
-    names = list(names)
-    if names:
-        from promptmix import dassl
-
-        dassl.install()  # so that a plugin in Dassl's idiom runs where no Dassl is installed
     for name in names:
         load_plugin(name)
 

@@ -188,13 +188,14 @@ def _theirs(trainer: str, checkpoint: Mapping[str, Any], path: Path) -> Learned:
     return learned
 
 
-def read(directory: str | Path, epoch: int | None = None, trainer: str = "") -> Learned:
+def read(directory: str | Path, epoch: int | None = None, trainer: str = "", logged: str = "") -> Learned:
     """Read a checkpoint of any form: ours, our export, or the authors'.
 
     Args:
         directory: output folder of a run, or what ``write_ours`` or ``write_theirs`` made.
         epoch: which checkpoint; None = the best, else the last.
         trainer: name of the method; needed where neither the file nor the folder says it.
+        logged: the method that the folder's results or log name, if any; the file itself knows better.
 
     Raises:
         CheckpointError: there is none, or it can't be told of which method it is.
@@ -218,7 +219,7 @@ def read(directory: str | Path, epoch: int | None = None, trainer: str = "") -> 
             f"{root} holds several models ({', '.join(files)}), none written by promptmix; convert one at a time"
         )
     ((name, path),) = files.items()
-    trainer = trainer or "".join(writers & set(layouts())) or _written_by(root) or _guess(checkpoints[name], path)
+    trainer = trainer or "".join(writers & set(layouts())) or (logged if logged in layouts() else "") or _guess(checkpoints[name], path)
     return _theirs(trainer, checkpoints[name], path)
 
 
@@ -243,14 +244,6 @@ def _choose(folder: Path, epoch: int | None) -> Path:
     if len(names) == 1:
         return folder / names[0]
     raise CheckpointError(f"{folder} holds {', '.join(names)}; say which with --load-epoch N")
-
-
-def _written_by(root: Path) -> str:
-    """Return the trainer that the folder's results or log name, or an empty string."""
-    from promptmix.runs.results import read_run
-
-    run = read_run(root)
-    return run.trainer if run is not None and run.trainer in layouts() else ""
 
 
 def _guess(checkpoint: Mapping[str, Any], path: Path) -> str:

@@ -15,8 +15,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from promptmix import __version__
 from promptmix.errors import DataError, UserError
+from promptmix.version import __version__
 
 SCHEMA_VERSION = 1
 FILE_NAME = "results.json"

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from promptmix.errors import ConfigError
-from promptmix.prompts.templates import IMAGENET_80
+from promptmix.data.templates import IMAGENET_80
 from promptmix.registry import DISTILLER_REGISTRY, TEXT_SUPERVISION_REGISTRY
 from tests.plugins.small import JOINT, bank_of, made_step, unit
 

@@ -20,7 +20,7 @@ from promptmix.prompts.deep import TextPrompts, VisionPrompts
 from promptmix.prompts.heads import Cosine
 from promptmix.prompts.learner import Learner
 from promptmix.prompts.losses import CrossEntropy
-from promptmix.prompts.templates import IMAGENET_60
+from promptmix.data.templates import IMAGENET_60
 from tests.trainers.golden import close, compare, golden_clip, golden_task, images, labels, numbers, set_learned
 
 DEPTH = 3

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from yacs.config import CfgNode
 
-from promptmix import hookimpl
+from promptmix.hookspecs import hookimpl
 from promptmix.config.declare import Setting, declare
 from promptmix.data.assemble import AssembledDataset
 from promptmix.data.datasets.descriptions import DESCRIPTIONS, Description

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from promptmix.prompts.templates import IMAGENET_80
+from promptmix.data.templates import IMAGENET_80
 
 Templates = tuple[str, ...]
 

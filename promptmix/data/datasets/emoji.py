@@ -9,7 +9,7 @@ from typing import Any
 
 from yacs.config import CfgNode
 
-from promptmix import hookimpl
+from promptmix.hookspecs import hookimpl
 from promptmix.assets import asset_path
 from promptmix.config.declare import Setting, declare
 from promptmix.data.base import DatasetBase

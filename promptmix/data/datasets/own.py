@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image
 from yacs.config import CfgNode
 
-from promptmix import hookimpl
+from promptmix.hookspecs import hookimpl
 from promptmix.config import sources
 from promptmix.config.checks import check_templates
 from promptmix.config.declare import Setting, declare
