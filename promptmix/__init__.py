@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
+from importlib.util import spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-# In a checkout the rooms `trainers/`, `plugins/` and `configs/` lie beside this folder; an installed package has them inside.
-_above = Path(__file__).resolve().parent.parent
-if (_above / "setup.py").is_file() and (_above / "trainers").is_dir():
-    __path__.append(str(_above))
-
-from promptmix.hookspecs import hookimpl, hookspec  # noqa: E402  (needs __path__ as set above)
-from promptmix.version import __version__  # noqa: E402
+from promptmix.hookspecs import hookimpl, hookspec
+from promptmix.version import __version__
 
 __all__ = ["__version__", "hookimpl", "hookspec", "load"]
+
+_CHECKOUT = Path(__file__).resolve().parent.parent
+
+
+class _Beside:
+    """Finds the packages that lie beside this folder in a checkout; an installed promptmix has them inside."""
+
+    names = ("promptmix.trainers", "promptmix.plugins", "promptmix.configs")
+
+    @classmethod
+    def find_spec(cls, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        """Return where the package is, for these names alone: nothing else of the checkout becomes importable."""
+        if name not in cls.names:
+            return None
+        folder = _CHECKOUT / name.rpartition(".")[2]
+        return spec_from_file_location(name, folder / "__init__.py", submodule_search_locations=[str(folder)])
+
+
+if (_CHECKOUT / "setup.py").is_file() and (_CHECKOUT / "trainers").is_dir():
+    sys.meta_path.append(_Beside)
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401

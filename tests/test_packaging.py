@@ -70,6 +70,23 @@ def test_a_room_is_not_importable_from_the_root(room):
     assert "ImportError" in done.stderr and f"promptmix.{room}" in done.stderr
 
 
+def test_nothing_else_of_a_checkout_is_importable_under_our_name(tmp_path):
+    """A promptmix found by its path alone, without what pip knows of it."""
+    code = (
+        "import importlib, pathlib, sys\n"
+        "sys.meta_path[:] = [finder for finder in sys.meta_path if 'editable' not in repr(finder)]\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "import promptmix\n"
+        "beside = [p.name for p in pathlib.Path(sys.path[0]).iterdir() if p.is_dir() or p.suffix == '.py']\n"
+        "inside = {p.stem for p in pathlib.Path(sys.path[0], 'promptmix').iterdir()}\n"
+        "for name in sorted({n.removesuffix('.py') for n in beside if n.removesuffix('.py').isidentifier()} - inside):\n"
+        "    try:\n        print(importlib.import_module('promptmix.' + name).__name__)\n"
+        "    except ModuleNotFoundError:\n        pass\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["promptmix.configs", "promptmix.plugins", "promptmix.trainers"]
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     out = tmp_path_factory.mktemp("wheel")

@@ -31,6 +31,7 @@ from promptmix.plugins.text_supervision.hard_prompts import L1ToEnsemble
 
 from promptmix import hookimpl
 from promptmix.config.declare import Setting, inherits
+from promptmix.data.templates import IMAGENET_60
 from promptmix.engine.layout import INDEPENDENT, Layout
 from promptmix.errors import SettingError
 from promptmix.prompts.average import GaussianAverage
@@ -38,7 +39,6 @@ from promptmix.prompts.heads import Cosine
 from promptmix.prompts.learner import Learner, PromptLearner
 from promptmix.prompts.losses import CrossEntropy
 from promptmix.prompts.roles import Task
-from promptmix.data.templates import IMAGENET_60
 from promptmix.prompts.trainer import PromptTrainer
 from promptmix.registry import Registry
 

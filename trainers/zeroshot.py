@@ -14,10 +14,10 @@ from promptmix.plugins.prompt_bank.hard import Hard
 
 from promptmix import hookimpl
 from promptmix.config.declare import Setting
+from promptmix.data.templates import IMAGENET_7, IMAGENET_80
 from promptmix.prompts.heads import Cosine
 from promptmix.prompts.learner import Learner
 from promptmix.prompts.roles import Task
-from promptmix.data.templates import IMAGENET_7, IMAGENET_80
 from promptmix.prompts.trainer import PromptTrainer
 from promptmix.registry import Registry
 

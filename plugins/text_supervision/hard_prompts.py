@@ -10,9 +10,9 @@ from torch import Tensor
 
 from promptmix import hookimpl
 from promptmix.config.declare import Setting
+from promptmix.data.templates import IMAGENET_80
 from promptmix.prompts.roles import PromptBank, Task, TextSupervision
 from promptmix.prompts.step import Step
-from promptmix.data.templates import IMAGENET_80
 from promptmix.registry import Registry
 
 

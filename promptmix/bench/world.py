@@ -19,9 +19,9 @@ from promptmix.clip import CLIP, load_clip
 from promptmix.config import get_cfg, merge_opts, validate
 from promptmix.cost.count import count
 from promptmix.data import DatasetBase, Datum
+from promptmix.data.templates import IMAGENET_80
 from promptmix.engine import build_trainer
 from promptmix.engine.precision import choose_device
-from promptmix.data.templates import IMAGENET_80
 from promptmix.prompts.trainer import PromptTrainer
 from promptmix.registry import BACKBONE_REGISTRY, DATASET_REGISTRY
 from promptmix.utils import get_logger

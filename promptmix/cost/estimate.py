@@ -6,20 +6,32 @@ import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
+from yacs.config import CfgNode
 
 from promptmix.cost.count import Count, count
 from promptmix.errors import UserError
 from promptmix.utils import get_logger
 
-if TYPE_CHECKING:
-    from promptmix.prompts.trainer import PromptTrainer
-
 #: Classes in memory at a time that the message proposes.
 _CHUNK = 64
+
+
+class Counted(Protocol):
+    """What is read of a trainer (a ``PromptTrainer``, which knows this module)."""
+
+    cfg: CfgNode
+    clip: Any
+    model: Any
+    device: torch.device
+    train_loader_x: Any
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +57,7 @@ class Estimate:
     epoch_seconds: float
 
 
-def estimate(trainer: PromptTrainer) -> Estimate:
+def estimate(trainer: Counted) -> Estimate:
     """Return what training is expected to need. The trainer has no numbers afterwards and can't be used.
 
     Raises:
@@ -56,7 +68,7 @@ def estimate(trainer: PromptTrainer) -> Estimate:
     speed = _speed(trainer)
     learned = sum(p.numel() for p in trainer.model.parameters()) * 4
     frozen = sum(p.numel() for p in trainer.clip.parameters()) * 4
-    size = min(loader.batch_size or 1, len(loader.dataset))  # type: ignore[arg-type]
+    size = min(loader.batch_size or 1, len(loader.dataset))
     views = cfg.INPUT.CACHED_VIEWS
     on_meta(trainer)
     try:
@@ -83,7 +95,7 @@ def estimate(trainer: PromptTrainer) -> Estimate:
     )
 
 
-def on_meta(trainer: PromptTrainer) -> None:
+def on_meta(trainer: Counted) -> None:
     """Take the numbers away from a trainer's models, so that its steps can be counted at no cost."""
     trainer.clip.to("meta")
     trainer.model.to("meta")
@@ -91,7 +103,7 @@ def on_meta(trainer: PromptTrainer) -> None:
     trainer.model.train()
 
 
-def step_count(trainer: PromptTrainer, size: int, class_chunk: int | None = None) -> Count:
+def step_count(trainer: Counted, size: int, class_chunk: int | None = None) -> Count:
     """Count a step on ``size`` pictures, for a trainer on device ``meta``.
 
     Args:
@@ -114,11 +126,11 @@ def step_count(trainer: PromptTrainer, size: int, class_chunk: int | None = None
         tower.class_chunk = before
 
 
-def _images(trainer: PromptTrainer, size: int) -> torch.Tensor:
+def _images(trainer: Counted, size: int) -> torch.Tensor:
     return torch.empty(size, 3, *trainer.cfg.INPUT.SIZE, device="meta")
 
 
-def _speed(trainer: PromptTrainer) -> float:
+def _speed(trainer: Counted) -> float:
     """Return GFLOP per second of a small forward and backward pass through both towers."""
     clip = trainer.clip
     names = clip.tokenizer.class_tokens([f"class {i}" for i in range(20)])
@@ -150,7 +162,7 @@ def _reading(loader: Any) -> float:  # noqa: ANN401
 
 
 @contextlib.contextmanager
-def explained(trainer: PromptTrainer) -> Iterator[None]:
+def explained(trainer: Counted) -> Iterator[None]:
     """Turn a lack of memory inside the context into one line that says which settings help.
 
     Raises:
@@ -173,7 +185,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text or "out of memory" in text
 
 
-def advise(trainer: PromptTrainer) -> str:
+def advise(trainer: Counted) -> str:
     """Return what would need less memory than the step of ``trainer`` that failed; its numbers are gone afterwards."""
     kind = "the GPU's" if trainer.device.type == "cuda" else "this machine's"
     start = (

@@ -219,7 +219,8 @@ def read(directory: str | Path, epoch: int | None = None, trainer: str = "", log
             f"{root} holds several models ({', '.join(files)}), none written by promptmix; convert one at a time"
         )
     ((name, path),) = files.items()
-    trainer = trainer or "".join(writers & set(layouts())) or (logged if logged in layouts() else "") or _guess(checkpoints[name], path)
+    known = "".join(writers & set(layouts())) or (logged if logged in layouts() else "")
+    trainer = trainer or known or _guess(checkpoints[name], path)
     return _theirs(trainer, checkpoints[name], path)
 
 

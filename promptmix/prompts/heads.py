@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -11,10 +11,8 @@ from promptmix.config.declare import Setting
 from promptmix.errors import ConfigError
 from promptmix.hookspecs import hookimpl
 from promptmix.prompts.roles import Head, PromptBank, Task
+from promptmix.prompts.step import Step
 from promptmix.registry import Registry
-
-if TYPE_CHECKING:
-    from promptmix.prompts.step import Step
 
 
 class WeightedScores(Head):

@@ -17,8 +17,8 @@ from promptmix.data.features.views import are_pictures
 from promptmix.engine.layout import today
 from promptmix.errors import ConfigError, PluginError
 from promptmix.prompts.heads import WeightedScores
-from promptmix.prompts.losses import CrossEntropy, LossSum
-from promptmix.prompts.roles import IMAGE_LEVELS, Component, Head, Loss, PromptBank, Router, Task, TextSupervision
+from promptmix.prompts.losses import CrossEntropy
+from promptmix.prompts.roles import IMAGE_LEVELS, Component, Head, Loss, LossSum, PromptBank, Router, Task, TextSupervision
 from promptmix.prompts.step import Step
 
 

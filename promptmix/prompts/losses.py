@@ -1,49 +1,12 @@
-"""Losses as sums of weighted terms, and those that every method shares."""
+"""Losses that every method shares."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from promptmix.prompts.roles import Loss, Router
-
-if TYPE_CHECKING:
-    from promptmix.prompts.step import Step
-
-
-@dataclass(frozen=True)
-class Term:
-    """One weighted term of a loss.
-
-    Attributes:
-        loss: what is computed.
-        weight: factor on it.
-        part: its name in log lines and in checkpoints.
-        weighted: whether log lines show it times its weight.
-    """
-
-    loss: Loss
-    weight: float
-    part: str
-    weighted: bool = False
-
-
-@dataclass(frozen=True)
-class LossSum:
-    """A sum of weighted terms, in the order they are written."""
-
-    terms: tuple[Term, ...]
-
-    def __rmul__(self, weight: float) -> LossSum:
-        return LossSum(tuple(replace(term, weight=weight * term.weight) for term in self.terms))
-
-    def __add__(self, other: Loss | LossSum | None) -> LossSum:
-        if other is None:
-            return self
-        return LossSum(self.terms + (other.named(other.part) if isinstance(other, Loss) else other).terms)
+from promptmix.prompts.step import Step
 
 
 class CrossEntropy(Loss):

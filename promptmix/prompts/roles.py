@@ -10,52 +10,23 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from promptmix.clip import CLIP
 from promptmix.clip.vision import VisualPrompts
 from promptmix.config.declare import declare_all, parse_sum
 from promptmix.errors import PluginError, SettingError
+from promptmix.prompts.step import Routing as Routing
+from promptmix.prompts.step import Step
+from promptmix.prompts.step import Task as Task
 from promptmix.registry import ROLES
-
-if TYPE_CHECKING:
-    from promptmix.prompts.losses import LossSum
-    from promptmix.prompts.step import Step
 
 ImageLevel = Literal["unit", "raw", "unprojected"]
 #: From what all have to what most can be computed from.
 IMAGE_LEVELS: tuple[ImageLevel, ...] = ("unit", "raw", "unprojected")
-
-
-@dataclass(frozen=True)
-class Task:
-    """What parts are built for: the frozen model, the data set's words, and the labels that training will show.
-
-    Attributes:
-        clip: the frozen model, on its device.
-        classnames: names of the C classes that are told apart, by label.
-        all_classnames: names of all classes of the data set, base classes first.
-        templates: the data set's hard templates, such as ``"a photo of a {}."``.
-        template_groups: hard templates in groups of similar ones (MoCoOp's experts).
-        train_labels: label of each training picture, in the data set's order; empty where there is no training set (``predict``).
-    """
-
-    clip: CLIP
-    classnames: tuple[str, ...]
-    all_classnames: tuple[str, ...]
-    templates: tuple[str, ...]
-    template_groups: tuple[tuple[str, ...], ...]
-    train_labels: tuple[int, ...] = ()
-
-    def label_rows(self, features: Tensor) -> Tensor:
-        """Pick from features (E, C_all, D) of all class names those of the classes told apart: (E, C, D)."""
-        rows = {name: row for row, name in reversed(list(enumerate(self.all_classnames)))}
-        return features[:, [rows[name] for name in self.classnames]]
 
 
 class Component(nn.Module):
@@ -154,32 +125,6 @@ class PromptBank(Component, ABC):
         return image
 
 
-@dataclass(frozen=True)
-class Routing:
-    """Which experts each image goes to.
-
-    Attributes:
-        experts: (B, K) indices of the chosen experts.
-        weights: (B, K) their weights, summing to 1.
-        logits: (B, E) scores of all experts before the choice.
-    """
-
-    experts: Tensor
-    weights: Tensor
-    logits: Tensor
-
-    @property
-    def dense(self) -> Tensor:
-        """Weights over all experts (B, E), zero where an expert was not chosen."""
-        return torch.zeros_like(self.logits, dtype=self.weights.dtype).scatter(1, self.experts, self.weights)
-
-    @classmethod
-    def top_k(cls, logits: Tensor, k: int) -> Routing:
-        """Keep the ``k`` largest logits (B, E) and weigh them by the softmax over those."""
-        kept, experts = logits.topk(k, dim=-1)
-        return cls(experts, kept.softmax(dim=-1), logits)
-
-
 class Router(Component, ABC):
     """Which experts an image is sent to."""
 
@@ -225,8 +170,6 @@ class Loss(Component, ABC):
 
     def named(self, part: str, *, weighted: bool = False) -> LossSum:
         """Return the sum of this one term under another name in log lines, which show it ``weighted`` or as it is."""
-        from promptmix.prompts.losses import LossSum, Term
-
         return LossSum((Term(self, 1.0, part, weighted),))
 
     def __rmul__(self, weight: float) -> LossSum:
@@ -259,6 +202,38 @@ class Distiller(Loss):
         """Say what to change in a distiller of promptmix 0.1's first form."""
         super().__init_subclass__(**kwargs)
         _takes_step(cls, "forward", "forward(image_features, logits, labels)", "step.image, step.logits and step.labels")
+
+
+@dataclass(frozen=True)
+class Term:
+    """One weighted term of a loss.
+
+    Attributes:
+        loss: what is computed.
+        weight: factor on it.
+        part: its name in log lines and in checkpoints.
+        weighted: whether log lines show it times its weight.
+    """
+
+    loss: Loss
+    weight: float
+    part: str
+    weighted: bool = False
+
+
+@dataclass(frozen=True)
+class LossSum:
+    """A sum of weighted terms, in the order they are written."""
+
+    terms: tuple[Term, ...]
+
+    def __rmul__(self, weight: float) -> LossSum:
+        return LossSum(tuple(replace(term, weight=weight * term.weight) for term in self.terms))
+
+    def __add__(self, other: Loss | LossSum | None) -> LossSum:
+        if other is None:
+            return self
+        return LossSum(self.terms + (other.named(other.part) if isinstance(other, Loss) else other).terms)
 
 
 def _takes_step(cls: type, method: str, before: str, now: str) -> None:

@@ -2,16 +2,68 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from promptmix.clip import CLIP
 from promptmix.clip.projection import last_map
 
-if TYPE_CHECKING:
-    from promptmix.prompts.roles import PromptBank, Routing, Task
+
+@dataclass(frozen=True)
+class Task:
+    """What parts are built for: the frozen model, the data set's words, and the labels that training will show.
+
+    Attributes:
+        clip: the frozen model, on its device.
+        classnames: names of the C classes that are told apart, by label.
+        all_classnames: names of all classes of the data set, base classes first.
+        templates: the data set's hard templates, such as ``"a photo of a {}."``.
+        template_groups: hard templates in groups of similar ones (MoCoOp's experts).
+        train_labels: label of each training picture, in the data set's order; empty where there is no training set (``predict``).
+    """
+
+    clip: CLIP
+    classnames: tuple[str, ...]
+    all_classnames: tuple[str, ...]
+    templates: tuple[str, ...]
+    template_groups: tuple[tuple[str, ...], ...]
+    train_labels: tuple[int, ...] = ()
+
+    def label_rows(self, features: Tensor) -> Tensor:
+        """Pick from features (E, C_all, D) of all class names those of the classes told apart: (E, C, D)."""
+        rows = {name: row for row, name in reversed(list(enumerate(self.all_classnames)))}
+        return features[:, [rows[name] for name in self.classnames]]
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Which experts each image goes to.
+
+    Attributes:
+        experts: (B, K) indices of the chosen experts.
+        weights: (B, K) their weights, summing to 1.
+        logits: (B, E) scores of all experts before the choice.
+    """
+
+    experts: Tensor
+    weights: Tensor
+    logits: Tensor
+
+    @property
+    def dense(self) -> Tensor:
+        """Weights over all experts (B, E), zero where an expert was not chosen."""
+        return torch.zeros_like(self.logits, dtype=self.weights.dtype).scatter(1, self.experts, self.weights)
+
+    @classmethod
+    def top_k(cls, logits: Tensor, k: int) -> Routing:
+        """Keep the ``k`` largest logits (B, E) and weigh them by the softmax over those."""
+        kept, experts = logits.topk(k, dim=-1)
+        return cls(experts, kept.softmax(dim=-1), logits)
 
 
 class Step:
@@ -45,7 +97,7 @@ class Step:
         return self.learner.task
 
     @property
-    def bank(self) -> PromptBank:
+    def bank(self) -> Any:  # noqa: ANN401  (a PromptBank, which is made of this module's parts)
         """The experts' prompts."""
         return self.learner.bank
 

@@ -26,8 +26,7 @@ from promptmix.engine.precision import Precision
 from promptmix.errors import CheckpointError, ConfigError, SettingError
 from promptmix.prompts.average import GaussianAverage
 from promptmix.prompts.learner import LossTerms, PromptLearner
-from promptmix.prompts.losses import LossSum
-from promptmix.prompts.roles import PromptBank, Task, build_component, build_losses
+from promptmix.prompts.roles import LossSum, PromptBank, Task, build_component, build_losses
 from promptmix.prompts.step import Step
 from promptmix.utils import count_num_param, get_logger
 

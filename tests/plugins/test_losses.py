@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from promptmix.errors import ConfigError
 from promptmix.data.templates import IMAGENET_80
+from promptmix.errors import ConfigError
 from promptmix.registry import DISTILLER_REGISTRY, TEXT_SUPERVISION_REGISTRY
 from tests.plugins.small import JOINT, bank_of, made_step, unit
 

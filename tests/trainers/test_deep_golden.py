@@ -15,12 +15,12 @@ from promptmix.trainers.mpl import ModularPrompts
 from promptmix.trainers.pmpo import PartitionedPrompts, block_of
 from promptmix.trainers.vpt import HardWithVision
 
+from promptmix.data.templates import IMAGENET_60
 from promptmix.prompts.average import GaussianAverage
 from promptmix.prompts.deep import TextPrompts, VisionPrompts
 from promptmix.prompts.heads import Cosine
 from promptmix.prompts.learner import Learner
 from promptmix.prompts.losses import CrossEntropy
-from promptmix.data.templates import IMAGENET_60
 from tests.trainers.golden import close, compare, golden_clip, golden_task, images, labels, numbers, set_learned
 
 DEPTH = 3

@@ -6,11 +6,11 @@ from typing import ClassVar
 
 from yacs.config import CfgNode
 
-from promptmix.hookspecs import hookimpl
 from promptmix.config.declare import Setting, declare
 from promptmix.data.assemble import AssembledDataset
 from promptmix.data.datasets.descriptions import DESCRIPTIONS, Description
 from promptmix.data.datasets.readers import dataset_folder, read_splits, remedy
+from promptmix.hookspecs import hookimpl
 from promptmix.registry import Registry
 from promptmix.utils import get_logger
 

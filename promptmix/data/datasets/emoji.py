@@ -9,13 +9,13 @@ from typing import Any
 
 from yacs.config import CfgNode
 
-from promptmix.hookspecs import hookimpl
 from promptmix.assets import asset_path
 from promptmix.config.declare import Setting, declare
 from promptmix.data.base import DatasetBase
 from promptmix.data.datum import Datum
 from promptmix.data.fewshot import say_fewer, subsample_classes
 from promptmix.errors import ConfigError
+from promptmix.hookspecs import hookimpl
 from promptmix.registry import Registry
 
 STYLES = ("openmoji_color", "openmoji_black", "fluent_3d", "fluent_high_contrast")

@@ -12,7 +12,6 @@ from typing import Any
 from PIL import Image
 from yacs.config import CfgNode
 
-from promptmix.hookspecs import hookimpl
 from promptmix.config import sources
 from promptmix.config.checks import check_templates
 from promptmix.config.declare import Setting, declare
@@ -22,6 +21,7 @@ from promptmix.data.datasets.readers import read_classnames, shuffled_split
 from promptmix.data.datum import Datum
 from promptmix.data.leaks import alike, find_leaks
 from promptmix.errors import ConfigError, DataError
+from promptmix.hookspecs import hookimpl
 from promptmix.registry import Registry
 from promptmix.utils import get_logger
 
