@@ -27,6 +27,7 @@ from promptmix.engine.checkpoint import (
 )
 from promptmix.engine.layout import Layout, rename, today
 from promptmix.errors import CheckpointError
+from promptmix.plugin_manager import get_plugin_manager
 from promptmix.registry import TRAINER_REGISTRY
 
 __all__ = [
@@ -73,6 +74,7 @@ class Learned:
 
 def layouts() -> dict[str, Layout]:
     """Return the layout of each registered method that states one in its class."""
+    get_plugin_manager()
     found = {name: getattr(TRAINER_REGISTRY.get(name), "layout", None) for name in TRAINER_REGISTRY}
     return {name: layout for name, layout in found.items() if layout is not None}
 
