@@ -24,7 +24,7 @@ from promptmix import hookspecs
 from promptmix.errors import PluginError, UserError
 from promptmix.registry import REGISTRIES, closest
 
-__all__ = ["check_plugins", "failed_plugins", "file_of", "get_plugin_manager", "load_plugin", "plugin_at", "switch_off"]
+__all__ = ["TRIALS", "check_plugins", "failed_plugins", "file_of", "get_plugin_manager", "load_plugin", "plugin_at", "switch_off"]
 
 ENTRY_POINT_GROUP = "promptmix"
 #: Names of plugins to leave out, with commas between.
@@ -39,6 +39,10 @@ _ROOMS = (
     "promptmix.runs.protocols",
     "promptmix.runs.backends",
 )
+
+
+#: What must work after a plugin was added: modules above this one put it here.
+TRIALS: list[Callable[[], object]] = []
 
 
 class _Loaded:
@@ -227,7 +231,8 @@ def _add(manager: pluggy.PluginManager, load: Callable[[], Any], name: str, abou
         if not _marked(plugin) and all(registry.snapshot() == before[kind] for kind, registry in REGISTRIES.items()):
             raise PluginError("it implements no hook; mark functions with @promptmix.hookimpl (`promptmix list hooks`)")
         _register(manager, plugin, name)
-        _try_config()
+        for trial in TRIALS:
+            trial()
     except BaseException as error:  # SystemExit too: a plugin does not end the process
         for kind, registry in REGISTRIES.items():
             registry.restore(before[kind])
@@ -268,13 +273,6 @@ def _refuse_unmarked(plugin: object) -> None:
         own = getattr(function, "__module__", "") == getattr(plugin, "__name__", type(plugin).__module__)
         if callable(function) and own and not hasattr(function, "promptmix_impl"):
             raise PluginError(f"{name} has the name of a hook, but not its mark; put @promptmix.hookimpl above it")
-
-
-def _try_config() -> None:
-    """Make a config tree, as every command does: a plugin whose settings fail should say so now."""
-    from promptmix.config import get_cfg
-
-    get_cfg()
 
 
 def _register(manager: pluggy.PluginManager, plugin: object, name: str) -> None:

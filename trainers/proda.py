@@ -136,7 +136,7 @@ class Orthogonality(Loss):
 
     def forward(self, step: Step) -> Tensor | None:
         """Return the loss (scalar); None for one prompt."""
-        features = step.bank.without_names().float()  # type: ignore[operator]
+        features = step.bank.without_names().float()
         count = len(features)
         if count == 1:
             return None

@@ -14,6 +14,7 @@ from promptmix.config.declare import Setting, all_declared, all_defaults, all_ke
 from promptmix.config.names import named_tree
 from promptmix.config.yamlfile import read_yaml
 from promptmix.errors import ConfigError
+from promptmix.plugin_manager import TRIALS, get_plugin_manager
 from promptmix.registry import Registry, closest
 
 __all__ = [
@@ -38,7 +39,6 @@ _MOST_BASES = 32
 
 def get_cfg() -> CN:
     """Return a new config tree with the nodes of every registered trainer and component, and of plugins' ``extend_config``."""
-    from promptmix.plugin_manager import get_plugin_manager
     from promptmix.registry import ROLES, TRAINER_REGISTRY
 
     plugins = get_plugin_manager()
@@ -50,6 +50,9 @@ def get_cfg() -> CN:
     _add_nodes(cfg.TRAINER, TRAINER_REGISTRY)
     plugins.hook.extend_config(cfg=cfg)
     return cfg
+
+
+TRIALS.append(get_cfg)  # a plugin whose settings fail says so when it is loaded
 
 
 def _add_nodes(parent: CN, registry: Registry) -> None:
@@ -152,7 +155,6 @@ def validate(cfg: CN) -> None:
         RegistryError: no trainer or data set of this name.
         ConfigError: a value that its key does not take, or a setting that the chosen trainer would ignore.
     """
-    from promptmix.plugin_manager import get_plugin_manager
     from promptmix.registry import DATASET_REGISTRY, EVALUATOR_REGISTRY, ROLES, TRAINER_REGISTRY
 
     check_values(cfg)
