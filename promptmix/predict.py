@@ -24,7 +24,8 @@ from promptmix import config
 from promptmix.data.reading.images import READINGS, as_rgb, read_image
 from promptmix.data.reading.transforms import build_transform
 from promptmix.engine.checkpoint import BEST_FILE, LAST_FILE, load_state_dict_strict
-from promptmix.errors import CheckpointError, ConfigError, DataError
+from promptmix.errors import CheckpointError, ConfigError, DataError, WeightsError
+from promptmix.files.places import is_own_place
 from promptmix.plugin_manager import check_plugins, load_plugin
 from promptmix.prompts.learner import PromptLearner
 from promptmix.prompts.trainer import PromptTrainer
@@ -64,7 +65,13 @@ class Prediction:
 
 
 def load(
-    run: str | Path, *, epoch: int | None = None, device: str = "", plugins: Sequence[str] = (), reading: str = ""
+    run: str | Path,
+    *,
+    epoch: int | None = None,
+    device: str = "",
+    plugins: Sequence[str] = (),
+    reading: str = "",
+    weights: str | Path = "",
 ) -> Predictor:
     """Load the learned prompts of a run for predictions.
 
@@ -75,11 +82,13 @@ def load(
         plugins: modules or files that the run loaded with ``--plugin``.
         reading: ``upright`` (EXIF turns, transparent on white) or ``benchmark`` (as CoOp reads); "" = the run's
             ``INPUT.READING``, and upright where that is ``auto``, whatever the run was trained on: the pictures are the user's.
+        weights: file of the backbone, where the run had one of its own (``MODEL.BACKBONE.WEIGHTS``). A run may be somebody
+            else's, so that no file is opened only since a run names it.
 
     Raises:
-        UserError: the folder holds no run, its checkpoint is missing, or its method can't be rebuilt.
+        UserError: the folder holds no run, its checkpoint is missing, its method can't be rebuilt, or it names a file.
     """
-    return Predictor(run, epoch=epoch, device=device, plugins=plugins, reading=reading)
+    return Predictor(run, epoch=epoch, device=device, plugins=plugins, reading=reading, weights=weights)
 
 
 class Predictor:
@@ -92,7 +101,14 @@ class Predictor:
     """
 
     def __init__(
-        self, run: str | Path, *, epoch: int | None = None, device: str = "", plugins: Sequence[str] = (), reading: str = ""
+        self,
+        run: str | Path,
+        *,
+        epoch: int | None = None,
+        device: str = "",
+        plugins: Sequence[str] = (),
+        reading: str = "",
+        weights: str | Path = "",
     ) -> None:
         if reading not in ("", *READINGS):
             raise ConfigError(f"reading is {reading!r}; choose from {', '.join(map(repr, READINGS))}, or leave it out")
@@ -103,8 +119,10 @@ class Predictor:
         self.result = _read(folder)
         cfg = config.get_cfg()
         config.merge_tree(cfg, self.result.config, str(folder / FILE_NAME))
-        cfg.VERBOSE, cfg.MODEL.INIT_WEIGHTS = False, ""  # the checkpoint holds every learned tensor
+        _forget_places(cfg, folder, str(weights))
+        cfg.VERBOSE = False
         cfg.DEVICE = device or cfg.DEVICE
+        config.check_values(cfg)
         cfg.freeze()
         self._folder = folder
         self.reading = reading or (cfg.INPUT.READING if cfg.INPUT.READING != "auto" else "upright")
@@ -191,6 +209,24 @@ class Predictor:
         learner: PromptLearner = self._trainer.build_learner(replace(task, classnames=names, all_classnames=known))
         load_state_dict_strict(learner, learned.state_dict(), str(self._folder))
         return learner.to(self._trainer.device).eval()
+
+
+def _forget_places(cfg: CfgNode, folder: Path, weights: str) -> None:
+    """Take the files and folders out of a run's config: nothing is opened, and nothing written, since a run says so.
+
+    Raises:
+        WeightsError: the run had backbone weights of its own, and the caller named none.
+    """
+    recorded = cfg.MODEL.BACKBONE.WEIGHTS
+    if recorded and not weights and not is_own_place(recorded):
+        raise WeightsError(
+            f"the run in {folder} had its backbone from {recorded}; a run may be somebody else's, so no file is opened only "
+            f'since it says so: name the file yourself, with --weights {recorded} (in Python weights="{recorded}")'
+        )
+    cfg.MODEL.BACKBONE.WEIGHTS = weights or recorded
+    cfg.MODEL.INIT_WEIGHTS = cfg.RESUME = cfg.DATASET.ROOT = ""  # the checkpoint holds every learned tensor
+    cfg.OUTPUT_DIR = str(folder)
+    cfg.INPUT.FEATURE_CACHE, cfg.INPUT.FEATURE_CACHE_DIR = False, ""
 
 
 def _read(folder: Path) -> RunResult:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,12 +11,16 @@ from typing import TYPE_CHECKING, Any
 import open_clip
 import torch
 from open_clip.pretrained import get_pretrained_cfg
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from promptmix.clip.model import CLIP
 from promptmix.clip.tokens import Tokenizer
+from promptmix.clip.torchscript import read_torchscript
 from promptmix.errors import WeightsError
+from promptmix.files.archives import is_torchscript, read_saved, tensor_names
+from promptmix.files.pickles import Refused
 from promptmix.registry import BACKBONE_REGISTRY
 
 if TYPE_CHECKING:
@@ -124,14 +127,14 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             state: Any = load_file(path)
-        elif _is_torchscript(path):
-            # TorchScript archives can't be read weights-only; loading one maps tensors and calls none of its methods.
-            state = torch.jit.load(path, map_location="cpu").state_dict()
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
+            state = read_torchscript(path) if is_torchscript(path) else read_saved(path, tensor_names)
+    except (Refused, SafetensorError, OSError, RuntimeError, ValueError, MemoryError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise WeightsError(f"MODEL.BACKBONE.WEIGHTS {path}: not a file of plain tensors ({reason})") from error
+        raise WeightsError(
+            f"MODEL.BACKBONE.WEIGHTS {path}: not a file of plain tensors ({reason}); promptmix runs no code from a file: give a "
+            "state dict, safetensors, or OpenAI's own archive"
+        ) from error
     state = state.get("state_dict", state) if isinstance(state, Mapping) else state
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise WeightsError(f"MODEL.BACKBONE.WEIGHTS {path}: holds no state dict; give the file of a CLIP model")
@@ -197,15 +200,14 @@ def _create(name: str, tag: str | None, quick_gelu: bool) -> open_clip.CLIP | op
         logging.disable(logging.NOTSET)
 
 
-def _is_torchscript(path: Path) -> bool:
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
-
-
 def _fill(model: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
     """Load ``state`` strictly, in the precision of the file's numbers (open_clip's own loader rounds to float16)."""
+    own = model.state_dict()
+    for name, value in state.items():
+        if name in own and value.is_floating_point() != own[name].is_floating_point():
+            raise WeightsError(f"weights of {what}: {name} is of type {value.dtype}, not {own[name].dtype}; the file is damaged")
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise WeightsError(f"weights of {what}: {name} holds NaN or infinite numbers; the file is damaged, get it again")
     try:
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:

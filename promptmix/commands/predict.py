@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="",
         help="how pictures are read; default: as the run says, or upright",
     )
+    add("--weights", default="", metavar="FILE", help="the backbone's file, where the run had one of its own")
     add("--plugin", action="append", default=[], metavar="MODULE|FILE", help="load a plugin; may be repeated")
 
 
@@ -47,7 +48,8 @@ def run(args: argparse.Namespace) -> int:
 
     # Warnings while loading are no part of a table or of JSON lines.
     with contextlib.redirect_stdout(sys.stderr):
-        predictor = load(args.model_dir, epoch=args.load_epoch, device=args.device, plugins=args.plugin, reading=args.reading)
+        options = {"plugins": args.plugin, "reading": args.reading, "weights": args.weights}
+        predictor = load(args.model_dir, epoch=args.load_epoch, device=args.device, **options)
         predictions = predictor.predict(images, names or None, batch_size=args.batch_size)
     _write(predictions, args.format, args.top)
     return 0

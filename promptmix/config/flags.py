@@ -84,6 +84,7 @@ def make_config(
     """
     load_plugins(plugins)
     from promptmix import config
+    from promptmix.config.places import refuse_foreign_places
 
     cfg = config.get_cfg()
     paths = [resolve_config(path) for path in config_files if path]
@@ -96,6 +97,7 @@ def make_config(
         config.merge_file(cfg, paths[0])  # a data set's file says which it is, even if the method's (quick start) names another
     merge_flags(cfg, flags)
     config.merge_opts(cfg, opts)
+    refuse_foreign_places(cfg)
     if described != cfg.DATASET.NAME:
         config.reset(cfg, OF_ONE_DATASET, by)
     return cfg

@@ -8,12 +8,14 @@ than its storage holds, so that no file needs more memory than its own length.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import struct
 import sys
 import zipfile
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -23,7 +25,7 @@ from torch import Tensor, nn
 
 from promptmix.files.pickles import Maker, Refused, plain_makers, read_pickle
 
-__all__ = ["Archive", "is_torchscript", "read_saved", "tensor_names"]
+__all__ = ["Archive", "is_torchscript", "read_saved", "refusing_damage", "tensor_names"]
 
 #: Largest pickle; what is large in a checkpoint lies in its storages.
 MOST_PICKLE = 64 << 20
@@ -108,6 +110,17 @@ class Archive:
             raise Refused(f"its member {name[:60]} claims {member.file_size} bytes, more than there can be")
         return self._zip.read(member)
 
+    def text(self, name: str, most: int) -> str:
+        """Return the first ``most`` bytes of a member that may be packed, as text; "" where it is missing."""
+        if not self.has(name):
+            return ""
+        with self._zip.open(f"{self.root}/{name}") as file:
+            return file.read(most).decode("utf-8", "replace")
+
+    def value(self, find: Callable[[str], Any], deepest: int = 100) -> Any:  # noqa: ANN401
+        """Return what the archive holds; arguments as for ``read_pickle``."""
+        return read_pickle(io.BytesIO(self.read("data.pkl", MOST_PICKLE)), find, self.storage, deepest)
+
     def storage(self, pid: Any) -> _Storage:  # noqa: ANN401
         """Return the storage that a persistent id names."""
         kind, key, count = _storage_id(pid, 5)
@@ -138,15 +151,26 @@ def read_saved(path: Path, find: Callable[[str], Any], deepest: int = 100) -> An
     Raises:
         Refused: it holds something else than tensors, containers and what ``find`` knows, or it is damaged.
     """
-    try:
+    with refusing_damage():
         if not zipfile.is_zipfile(path):
             with path.open("rb") as file:
                 return _read_old(file, os.fstat(file.fileno()).st_size, find, deepest)
         with Archive(path) as archive:
             if archive.has("constants.pkl"):
                 raise Refused("it is a program of TorchScript's (GLOBAL torch.jit)")
-            return read_pickle(io.BytesIO(archive.read("data.pkl", MOST_PICKLE)), find, archive.storage, deepest)
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError, EOFError, struct.error) as error:
+            return archive.value(find, deepest)
+
+
+@contextlib.contextmanager
+def refusing_damage() -> Iterator[None]:
+    """Turn what a damaged zip or storage raises into a refusal of one line.
+
+    Raises:
+        Refused: the file is damaged.
+    """
+    try:
+        yield
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, ValueError, EOFError, struct.error) as error:
         raise Refused(f"it is damaged ({(str(error).splitlines() or [type(error).__name__])[0][:200]})") from error
 
 

@@ -46,20 +46,6 @@ def test_local_file_keeps_full_precision(kind, state, tmp_path):
     assert not any(parameter.requires_grad for parameter in clip.parameters())
 
 
-def test_torchscript_archive(state, tmp_path):
-    class Holder(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.weight = torch.nn.Parameter(torch.arange(3.0))
-            self.input_resolution = torch.nn.Parameter(torch.tensor(224.0))
-
-        def forward(self, x):
-            return x * self.weight
-
-    torch.jit.script(Holder()).save(tmp_path / "openai.pt")
-    assert list(read_weights(tmp_path / "openai.pt")) == ["weight"]
-
-
 def test_openai_config_reads_sizes_from_resnets_too():
     model = open_clip.CLIP(
         32, {"image_size": 64, "layers": [1, 2, 1, 1], "width": 8, "patch_size": None}, {"width": 64, "heads": 1, "layers": 2}

@@ -1,0 +1,48 @@
+"""Files and folders that only a run's record names: a record may be somebody else's, so the caller says them himself."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from yacs.config import CfgNode
+
+from promptmix.config.declare import all_defaults, shown
+from promptmix.config.tree import get_key, source_of
+from promptmix.errors import ConfigError
+from promptmix.files.places import is_own_place
+
+__all__ = ["PLACES", "RECORDS", "refuse_foreign_places"]
+
+#: What a run leaves behind that holds its config.
+RECORDS = ("run_config.yaml", "results.json")
+#: Keys that name files to open and folders to write to, and how a command line names each.
+PLACES = {
+    "MODEL.BACKBONE.WEIGHTS": "MODEL.BACKBONE.WEIGHTS",
+    "MODEL.INIT_WEIGHTS": "MODEL.INIT_WEIGHTS",
+    "RESUME": "--resume",
+    "OUTPUT_DIR": "--output-dir",
+    "INPUT.FEATURE_CACHE_DIR": "INPUT.FEATURE_CACHE_DIR",
+}
+
+
+def refuse_foreign_places(cfg: CfgNode) -> None:
+    """Refuse files and folders that a run's record names and the caller does not.
+
+    What a record says of a method is wanted; which files are opened, and where is written, is for the caller to say. A record
+    may name its own folder as the output, so that a run can be repeated, and weights that promptmix ships or downloaded.
+
+    Raises:
+        ConfigError: there is such a key; the message says what to type.
+    """
+    defaults = all_defaults(cfg)
+    for key, word in PLACES.items():
+        value, source = get_key(cfg, key), source_of(cfg, key) or ""
+        if value in ("", defaults.get(key)) or Path(source).name not in RECORDS:
+            continue
+        repeated = key == "OUTPUT_DIR" and Path(value).resolve() == Path(source).resolve().parent
+        if not repeated and not ("WEIGHTS" in key and is_own_place(value)):
+            raise ConfigError(
+                f"{key} is {shown(value)}, which only the record of a run names ({source}); it may be somebody else's, so name "
+                f"the place yourself: {word} {shlex.quote(str(value))}, or another"
+            )
