@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import signal
 import sys
 from typing import NoReturn
 
-from promptmix import console
+from promptmix import console, signals
 from promptmix.commands import COMMANDS
 from promptmix.errors import UserError
 from promptmix.registry import closest
@@ -52,29 +53,43 @@ def main(argv: list[str] | None = None) -> int:
         argv: arguments without the program's name; None = those of the process.
 
     Returns:
-        Exit code: 0; 2 for what the user can mend; 70 for what nobody foresaw; 130 when interrupted; 1 when the reader of our
-        output went away, or where a command says so.
+        Exit code: 0; 2 for what the user can mend; 70 for what nobody foresaw; 130 (Ctrl-C) and 143 (SIGTERM) for "again"; 1 when
+        the reader of our output went away, or where a command says so.
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
     console.ready()
-    try:
-        code = _dispatch(arguments)
-        console.finish()
-        return code
-    except KeyboardInterrupt:
-        if "--debug" in arguments:
-            raise
-        sys.stderr.write(
-            "\npromptmix: interrupted; the same command goes on from the last checkpoint in the output folder, if any\n"
-        )
-        return 130
-    except BrokenPipeError:
-        console.silence()  # `promptmix list | head`
-        return 1
-    except (Exception, SystemExit) as error:
-        if "--debug" in arguments:
-            raise
-        return _report(error)
+    with signals.stopping():
+        try:
+            code = _dispatch(arguments)
+            console.finish()
+            return code
+        except BrokenPipeError:
+            console.silence()  # `promptmix list | head`
+            return 1
+        except (Exception, SystemExit, KeyboardInterrupt) as error:
+            if "--debug" in arguments:
+                raise
+            number = _signal(error)
+            if not number:
+                return _report(error)
+            signals.end_workers()
+            with contextlib.suppress(OSError, ValueError):
+                start = "\n" if sys.stderr.isatty() else ""  # the terminal shows ^C
+                sys.stderr.write(f"{start}promptmix: {_STOPPED}\n")
+            return 128 + number
+
+
+_STOPPED = "interrupted; the same command goes on from the last checkpoint in the output folder, if any"
+
+
+def _signal(error: BaseException) -> int:
+    """Return the signal that an error comes from, 0 for none.
+
+    Workers that get a process group's signal too may end first, and then the error is theirs.
+    """
+    if isinstance(error, KeyboardInterrupt):
+        return getattr(error, "number", signal.SIGINT)
+    return signals.received(wait=0.5 if "killed by signal" in str(error) else 0.0)
 
 
 def _report(error: BaseException) -> int:

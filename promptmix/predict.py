@@ -23,7 +23,7 @@ from yacs.config import CfgNode
 from promptmix import config
 from promptmix.data.reading.images import READINGS, as_rgb, read_image
 from promptmix.data.reading.transforms import build_transform
-from promptmix.engine.checkpoint import BEST_FILE, LAST_FILE, load_state_dict_strict
+from promptmix.engine.checkpoint import load_state_dict_strict
 from promptmix.errors import CheckpointError, ConfigError, DataError, WeightsError
 from promptmix.files.places import is_own_place
 from promptmix.plugin_manager import check_plugins, load_plugin
@@ -188,10 +188,6 @@ class Predictor:
         if tested:
             epoch = tested["epoch"] if epoch is None else epoch
             folder = Path(tested["directory"])
-        elif epoch is None and self._trainer.get_model_names():
-            place = folder / self._trainer.get_model_names()[0]
-            best = self.result.config["TEST"]["FINAL_MODEL"] == "best_val" and (place / BEST_FILE).is_file()
-            epoch = None if best else _last_epoch(place)
         self._trainer.load_model(str(folder), epoch=epoch)
 
     def _build_learner(self, names: tuple[str, ...]) -> PromptLearner:
@@ -237,16 +233,6 @@ def _read(folder: Path) -> RunResult:
     if not result.vocabulary.get("classnames"):
         raise DataError(f"{path} has no class names (an older promptmix wrote it); test that run again with --eval-only")
     return result
-
-
-def _last_epoch(place: Path) -> int:
-    """Return the epoch of the checkpoint that was written last."""
-    note = place / LAST_FILE
-    name = note.read_text(encoding="utf-8").strip() if note.is_file() else ""
-    number = name.rpartition("-")[2]
-    if not number.isdecimal():
-        raise CheckpointError(f"no checkpoint in {place}; name the output folder of a run that trained, or an epoch")
-    return int(number)
 
 
 def _without_data(cfg: CfgNode, vocabulary: dict[str, Any]) -> Any:  # noqa: ANN401

@@ -1,8 +1,11 @@
 """The command line: CoOp's flags, one line for each user error, and nothing half-written."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ from PIL import Image
 from promptmix.cli import Parser, main
 from promptmix.commands import COMMANDS, train
 from promptmix.config.flags import resolve_config
+from promptmix.engine import load_checkpoint
 from promptmix.errors import ConfigError, UserError
 from promptmix.runs import results
 
@@ -118,11 +122,21 @@ def test_no_train_builds_and_leaves_nothing(dots, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_more_epochs_resume(dots, tmp_path, capsys):
+@pytest.mark.parametrize("epochs", ["1", "3"])
+def test_other_epochs_in_a_folder_that_has_run_are_refused(dots, tmp_path, capsys, epochs):
+    """Fewer would report weights of more epochs; more would go on with a schedule that never was."""
     assert main(dots) == 0
-    assert main([*dots, "OPTIM.MAX_EPOCH", "3"]) == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    fails(capsys, [*dots, "OPTIM.MAX_EPOCH", epochs], f"OPTIM.MAX_EPOCH is 2 there, {epochs} here")
+    assert before == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+
+
+def test_a_finished_run_is_tested_again_with_the_same_numbers(dots, tmp_path, capsys):
+    assert main(dots) == 0
+    first = results.load(tmp_path / "out" / "results.json")
+    assert main(dots) == 0
     assert "will resume training" in capsys.readouterr().out
-    assert (tmp_path / "out" / "head" / "model.pth.tar-3").is_file()
+    assert results.load(tmp_path / "out" / "results.json").metrics == first.metrics
 
 
 @pytest.mark.parametrize(
@@ -215,6 +229,60 @@ def test_interrupt_is_one_line_and_says_how_to_go_on(dots, capsys, monkeypatch):
     assert main(dots) == 130
     error = capsys.readouterr().err
     assert "interrupted" in error and "goes on from the last checkpoint" in error
+
+
+@pytest.fixture
+def endless(dots, tmp_path):
+    """Return a function that starts a training of more epochs than anybody waits for, and waits until one is done."""
+    running = []
+
+    def start(*opts, wait=True):
+        command = [sys.executable, "-m", "promptmix.cli", *dots, "OPTIM.MAX_EPOCH", "100000", *opts]
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in the background ignore it
+        )
+        running.append(process)
+        progress, end = tmp_path / "out" / "progress.pth", time.monotonic() + 60
+        before = progress.stat().st_mtime_ns if progress.exists() else 0
+        while wait and process.poll() is None and not (progress.exists() and progress.stat().st_mtime_ns > before):
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        return process
+
+    yield start
+    for process in running:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+@pytest.mark.parametrize(("number", "group"), [(signal.SIGTERM, False), (signal.SIGTERM, True), (signal.SIGINT, False)])
+def test_signals_end_a_run_with_one_line_and_the_next_goes_on(endless, dots, tmp_path, capsys, number, group):
+    process = endless("DATALOADER.NUM_WORKERS", "2" if group else "0")
+    fails(capsys, [*dots, "OPTIM.MAX_EPOCH", "100000"], f"in use by another process (pid {process.pid})", "--output-dir")
+    (os.killpg if group else os.kill)(process.pid, number)
+    error = process.communicate(timeout=30)[1]
+    assert process.returncode == 128 + number
+    lines = [line for line in error.splitlines() if "RuntimeWarning" not in line]
+    assert len(lines) == 1 and "interrupted; the same command goes on" in lines[0]
+    assert load_checkpoint(tmp_path / "out" / "progress.pth")["epoch"] > 0
+    assert not list(tmp_path.glob(".out*")) and not list((tmp_path / "out").rglob(".*"))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+def test_a_killed_run_holds_no_folder_though_its_workers_live_on(endless, tmp_path):
+    process = endless("DATALOADER.NUM_WORKERS", "2")
+    process.kill()
+    process.wait()
+    done = load_checkpoint(tmp_path / "out" / "progress.pth")["epoch"]
+    again = endless("DATALOADER.NUM_WORKERS", "2")
+    assert again.poll() is None
+    assert load_checkpoint(tmp_path / "out" / "progress.pth")["epoch"] > done
 
 
 def test_flags_with_many_values_stop_at_the_overrides():

@@ -24,8 +24,9 @@ EVALUATIONS = ("CoOp:100:100", "CoCoOp:4:100")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags; sizes carry the suite they belong to in front."""
     add = parser.add_argument
-    choices = (*SUITES, "all", "show", "compare", "ci", "scaling")
-    about = "suite; show, compare: JSON files; ci: count and compare with the record; scaling: time and memory over sizes"
+    choices = (*SUITES, "all", "show", "compare", "ci", "scaling", "kill")
+    about = "suite; show, compare: JSON files; ci: count and compare with the record; scaling: time and memory over sizes; "
+    about += "kill: runs killed at random moments against unbroken ones"
     add("suite", nargs="?", choices=choices, default="text", help=about)
     add("files", nargs="*", metavar="FILE", help="show: JSON files; compare: the old and the new one")
     add("--backbone", default="ViT-B/16", help="its architecture is used with random weights")
@@ -44,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shown = f"eval: default {' '.join(EVALUATIONS)}"
     add("--evaluations", nargs="*", default=list(EVALUATIONS), metavar="METHOD:PICTURES:CLASSES", help=shown)
     add("--pictures", type=int, default=100, help="data: JPEGs of 500 x 375 pixels that are read")
-    add("--workers", type=int, nargs="*", default=[2], help="data: numbers of worker processes to try; 0 is always tried")
+    add("--workers", type=int, nargs="*", default=[2], help="data, kill: numbers of worker processes; 0 is always tried")
     add("--measure", type=float, default=0.0, metavar="GFLOP", help="scaling: also measure the steps up to this counted size")
     add(
         "--also",
@@ -53,16 +54,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="step: our ways again, under autocast or torch.compile",
     )
-    add("--methods", nargs="+", default=["CoOp", "MoCoOp"], metavar="NAME", help="run: methods")
-    add("--epochs", type=int, default=5, help="run: epochs of each run")
-    add("--shots", type=int, default=16, help="run: pictures per class")
+    shown = "run, kill: methods; those of kill need a tiny.yaml"
+    add("--methods", "--trainer", nargs="+", default=["CoOp", "MoCoOp"], metavar="NAME", help=shown)
+    add("--epochs", type=int, default=5, help="run, kill: epochs of each run")
+    add("--shots", type=int, default=16, help="run, kill: pictures per class")
+    add("--kills", type=int, default=20, metavar="N", help="kill: how many for each method")
+    add("--seed", type=int, default=0, help="kill: of the moments and settings")
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print, or compare.
 
     Returns:
-        0, or 1 where ``ci`` found a count that grew.
+        0, or 1 where ``ci`` found a count that grew, or ``kill`` a run that came out differently.
     """
     if args.suite == "compare":
         return _compare(args)
@@ -78,6 +82,10 @@ def run(args: argparse.Namespace) -> int:
     torch.manual_seed(0)
     get_plugin_manager()
     with tempfile.TemporaryDirectory(prefix="promptmix-bench-") as folder:
+        if args.suite == "kill":
+            from promptmix.bench import kill
+
+            return kill.run(args, Path(folder))
         if args.suite in ("ci", "scaling"):
             return _count(args, Path(folder))
         _measure(args, Path(folder))

@@ -9,14 +9,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from promptmix import signals
 from promptmix.engine.checkpoint import (
-    LAST_FILE,
     load_state_dict_strict,
     read_model,
     resume_from_checkpoint,
     save_checkpoint,
 )
 from promptmix.engine.log import LazyWriter
+from promptmix.engine.resume import load_progress, save_progress, set_random_states
+from promptmix.engine.run_folder import RunFolder
 from promptmix.errors import CheckpointError, TrainingError
 from promptmix.plugin_manager import get_plugin_manager
 from promptmix.utils import get_logger, tolist_if_not
@@ -40,6 +42,8 @@ class TrainerBase:
         self.epoch = self.start_epoch = self.max_epoch = self.batch_idx = 0
         #: The numbers of the latest evaluation of each split.
         self.last_results: dict[str, dict[str, float]] = {}
+        #: Random states that the next epoch begins with, where an interrupted training goes on.
+        self._random_states: dict[str, Any] | None = None
 
     # Models
 
@@ -118,13 +122,15 @@ class TrainerBase:
             save_checkpoint(state, str(Path(directory, name)), is_best=is_best, model_name=model_name)
 
     def resume_model_if_exist(self, directory: str) -> int:
-        """Continue from the last checkpoint in ``directory``, if every model has one there.
+        """Continue from the last checkpoint by epoch in ``directory``, if every model has one there.
+
+        It holds no random states, so that the epochs that follow are those of another run.
 
         Returns:
             The epoch to begin with; 0 where there is nothing to continue.
         """
         names = self.get_model_names()
-        if not names or not all(Path(directory, name, LAST_FILE).is_file() for name in names):
+        if not RunFolder(directory).can_resume(names):
             get_logger().info("No checkpoint found, train from scratch")
             return 0
         get_logger().info("Found checkpoint at %s (will resume training)", directory)
@@ -139,15 +145,16 @@ class TrainerBase:
 
         Args:
             directory: output folder of a run; empty skips loading.
-            epoch: which checkpoint; by default the one with the best validation result.
+            epoch: which checkpoint; by default the one with the best validation result, else the last.
 
         Raises:
-            CheckpointError: no such checkpoint, or it is of another method or config.
+            CheckpointError: no such checkpoint, or it is of another method or config, or of models that this one lacks.
         """
         log = get_logger()
         if not directory:
             log.info("Note that load_model() is skipped as no pretrained model is given (ignore this if it's done on purpose)")
             return
+        RunFolder(directory).refuse_unclaimed(self.get_model_names())
         for name in self.get_model_names():
             checkpoint, path = read_model(Path(directory, name), epoch)
             writer = checkpoint.get("trainer", type(self).__name__)
@@ -158,6 +165,34 @@ class TrainerBase:
             result = checkpoint.get("val_result")
             shown = "none" if result is None else f"{result:.1f}"
             log.info("Load %s to %s (epoch=%s, val_result=%s)", path, name, checkpoint.get("epoch"), shown)
+
+    # Going on after an interruption
+
+    def progress_state(self) -> dict[str, Any]:
+        """Return what this trainer has to know to go on after the present epoch, besides models, optimizers and random states.
+
+        A trainer that learns something outside its registered models adds it: tensors and plain values only.
+        """
+        return {"last_results": self.last_results}
+
+    def load_progress_state(self, state: dict[str, Any]) -> None:
+        """Take back what ``progress_state`` returned."""
+        self.last_results = {split: dict(results) for split, results in state["last_results"].items()}
+
+    def save_progress(self) -> None:
+        """Write the state after the present epoch to the output folder, where there is one."""
+        directory = getattr(self, "output_dir", "")
+        if directory:
+            save_progress(self, RunFolder(directory))
+
+    def load_progress(self, directory: str) -> int:
+        """Go on where a training in ``directory`` was interrupted; without such a state, from its last checkpoint.
+
+        Returns:
+            The epoch to begin with; 0 where there is nothing to continue.
+        """
+        self._random_states = load_progress(self, RunFolder(directory))
+        return self.resume_model_if_exist(directory) if self._random_states is None else self.start_epoch
 
     # Scalars
 
@@ -187,13 +222,18 @@ class TrainerBase:
         try:
             self.before_train()
             hook.before_train(trainer=self)
-            for epoch in range(self.start_epoch, self.max_epoch):
-                self.epoch = epoch
-                self.before_epoch()
-                self.run_epoch()
-                self.after_epoch()
-                hook.after_epoch(trainer=self)
-            self.after_train()
+            if self._random_states is not None:  # last, since anything before may have drawn
+                set_random_states(self, self._random_states)
+            with signals.listening():
+                for epoch in range(self.start_epoch, self.max_epoch):
+                    self.epoch = epoch
+                    self.before_epoch()
+                    self.run_epoch()
+                    self.after_epoch()
+                    hook.after_epoch(trainer=self)
+                    self.save_progress()
+                    signals.check()
+                self.after_train()
         finally:
             hook.after_train(trainer=self)
             self.close_writer()

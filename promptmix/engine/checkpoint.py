@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from promptmix.engine.optim import EpochSchedule
+from promptmix.engine.run_folder import BEST_FILE, EXPORT_FILE, EXPORT_NOTE, LAST_FILE, RunFolder, shorten, what_is_there
 from promptmix.engine.unpickle import Refused, read_pickled
 from promptmix.errors import CheckpointError
 from promptmix.files.digests import digest_of
@@ -30,15 +31,11 @@ __all__ = [
     "read_model",
     "resume_from_checkpoint",
     "save_checkpoint",
+    "save_plain",
 ]
 
 StrPath = str | os.PathLike[str]
 
-#: The text file that names the checkpoint written last.
-LAST_FILE = "checkpoint"
-BEST_FILE = "model-best.pth.tar"
-#: A model as `promptmix convert` writes it: tensors, and what else is known of them.
-EXPORT_FILE, EXPORT_NOTE = "model.safetensors", "model.json"
 _EXPORT_VERSION = 1
 #: Where a file keeps the digest of everything else in it.
 DIGEST = "digest"
@@ -67,16 +64,25 @@ def save_checkpoint(
     mkdir_if_missing(folder)
     if remove_module_from_keys:
         state = {**state, "state_dict": _without_module(state["state_dict"])}
-    payload = _plain({key: value for key, value in state.items() if key != DIGEST}, "checkpoint")
-    payload[DIGEST] = digest_of(payload)
     path = folder / (model_name or f"model.pth.tar-{state['epoch']}")
-    atomic_write(path, lambda temporary: torch.save(payload, temporary))
+    save_plain(state, path)
     get_logger().info("Checkpoint saved to %s", path)
     atomic_write(folder / LAST_FILE, lambda temporary: temporary.write_text(f"{path.name}\n"))
     if is_best:
         best = folder / BEST_FILE
         atomic_write(best, lambda temporary: shutil.copy(path, temporary))
         get_logger().info('Best checkpoint saved to "%s"', best)
+
+
+def save_plain(state: Mapping[str, Any], path: Path) -> None:
+    """Write tensors and plain values, whole or not at all.
+
+    Raises:
+        CheckpointError: there is something else in ``state``; the message names the key.
+    """
+    payload = _plain({key: value for key, value in state.items() if key != DIGEST}, "checkpoint")
+    payload[DIGEST] = digest_of(payload)
+    atomic_write(path, lambda temporary: torch.save(payload, temporary))
 
 
 def load_checkpoint(fpath: StrPath) -> dict[str, Any]:
@@ -90,7 +96,7 @@ def load_checkpoint(fpath: StrPath) -> dict[str, Any]:
     """
     path = Path(fpath)
     if not path.is_file():
-        raise CheckpointError(f"no checkpoint {path}; {_what_is_there(path.parent)}")
+        raise CheckpointError(f"no checkpoint {path}; {what_is_there(path.parent)}")
     try:
         checkpoint = read_pickled(path)
     except Refused as error:
@@ -133,7 +139,7 @@ def read_model(folder: StrPath, epoch: int | None = None) -> tuple[dict[str, Any
 
     Args:
         folder: the model's own folder in a run's output folder, or one that ``export_model`` wrote.
-        epoch: which checkpoint; None = the one with the best validation result, or the only one of an export.
+        epoch: which checkpoint; None = the one that the run was tested with (see ``RunFolder.checkpoint``).
 
     Returns:
         The checkpoint, and the file that it comes from.
@@ -141,8 +147,8 @@ def read_model(folder: StrPath, epoch: int | None = None) -> tuple[dict[str, Any
     Raises:
         CheckpointError: there is none, or it can't be read.
     """
-    path = Path(folder, BEST_FILE if epoch is None else f"model.pth.tar-{epoch}")
-    if not path.is_file() and Path(folder, EXPORT_NOTE).is_file():
+    path = RunFolder(Path(folder).parent).checkpoint(Path(folder).name, epoch)
+    if path.name == EXPORT_FILE or not path.is_file():
         return read_export(folder, epoch), Path(folder, EXPORT_FILE)
     return load_checkpoint(path), path
 
@@ -201,8 +207,8 @@ def load_state_dict_strict(model: nn.Module, state_dict: Mapping[str, Any], sour
     missing = [key for key in own if key not in state_dict]
     unexpected = [key for key in state_dict if key not in own]
     shapes = [clash for key in own if key in state_dict and (clash := _clash(key, state_dict[key], own[key]))]
-    problems = [f"{word} {_some(keys)}" for word, keys in (("lacks", missing), ("has unknown", unexpected)) if keys]
-    problems += [_some(shapes)] if shapes else []
+    problems = [f"{word} {shorten(keys)}" for word, keys in (("lacks", missing), ("has unknown", unexpected)) if keys]
+    problems += [shorten(shapes)] if shapes else []
     if problems:
         raise CheckpointError(
             f"{source} doesn't fit {type(model).__name__}: it {'; '.join(problems)}. "
@@ -211,7 +217,7 @@ def load_state_dict_strict(model: nn.Module, state_dict: Mapping[str, Any], sour
     broken = [key for key in own if not _is_finite(state_dict[key])]
     if broken:
         raise CheckpointError(
-            f"{source} holds numbers that are NaN or infinite ({_some(broken)}): training diverged, or the file is damaged; "
+            f"{source} holds numbers that are NaN or infinite ({shorten(broken)}): training diverged, or the file is damaged; "
             "take an earlier epoch, or train again with a lower OPTIM.LR"
         )
     model.load_state_dict(dict(state_dict))
@@ -252,13 +258,13 @@ def resume_from_checkpoint(
     Raises:
         CheckpointError: the folder names no checkpoint or one outside itself, or it doesn't fit.
     """
-    path = _last_checkpoint(Path(fdir))
+    path = RunFolder(Path(fdir).parent).last(Path(fdir).name)
     log = get_logger()
     log.info('Loading checkpoint from "%s"', path)
     checkpoint = load_checkpoint(path)
     for key in ("state_dict", "epoch"):
         if key not in checkpoint:
-            there = _some(list(checkpoint))
+            there = shorten(list(checkpoint))
             raise CheckpointError(f"{path} has no {key!r} (keys: {there}); it was not written by a training run")
     load_state_dict_strict(model, checkpoint["state_dict"], str(path))
     log.info("Loaded model weights")
@@ -302,8 +308,8 @@ def load_pretrained_weights(model: nn.Module, weight_path: StrPath) -> None:
     }
     if not fitting:
         raise CheckpointError(
-            f"nothing in {weight_path} fits {type(model).__name__}: there are {_some(list(loaded))}; "
-            f"the model has {_some(list(own))}"
+            f"nothing in {weight_path} fits {type(model).__name__}: there are {shorten(list(loaded))}; "
+            f"the model has {shorten(list(own))}"
         )
     model.load_state_dict({**own, **fitting})
     log = get_logger()
@@ -313,34 +319,8 @@ def load_pretrained_weights(model: nn.Module, weight_path: StrPath) -> None:
         log.info("Layers discarded due to unmatched keys or size: %s", discarded)
 
 
-def _last_checkpoint(folder: Path) -> Path:
-    """Return the path that the folder's ``checkpoint`` file names, which must lie in the folder."""
-    note = folder / LAST_FILE
-    if not note.is_file():
-        raise CheckpointError(f"no file {note} that names the last checkpoint; {_what_is_there(folder)}")
-    lines = note.read_text(encoding="utf-8", errors="replace").splitlines()
-    name = lines[0].strip() if lines else ""
-    path = folder / name
-    if not name or path.resolve().parent != folder.resolve():
-        raise CheckpointError(f"{note} names {name!r}, but must name a file in its own folder; write such a name there")
-    return path
-
-
 def _without_module(state_dict: Mapping[str, Any]) -> OrderedDict[str, Any]:
     return OrderedDict((key.removeprefix("module."), value) for key, value in state_dict.items())
-
-
-def _what_is_there(folder: Path) -> str:
-    """Say in a clause what a folder holds."""
-    if not folder.is_dir():
-        return f"there is no folder {folder} either; check the directory given"
-    names = sorted(entry.name for entry in folder.iterdir())
-    return f"the folder holds {_some(names)}" if names else "the folder is empty"
-
-
-def _some(names: list[str], most: int = 6) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(map(str, names[:most])) + more
 
 
 def _plain(value: Any, where: str) -> Any:  # noqa: ANN401

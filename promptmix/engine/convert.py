@@ -16,16 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from promptmix.engine.checkpoint import (
-    BEST_FILE,
-    EXPORT_NOTE,
-    LAST_FILE,
-    export_model,
-    load_checkpoint,
-    read_export,
-    save_checkpoint,
-)
+from promptmix.engine.checkpoint import export_model, load_checkpoint, read_export, save_checkpoint
 from promptmix.engine.layout import Layout, rename, today
+from promptmix.engine.run_folder import EXPORT_FILE, EXPORT_NOTE, RunFolder
 from promptmix.errors import CheckpointError
 from promptmix.plugin_manager import get_plugin_manager
 from promptmix.registry import TRAINER_REGISTRY
@@ -169,8 +162,11 @@ def find_theirs(directory: str | Path, trainer: str, epoch: int | None = None) -
     """
     if trainer not in layouts():
         return None
-    path = Path(directory, layouts()[trainer].folder, BEST_FILE if epoch is None else f"model.pth.tar-{epoch}")
-    if not path.is_file():
+    name = layouts()[trainer].folder
+    if name not in RunFolder(directory).models():
+        return None
+    path = RunFolder(directory).checkpoint(name, epoch)
+    if path.name == EXPORT_FILE or not path.is_file():
         return None
     checkpoint = load_checkpoint(path)
     return _theirs(trainer, checkpoint, path) if _is_theirs(trainer, checkpoint) else None
@@ -207,7 +203,7 @@ def read(directory: str | Path, epoch: int | None = None, trainer: str = "", log
     if exported:
         checkpoints = {folder.name: read_export(folder, epoch) for folder in exported}
         return _ours(checkpoints, str(root))
-    files = {folder.name: _choose(folder, epoch) for folder in sorted(root.glob("*")) if any(folder.glob("*.pth.tar*"))}
+    files = {name: RunFolder(root).checkpoint(name, epoch) for name in RunFolder(root).models()}
     if not files:
         raise CheckpointError(
             f"{root} holds no checkpoint (<name>/model.pth.tar-N, or a converted one); name a run's output folder"
@@ -232,21 +228,6 @@ def _ours(checkpoints: Mapping[str, Mapping[str, Any]], source: str) -> Learned:
     if LEARNER in models and first["trainer"] in layouts():
         models[LEARNER] = {today(name): tensor for name, tensor in models[LEARNER].items()}
     return Learned(first["trainer"], models, source, first.get("epoch"), first.get("val_result"))
-
-
-def _choose(folder: Path, epoch: int | None) -> Path:
-    """Return the checkpoint of ``epoch``; by default the best, else the one written last."""
-    if epoch is not None:
-        return folder / f"model.pth.tar-{epoch}"
-    note = folder / LAST_FILE
-    last = note.read_text(encoding="utf-8").split() if note.is_file() else []
-    for path in (folder / BEST_FILE, *(folder / Path(name).name for name in last[:1])):
-        if path.is_file():
-            return path
-    names = sorted(path.name for path in folder.glob("*.pth.tar*"))
-    if len(names) == 1:
-        return folder / names[0]
-    raise CheckpointError(f"{folder} holds {', '.join(names)}; say which with --load-epoch N")
 
 
 def _guess(checkpoint: Mapping[str, Any], path: Path) -> str:

@@ -13,14 +13,17 @@ from torch import nn
 from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
+from promptmix import signals
 from promptmix.data import DataManager
 from promptmix.data.reading.loaders import TrainLoader
+from promptmix.data.reading.streams import Streams, get_streams
 from promptmix.engine.base import Names, TrainerBase
-from promptmix.engine.checkpoint import BEST_FILE, load_checkpoint
+from promptmix.engine.checkpoint import load_checkpoint
 from promptmix.engine.evaluator import build_evaluator
 from promptmix.engine.log import progress
 from promptmix.engine.meters import AverageMeter, MetricMeter
 from promptmix.engine.precision import choose_device, clip_gradients
+from promptmix.engine.run_folder import BEST_FILE, RunFolder
 from promptmix.errors import CheckpointError, ConfigError
 from promptmix.plugin_manager import get_plugin_manager
 from promptmix.registry import TRAINER_REGISTRY
@@ -65,6 +68,8 @@ class SimpleTrainer(TrainerBase):
         self.build_model()
         self.evaluator = build_evaluator(cfg, lab2cname=self.lab2cname)
         self.best_result = -float("inf")
+        #: Random states that the first epoch began with.
+        self.first_streams: Streams = {}
 
     def check_cfg(self, cfg: CfgNode) -> None:
         """Raise ``ConfigError`` for settings that this trainer can't work with."""
@@ -101,13 +106,37 @@ class SimpleTrainer(TrainerBase):
             CheckpointError: ``RESUME`` names a folder without checkpoints, or they don't fit.
         """
         directory = self.cfg.RESUME or self.cfg.OUTPUT_DIR
-        self.start_epoch = self.resume_model_if_exist(directory)
+        self.start_epoch = self.load_progress(directory)
         if self.cfg.RESUME and not self.start_epoch:
             raise CheckpointError(f"nothing to resume in {directory}; --resume takes the output folder of a run")
-        if self.start_epoch and self.cfg.TEST.FINAL_MODEL == "best_val":
-            self.best_result = self._best_so_far()
+        best_val = self.cfg.TEST.FINAL_MODEL == "best_val"
+        if self.cfg.RESUME and best_val:
+            for name in self.get_model_names():  # the best epoch may be one of those done there
+                RunFolder(self.output_dir).take_best(RunFolder(directory), name)
+        if self._random_states is None:
+            self.first_streams = get_streams()
+            if self.start_epoch and best_val:
+                self.best_result = self._best_so_far()
         self.init_writer(str(Path(self.output_dir, "tensorboard")))
         self.time_start = time.time()
+
+    def progress_state(self) -> dict[str, Any]:
+        """Return the best result so far, the state of loss scaling, and the random states of the beginning too."""
+        scaler = getattr(getattr(self, "precision", None), "scaler", None)
+        return {
+            **super().progress_state(),
+            "best_result": self.best_result,
+            "first_streams": self.first_streams,
+            "scaler": None if scaler is None else scaler.state_dict(),
+        }
+
+    def load_progress_state(self, state: dict[str, Any]) -> None:
+        """Take back what ``progress_state`` returned."""
+        super().load_progress_state(state)
+        self.best_result, self.first_streams = state["best_result"], dict(state["first_streams"])
+        scaler = getattr(getattr(self, "precision", None), "scaler", None)
+        if scaler is not None and state["scaler"] is not None:
+            scaler.load_state_dict(state["scaler"])
 
     def after_train(self) -> None:
         """Evaluate the final model and say how long it took."""
@@ -151,9 +180,11 @@ class SimpleTrainer(TrainerBase):
         else:
             split, loader = "test", self.test_loader
         get_logger().info("Evaluate on the *%s* set", split)
-        for batch in progress(loader, desc=f"evaluate {split}"):
-            inputs, label = self.parse_batch_test(batch)
-            self.evaluator.process(self.model_inference(inputs), label)
+        with signals.listening():
+            for batch in progress(loader, desc=f"evaluate {split}"):
+                signals.check()
+                inputs, label = self.parse_batch_test(batch)
+                self.evaluator.process(self.model_inference(inputs), label)
         results = self.evaluator.evaluate()
         self.last_results[split] = results
         get_plugin_manager().hook.after_test(trainer=self, split=split, results=results)
@@ -178,8 +209,8 @@ class SimpleTrainer(TrainerBase):
 
     def _best_so_far(self) -> float:
         """Return the validation result of the best model that an interrupted run left in this output folder."""
-        path = Path(self.output_dir, self.get_model_names()[0], BEST_FILE)
-        result = load_checkpoint(path).get("val_result") if path.is_file() else None
+        path = RunFolder(self.output_dir).best(self.get_model_names()[0])
+        result = None if path is None else load_checkpoint(path).get("val_result")
         return -float("inf") if result is None else float(result)
 
     # What the loops of TrainerX and TrainerXU share
@@ -193,6 +224,7 @@ class SimpleTrainer(TrainerBase):
         scalars: list[tuple[str, float | torch.Tensor, int]] = []  # not reported yet
         end = time.time()
         for self.batch_idx, batch in enumerate(batches):
+            signals.check()
             data_time.update(time.time() - end)
             summary = self.forward_backward(*batch)
             batch_time.update(time.time() - end)

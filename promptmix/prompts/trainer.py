@@ -18,11 +18,13 @@ from promptmix.config.declare import declare_all, inherited_by, key_of, settings
 from promptmix.cost.estimate import explained
 from promptmix.data.features.cache import FeatureCache, open_cache
 from promptmix.data.features.views import ReplayLoader, cache_views, feature_loader, in_order, is_steady
+from promptmix.data.reading.streams import get_streams
 from promptmix.engine import TrainerX, build_lr_scheduler, build_optimizer, convert
 from promptmix.engine.checkpoint import load_pretrained_weights, load_state_dict_strict
 from promptmix.engine.evaluator import compute_accuracy
 from promptmix.engine.layout import Layout
 from promptmix.engine.precision import Precision
+from promptmix.engine.resume import from_streams
 from promptmix.errors import CheckpointError, ConfigError, SettingError
 from promptmix.prompts.average import GaussianAverage
 from promptmix.prompts.learner import LossTerms, PromptLearner
@@ -184,6 +186,7 @@ class PromptTrainer(TrainerX):
         super().before_train()
         if self.model.needs_preparing and self.start_epoch == 0:
             self.model.prepare(self._look)
+            self.first_streams = get_streams()
         views = self.cfg.INPUT.CACHED_VIEWS
         if not views or isinstance(self.train_loader_x, ReplayLoader):
             return
@@ -192,20 +195,23 @@ class PromptTrainer(TrainerX):
                 f"INPUT.CACHED_VIEWS is {views}, but {self.cfg.TRAINER.NAME} trains the image side, "
                 "so features can't be kept; set it to 0"
             )
-        epochs = max(self.max_epoch - self.start_epoch, 1)
+        epochs = max(self.max_epoch, 1)
         if views < epochs and not is_steady(self.cfg.INPUT.TRANSFORMS):
             self.approximations.append(f"INPUT.CACHED_VIEWS: {views} augmented views take turns over {epochs} epochs")
+        if self.start_epoch >= self.max_epoch:
+            return
         validates = self.cfg.TEST.FINAL_MODEL == "best_val" and not self.cfg.TEST.NO_TEST
-        self.train_loader_x = cache_views(
-            self.train_loader_x,
-            min(views, epochs),
-            self._encode_frozen,
-            self.cfg,
-            self._feature_cache(),
-            self.clip.image,
-            draws_between=int(validates),
-            kind=self.model.feature_kind,
-        )
+        with from_streams(self.first_streams):  # a resumed training has the views that it began with
+            self.train_loader_x = cache_views(
+                self.train_loader_x,
+                min(views, epochs),
+                self._encode_frozen,
+                self.cfg,
+                self._feature_cache(),
+                self.clip.image,
+                draws_between=int(validates),
+                kind=self.model.feature_kind,
+            )
 
     @torch.no_grad()
     def _look(self) -> Iterator[Step]:
@@ -218,7 +224,7 @@ class PromptTrainer(TrainerX):
     def before_epoch(self) -> None:
         """Turn to the next cached view."""
         if isinstance(self.train_loader_x, ReplayLoader):
-            self.train_loader_x.turn_to(self.epoch - self.start_epoch)
+            self.train_loader_x.turn_to(self.epoch)
 
     def _encode_frozen(self, images: Tensor) -> Tensor:
         with self.precision.autocast():

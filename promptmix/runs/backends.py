@@ -162,6 +162,7 @@ def _context() -> Any:  # noqa: ANN401  (multiprocessing's contexts share no use
 
 def _child(job: Job, options: Options, gpu: int | None, sender: connection.Connection) -> None:
     """Run a job in its own process and send its outcome."""
+    multiprocessing.set_start_method(None, force=True)  # workers that read pictures start as usual, not through another server
     gc.freeze()  # what was imported before the fork stays shared, and no collection walks through it
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the driver, which ends its jobs
     threading.Thread(target=_follow_parent, daemon=True).start()

@@ -6,8 +6,6 @@ finished with the same config is skipped, and a training that was cut off goes o
 
 from __future__ import annotations
 
-import contextlib
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -18,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from promptmix.config.flags import load_plugins, make_config, merge_flags, resolve_config
-from promptmix.errors import ConfigError, UserError
+from promptmix.errors import ConfigError
 from promptmix.hookspecs import hookimpl
 from promptmix.registry import DATASET_REGISTRY, PROTOCOL_REGISTRY, Registry, closest
 
@@ -337,15 +335,20 @@ def execute(job: Job, watcher: Watcher | None = None, command: Sequence[str] = (
     Raises:
         UserError: a run that can't be done.
     """
+    from promptmix.engine.run_folder import RunFolder  # here, as `run`: what is said of protocols needs no torch
     from promptmix.runs.run import run
 
     load_plugins(job.plugins)
     watcher = watcher or Watcher()
     found: list[RunResult] = []
-    with _alone(Path(job.folder)):
+    with RunFolder(job.folder).alone(wait=True):  # for one that outlived its driver, or a second sweep into the same tree
         for part, cfg, result in done_parts(job):
             watcher.begin(job, part)
             if result is not None:
+                folder = RunFolder(cfg.OUTPUT_DIR)
+                with folder.alone():  # its process may have been killed after its last word
+                    folder.tidy()
+                    folder.drop_progress()
                 watcher.end(result, skipped=True)
                 found.append(result)
                 continue
@@ -361,39 +364,6 @@ def execute(job: Job, watcher: Watcher | None = None, command: Sequence[str] = (
             watcher.end(result, skipped=False)
             found.append(result)
     return found
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Wait until no other process works in ``folder``: one that outlived its driver, or a second sweep into the same tree.
-
-    The lock goes with its process, however that ends. Where the system has no such locks, nothing is held.
-    """
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    lock = folder.with_name(f".{folder.name}.lock")
-    made = [path for path in lock.parents if not path.exists()]
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        handle = lock.open("w")
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        while not (lock.exists() and os.path.samestat(os.fstat(handle.fileno()), lock.stat())):
-            handle.close()  # the one before us removed the file that we waited for
-            handle = lock.open("w")
-            fcntl.flock(handle, fcntl.LOCK_EX)
-    except OSError as error:
-        raise UserError(f"OUTPUT_DIR {folder}: {error.strerror or error}; choose another --output-dir") from error
-    with handle:
-        try:
-            yield
-        finally:
-            lock.unlink(missing_ok=True)
-            for path in made:
-                with contextlib.suppress(OSError):  # not empty
-                    path.rmdir()
 
 
 def folder_of(output: str, protocol: str, dataset: str, trainer: str, variant: str, shots: int | None, seed: int) -> str:

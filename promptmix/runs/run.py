@@ -21,7 +21,7 @@ from yacs.config import CfgNode as CN
 from promptmix import config
 from promptmix.cost import memory
 from promptmix.engine import Logger, SimpleTrainer, build_trainer, collect_env_info, set_random_seed, setup_logger
-from promptmix.engine.checkpoint import LAST_FILE
+from promptmix.engine.run_folder import RunFolder
 from promptmix.errors import CheckpointError, ConfigError, TrainingError, UserError
 from promptmix.hookspecs import hookimpl
 from promptmix.plugin_manager import get_plugin_manager
@@ -99,8 +99,6 @@ def running(
     config.validate(cfg)
     cfg.freeze()
     result = replace(RunResult.from_config(_plain(cfg)), **(labels or {}))  # type: ignore[arg-type]
-    if not no_train:
-        _refuse_other_run(result, Path(cfg.OUTPUT_DIR), eval_only)
     # A shipped config is called by its name, not by where this machine keeps it.
     shipped = str(files("promptmix.configs"))
     result.config_sources = {key: who.replace(shipped, "configs") for key, who in config.sources(cfg).items()}
@@ -109,7 +107,12 @@ def running(
     result.commit = results.git_commit()
     result.checkpoint = {"directory": model_dir, "epoch": load_epoch} if eval_only and model_dir else None
     recorder = _Recorder(on_epoch)
-    with _Output(cfg.OUTPUT_DIR, quiet) as output:
+    folder = RunFolder(cfg.OUTPUT_DIR)
+    with contextlib.nullcontext() if no_train else folder.alone(), _Output(cfg.OUTPUT_DIR, quiet) as output:
+        if not no_train:
+            _refuse_other_run(result, folder.path, eval_only)
+            folder.tidy()
+        before = None if no_train else finished(cfg)
         _seed(cfg)
         _print_header(cfg, arguments or {})
         trainer: Any = build_trainer(cfg)  # any class with Dassl's interface
@@ -129,8 +132,11 @@ def running(
         with _plugged(recorder):
             yield trainer, result
         recorder.fill(result)
+        if before is not None and getattr(trainer, "start_epoch", 0) >= getattr(trainer, "max_epoch", 1) > 0:
+            result.metrics = before.metrics | result.metrics  # it had ended, and was only tested again
         result.approximations = list(getattr(trainer, "approximations", ()))
         get_logger().info("Results: %s", result.save(cfg.OUTPUT_DIR))
+        folder.drop_progress()
 
 
 def finished(cfg: CN) -> RunResult | None:
@@ -153,15 +159,15 @@ def _refuse_other_run(new: RunResult, folder: Path, eval_only: bool) -> None:
     """Refuse a folder with another run: training would resume there and report its numbers as this run's."""
     if (folder / FILE_NAME).is_file():
         old = results.load(folder / FILE_NAME)
-    elif (folder / CONFIG_NAME).is_file() and any(folder.glob(f"*/{LAST_FILE}")):  # cut off, with something to resume
+    elif (folder / CONFIG_NAME).is_file() and RunFolder(folder).has_trained():  # cut off, with something to resume
         old = RunResult.from_config(yaml.safe_load((folder / CONFIG_NAME).read_text(encoding="utf-8")))
     else:
         return
     pairs = [(name, value, new.identity()[name]) for name, value in old.identity().items()]
     if not eval_only:
+        # MAX_EPOCH too: schedules and averages follow from it, so that neither fewer nor more epochs are a part of the same run.
         ours = new.settings()
-        # More epochs are what a resumed run is for.
-        pairs += [(k, v, ours[k]) for k, v in old.settings().items() if k in ours and k != "OPTIM.MAX_EPOCH"]
+        pairs += [(k, v, ours[k]) for k, v in old.settings().items() if k in ours]
     for name, theirs, mine in pairs:
         if theirs != mine:
             raise UserError(
@@ -259,8 +265,10 @@ class _Recorder:
         memory.reset_peak()  # so that a run in a longer process, as in the quick start, reports its own
 
     @hookimpl
-    def before_train(self) -> None:
-        """The first epoch begins: what came before was building."""
+    def before_train(self, trainer: Any) -> None:  # noqa: ANN401
+        """The first epoch begins: what came before was building, or another process."""
+        for split, numbers in getattr(trainer, "last_results", {}).items():
+            self._metrics[split] = {name: float(value) for name, value in numbers.items()}
         self._trained = time.monotonic()
 
     @hookimpl

@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import random
+import signal
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,7 +30,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-__all__ = ["TrainLoader"]
+__all__ = ["TrainLoader", "end_quietly"]
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,7 @@ class TrainLoader(DataLoader[Any]):
             multiprocessing_context=self.multiprocessing_context,
             prefetch_factor=self.prefetch_factor,
             persistent_workers=self.persistent_workers,
+            worker_init_fn=end_quietly,
             generator=torch.Generator(),  # torch draws a seed of its own, which nobody reads
         )
 
@@ -237,6 +240,15 @@ class _Seeded(Dataset[Any]):
         torch.manual_seed(info.seed)
         if self.seed_more:
             self.seed_more(info.id)
+
+
+def end_quietly(_worker: int = 0) -> None:
+    """Have SIGTERM end this worker without an error.
+
+    A whole process group gets that signal where Slurm or ``timeout`` sends it. torch's workers die of it, and raise errors in the
+    main process that is ending too.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
 
 
 def _seed(seed: int, place: int) -> None:

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 from tabulate import tabulate
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torchvision import transforms as T
 from yacs.config import CfgNode
 
 from promptmix.data.base import DatasetBase, build_dataset, reading_of
 from promptmix.data.datum import Datum
 from promptmix.data.reading.images import read_image
-from promptmix.data.reading.loaders import TrainLoader
+from promptmix.data.reading.loaders import TrainLoader, end_quietly
 from promptmix.data.reading.samplers import build_sampler
 from promptmix.data.reading.transforms import INTERPOLATION_MODES, build_transform
 from promptmix.errors import ConfigError, DataError
@@ -87,6 +87,8 @@ class DatasetWrapper(Dataset[dict[str, Any]]):
 
 def _seed_worker(worker_id: int) -> None:
     """Seed python and numpy in a worker from torch's seed, which differs for each worker and epoch."""
+    if get_worker_info() is not None:
+        end_quietly()
     seed = torch.initial_seed() % 2**32
     random.seed(seed)
     np.random.seed(seed)

@@ -1,0 +1,197 @@
+"""Resume is the same run: all that a training needs to go on after any epoch with the numbers it would have had unbroken.
+
+After each epoch one file is replaced as a whole: learned tensors, optimizers, schedules, loss scaling, the best result so far,
+and every random stream. Checkpoints by epoch, which others read, are written as before; they don't say how far the training is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from promptmix.data.reading.streams import get_streams, set_streams
+from promptmix.engine.checkpoint import load_checkpoint, load_state_dict_strict, save_plain
+from promptmix.engine.run_folder import RunFolder
+from promptmix.errors import CheckpointError
+from promptmix.utils import get_logger
+
+if TYPE_CHECKING:
+    from promptmix.engine.base import TrainerBase
+
+__all__ = ["from_streams", "get_random_states", "load_progress", "save_progress", "set_random_states"]
+
+#: Raised when the file's meaning changes; a training goes on with the promptmix that it began with.
+_VERSION = 1
+
+
+def save_progress(trainer: TrainerBase, folder: RunFolder) -> None:
+    """Write what ``trainer`` needs to go on after the present epoch; a killed process leaves the old file or the new one.
+
+    A trainer whose state can't be stored without pickling code trains on, and says that it can't be resumed.
+    """
+    models = {}
+    for name in trainer.get_model_names():
+        optim, sched = trainer._optims[name], trainer._scheds[name]
+        models[name] = {
+            "state_dict": trainer._models[name].state_dict(),
+            "optimizer": None if optim is None else optim.state_dict(),
+            "scheduler": None if sched is None else sched.state_dict(),
+        }
+    state = {
+        "version": _VERSION,
+        "trainer": type(trainer).__name__,
+        "epoch": trainer.epoch + 1,
+        "models": models,
+        "own": trainer.progress_state(),
+        "random": get_random_states(trainer),
+    }
+    try:
+        save_plain(state, folder.progress)
+    except CheckpointError as error:
+        if not trainer.__dict__.get("_told_no_resume"):
+            get_logger().warning("This training can't be resumed exactly: %s", error)
+        trainer.__dict__["_told_no_resume"] = True
+
+
+def load_progress(trainer: TrainerBase, folder: RunFolder) -> dict[str, Any] | None:
+    """Give ``trainer`` the state that an interrupted training left in ``folder``, all but the random states.
+
+    Returns:
+        The random states, for ``set_random_states`` just before the next epoch; None where there is nothing to go on from.
+
+    Raises:
+        CheckpointError: the file is damaged, or it is of another method, config or version.
+    """
+    path = folder.progress
+    if not path.is_file():
+        return None
+    log, names = get_logger(), trainer.get_model_names()
+    log.info("Found checkpoint at %s (will resume training)", folder.path)
+    log.info('Loading checkpoint from "%s"', path)
+    state = load_checkpoint(path)
+    if state.get("version") != _VERSION or not isinstance(state.get("models"), Mapping):
+        raise CheckpointError(
+            f"{path} is of another form than this promptmix writes; go on with the promptmix that began, or remove the file"
+        )
+    writer, there = state.get("trainer"), list(state["models"])
+    if writer != type(trainer).__name__ or sorted(there) != sorted(names):
+        raise CheckpointError(
+            f"{path} is of {writer} with {', '.join(there) or 'no model'}, not of {type(trainer).__name__} with "
+            f"{', '.join(names) or 'no model'}; resume with the config that began"
+        )
+    for name in names:
+        saved = state["models"][name]
+        load_state_dict_strict(trainer._models[name], saved["state_dict"], f"{path} ({name})")
+        optim, sched = trainer._optims[name], trainer._scheds[name]
+        try:
+            if optim is not None:
+                optim.load_state_dict(saved["optimizer"])
+            if sched is not None:
+                sched.load_state_dict(saved["scheduler"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{path}: the optimizer of {name} doesn't fit ({error}); resume with the config that began"
+            ) from error
+    trainer.load_progress_state(state["own"])
+    trainer.start_epoch = int(state["epoch"])
+    trainer.epoch = trainer.start_epoch - 1
+    log.info("Previous epoch: %s", state["epoch"])
+    return dict(state["random"])
+
+
+# Random states
+
+
+def get_random_states(trainer: TrainerBase) -> dict[str, Any]:
+    """Return the states of every random stream: the process's own, each GPU's, and generators that the trainer's parts hold."""
+    states: dict[str, Any] = {"streams": get_streams(), "generators": {}}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        states["cuda"] = torch.cuda.get_rng_state_all()
+    for place, generator in _generators(trainer):
+        if isinstance(generator, torch.Generator):
+            states["generators"][place] = generator.get_state()
+        elif isinstance(generator, random.Random):
+            version, words, gauss = generator.getstate()
+            states["generators"][place] = {"version": version, "words": list(words), "gauss": gauss}
+        elif isinstance(generator, np.random.RandomState):
+            states["generators"][place] = _plain(generator.get_state(legacy=False))
+        else:
+            states["generators"][place] = _plain(generator.bit_generator.state)
+    return states
+
+
+def set_random_states(trainer: TrainerBase, states: Mapping[str, Any]) -> None:
+    """Put back what ``get_random_states`` returned; a GPU that isn't there any more is passed over."""
+    set_streams(states["streams"])
+    for device, state in enumerate(states.get("cuda", ())):
+        if torch.cuda.is_available() and device < torch.cuda.device_count():
+            torch.cuda.set_rng_state(state, device)
+    saved = states["generators"]
+    for place, generator in _generators(trainer):
+        if place not in saved:
+            continue
+        if isinstance(generator, torch.Generator):
+            generator.set_state(saved[place])
+        elif isinstance(generator, random.Random):
+            generator.setstate((saved[place]["version"], tuple(saved[place]["words"]), saved[place]["gauss"]))
+        elif isinstance(generator, np.random.RandomState):
+            generator.set_state(_arrays(saved[place]))
+        else:
+            generator.bit_generator.state = _arrays(saved[place])
+
+
+def _generators(trainer: TrainerBase) -> Iterator[tuple[str, Any]]:
+    """Yield (place, generator) for each that the trainer, its models, loaders, samplers or data sets have as attribute."""
+    seen: set[int] = set()
+    for place, holder in _holders(trainer):
+        for name, value in sorted(getattr(holder, "__dict__", {}).items()):
+            kind = (torch.Generator, random.Random, np.random.RandomState, np.random.Generator)
+            if isinstance(value, kind) and id(value) not in seen:
+                seen.add(id(value))
+                yield f"{place}.{name}", value
+
+
+def _holders(trainer: TrainerBase) -> Iterator[tuple[str, object]]:
+    yield "trainer", trainer
+    for name, value in sorted(vars(trainer).items()):
+        if isinstance(value, DataLoader):
+            parts = {"": value, ".sampler": value.sampler, ".batch_sampler": value.batch_sampler, ".dataset": value.dataset}
+            for part, holder in parts.items():
+                yield name + part, holder
+    for name, model in trainer._models.items():
+        for path, module in model.named_modules() if isinstance(model, nn.Module) else ():
+            yield f"{name}.{path}", module
+
+
+def _plain(value: Any) -> Any:  # noqa: ANN401  (a tree of a generator's state)
+    """Return numpy's state with arrays as lists."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return {"array": value.tolist(), "dtype": str(value.dtype)} if isinstance(value, np.ndarray) else value
+
+
+def _arrays(value: Any) -> Any:  # noqa: ANN401
+    """Undo ``_plain``."""
+    if not isinstance(value, Mapping):
+        return value
+    if set(value) == {"array", "dtype"}:
+        return np.array(value["array"], dtype=value["dtype"])
+    return {key: _arrays(item) for key, item in value.items()}
+
+
+@contextlib.contextmanager
+def from_streams(streams: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Have the process's random streams go on from ``streams`` inside the context, and from where they were after it."""
+    now = get_streams()
+    set_streams(streams)
+    try:
+        yield
+    finally:
+        set_streams(now)
