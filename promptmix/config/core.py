@@ -163,6 +163,7 @@ def _add_training(cfg: CN) -> None:
     _key(cfg, "OPTIM.RMSPROP_ALPHA", 0.99, "rmsprop: smoothing", **_SHARE)
     _key(cfg, "OPTIM.ADAM_BETA1", 0.9, "adam, amsgrad, radam, adamw", low=0, below=1)
     _key(cfg, "OPTIM.ADAM_BETA2", 0.999, "adam, amsgrad, radam, adamw", low=0, below=1)
+    _key(cfg, "OPTIM.ADAM_EPS", 1e-8, "adam, amsgrad, radam, adamw: added to the root of the second moment", above=0)
     _key(cfg, "OPTIM.STAGED_LR", False, "True: layers outside NEW_LAYERS learn at LR * BASE_LR_MULT")
     _key(cfg, "OPTIM.NEW_LAYERS", (), "names of layers", items=str)
     _key(cfg, "OPTIM.BASE_LR_MULT", 0.1, "see STAGED_LR", low=0)

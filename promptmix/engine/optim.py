@@ -46,7 +46,7 @@ def build_optimizer(
         warnings.warn("OPTIM.STAGED_LR is ignored: this trainer makes its own parameter groups", stacklevel=2)
 
     common: dict[str, Any] = {"lr": lr, "weight_decay": optim_cfg.WEIGHT_DECAY}
-    betas = (optim_cfg.ADAM_BETA1, optim_cfg.ADAM_BETA2)
+    adam: dict[str, Any] = {"betas": (optim_cfg.ADAM_BETA1, optim_cfg.ADAM_BETA2), "eps": getattr(optim_cfg, "ADAM_EPS", 1e-8)}
     if name == "sgd":
         return torch.optim.SGD(
             param_groups,
@@ -59,10 +59,10 @@ def build_optimizer(
         return torch.optim.RMSprop(param_groups, momentum=optim_cfg.MOMENTUM, alpha=optim_cfg.RMSPROP_ALPHA, **common)
     if name == "radam":
         # The RAdam that Dassl carries decays weights directly, as AdamW does.
-        return torch.optim.RAdam(param_groups, betas=betas, decoupled_weight_decay=True, **common)
+        return torch.optim.RAdam(param_groups, **adam, decoupled_weight_decay=True, **common)
     if name == "adamw":
-        return torch.optim.AdamW(param_groups, betas=betas, **common)
-    return torch.optim.Adam(param_groups, betas=betas, amsgrad=name == "amsgrad", **common)
+        return torch.optim.AdamW(param_groups, **adam, **common)
+    return torch.optim.Adam(param_groups, **adam, amsgrad=name == "amsgrad", **common)
 
 
 def _staged_groups(model: nn.Module | Iterable[Any], optim_cfg: CfgNode) -> list[dict[str, Any]]:

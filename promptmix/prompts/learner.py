@@ -265,6 +265,6 @@ class Learner(PromptLearner):
         for prefix, module in self.named_modules():
             for name in module.sized_by_data if isinstance(module, Component) else ():
                 own, theirs = getattr(module, name), state.get(f"{prefix}.{name}")
-                if theirs is not None and theirs.shape != own.shape and theirs.dim() == own.dim():
+                if theirs is not None and theirs.shape != own.shape and theirs.shape[1:] == own.shape[1:]:
                     own.data = torch.empty(theirs.shape, dtype=own.dtype, device=own.device)
         return state

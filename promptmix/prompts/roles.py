@@ -32,7 +32,7 @@ IMAGE_LEVELS: tuple[ImageLevel, ...] = ("unit", "raw", "unprojected")
 class Component(nn.Module):
     """What all roles share."""
 
-    #: Learned tensors and buffers whose sizes follow from the training data; a checkpoint decides them when it is loaded.
+    #: Learned tensors and buffers whose first axis follows from the training data; a checkpoint decides it when it is loaded.
     sized_by_data: ClassVar[tuple[str, ...]] = ()
     #: Whether ``prepare`` wants to see the training pictures.
     needs_preparing: ClassVar[bool] = False

@@ -18,7 +18,9 @@ from tests.trainers.toy import CLASSES, LAYERS, first_step, scores, toy_cfg, toy
 get_plugin_manager()
 BUILT_IN = "promptmix.trainers."  # what is installed or loaded besides has tests of its own
 TRAINERS = [name for name in TRAINER_REGISTRY if TRAINER_REGISTRY.get(name).__module__.startswith(BUILT_IN)]
-LEARNED = [name for name in TRAINERS if name != "ZeroshotCLIP"]
+LEARNED = [name for name in TRAINERS if name not in ("ZeroshotCLIP", "TipAdapter")]
+#: What they learn belongs to each class.
+CLASS_SPECIFIC = {"TipAdapterF", "TaskRes"}
 BASE, NEW = 3, 2
 CONFIGS = next(Path(folder) / "configs" for folder in promptmix.__path__ if (Path(folder) / "configs").is_dir())
 #: Files that start with "_" are parts of others; sweeps are plans over configs, read by their own command.
@@ -66,13 +68,17 @@ def test_checkpoint_holds_what_was_learned_and_nothing_else(room, name, tmp_path
     first_step(trainer)
     trainer.save_model(0, str(tmp_path))
     saved = load_checkpoint(tmp_path / "prompt_learner" / "model.pth.tar-1")["state_dict"]
-    assert set(saved) == {key for key, _ in trainer.model.named_parameters()}
+    prepared = [part for part in getattr(trainer.model, "components", ()) if part.needs_preparing]
+    taken = {id(buffer) for part in prepared for buffer in part.buffers()}
+    assert set(saved) == {key for key, _ in trainer.model.named_parameters()} | {
+        key for key, buffer in trainer.model.named_buffers() if id(buffer) in taken
+    }
     other = toy_trainer(room, name, seed=2)
     other.load_model(str(tmp_path), epoch=1)
     assert torch.equal(scores(other), scores(trainer))
 
 
-@pytest.mark.parametrize("name", LEARNED)
+@pytest.mark.parametrize("name", sorted(set(LEARNED) - CLASS_SPECIFIC))
 def test_base_checkpoint_evaluates_on_new_classes(room, name, tmp_path):
     trainer = toy_trainer(room, name)
     first_step(trainer)
@@ -83,6 +89,16 @@ def test_base_checkpoint_evaluates_on_new_classes(room, name, tmp_path):
     assert 0 <= new.test() <= 100
     ours, theirs = learned_tensors(new), learned_tensors(trainer)
     assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
+
+
+@pytest.mark.parametrize("name", sorted(CLASS_SPECIFIC))
+def test_what_belongs_to_classes_refuses_others(room, name, tmp_path):
+    trainer = toy_trainer(room, name)
+    assert trainer.model.class_specific and trainer.model.per_class
+    first_step(trainer)
+    trainer.save_model(0, str(tmp_path))
+    with pytest.raises(UserError):
+        toy_trainer(room, name, classes="new").load_model(str(tmp_path), epoch=1)
 
 
 @pytest.mark.parametrize(("name", "option"), [("CoOp", "TRAINER.COOP.CSC"), ("Mixture", "PROMPT_BANK.SOFT.CSC")])
