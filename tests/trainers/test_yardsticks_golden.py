@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from promptmix.plugins.heads.cache import Cache, search
 from promptmix.plugins.prompt_bank.hard import Hard
 from promptmix.plugins.prompt_bank.image_adapter import ImageAdapter
+from promptmix.prompts.templates import IMAGENET_7
 from promptmix.trainers.taskres import Residual
 
 from promptmix.prompts.heads import Cosine
 from promptmix.prompts.learner import Learner
 from promptmix.prompts.roles import Task
-from promptmix.prompts.templates import IMAGENET_7
 from tests.trainers.golden import close, compare, golden_clip, golden_task, images, labels, numbers, seeded
 
 ROWS = torch.arange(20) // 4  # labels of five classes with four shots
