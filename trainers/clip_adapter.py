@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from promptmix.plugins.prompt_bank.image_adapter import ImageAdapter
+from promptmix.plugins.prompt_bank.hard import ImageAdapter
 
 from promptmix import hookimpl
 from promptmix.config.declare import inherits

@@ -8,8 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from promptmix.plugins.heads.cache import Cache, search
-from promptmix.plugins.prompt_bank.hard import Hard
-from promptmix.plugins.prompt_bank.image_adapter import ImageAdapter
+from promptmix.plugins.prompt_bank.hard import Hard, ImageAdapter
 from promptmix.prompts.templates import IMAGENET_7
 from promptmix.trainers.taskres import Residual
 
