@@ -52,6 +52,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--load-epoch", type=int, metavar="N", help="test the checkpoint of this epoch; default: the best one")
     add("--no-train", action="store_true", help="build everything, but do not train")
     add("--coop-repo", default="", metavar="DIR", help="run a trainer of this checkout of CoOp or one of its forks, as it is")
+    add(
+        "--dassl",
+        choices=("ours", "theirs"),
+        help="with --coop-repo: promptmix's engine, or the checkout's own Dassl (or an installed one)",
+    )
     add("--plugin", action="append", default=[], metavar="MODULE|FILE", help="load a plugin; may be repeated")
     add("--device", choices=("auto", "cpu", "cuda"), help="where to compute")
     add("--list", action="store_true", help="show what is registered, as `promptmix list` does")
@@ -65,10 +70,26 @@ def split_arguments(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[l
     take a negative value for a flag.
     """
     single = {flag for action in parser._actions if action.nargs is None for flag in action.option_strings}
+    flags, pairs = argv, []
     for index, word in enumerate(argv):
         if _KEY.fullmatch(word) and (index == 0 or argv[index - 1] not in single):
-            return argv[:index], argv[index:]
-    return argv, []
+            flags, pairs = argv[:index], argv[index:]
+            break
+    if any(word.partition("=")[0] == "--coop-repo" for word in flags):
+        flags = _without_unknown(parser, flags)  # the checkout's train.py may know them
+    return flags, pairs
+
+
+def _without_unknown(parser: argparse.ArgumentParser, flags: list[str]) -> list[str]:
+    """Leave out the flags that ``parser`` doesn't know, with the words that follow them."""
+    known = {flag for action in parser._actions for flag in action.option_strings}
+    kept, keep = [], True
+    for word in flags:
+        if word.startswith("-") and word[1:2].isalpha() or word.startswith("--"):
+            keep = word.partition("=")[0] in known
+        if keep:
+            kept.append(word)
+    return kept
 
 
 def run(args: argparse.Namespace) -> int:

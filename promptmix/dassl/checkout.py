@@ -1,74 +1,94 @@
-"""``promptmix train --coop-repo PATH``: a checkout of the CoOp family, run as it is on promptmix's engine.
+"""``promptmix train --coop-repo PATH``: a checkout of the CoOp family, run as it is.
 
-A checkout has a ``train.py`` that imports its data sets and trainers and defines ``setup_cfg`` or ``extend_cfg``, and beside it
-the packages ``trainers``, ``datasets`` and ``clip``. Its paths, modules and registrations are there for the run only.
+Its ``train.py`` runs as the program that it is, with its own flags, config and ``main``, on promptmix's engine or on the Dassl
+that it brings. Its folder, modules and registrations are there for the run only.
 """
 
 from __future__ import annotations
 
 import argparse
-import ast
-import importlib.util
-import re
 import sys
-import traceback
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from datetime import datetime, timezone
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-import torch
-from torch import nn
 from yacs.config import CfgNode
 
-from promptmix.dassl.config import get_cfg_default
+import promptmix.dassl.engine
+import promptmix.dassl.utils
+from promptmix.dassl import program, vendored
 from promptmix.dassl.importing import installed
-from promptmix.engine import SimpleTrainer, TrainerBase, choose_device
-from promptmix.errors import ConfigError, PluginError, UserError
+from promptmix.dassl.nogpu import to_fp32, without_cuda
+from promptmix.dassl.patches import patched_torch
+from promptmix.dassl.reasons import explained
+from promptmix.dassl.weights import LocalWeights
+from promptmix.engine import SimpleTrainer, build_trainer, choose_device
+from promptmix.errors import ConfigError
 from promptmix.plugin_manager import get_plugin_manager
 from promptmix.registry import DATASET_REGISTRY, EVALUATOR_REGISTRY, TRAINER_REGISTRY
+from promptmix.runs import results
 from promptmix.runs.results import RunResult
 from promptmix.utils import get_logger
 
 __all__ = ["run_checkout"]
 
+_WEIGHTS = "MODEL.BACKBONE.WEIGHTS"
 
-def run_checkout(path: str, args: argparse.Namespace, **options: Any) -> RunResult:
+
+def run_checkout(path: str, args: argparse.Namespace, **options: Any) -> RunResult | None:
     """Run a trainer of the checkout at ``path``.
 
     Args:
         path: folder of the checkout.
-        args: CoOp's flags, with ``device`` (may be None).
-        options: passed to ``promptmix.runs.run.run``.
+        args: flags of ``promptmix train``, with ``argv`` (the command line), ``opts``, ``device`` and ``dassl`` (may be None).
+        options: passed to ``promptmix.runs.run.running``.
+
+    Returns:
+        The result, or None where ``train.py`` built no trainer.
 
     Raises:
-        UserError: the folder is no such checkout, a package that it needs is missing, or it calls CUDA where there is none.
+        UserError: the folder is no such checkout, or whatever stops its program, with the line of the checkout.
     """
-    from promptmix.runs.run import run
-
     root = _root(path)
     get_plugin_manager()  # before the layers, so that what promptmix brings lies below them
+    pairs = dict(zip(args.opts[::2], args.opts[1::2], strict=False))
+    weights = LocalWeights(str(Path(pairs[_WEIGHTS]).absolute()), root) if pairs.get(_WEIGHTS) else None
+    engine = vendored.choose(root, args.dassl or "")
+    opts = args.opts
+    if engine.folder is not None:  # the key is promptmix's
+        opts = [word for key, value in zip(opts[::2], opts[1::2], strict=False) if key != _WEIGHTS for word in (key, value)]
+    taken = program.flags_of(root)
+    words = program.command_line(args.argv[1 : len(args.argv) - len(args.opts)], opts, root, taken)
+    on_cpu = choose_device(args.device or "auto", pairs.get("USE_CUDA", "True") != "False").type == "cpu"
+    kind = _Ours if engine.folder is None else _Theirs
+    session: _Ours | _Theirs = kind(root, engine, args, options, weights, on_cpu, taken)
     with ExitStack() as stack:
-        stack.enter_context(installed())
-        stack.enter_context(_modules_of(root))
-        trainers = stack.enter_context(TRAINER_REGISTRY.layer())
-        stack.enter_context(DATASET_REGISTRY.layer())
-        stack.enter_context(EVALUATOR_REGISTRY.layer())
-        program = _import_program(root)
-        cfg = _configure(program, args, root)
-        if cfg.TRAINER.NAME not in trainers:
-            there = ", ".join(sorted(trainers)) or "none"
-            raise ConfigError(f"--trainer {cfg.TRAINER.NAME or '(not given)'}: {root} has no such trainer (it has: {there})")
-        _use_weights(cfg)
-        if choose_device(cfg.DEVICE, cfg.USE_CUDA).type == "cpu":
-            changed = _to_fp32(cfg)
-            if changed:  # among the arguments, which the log begins with
-                options["arguments"] = {**options.get("arguments", {}), "no_gpu": changed}
-            stack.enter_context(_without_cuda(root))
-        _report_own_tests(cfg, trainers[cfg.TRAINER.NAME])
-        with _explained(root):
-            return run(cfg, **options)
+        stack.enter_context(explained(root))
+        stack.enter_context(patched_torch())
+        early = stack.enter_context(program.surroundings(root, words))
+        if weights is not None:
+            stack.enter_context(weights.opened())
+        if on_cpu:
+            stack.enter_context(without_cuda(root))
+        with session.running(early) as build:
+            try:
+                if program.has_main_block(root):
+                    program.load(root, "__main__")
+                else:
+                    session.drive(build(_configure(root, args, words, taken)))
+            except _DoneError:
+                pass
+            except SystemExit as error:
+                if error.code not in (None, 0):
+                    raise
+    if session.result is None and not args.no_train:
+        get_logger().warning("train.py ended without building a trainer through Dassl's build_trainer: there is no results.json")
+    elif session.result is not None and not session.result.metrics and not args.no_train:
+        get_logger().warning("No evaluation was reported through Dassl's evaluator: results.json has no numbers, the log may")
+    return session.result
 
 
 def _root(path: str) -> Path:
@@ -80,195 +100,181 @@ def _root(path: str) -> Path:
     raise ConfigError(f"--coop-repo {path}: no train.py there{hint}")
 
 
-# Modules
+def _configure(root: Path, args: argparse.Namespace, words: list[str], taken: dict[str, Any]) -> CfgNode:
+    """Return the merged tree of a ``train.py`` that only defines ``setup_cfg``."""
+    given = {flag[2:].replace("-", "_"): values[0] if values else True for flag, values in program.groups(words)}
+    known = {key: value for key, value in vars(args).items() if value is not None}
+    defaults = {flag.lstrip("-").replace("-", "_"): default for flag, default in taken.items()}
+    flags = argparse.Namespace(**{**defaults, **known, **given, "seed": known.get("seed", -1), "opts": args.opts})
+    module = program.load(root, "train")
+    if not hasattr(module, "setup_cfg"):
+        raise ConfigError(f"{root}/train.py neither runs as a program nor defines setup_cfg; name another folder")
+    return module.setup_cfg(flags)
+
+
+class _DoneError(BaseException):
+    """Leaves the checkout's ``main``, where promptmix has done what a flag asks for that its ``train.py`` doesn't know."""
+
+
+class _Session:
+    """What promptmix does around a checkout's program.
+
+    Args:
+        root: folder of the checkout.
+        engine: the Dassl that it runs on.
+        args: flags of ``promptmix train``.
+        options: of ``promptmix.runs.run.running``.
+        weights: of the backbone, where given.
+        on_cpu: there is no GPU, or it is not wanted.
+        taken: flags that its ``train.py`` declares.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        engine: vendored.Engine,
+        args: argparse.Namespace,
+        options: dict[str, Any],
+        weights: LocalWeights | None,
+        on_cpu: bool,
+        taken: dict[str, Any],
+    ) -> None:
+        self.root, self.engine, self.args, self.options = root, engine, args, options
+        self.weights, self.on_cpu, self.taken = weights, on_cpu, taken
+        self.result: RunResult | None = None
+
+    def drive(self, trainer: Any) -> None:  # noqa: ANN401  (a trainer with Dassl's interface)
+        """Do what CoOp's ``main`` does with a trainer."""
+        if self.args.eval_only:
+            trainer.load_model(self.args.model_dir, epoch=self.args.load_epoch)
+            trainer.test()
+        elif not self.args.no_train:
+            trainer.train()
+
+    def _do_what_main_cannot(self, trainer: Any) -> None:  # noqa: ANN401
+        """Take over where a flag asks for what the checkout's ``main`` doesn't know."""
+        asked = [flag for flag, given in (("--eval-only", self.args.eval_only), ("--no-train", self.args.no_train)) if given]
+        if any(flag not in self.taken for flag in asked) and program.has_main_block(self.root):
+            self.drive(trainer)
+            raise _DoneError
+
+    def _prepare(self, cfg: CfgNode) -> str:
+        """Fit the tree to this machine; return what changed, in words."""
+        cfg.defrost()
+        return to_fp32(cfg) if self.on_cpu else ""
+
+    def _built(self, cfg: CfgNode, build: Callable[[CfgNode], Any] = build_trainer) -> Any:  # noqa: ANN401
+        """Return the trainer of ``cfg``, with the local weights."""
+        if self.weights is not None:
+            self.weights.reach(cfg.MODEL.BACKBONE.NAME)
+        trainer = build(cfg)
+        if self.weights is not None:
+            self.weights.check_used()
+        return trainer
+
+
+class _Ours(_Session):
+    """A program on promptmix's engine."""
+
+    @contextmanager
+    def running(self, early: program.Early) -> Iterator[Callable[[CfgNode], Any]]:
+        """Stand in for ``build_trainer`` and ``setup_logger`` inside the context; ``results.json`` is written at its end."""
+        from promptmix.runs.run import has_nothing_to_train, running
+
+        with ExitStack() as stack:
+            stack.enter_context(installed())
+            trainers = stack.enter_context(TRAINER_REGISTRY.layer())
+            stack.enter_context(DATASET_REGISTRY.layer())
+            stack.enter_context(EVALUATOR_REGISTRY.layer())
+
+            def build(cfg: CfgNode) -> Any:  # noqa: ANN401
+                if self.result is not None:  # a program that tests in a second one
+                    self._prepare(cfg)
+                    cfg.freeze()
+                    return self._built(cfg)
+                if cfg.TRAINER.NAME not in trainers:
+                    there = ", ".join(sorted(trainers)) or "none"
+                    raise ConfigError(
+                        f"--trainer {cfg.TRAINER.NAME or '(not given)'}: {self.root} has no such trainer (it has: {there})"
+                    )
+                changed = self._prepare(cfg)
+                cfg.DEVICE = "cpu" if self.on_cpu else "cuda"
+                options = dict(self.options)
+                if changed:  # among the arguments, which the log begins with
+                    options["arguments"] = {**options.get("arguments", {}), "no_gpu": changed}
+                _report_own_tests(cfg, trainers[cfg.TRAINER.NAME])
+                trainer, self.result = stack.enter_context(running(cfg, load=False, build=self._built, **options))
+                log = getattr(sys.stdout, "file", None)
+                if log is not None:
+                    log.write(early.take())
+                if has_nothing_to_train(trainer):
+                    trainer.train = trainer.test
+                self._do_what_main_cannot(trainer)
+                return trainer
+
+            stack.enter_context(_replaced(promptmix.dassl.engine, "build_trainer", build))
+            stack.enter_context(_replaced(promptmix.dassl.utils, "setup_logger", lambda *_args, **_kwargs: None))
+            yield build
+
+
+class _Theirs(_Session):
+    """A program on the Dassl that it brings: nothing of ours runs, and the result is read from its log."""
+
+    @contextmanager
+    def running(self, early: program.Early) -> Iterator[Callable[[CfgNode], Any]]:
+        """Wrap that Dassl's ``build_trainer`` inside the context; ``results.json`` is written at its end."""
+        from promptmix.runs.run import refuse_other_run
+
+        began, start = datetime.now(timezone.utc), time.monotonic()
+        with vendored.theirs(self.engine) as module:
+            original = module.build_trainer
+
+            def build(cfg: CfgNode) -> Any:  # noqa: ANN401
+                changed = self._prepare(cfg)
+                cfg.freeze()
+                if self.result is None:
+                    self.result = RunResult.from_config(results.plain(cfg))
+                    refuse_other_run(self.result, Path(cfg.OUTPUT_DIR), self.args.eval_only)
+                    if changed:
+                        get_logger().warning("No GPU: %s", changed)
+                trainer = self._built(cfg, original)
+                self._do_what_main_cannot(trainer)
+                return trainer
+
+            stack = [_replaced(owner, "build_trainer", build) for owner in (module, getattr(module, "build", module))]
+            with stack[0], stack[1]:
+                yield build
+        if self.result is not None and not self.args.no_train:
+            self._record(self.result, began, time.monotonic() - start)
+
+    def _record(self, result: RunResult, began: datetime, seconds: float) -> None:
+        """Write ``results.json`` beside the log."""
+        folder = Path(result.config["OUTPUT_DIR"])
+        sys.stdout.flush()
+        log = results.newest_log(folder)
+        read = results.from_log(log) if log is not None else None
+        result.metrics = read.metrics if read is not None else {}
+        result.checkpoint = read.checkpoint if read is not None else None
+        result.command = self.options.get("command") or []
+        result.versions = {
+            **results.collect_versions(),
+            "dassl": f"{self.engine.folder} ({len(self.engine.changed)} files changed)",
+        }
+        result.commit = results.git_commit()
+        result.started = began.isoformat(timespec="milliseconds")
+        result.finished = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+        result.seconds = {"total": round(seconds, 3)}
+        get_logger().info("Results: %s", result.save(folder))
 
 
 @contextmanager
-def _modules_of(root: Path) -> Iterator[None]:
-    """Let the checkout's top-level modules win over any others of the same names; put everything back afterwards."""
-    names = {entry.stem for entry in root.iterdir() if entry.suffix == ".py" or (entry.is_dir() and any(entry.glob("*.py")))}
-    names -= {"promptmix", "dassl"}  # the engine is ours
-    hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] in names}
-    before = list(sys.path)
-    sys.path.insert(0, str(root))
-    for name in names:
-        if (root / name).is_dir() and not (root / name / "__init__.py").is_file():
-            # Without __init__.py the import system would prefer a package of this name anywhere else on the path.
-            sys.modules[name] = package = ModuleType(name)
-            package.__path__ = [str(root / name)]
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:  # noqa: ANN401
+    before = getattr(owner, name)
+    setattr(owner, name, value)
     try:
         yield
     finally:
-        sys.path[:] = before
-        for name in [name for name in sys.modules if name.partition(".")[0] in names]:
-            del sys.modules[name]
-        sys.modules.update(hidden)
-
-
-def _import_program(root: Path) -> ModuleType:
-    """Import the checkout's ``train.py``, and with it its trainers and data sets."""
-    file = root / "train.py"
-    spec = importlib.util.spec_from_file_location("train", file)
-    if spec is None or spec.loader is None:
-        raise PluginError(f"--coop-repo: {file} is not a Python file")
-    program = importlib.util.module_from_spec(spec)
-    sys.modules["train"] = program
-    try:
-        spec.loader.exec_module(program)
-    except ModuleNotFoundError as error:
-        raise PluginError(
-            f"{_where(error, root) or file} needs the package {error.name}, which is not installed ({error}); install it, or "
-            "remove that import from the checkout"
-        ) from error
-    except ImportError as error:
-        raise PluginError(f"{_where(error, root) or file} can't be imported: {error}") from error
-    return program
-
-
-def _where(error: BaseException, root: Path) -> str:
-    """Return ``file:line`` of the checkout where ``error`` came from, or an empty string."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).is_relative_to(root)]
-    return f"{Path(frames[-1].filename).relative_to(root)}:{frames[-1].lineno}" if frames else ""
-
-
-# Config
-
-
-def _configure(program: ModuleType, args: argparse.Namespace, root: Path) -> CfgNode:
-    """Return the merged tree as the checkout's own ``train.py`` makes it."""
-    given = {key: value for key, value in vars(args).items() if value is not None}
-    for key in ("config_file", "dataset_config_file"):
-        if given.get(key):
-            given[key] = str(_config_file(given[key], root))
-    flags = argparse.Namespace(**{**_flag_defaults(root / "train.py"), **given})
-    try:
-        cfg = program.setup_cfg(flags) if hasattr(program, "setup_cfg") else _merge(program, flags)
-    except (KeyError, ValueError, AssertionError) as error:  # what yacs raises
-        reason = error.args[0] if error.args else type(error).__name__
-        raise ConfigError(
-            f"the checkout's config can't be merged: {reason}; check its YAML files and the KEY VALUE pairs"
-        ) from error
-    cfg.defrost()
-    if given.get("device"):
-        cfg.DEVICE = given["device"]
-    return cfg
-
-
-def _merge(program: ModuleType, flags: argparse.Namespace) -> CfgNode:
-    """Do what ``setup_cfg`` does, for a checkout without it."""
-    cfg = get_cfg_default()
-    for name, arguments in (("extend_cfg", (cfg,)), ("reset_cfg", (cfg, flags))):
-        if name == "reset_cfg":
-            for file in filter(None, (flags.dataset_config_file, flags.config_file)):
-                cfg.merge_from_file(file)
-        if hasattr(program, name):
-            getattr(program, name)(*arguments)
-    cfg.merge_from_list(flags.opts)
-    return cfg
-
-
-def _config_file(path: str, root: Path) -> Path:
-    for file in (Path(path), root / path):
-        if file.is_file():
-            return file
-    raise ConfigError(f"config file {path}: neither here nor in {root}; check the path")
-
-
-def _flag_defaults(file: Path) -> dict[str, Any]:
-    """Return flag -> default of every ``add_argument`` in the checkout's ``train.py``; forks read flags of their own."""
-    found: dict[str, Any] = {}
-    for call in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr == "add_argument"):
-            continue
-        names = [arg.value for arg in call.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
-        settings = {keyword.arg: keyword.value for keyword in call.keywords}
-        try:
-            default = ast.literal_eval(settings["default"]) if "default" in settings else None
-            action = ast.literal_eval(settings["action"]) if "action" in settings else ""
-        except ValueError:
-            continue  # computed when the program runs
-        for name in names[-1:]:
-            found[name.lstrip("-").replace("-", "_")] = {"store_true": False, "store_false": True}.get(action, default)
-    return found
-
-
-def _use_weights(cfg: CfgNode) -> None:
-    """Give the checkout's CLIP loader a local file instead of a download, where ``MODEL.BACKBONE.WEIGHTS`` names one."""
-    weights = cfg.MODEL.BACKBONE.WEIGHTS
-    if not weights:
-        return
-    loader = sys.modules.get("clip.clip")
-    if loader is None or not hasattr(loader, "_download"):
-        raise ConfigError(
-            f"MODEL.BACKBONE.WEIGHTS {weights} would be ignored: the checkout has no _download in clip/clip.py; leave the key out"
-        )
-    if not Path(weights).is_file():
-        raise ConfigError(f"MODEL.BACKBONE.WEIGHTS {weights}: no such file")
-    loader._download = lambda *_args, **_kwargs: str(weights)  # type: ignore[attr-defined]
-
-
-# Without a GPU
-
-
-def _to_fp32(cfg: CfgNode) -> str:
-    """Turn every trainer's ``PREC`` to fp32, since fp16 and amp need a GPU; return what changed, in words."""
-    changed = []
-    for name, node in cfg.TRAINER.items():
-        if isinstance(node, CfgNode) and node.get("PREC") in ("fp16", "amp"):
-            changed.append(f"TRAINER.{name}.PREC is fp32 instead of {node.PREC}")
-            node.PREC = "fp32"
-    return ", ".join(changed)
-
-
-@contextmanager
-def _without_cuda(root: Path) -> Iterator[None]:
-    """Pass over ``.cuda()`` and ``.half()`` inside the context, and say once for each where the checkout calls it."""
-    said: set[str] = set()
-
-    def passed_over(method: str) -> Any:  # noqa: ANN401
-        def call(self: Any, *_args: Any, **_kwargs: Any) -> Any:  # noqa: ANN401
-            if method not in said:
-                said.add(method)
-                frames = [f for f in traceback.extract_stack() if Path(f.filename).is_relative_to(root)]
-                where = f" (first at {Path(frames[-1].filename).relative_to(root)}:{frames[-1].lineno})" if frames else ""
-                get_logger().warning("No GPU: calls of .%s() in the checkout are passed over%s", method, where)
-            return self
-
-        return call
-
-    places = [(owner, method) for owner in (torch.Tensor, nn.Module) for method in ("cuda", "half")]
-    before = [(owner, method, getattr(owner, method)) for owner, method in places]
-    for owner, method in places:
-        setattr(owner, method, passed_over(method))
-    try:
-        yield
-    finally:
-        for owner, method, original in before:
-            setattr(owner, method, original)
-
-
-@contextmanager
-def _explained(root: Path) -> Iterator[None]:
-    """Say in one line where the checkout asks for a GPU that is not there, or for what only a fork of Dassl has."""
-    try:
-        yield
-    except UserError:
-        raise
-    except AttributeError as error:
-        if not isinstance(error.obj, TrainerBase) or not _where(error, root):
-            raise
-        raise UserError(
-            f"{_where(error, root)} uses {type(error.obj).__name__}.{error.name}, which neither the checkout nor Dassl has; "
-            "it may need a fork of Dassl: bring that method into the checkout, or take promptmix's own trainer "
-            "(`promptmix list trainers`)"
-        ) from error
-    except (RuntimeError, AssertionError) as error:
-        if torch.cuda.is_available() or not re.search("cuda|nvidia", str(error), re.IGNORECASE):
-            raise
-        first = str(error).splitlines()[0]
-        raise UserError(
-            f"{_where(error, root) or root} asks for CUDA, but there is no GPU ({first}); change it to self.device, or use a GPU"
-        ) from error
+        setattr(owner, name, before)
 
 
 def _report_own_tests(cfg: CfgNode, trainer: type) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from yacs.config import CfgNode
 
 from promptmix import config
@@ -25,4 +27,7 @@ def clean_cfg(cfg: CfgNode, trainer: str) -> None:
             del cfg.TRAINER[key]
 
 
-__getattr__ = lacking("dassl.config")
+def __getattr__(name: str) -> Any:  # noqa: ANN401
+    if name in ("cfg_default", "_C"):  # a tree of one's own, which no other program changes
+        return get_cfg_default()
+    return lacking("dassl.config")(name)

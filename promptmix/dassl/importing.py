@@ -36,18 +36,29 @@ MODULES: dict[str, str] = {
             "utils",
         )
     },
+    "dassl.modeling.ops": f"{_HERE}.ops",
+    **{
+        f"dassl.modeling.ops.{name}": f"{_HERE}.ops"
+        for name in (
+            *("cross_entropy", "dsbn", "efdmix", "mixstyle", "mixup", "mmd", "optimal_transport", "reverse_grad", "sequential2"),
+            "utils",
+        )
+    },
     # Files that Dassl cuts finer than we do.
     **{
         f"dassl.{package}.{name}": f"{_HERE}.{package}"
         for package, names in {
             "config": ("defaults",),
             "data.datasets": ("base_dataset", "build"),
-            "data.transforms": ("transforms",),
+            "data.transforms": ("autoaugment", "randaugment", "transforms"),
             "engine": ("build", "trainer"),
             "evaluation": ("build", "evaluator"),
             "metrics": ("accuracy", "distance"),
-            "modeling": ("backbone", "head", "network"),
-            "optim": ("lr_scheduler", "optimizer"),
+            "modeling": (
+                *("backbone", "backbone.backbone", "backbone.build", "backbone.resnet", "head", "head.build", "head.mlp"),
+                *("network", "network.build"),
+            ),
+            "optim": ("lr_scheduler", "optimizer", "radam"),
             "utils": ("logger", "meters", "registry", "tools", "torchtools"),
         }.items()
         for name in names

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from promptmix.dassl.importing import lacking
+from promptmix.dassl.utils import check_availability, init_network_weights
 from promptmix.registry import Registry
 from promptmix.utils import get_logger
 
@@ -15,11 +16,14 @@ __all__ = [
     "BACKBONE_REGISTRY",
     "HEAD_REGISTRY",
     "NETWORK_REGISTRY",
+    "Registry",
     "Backbone",
     "SimpleNet",
     "build_backbone",
     "build_head",
     "build_network",
+    "check_availability",
+    "init_network_weights",
     "mlp",
     "resnet18",
     "resnet34",
@@ -191,4 +195,11 @@ class SimpleNet(nn.Module):
         return (scores, features) if return_feature else scores
 
 
-__getattr__ = lacking("dassl.modeling", ["ops"], "layers for domain generalisation")
+_OTHERS = [
+    *("alexnet", "cnn_digit5_m3sda", "cnn_digitsdg", "cnn_digitsingle", "preact_resnet18", "vgg16"),
+    *("wide_resnet_16_4", "wide_resnet_28_2", *(f"efficientnet_b{size}" for size in range(8))),
+    *(f"resnet{depth}_{kind}_l{layers}" for depth in (18, 50, 101) for kind in ("ms", "efdmix") for layers in (1, 12, 123)),
+    *(f"resnet{depth}_dynamic{kind}" for depth in (18, 50, 101) for kind in ("", "_ms_l1", "_ms_l12", "_ms_l123")),
+    *("fcn_3x32_gctx", "fcn_3x32_gctx_stn", "fcn_3x64_gctx", "fcn_3x64_gctx_stn"),
+]
+__getattr__ = lacking("dassl.modeling", _OTHERS, "an image network for domain generalisation; torchvision and timm have most")

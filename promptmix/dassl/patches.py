@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from promptmix.engine.unpickle import Placeholder, read_pickled
 
-__all__ = ["patch_torch"]
+__all__ = ["patch_torch", "patched_torch"]
 
 _done: list[str] = []
+_ABSENT = object()
 
 
 def patch_torch() -> list[str]:
@@ -86,3 +88,26 @@ def _numpy_names() -> list[str]:
     for name, kind in missing.items():
         setattr(np, name, kind)
     return [f"numpy.{name} is Python's {name} again: Dassl's transforms use it" for name in missing if name == "int"]
+
+
+@contextmanager
+def patched_torch() -> Iterator[None]:
+    """Do what ``patch_torch`` does inside the context only."""
+    places = [
+        (LRScheduler, "__init__"),
+        (LRScheduler, "load_state_dict"),
+        (torch, "load"),
+        *((np, name) for name in ("int", "float", "bool")),
+    ]
+    before = [(owner, name, vars(owner).get(name, _ABSENT)) for owner, name in places]
+    if not _done:
+        for patch in (_scheduler_verbose, _torch_load, _nested_schedulers, _numpy_names):
+            patch()
+    try:
+        yield
+    finally:
+        for owner, name, value in before:
+            if value is not _ABSENT:
+                setattr(owner, name, value)
+            elif name in vars(owner):
+                delattr(owner, name)

@@ -6,6 +6,7 @@ import difflib
 import urllib.request
 from collections.abc import Iterable, Sequence
 
+import torch
 from torch import nn
 
 from promptmix.dassl.importing import lacking
@@ -33,6 +34,7 @@ __all__ = [
     "Logger",
     "MetricMeter",
     "Registry",
+    "adjust_learning_rate",
     "check_availability",
     "check_isfile",
     "collect_env_info",
@@ -50,6 +52,7 @@ __all__ = [
     "read_json",
     "resume_from_checkpoint",
     "save_checkpoint",
+    "set_bn_to_eval",
     "set_random_seed",
     "setup_logger",
     "tolist_if_not",
@@ -133,6 +136,42 @@ def init_network_weights(model: nn.Module, init_type: str = "normal", gain: floa
                 nn.init.zeros_(bias)
 
 
-__getattr__ = lacking(
-    "dassl.utils", ["adjust_learning_rate", "set_bn_to_eval"], "schedules come from dassl.optim; set modes with module.train()"
-)
+def set_bn_to_eval(m: nn.Module) -> None:
+    """Let a batch norm use its running statistics while training; ``Module.apply`` takes this."""
+    if isinstance(m, nn.modules.batchnorm._BatchNorm):
+        m.eval()
+
+
+def adjust_learning_rate(
+    optimizer: torch.optim.Optimizer,
+    base_lr: float,
+    epoch: int,
+    stepsize: int | Sequence[int] = 20,
+    gamma: float = 0.1,
+    linear_decay: bool = False,
+    final_lr: float = 0,
+    max_epoch: int = 100,
+) -> None:
+    """Set the learning rate of every group for an epoch, without a schedule.
+
+    Args:
+        optimizer: changed in place.
+        base_lr: learning rate at epoch 0.
+        epoch: the current epoch, from 0.
+        stepsize: every how many epochs, or at which, the rate is multiplied by ``gamma``.
+        gamma: factor of each step.
+        linear_decay: go from ``base_lr`` to ``final_lr`` in a line instead.
+        final_lr: end of that line.
+        max_epoch: where it ends.
+    """
+    if linear_decay:
+        share = epoch / max_epoch
+        rate = share * final_lr + (1 - share) * base_lr
+    else:
+        steps = epoch // stepsize if isinstance(stepsize, int) else sum(epoch >= step for step in stepsize)
+        rate = base_lr * gamma**steps
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+__getattr__ = lacking("dassl.utils")

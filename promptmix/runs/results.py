@@ -181,6 +181,13 @@ def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield f"{prefix}{name}", value
 
 
+def plain(node: Any) -> Any:  # noqa: ANN401  (any config value)
+    """Return a config tree as JSON would give it back: dicts, lists, strings and numbers."""
+    if isinstance(node, dict):
+        return {key: plain(value) for key, value in node.items()}
+    return [plain(value) for value in node] if isinstance(node, (list, tuple)) else node
+
+
 def load(path: str | Path) -> RunResult:
     """Read a ``results.json``.
 
@@ -221,7 +228,7 @@ def find(directory: str | Path, test_log: bool = False) -> tuple[list[RunResult]
     for folder in sorted(_folders(root)):
         run = read_run(folder)
         if run is None:
-            notes.append(f"{_newest_log(folder)}: no finished result with its config, left out")
+            notes.append(f"{newest_log(folder)}: no finished result with its config, left out")
         else:
             runs.append(run)
     if not runs:
@@ -242,7 +249,7 @@ def read_run(folder: str | Path) -> RunResult | None:
     """
     if Path(folder, FILE_NAME).is_file():
         return load(Path(folder, FILE_NAME))
-    log = _newest_log(Path(folder))
+    log = newest_log(Path(folder))
     return None if log is None else from_log(log)
 
 
@@ -252,7 +259,8 @@ def _folders(root: Path) -> Iterator[Path]:
             yield Path(name)
 
 
-def _newest_log(folder: Path) -> Path | None:
+def newest_log(folder: Path) -> Path | None:
+    """Return the log that was written last in ``folder``, or None."""
     # Dassl never overwrites a log: later runs in a folder write log.txt-<date>.
     logs = [path for path in folder.glob("log.txt*") if path.is_file()]
     return max(logs, key=lambda path: (path.stat().st_mtime, path.name), default=None)

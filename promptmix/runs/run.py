@@ -27,7 +27,7 @@ from promptmix.hookspecs import hookimpl
 from promptmix.plugin_manager import get_plugin_manager
 from promptmix.runs import results
 from promptmix.runs.from_run import take_from_run
-from promptmix.runs.results import CONFIG_NAME, FILE_NAME, RunResult
+from promptmix.runs.results import CONFIG_NAME, FILE_NAME, RunResult, plain
 from promptmix.utils import atomic_write, get_logger
 
 
@@ -67,6 +67,7 @@ def running(
     load_epoch: int | None = None,
     no_train: bool = False,
     load: bool = True,
+    build: Callable[[CN], Any] = build_trainer,
     arguments: dict[str, Any] | None = None,
     command: list[str] | None = None,
     on_epoch: Callable[[Any], None] | None = None,
@@ -82,6 +83,7 @@ def running(
         load_epoch: epoch of the checkpoint; None = the best one, as in Dassl.
         no_train: only build, and leave nothing behind.
         load: load ``model_dir``, with ``eval_only``; False leaves it to the body.
+        build: makes the trainer from the tree.
         arguments: parsed flags, printed at the top of the log.
         command: command line, kept in ``results.json``.
         on_epoch: called with the trainer after each epoch.
@@ -98,7 +100,7 @@ def running(
         take_from_run(cfg, model_dir)
     config.validate(cfg)
     cfg.freeze()
-    result = replace(RunResult.from_config(_plain(cfg)), **(labels or {}))  # type: ignore[arg-type]
+    result = replace(RunResult.from_config(plain(cfg)), **(labels or {}))  # type: ignore[arg-type]
     # A shipped config is called by its name, not by where this machine keeps it.
     shipped = str(files("promptmix.configs"))
     result.config_sources = {key: who.replace(shipped, "configs") for key, who in config.sources(cfg).items()}
@@ -110,12 +112,12 @@ def running(
     folder = RunFolder(cfg.OUTPUT_DIR)
     with contextlib.nullcontext() if no_train else folder.alone(), _Output(cfg.OUTPUT_DIR, quiet) as output:
         if not no_train:
-            _refuse_other_run(result, folder.path, eval_only)
+            refuse_other_run(result, folder.path, eval_only)
             folder.tidy()
         before = None if no_train else finished(cfg)
         _seed(cfg)
         _print_header(cfg, arguments or {})
-        trainer: Any = build_trainer(cfg)  # any class with Dassl's interface
+        trainer: Any = build(cfg)  # any class with Dassl's interface
         result.learned_parameters = _count_learned(trainer)
         result.vocabulary = _vocabulary(trainer)
         if eval_only:
@@ -145,17 +147,10 @@ def finished(cfg: CN) -> RunResult | None:
     if not path.is_file():
         return None
     result = results.load(path)
-    return result if result.config == _plain(cfg) and result.metrics else None
+    return result if result.config == plain(cfg) and result.metrics else None
 
 
-def _plain(node: Any) -> Any:  # noqa: ANN401  (any config value)
-    """Return a config tree as JSON would give it back: dicts, lists, strings and numbers."""
-    if isinstance(node, dict):
-        return {key: _plain(value) for key, value in node.items()}
-    return [_plain(value) for value in node] if isinstance(node, (list, tuple)) else node
-
-
-def _refuse_other_run(new: RunResult, folder: Path, eval_only: bool) -> None:
+def refuse_other_run(new: RunResult, folder: Path, eval_only: bool) -> None:
     """Refuse a folder with another run: training would resume there and report its numbers as this run's."""
     if (folder / FILE_NAME).is_file():
         old = results.load(folder / FILE_NAME)
@@ -245,7 +240,7 @@ def _vocabulary(trainer: Any) -> dict[str, Any]:  # noqa: ANN401
     """Return the words of the trainer's data set, with which its prompts can be used without the data set."""
     dataset = getattr(getattr(trainer, "dm", None), "dataset", None)
     names = ("classnames", "all_classnames", "templates", "template_groups")
-    return {name: _plain(getattr(dataset, name)) for name in names if hasattr(dataset, name)}
+    return {name: plain(getattr(dataset, name)) for name in names if hasattr(dataset, name)}
 
 
 def has_nothing_to_train(trainer: Any) -> bool:  # noqa: ANN401

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from promptmix.dassl.importing import lacking
+from promptmix.data.base import build_dataset
 from promptmix.data.reading.images import read_image
 from promptmix.data.reading.manager import INTERPOLATION_MODES, DataManager, DatasetWrapper, build_data_loader
 from promptmix.data.reading.samplers import build_sampler
@@ -13,6 +14,7 @@ __all__ = [
     "DataManager",
     "DatasetWrapper",
     "build_data_loader",
+    "build_dataset",
     "build_sampler",
     "build_transform",
     "read_image",

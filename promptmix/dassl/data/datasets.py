@@ -6,10 +6,20 @@ from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 from promptmix.dassl.importing import lacking
+from promptmix.dassl.utils import Registry, check_availability, check_isfile, listdir_nohidden
 from promptmix.data import datum
 from promptmix.data.base import DATASET_REGISTRY, DatasetBase, build_dataset
 
-__all__ = ["DATASET_REGISTRY", "DatasetBase", "Datum", "build_dataset"]
+__all__ = [
+    "DATASET_REGISTRY",
+    "DatasetBase",
+    "Datum",
+    "Registry",
+    "build_dataset",
+    "check_availability",
+    "check_isfile",
+    "listdir_nohidden",
+]
 
 
 class Datum(datum.Datum):
@@ -33,7 +43,7 @@ class Datum(datum.Datum):
 ForkingPickler.register(Datum, lambda item: (datum.Datum, (item.impath, item.label, item.domain, item.classname)))
 
 _SETS = (
-    "CIFAR10 CIFAR100 CIFAR10C CIFAR100C CIFARSTL Camelyon17 Digit5 DigitSingle DigitsDG DomainNet FMoW IWildCam MiniDomainNet"
+    "CIFAR10 CIFAR100 CIFAR10C CIFAR100C CIFARSTL Camelyon17 Digit5 DigitSingle DigitsDG DomainNet FMoW IWildCam miniDomainNet"
 )
 __getattr__ = lacking(
     "dassl.data.datasets",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from promptmix.dassl.importing import lacking
 from promptmix.data.reading.randaugment import RandAugment, RandAugment2, RandAugmentFixMatch
+from promptmix.data.reading.transforms import CHOICES as AVAI_CHOICES
 from promptmix.data.reading.transforms import (
     INTERPOLATION_MODES,
     Cutout,
@@ -14,6 +15,7 @@ from promptmix.data.reading.transforms import (
 )
 
 __all__ = [
+    "AVAI_CHOICES",
     "INTERPOLATION_MODES",
     "Cutout",
     "GaussianNoise",

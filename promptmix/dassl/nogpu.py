@@ -1,0 +1,100 @@
+"""A program that was written for a GPU, on a machine without one: requests for CUDA and for fp16 are passed over."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from yacs.config import CfgNode
+
+from promptmix.utils import get_logger
+
+__all__ = ["to_fp32", "without_cuda"]
+
+_HALF = (torch.float16, "torch.HalfTensor", "torch.cuda.HalfTensor")
+
+
+def to_fp32(cfg: CfgNode) -> str:
+    """Turn every trainer's ``PREC`` to fp32, since fp16 and amp need a GPU; return what changed, in words."""
+    changed = []
+    for name, node in cfg.TRAINER.items():
+        if isinstance(node, CfgNode) and node.get("PREC") in ("fp16", "amp"):
+            changed.append(f"TRAINER.{name}.PREC is fp32 instead of {node.PREC}")
+            node.PREC = "fp32"
+    return ", ".join(changed)
+
+
+class _OnCPU(TorchFunctionMode):
+    """Reads every request for CUDA as one for the CPU and every request for fp16 as one for fp32.
+
+    This reaches factories (``torch.zeros(3, device="cuda")``), ``Tensor.to``, ``Tensor.cuda`` and, through the latter two,
+    modules; what the checkout compares (``dtype == torch.float16``) stays as it is.
+    """
+
+    def __init__(self, root: Path) -> None:
+        super().__init__()
+        self._root, self._said = root, set[str]()
+
+    def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None) -> Any:  # noqa: ANN401
+        kwargs = kwargs or {}
+        if func in (torch.Tensor.cuda, torch.Tensor.half):
+            self._say(f".{func.__name__}()")
+            return args[0]
+        if func in (torch.Tensor.to, torch.Tensor.type):
+            args = (args[0], *(self._plain(value) for value in args[1:]))
+        for key in ("device", "dtype"):
+            if key in kwargs:
+                kwargs = {**kwargs, key: self._plain(kwargs[key])}
+        return func(*args, **kwargs)
+
+    def _plain(self, value: Any) -> Any:  # noqa: ANN401  (a device, a dtype or a tensor)
+        if isinstance(value, torch.dtype | str) and value in _HALF:
+            self._say("torch.float16")
+            return torch.float32
+        if isinstance(value, str | torch.device) and str(value).startswith("cuda"):
+            self._say(f'device="{value}"')
+            return torch.device("cpu")
+        if isinstance(value, int) and not isinstance(value, bool):  # the number of a GPU
+            return torch.device("cpu")
+        return value
+
+    def _say(self, what: str) -> None:
+        if what in self._said:
+            return
+        self._said.add(what)
+        frames = [frame for frame in traceback.extract_stack() if Path(frame.filename).is_relative_to(self._root)]
+        where = f" (first at {Path(frames[-1].filename).relative_to(self._root)}:{frames[-1].lineno})" if frames else ""
+        if what.startswith("."):
+            get_logger().warning("No GPU: calls of %s in the checkout are passed over%s", what, where)
+        else:
+            get_logger().warning("No GPU: %s in the checkout is read as the CPU's%s", what, where)
+
+
+@contextmanager
+def without_cuda(root: Path) -> Iterator[None]:
+    """Run what asks for CUDA on the CPU inside the context, and say once for each kind where the checkout at ``root`` asks."""
+    load = torch.load
+
+    def on_cpu(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        with torch._C.DisableTorchFunction():  # which makes tensors of the stored dtype
+            return load(*args, **{**kwargs, "map_location": "cpu"})
+
+    nothing: Callable[..., None] = lambda *_args, **_kwargs: None  # noqa: E731
+    replaced: list[tuple[Any, str, Any]] = [
+        (torch, "load", on_cpu),
+        *((torch.cuda, name, nothing) for name in ("set_device", "synchronize", "empty_cache", "reset_peak_memory_stats")),
+    ]
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
+    for owner, name, value in replaced:
+        setattr(owner, name, value)
+    try:
+        with _OnCPU(root):
+            yield
+    finally:
+        for owner, name, value in before:
+            setattr(owner, name, value)

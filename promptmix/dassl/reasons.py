@@ -1,0 +1,110 @@
+"""What stops a checkout, in one line: which of its lines, and whose fault it is."""
+
+from __future__ import annotations
+
+import re
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from promptmix.engine import TrainerBase
+from promptmix.errors import ConfigError, PluginError, UserError
+
+__all__ = ["explained", "where"]
+
+_NO_GPU = (
+    "no kernel image|not compiled with cuda|found no nvidia driver|no cuda gpus|cuda driver|cuda error|requires? cuda|cuda device"
+)
+
+
+@contextmanager
+def explained(root: Path) -> Iterator[None]:
+    """Turn whatever the checkout at ``root`` raises inside the context into one line.
+
+    Raises:
+        UserError: what stopped it; ``--debug`` shows the traceback.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise _reason(_first_cause(error), root) from error
+    except SystemExit as error:
+        if error.code in (None, 0):
+            return
+        raise UserError(f"{where(error, root) or 'train.py'} stops the program ({error.code})") from error
+
+
+def where(error: BaseException, root: Path) -> str:
+    """Return ``file:line`` of the checkout where ``error`` came from, or an empty string."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).is_relative_to(root)]
+    return f"{Path(frames[-1].filename).relative_to(root)}:{frames[-1].lineno}" if frames else ""
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """Return a user error among the causes of ``error``, or else the innermost error of a bare ``except: raise Exception``."""
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+        chain.append(cause)
+    users = [one for one in chain if isinstance(one, UserError)]
+    if users:
+        return users[-1]
+    return chain[-1] if type(error) is Exception else error
+
+
+def _reason(error: BaseException, root: Path) -> UserError:
+    """Return the error to show for ``error``."""
+    if isinstance(error, UserError):
+        return error
+    place = where(error, root) or "train.py"
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, SyntaxError):
+        file = Path(error.filename or place)
+        shown = file.relative_to(root) if file.is_relative_to(root) else file
+        return PluginError(f"{shown}:{error.lineno} is not valid Python here ({error.msg}); mend that line of the checkout")
+    if isinstance(error, ImportError):
+        return _import_reason(error, root, place)
+    frames = traceback.extract_tb(error.__traceback__)
+    if any(f"yacs{sep}" in frame.filename for frame in frames for sep in "/\\") and isinstance(
+        error, KeyError | ValueError | AssertionError | AttributeError
+    ):
+        reason = error.args[0] if error.args else text
+        return ConfigError(f"the checkout's config can't be merged: {reason}; check its YAML files and the KEY VALUE pairs")
+    if isinstance(error, AttributeError) and isinstance(error.obj, TrainerBase):
+        return UserError(
+            f"{place} uses {type(error.obj).__name__}.{error.name}, which neither the checkout nor Dassl has; "
+            "it may need a fork of Dassl: bring that method into the checkout, or take promptmix's own trainer "
+            "(`promptmix list trainers`)"
+        )
+    if not torch.cuda.is_available() and re.search(_NO_GPU, text, re.IGNORECASE):
+        return UserError(f"{place} asks for CUDA, but there is no GPU ({text}); change it to self.device, or use a GPU")
+    if isinstance(error, FileNotFoundError) and error.filename:
+        return UserError(f"{place} needs the file {error.filename}, which is not there; see the checkout's own page for it")
+    kind = type(error).__name__
+    return UserError(f"{place} fails: {kind}{f': {text}' if text != kind else ''} (--debug shows the traceback)")
+
+
+def _import_reason(error: ImportError, root: Path, place: str) -> UserError:
+    """Tell a package that is not installed from a module that the checkout lacks, and both from a fork of Dassl."""
+    name = error.name or ""
+    top = name.partition(".")[0]
+    text = " ".join(str(error).split())
+    if top == "dassl" or name.startswith("promptmix.dassl"):
+        return PluginError(
+            f"{place} can't be imported: {text}; if the checkout needs a Dassl of its own, install that and give --dassl theirs"
+        )
+    if not isinstance(error, ModuleNotFoundError):
+        return PluginError(f"{place} can't be imported: {text}")
+    if (root / top).is_dir() or (root / f"{top}.py").is_file():
+        if top in sys.modules and "is not a package" in text:
+            return PluginError(f"{place} can't be imported: {text}")
+        return PluginError(
+            f"{place} imports {name}, which the checkout itself lacks ({text}); it was not published with it: add it, or remove "
+            "that import"
+        )
+    return PluginError(
+        f"{place} needs the package {name}, which is not installed ({text}); install it, or remove that import from the checkout"
+    )

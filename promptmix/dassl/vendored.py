@@ -1,0 +1,196 @@
+"""Copies of Dassl that checkouts bring, and how they differ from the original."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib
+import importlib.machinery
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from promptmix.dassl.original import FILES
+from promptmix.errors import ConfigError, PluginError
+from promptmix.utils import get_logger
+
+__all__ = ["Engine", "choose", "fingerprint", "theirs"]
+
+_NAMES = ("gdown", "pandas", "wilds")
+
+
+@dataclass
+class Engine:
+    """The Dassl that a checkout is run on.
+
+    Attributes:
+        folder: folder of the package; None = promptmix's own engine.
+        name: what the checkout imports it as.
+        changed: files that differ from the original Dassl or that it lacks, where ``folder`` is a copy.
+    """
+
+    folder: Path | None = None
+    name: str = "dassl"
+    changed: list[str] = field(default_factory=list)
+
+
+def choose(root: Path, wanted: str) -> Engine:
+    """Return the Dassl to run the checkout at ``root`` on.
+
+    Args:
+        root: folder of the checkout.
+        wanted: ``ours``: promptmix's; ``theirs``: the checkout's copy, else an installed one; "": the checkout's copy where its
+            code differs from the original's, else ours.
+
+    Raises:
+        ConfigError: what is wanted is not there.
+    """
+    renamed = _renamed(root)
+    if renamed is not None:
+        if wanted == "ours":
+            raise ConfigError(
+                f"--dassl ours: {root} imports its engine as {renamed.name}, which ours can't stand for; leave the flag out"
+            )
+        get_logger().info("Engine: the checkout's own %s", renamed.name)
+        return renamed
+    copy = _copy(root)
+    changed = _changed(copy) if copy is not None else []
+    if wanted == "ours" and changed:
+        get_logger().warning(
+            "Engine: promptmix's; these files of the checkout's Dassl differ from the original and are not used: %s",
+            _short(changed),
+        )
+    if wanted == "ours" or (not wanted and not changed):
+        return Engine()
+    if copy is not None:
+        why = (
+            f"differs from the original in {_short(changed)}; --dassl ours runs promptmix's"
+            if changed
+            else "the same code as the original"
+        )
+        get_logger().info("Engine: the checkout's own Dassl, %s (%s)", copy, why)
+        return Engine(copy, changed=changed)
+    installed = importlib.machinery.PathFinder.find_spec("dassl")
+    if installed is None or installed.origin is None:
+        raise ConfigError(f"--dassl theirs: {root} brings no Dassl, and none is installed; leave the flag out")
+    folder = Path(installed.origin).parent
+    get_logger().info("Engine: the installed Dassl, %s", folder)
+    return Engine(folder, changed=_changed(folder))
+
+
+def _renamed(root: Path) -> Engine | None:
+    """Return the copy under another name (``my_dassl``) whose ``build_trainer`` the checkout's ``train.py`` imports."""
+    try:
+        tree = ast.parse((root / "train.py").read_text(encoding="utf-8"))
+    except SyntaxError:  # said when it is run
+        return None
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and any(name.name == "build_trainer" for name in node.names):
+            top = node.module.partition(".")[0]
+            if top != "dassl" and (root / top / "engine").is_dir():
+                return Engine(root / top, top, _changed(root / top))
+    return None
+
+
+def _copy(root: Path) -> Path | None:
+    """Return the package ``dassl`` in the checkout, or beside it where the checkout is a folder of a repository."""
+    places = [root / "dassl", *sorted(root.glob("*/dassl")), *sorted(root.glob("*/*assl*/dassl"))]
+    if not (root / ".git").exists():
+        places += [parent / "dassl" for parent in sorted(root.parent.glob("*assl*"))]
+    return next((place for place in places if (place / "engine" / "trainer.py").is_file()), None)
+
+
+def _changed(folder: Path) -> list[str]:
+    """Return the files of a copy that the original lacks or has otherwise, methods and data sets of Dassl's own left out."""
+    names = []
+    for file in sorted(folder.rglob("*.py")):
+        name = file.relative_to(folder).as_posix()
+        beside = any(part in ("da", "dg", "ssl") or part.startswith(".") for part in Path(name).parts)
+        if (
+            not beside
+            and name != "__init__.py"
+            and FILES.get(name) != fingerprint(file.read_text(encoding="utf-8", errors="replace"))
+        ):
+            names.append(name)
+    return names
+
+
+def fingerprint(text: str) -> str:
+    """Return a hash of a source file that line ends, empty lines and comment lines don't change."""
+    lines = [line.rstrip() for line in text.splitlines()]
+    kept = [line for line in lines if line and not line.lstrip().startswith("#")]
+    return hashlib.sha256("\n".join(kept).encode()).hexdigest()[:10]
+
+
+def _short(names: list[str]) -> str:
+    first = ", ".join(names[:6])
+    return f"{first} and {len(names) - 6} more" if len(names) > 6 else first
+
+
+@contextmanager
+def theirs(engine: Engine) -> Iterator[Any]:
+    """Make ``engine`` importable inside the context, in front of ours, and yield its module ``engine``."""
+    hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == engine.name}
+    finders, paths = list(sys.meta_path), list(sys.path)
+    sys.meta_path[:] = [finder for finder in finders if not _is_ours(finder)]
+    sys.path.insert(0, str(Path(engine.folder or "").parent))
+    try:
+        with _absent():
+            module = importlib.import_module(f"{engine.name}.engine")
+        yield module
+    finally:
+        sys.meta_path[:] = finders
+        sys.path[:] = paths
+        for name in [name for name in sys.modules if name.partition(".")[0] == engine.name]:
+            del sys.modules[name]
+        sys.modules.update(hidden)
+
+
+@contextmanager
+def _absent() -> Iterator[None]:
+    """Let packages that Dassl imports, and needs for downloads and WILDS' data sets only, be absent while it is imported."""
+    finder = _Absent()
+    sys.meta_path.append(finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+        # Others ask whether pandas was imported.
+        for name in [name for name, module in sys.modules.items() if isinstance(module, _Missing)]:
+            del sys.modules[name]
+
+
+def _is_ours(finder: object) -> bool:
+    return type(finder).__module__ == "promptmix.dassl.importing"
+
+
+class _Absent(MetaPathFinder, Loader):
+    """Finds what is not installed of ``_NAMES``."""
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:  # noqa: ANN401
+        return ModuleSpec(fullname, self, is_package=True) if fullname.partition(".")[0] in _NAMES else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return _Missing(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Nothing to run."""
+
+
+class _Missing(ModuleType):
+    """A module whose functions say that it is not installed."""
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+        def missing(*_args: Any, **_kwargs: Any) -> None:
+            raise PluginError(f"the checkout calls {self.__name__}.{name}, but that package is not installed; install it")
+
+        return missing

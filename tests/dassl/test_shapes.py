@@ -1,0 +1,509 @@
+"""Checkouts of every shape that public forks of CoOp have, made small: each runs, or says in one line what stops it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from promptmix.cli import main
+from promptmix.dassl import vendored
+
+HERE = Path(__file__).resolve().parent
+
+
+@pytest.fixture
+def room(tmp_path):
+    """A checkout to change, its data and the weights of its model."""
+    shutil.copytree(HERE / "checkout", tmp_path / "fork")
+    generator = torch.Generator().manual_seed(0)
+    state = {"visual.weight": torch.randn(4, 3, generator=generator), "words.weight": torch.randn(128, 4, generator=generator)}
+    (tmp_path / "weights").mkdir()
+    torch.save(state, tmp_path / "weights" / "tiny.pt")
+    torch.save({name: 0 * value for name, value in state.items()}, tmp_path / "weights" / "large.pt")
+    return tmp_path
+
+
+def change(room, file, *pairs):
+    path = room / "fork" / file
+    text = path.read_text()
+    for old, new in pairs:
+        assert old in text, old
+        text = text.replace(old, new)
+    path.write_text(text)
+
+
+def command(room, *flags, trainer="WordBias", weights="weights/tiny.pt"):
+    pairs = ("MODEL.BACKBONE.WEIGHTS", str(room / weights)) if weights else ()
+    return [
+        *(
+            "train",
+            "--coop-repo",
+            str(room / "fork"),
+            "--trainer",
+            trainer,
+            "--root",
+            str(room),
+            "--output-dir",
+            str(room / "out"),
+        ),
+        *("--dataset-config-file", "configs/datasets/squares.yaml", "--config-file", "configs/trainers/WordBias/ep3.yaml"),
+        *("--seed", "1", *flags, "OPTIM.MAX_EPOCH", "1", *pairs),
+    ]
+
+
+def run(room, *flags, **options):
+    assert main(command(room, *flags, **options)) == 0
+    return json.loads((room / "out" / "results.json").read_text())
+
+
+def refused(room, capsys, *flags, **options):
+    assert main(command(room, *flags, **options)) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("promptmix: error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def log(room):
+    return (room / "out" / "log.txt").read_text()
+
+
+def test_globals_of_the_main_block_are_there(room):
+    """TaskRes, BlackVIP and CoDoL read `args` in setup_cfg and trainers, which only the block at the end sets."""
+    change(room, "train.py", ("    main(parser.parse_args())", "    args = parser.parse_args()\n    main(args)"))
+    change(room, "train.py", ("    cfg.TRAINER.WORDBIAS.NOTE = args.note", "    cfg.TRAINER.WORDBIAS.NOTE = outer()"))
+    change(room, "train.py", ("def extend_cfg(cfg):", "def outer():\n    return args.note\n\n\ndef extend_cfg(cfg):"))
+    assert run(room)["config"]["TRAINER"]["WORDBIAS"]["NOTE"] == "from the fork's own flag"
+
+
+def test_a_forks_own_flags_are_taken(room):
+    change(
+        room,
+        "train.py",
+        (
+            '    parser.add_argument("opts"',
+            '    parser.add_argument("--twice", action="store_true")\n    parser.add_argument("opts"',
+        ),
+    )
+    change(room, "train.py", ("NOTE = args.note", "NOTE = args.note * (2 if args.twice else 1)"))
+    assert run(room, "--note", "ab", "--twice")["config"]["TRAINER"]["WORDBIAS"]["NOTE"] == "abab"
+
+
+def test_a_flag_that_nobody_knows(room, capsys):
+    error = refused(room, capsys, "--noet", "ab")
+    assert "train.py refuses its command line: unrecognized arguments: --noet; it takes --backbone," in error
+
+
+def test_main_that_differs_is_run(room):
+    """PromptAlign, Nemesis and BlackVIP do in main what CoOp does not."""
+    body = 'trainer = build_trainer(cfg)\n    trainer.train()\n    trainer.customized()\n    print("main is over")'
+    change(room, "train.py", ("build_trainer(cfg).train()", body))
+    change(
+        room,
+        "trainers/wordbias.py",
+        ("    def parse_batch_train", '    def customized(self):\n        print("customized test")\n\n    def parse_batch_train'),
+    )
+    run(room)
+    assert re.search(r"customized test\nmain is over\nResults: ", log(room))
+
+
+def test_what_main_prints_first_is_in_the_log(room):
+    change(room, "train.py", ("    set_random_seed(cfg.SEED)", '    print("before the trainer")\n    set_random_seed(cfg.SEED)'))
+    run(room)
+    assert log(room).count("before the trainer") == 1
+
+
+def test_a_second_trainer_in_main(room):
+    """BlackVIP trains, then tests in a trainer that it builds anew."""
+    again = [
+        "build_trainer(cfg).train()",
+        "again = build_trainer(cfg)",
+        "again.load_model(cfg.OUTPUT_DIR, epoch=1)",
+        "again.test()",
+    ]
+    change(room, "train.py", ("build_trainer(cfg).train()", "\n    ".join(again)))
+    assert run(room)["metrics"]["test"]["accuracy"] > 0
+    assert log(room).count("=> result") == 2
+
+
+def test_other_signature_of_setup_cfg(room):
+    """SpecPL."""
+    change(
+        room,
+        "train.py",
+        ("def setup_cfg(args):", "def setup_cfg(args, depth):"),
+        ("setup_cfg(args)\n    set", "setup_cfg(args, depth=3)\n    set"),
+    )
+    run(room)
+
+
+def test_only_setup_cfg(room):
+    text = (room / "fork" / "train.py").read_text()
+    (room / "fork" / "train.py").write_text(text.partition("\ndef main(")[0] + "\n")
+    change(room, "train.py", ("    cfg.TRAINER.WORDBIAS.NOTE = args.note\n", ""))
+    assert run(room)["metrics"]["test"]["accuracy"] > 0
+
+
+@pytest.mark.parametrize("end", ["sys.exit(0)", "os._exit(0)", "exit()"])
+def test_a_program_that_leaves_by_itself(room, end):
+    """ATPrompt ends a training run with os._exit, after which nothing would be written."""
+    change(
+        room,
+        "train.py",
+        ("build_trainer(cfg).train()", f"build_trainer(cfg).train()\n    {end}"),
+        ("import argparse\n", "import argparse\nimport os  # noqa: F401\nimport sys  # noqa: F401\n"),
+    )
+    assert run(room)["metrics"]["test"]["accuracy"] > 0
+
+
+def test_a_program_that_gives_up(room, capsys):
+    change(room, "train.py", ("    set_random_seed", '    raise SystemExit("no such seed")\n    set_random_seed'))
+    assert re.search(r"error: train.py:\d+ stops the program \(no such seed\)", refused(room, capsys))
+
+
+def test_a_bare_except_hides_nothing(room, capsys):
+    """DePT's main catches everything and raises an Exception without the reason."""
+    change(
+        room,
+        "train.py",
+        (
+            "build_trainer(cfg).train()",
+            'try:\n        build_trainer(cfg).train()\n    except:  # noqa: E722\n        raise Exception("not successful")',
+        ),
+    )
+    change(
+        room,
+        "trainers/wordbias.py",
+        ("    def parse_batch_train(self, batch):\n", "    def parse_batch_train(self, batch):\n        batch['nothing']\n"),
+    )
+    assert re.search(r"error: trainers/wordbias.py:\d+ fails: KeyError: 'nothing' \(--debug", refused(room, capsys))
+
+
+# Paths
+
+
+def test_its_own_configs_win_from_any_folder(room, monkeypatch):
+    """From promptmix's own checkout, which has configs of the same names."""
+    other = room / "here" / "configs" / "trainers" / "WordBias"
+    other.mkdir(parents=True)
+    (other / "ep3.yaml").write_text("OPTIM:\n  LR: 123.0\n")
+    monkeypatch.chdir(room / "here")
+    assert run(room)["config"]["OPTIM"]["LR"] == 0.05
+    assert Path.cwd() == room / "here"
+
+
+def test_files_of_the_checkout_and_files_here(room, monkeypatch):
+    """Forks open ./gpt_file/...; what the user names is relative to where the user is."""
+    (room / "fork" / "words").mkdir()
+    (room / "fork" / "words" / "one.json").write_text('"from the checkout"')
+    change(
+        room,
+        "train.py",
+        ("NOTE = args.note", 'NOTE = json.load(open("words/one.json"))'),
+        ("import argparse\n", "import argparse\nimport json\n"),
+    )
+    monkeypatch.chdir(room)
+    words = command(room)
+    for flag, path in (
+        ("--coop-repo", "fork"),
+        ("--root", "."),
+        ("--output-dir", "./out"),
+        ("MODEL.BACKBONE.WEIGHTS", "weights/tiny.pt"),
+    ):
+        words[words.index(flag) + 1] = path
+    assert main(words) == 0
+    results = json.loads((room / "out" / "results.json").read_text())
+    assert results["config"]["TRAINER"]["WORDBIAS"]["NOTE"] == "from the checkout"
+    assert results["config"]["OUTPUT_DIR"] == str(room / "out")
+
+
+# CLIP
+
+
+def test_weights_reach_every_copy_of_clip(room):
+    """TCP and BIP have a second copy in clip_text, LoCoOp in clip_w_local."""
+    shutil.copytree(room / "fork" / "clip", room / "fork" / "clip_text")
+    change(
+        room,
+        "trainers/wordbias.py",
+        ("from clip import clip\n", "from clip import clip\nfrom clip_text import clip as clip_text\n"),
+    )
+    change(
+        room,
+        "trainers/wordbias.py",
+        ("        clip_model = clip.load(", "        clip_text.load(cfg.MODEL.BACKBONE.NAME)\n        clip_model = clip.load("),
+    )
+    run(room)
+
+
+def test_weights_of_a_path_inside_the_checkout(room):
+    """PromptKD opens ./clip/ViT-B-16.pt itself."""
+    change(
+        room,
+        "clip/clip.py",
+        ("torch.load(_download(_MODELS[name]), map_location", 'torch.load("./clip/" + name + ".pt", map_location'),
+    )
+    run(room)
+
+
+def test_a_folder_of_weights_serves_two_models(room):
+    """A distillation loads a teacher beside its student."""
+    change(room, "clip/clip.py", ('_MODELS = {"Tiny"', '_MODELS = {"Large": "https://example.invalid/large.pt", "Tiny"'))
+    change(
+        room,
+        "trainers/wordbias.py",
+        (
+            "        clip_model = clip.load(",
+            '        assert not clip.load("Large").visual.weight.any()\n        clip_model = clip.load(',
+        ),
+    )
+    run(room, weights="weights")
+    shutil.rmtree(room / "out")
+
+
+def test_another_model_is_not_given_the_weights(room, capsys):
+    change(room, "clip/clip.py", ('_MODELS = {"Tiny"', '_MODELS = {"Large": "https://example.invalid/large.pt", "Tiny"'))
+    change(
+        room,
+        "trainers/wordbias.py",
+        ("        clip_model = clip.load(", '        clip.load("Large")\n        clip_model = clip.load('),
+    )
+    assert "clip/clip.py:10 fails: RuntimeError: the tests are offline" in refused(room, capsys)
+
+
+def test_weights_that_nothing_asks_for(room, capsys):
+    change(
+        room,
+        "clip/clip.py",
+        (
+            'Tiny(torch.load(_download(_MODELS[name]), map_location="cpu"))',
+            'Tiny({"visual.weight": torch.ones(4, 3), "words.weight": torch.ones(128, 4)})',
+        ),
+    )
+    assert re.search(
+        r"MODEL.BACKBONE.WEIGHTS .*tiny.pt would be ignored: nothing in .*fork asked for the weights of Tiny",
+        refused(room, capsys),
+    )
+    assert not (room / "out").exists()
+
+
+def test_pkg_resources_packaging(room):
+    change(room, "clip/clip.py", ("import torch\n", "import torch\nfrom pkg_resources import packaging\n"))
+    change(
+        room,
+        "clip/clip.py",
+        (
+            "\n\ndef _download",
+            '\n\nassert packaging.version.parse(torch.__version__) >= packaging.version.parse("1.7.1")\n\n\ndef _download',
+        ),
+    )
+    before = set(sys.modules)
+    run(room)
+    assert "pkg_resources" not in set(sys.modules) - before
+
+
+# What stops one
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        (
+            "trainers/wordbias.py",
+            "import trainers.lost",
+            r"trainers/wordbias.py:1 imports trainers.lost, which the checkout itself lacks",
+        ),
+        (
+            "trainers/wordbias.py",
+            "import a_package_nobody_has",
+            r"trainers/wordbias.py:1 needs the package a_package_nobody_has, which",
+        ),
+        (
+            "trainers/wordbias.py",
+            "from dassl.engine import TrainerMULTI3",
+            r"wordbias.py:1 can't be imported: cannot import name 'TrainerMULTI3'.*--dassl theirs",
+        ),
+        (
+            "trainers/wordbias.py",
+            "import dassl.datasets.build",
+            r"wordbias.py:1 can't be imported: promptmix.dassl lacks the module dassl.datasets",
+        ),
+        ("trainers/wordbias.py", "def broken(:", r"trainers/wordbias.py:1 is not valid Python here \(invalid syntax\)"),
+        (
+            "trainers/wordbias.py",
+            "open('gpt/words.json')",
+            r"trainers/wordbias.py:1 needs the file gpt/words.json, which is not there",
+        ),
+        ("trainers/wordbias.py", "{}['Squares']", r"trainers/wordbias.py:1 fails: KeyError: 'Squares'"),
+        ("train.py", "def broken(:", r"train.py:1 is not valid Python here"),
+    ],
+)
+def test_reasons(room, capsys, file, text, message):
+    path = room / "fork" / file
+    path.write_text(f"{text}\n{path.read_text()}")
+    assert re.search(message, refused(room, capsys))
+    assert not (room / "out").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+@pytest.mark.parametrize(
+    "line",
+    [
+        'torch.zeros(3, device="cuda")',
+        'torch.ones(2).to("cuda:0")',
+        "torch.ones(2).to(torch.device('cuda'))",
+        "torch.ones(2).cuda(0)",
+        "torch.cuda.set_device(0)",
+        "nn.Linear(2, 2).to('cuda')",
+        "torch.ones(2, dtype=torch.float16) @ torch.ones(2)",
+        "torch.ones(2).type(torch.float16) @ torch.ones(2)",
+    ],
+)
+def test_hard_coded_cuda_runs_on_the_cpu(room, line):
+    """As far as it can be passed over."""
+    change(
+        room,
+        "trainers/wordbias.py",
+        ("        cfg = self.cfg\n        print", f"        {line}\n        cfg = self.cfg\n        print"),
+    )
+    assert run(room)["metrics"]["test"]["accuracy"] > 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_cuda_that_cannot_be_passed_over(room, capsys):
+    change(
+        room,
+        "trainers/wordbias.py",
+        ("        cfg = self.cfg\n        print", "        torch.cuda.current_device()\n        cfg = self.cfg\n        print"),
+    )
+    assert re.search(r"trainers/wordbias.py:\d+ asks for CUDA, but there is no GPU", refused(room, capsys))
+
+
+def test_device_is_a_device(room):
+    """`auto` is ours; forks make a torch.device of what they find."""
+    change(
+        room,
+        "trainers/wordbias.py",
+        ("        cfg = self.cfg\n        print", "        torch.device(self.cfg.DEVICE)\n        cfg = self.cfg\n        print"),
+    )
+    assert run(room, "--device", "cpu")["config"]["DEVICE"] == "cpu"
+
+
+# A Dassl of its own
+
+
+def own_dassl(room, folder, name="dassl"):
+    """Give the checkout a Dassl that differs from the original."""
+    package = room / folder / name
+    for part in ("engine", "config"):
+        (package / part).mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    shutil.copy(HERE / "shapes" / "dassl_engine.py", package / "engine" / "trainer.py")
+    (package / "engine" / "__init__.py").write_text("from .trainer import *  # noqa: F403\n")
+    (package / "config" / "__init__.py").write_text((HERE / "standin" / "dassl" / "config.py").read_text())
+    fork = room / "fork"
+    (fork / "trainers" / "wordbias.py").write_text(
+        f"from {name}.engine import TRAINER_REGISTRY, TrainerX\n\n\n"
+        "@TRAINER_REGISTRY.register()\nclass WordBias(TrainerX):\n    pass\n"
+    )
+    change(
+        room,
+        "train.py",
+        ("import datasets.squares  # noqa: F401\n", ""),
+        ("from dassl.config", f"from {name}.config"),
+        ("from dassl.engine", f"from {name}.engine"),
+    )
+    change(
+        room,
+        "train.py",
+        ("from dassl.utils import set_random_seed, setup_logger", f"from {name}.engine import setup_logger"),
+        ("    set_random_seed(cfg.SEED)\n", "    print('****\\n** Config **\\n****')\n"),
+    )
+    change(
+        room,
+        "train.py",
+        ("    setup_logger(cfg.OUTPUT_DIR)\n", ""),
+        ("    print('****", "    setup_logger(cfg.OUTPUT_DIR)\n    print('****"),
+        ("** Config **\\n****')\n", "** Config **\\n****')\n    print(cfg)\n"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        ("fork", "dassl"),
+        ("fork/Dassl.pytorch", "dassl"),
+        ("fork/dist/Dassl.pytorch", "dassl"),
+        ("Dassl.Forked.pytorch", "dassl"),
+        ("fork", "my_dassl"),
+    ],
+)
+def test_a_dassl_that_differs_is_used(room, folder, name, capsys):
+    """15 of 16 copies differ, in evaluators and data managers too: another engine would give other numbers without a word."""
+    own_dassl(room, folder, name)
+    results = run(room, weights="")
+    assert results["metrics"]["test"]["accuracy"] == 75.0
+    assert f"{folder}/{name} (" in results["versions"]["dassl"]
+    assert results["trainer"] == "WordBias" and results["seed"] == 1
+    said = capsys.readouterr()
+    assert "the checkout's own" in said.out + said.err
+    assert not [module for module in sys.modules if module.partition(".")[0] in ("dassl", "my_dassl", "gdown", "trainers")]
+
+
+def test_ours_on_request_names_what_is_not_used(room, caplog):
+    own_dassl(room, "fork")
+    for file in ("train.py", "trainers/wordbias.py"):
+        shutil.copy(HERE / "checkout" / file, room / "fork" / file)
+    results = run(room, "--dassl", "ours")
+    assert results["metrics"]["test"]["accuracy"] != 75.0 and "dassl" not in results["versions"]
+
+
+def test_a_renamed_dassl_cant_be_ours(room, capsys):
+    own_dassl(room, "fork", "my_dassl")
+    assert "imports its engine as my_dassl, which ours can't stand for" in refused(room, capsys, "--dassl", "ours", weights="")
+
+
+def test_theirs_where_there_is_none(room, capsys):
+    assert re.search(r"--dassl theirs: .*fork brings no Dassl, and none is installed", refused(room, capsys, "--dassl", "theirs"))
+
+
+def test_an_installed_dassl_can_be_chosen(room, monkeypatch):
+    own_dassl(room, "site")
+    monkeypatch.syspath_prepend(str(room / "site"))
+    assert run(room, "--dassl", "theirs", weights="")["metrics"]["test"]["accuracy"] == 75.0
+
+
+def test_comments_and_empty_lines_are_no_difference():
+    text = "import os\n\n\ndef f():  # keeps its own\n    return 1\n"
+    assert vendored.fingerprint(text) == vendored.fingerprint(
+        "# a note\r\nimport os\r\ndef f():  # keeps its own\r\n    return 1"
+    )
+    assert vendored.fingerprint(text) != vendored.fingerprint(text.replace("1", "2"))
+
+
+def test_nothing_of_a_run_stays(room):
+    before = (
+        os.getcwd(),
+        list(sys.argv),
+        list(sys.path),
+        list(sys.meta_path),
+        os._exit,
+        torch.load,
+        torch.optim.lr_scheduler.LRScheduler.__init__,
+    )
+    run(room)
+    assert before == (
+        os.getcwd(),
+        list(sys.argv),
+        list(sys.path),
+        list(sys.meta_path),
+        os._exit,
+        torch.load,
+        torch.optim.lr_scheduler.LRScheduler.__init__,
+    )
