@@ -84,6 +84,8 @@ def run_checkout(path: str, args: argparse.Namespace, **options: Any) -> RunResu
             except SystemExit as error:
                 if error.code not in (None, 0):
                     raise
+            if weights is not None and session.result is not None:
+                weights.check_used()
     if session.result is None and not args.no_train:
         get_logger().warning("train.py ended without building a trainer through Dassl's build_trainer: there is no results.json")
     elif session.result is not None and not session.result.metrics and not args.no_train:
@@ -168,7 +170,8 @@ class _Session:
         if self.weights is not None:
             self.weights.reach(cfg.MODEL.BACKBONE.NAME)
         trainer = build(cfg)
-        if self.weights is not None:
+        # A trainer of rounds (active learning) builds its models later.
+        if self.weights is not None and getattr(trainer, "get_model_names", list)():
             self.weights.check_used()
         return trainer
 

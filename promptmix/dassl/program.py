@@ -79,9 +79,10 @@ def command_line(words: Sequence[str], opts: Sequence[str], root: Path, taken: d
             continue
         if flag in ("--eval-only", "--no-train", "--model-dir", "--load-epoch", "--head") and flag not in taken:
             continue  # promptmix does these itself
-        if flag in _CONFIGS:
+        meaning = flag.replace("_", "-")  # some write --output_dir
+        if meaning in _CONFIGS:
             values = [str(_config_file(value, root)) for value in values]
-        elif flag in _PATHS:
+        elif meaning in _PATHS or (meaning.endswith("-root") and len(values) == 1):
             values = [str(Path(value).expanduser().absolute()) if value else value for value in values]
         else:
             values = [_existing(value, root) for value in values]

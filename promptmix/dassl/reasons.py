@@ -16,6 +16,22 @@ from promptmix.errors import ConfigError, PluginError, UserError
 
 __all__ = ["explained", "where"]
 
+#: What forks of Dassl change, and checkouts that need them call.
+_OURS = (
+    "Classification",
+    "DataManager",
+    "DatasetBase",
+    "DatasetWrapper",
+    "Datum",
+    "SimpleTrainer",
+    "TrainerBase",
+    "TrainerX",
+    "TrainerXU",
+)
+_FORK = (
+    "it may need a fork of Dassl: install that and give --dassl theirs, or take promptmix's own trainer "
+    "(`promptmix list trainers`)"
+)
 _NO_GPU = (
     "no kernel image|not compiled with cuda|found no nvidia driver|no cuda gpus|cuda driver|cuda error|requires? cuda|cuda device"
 )
@@ -61,10 +77,12 @@ def _reason(error: BaseException, root: Path) -> UserError:
         return error
     place = where(error, root) or "train.py"
     text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, SyntaxError) and not isinstance(error.filename, str):
+        return PluginError(f"{place}: {text}")
     if isinstance(error, SyntaxError):
         file = Path(error.filename or place)
         shown = file.relative_to(root) if file.is_relative_to(root) else file
-        return PluginError(f"{shown}:{error.lineno} is not valid Python here ({error.msg}); mend that line of the checkout")
+        return PluginError(f"{shown}:{error.lineno} is not valid Python here ({error.msg}); mend that line")
     if isinstance(error, ImportError):
         return _import_reason(error, root, place)
     frames = traceback.extract_tb(error.__traceback__)
@@ -75,14 +93,15 @@ def _reason(error: BaseException, root: Path) -> UserError:
         return ConfigError(f"the checkout's config can't be merged: {reason}; check its YAML files and the KEY VALUE pairs")
     if isinstance(error, AttributeError) and isinstance(error.obj, TrainerBase):
         return UserError(
-            f"{place} uses {type(error.obj).__name__}.{error.name}, which neither the checkout nor Dassl has; "
-            "it may need a fork of Dassl: bring that method into the checkout, or take promptmix's own trainer "
-            "(`promptmix list trainers`)"
+            f"{place} uses {type(error.obj).__name__}.{error.name}, which neither the checkout nor Dassl has; {_FORK}"
         )
     if not torch.cuda.is_available() and re.search(_NO_GPU, text, re.IGNORECASE):
         return UserError(f"{place} asks for CUDA, but there is no GPU ({text}); change it to self.device, or use a GPU")
     if isinstance(error, FileNotFoundError) and error.filename:
         return UserError(f"{place} needs the file {error.filename}, which is not there; see the checkout's own page for it")
+    owner = re.match(r"(\w+)\.\w+\(\) (got an unexpected|takes|missing)", text)
+    if isinstance(error, TypeError) and owner and owner.group(1) in _OURS:
+        return UserError(f"{place} calls Dassl otherwise than Dassl itself takes it ({text}); {_FORK}")
     kind = type(error).__name__
     return UserError(f"{place} fails: {kind}{f': {text}' if text != kind else ''} (--debug shows the traceback)")
 

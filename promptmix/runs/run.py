@@ -67,7 +67,7 @@ def running(
     load_epoch: int | None = None,
     no_train: bool = False,
     load: bool = True,
-    build: Callable[[CN], Any] = build_trainer,
+    build: Callable[[CN], Any] | None = None,
     arguments: dict[str, Any] | None = None,
     command: list[str] | None = None,
     on_epoch: Callable[[Any], None] | None = None,
@@ -83,7 +83,7 @@ def running(
         load_epoch: epoch of the checkpoint; None = the best one, as in Dassl.
         no_train: only build, and leave nothing behind.
         load: load ``model_dir``, with ``eval_only``; False leaves it to the body.
-        build: makes the trainer from the tree.
+        build: makes the trainer from the tree; None = `build_trainer`.
         arguments: parsed flags, printed at the top of the log.
         command: command line, kept in ``results.json``.
         on_epoch: called with the trainer after each epoch.
@@ -117,7 +117,7 @@ def running(
         before = None if no_train else finished(cfg)
         _seed(cfg)
         _print_header(cfg, arguments or {})
-        trainer: Any = build(cfg)  # any class with Dassl's interface
+        trainer: Any = (build or build_trainer)(cfg)  # any class with Dassl's interface
         result.learned_parameters = _count_learned(trainer)
         result.vocabulary = _vocabulary(trainer)
         if eval_only:

@@ -82,8 +82,9 @@ def test_classes_are_the_engines(dassl):
     [
         ("from dassl.engine import MCD", r"promptmix.dassl lacks dassl.engine.MCD \(a method for domain adaptation"),
         ("from dassl.data.datasets import PACS", r"promptmix.dassl lacks dassl.data.datasets.PACS"),
-        ("import dassl.modeling.ops", r"promptmix.dassl lacks the module dassl.modeling.ops; install Dassl.pytorch"),
-        ("from dassl.optim import ConstantWarmupScheduler", r"build_lr_scheduler and build_optimizer make these"),
+        ("import dassl.engine.da.mcd", r"promptmix.dassl lacks the module dassl.engine.da; install Dassl.pytorch"),
+        ("from dassl.data.datasets import miniDomainNet", r"promptmix.dassl lacks dassl.data.datasets.miniDomainNet"),
+        ("from dassl.modeling.ops import Attention", r"promptmix.dassl lacks dassl.modeling.ops.Attention"),
         ("from dassl.utils import nonsense", r"cannot import name 'nonsense'"),
     ],
 )
