@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, cast
 
 import open_clip
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from promptmix.clip.places import LayerAction
 from promptmix.clip.text import TextTower
 from promptmix.clip.tokens import Tokenizer
-from promptmix.clip.vision import ImageTower, VisualPrompts
+from promptmix.clip.vision import ImageTower, TokenKind, VisualPrompts
 from promptmix.clip.weights import Weights
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ class CLIP(nn.Module):
         *,
         weights: Weights | None = None,
         actions: Mapping[int, LayerAction] | None = None,
-        tokens: Literal["patches", "values"] = "patches",
+        tokens: TokenKind = "patches",
     ) -> tuple[Tensor, Tensor]:
         """Return normalised features of images (B, D) and of their patches (B, M, D) from one pass (``ImageTower.forward``)."""
         image, patches = self.image(images, prompts, weights=weights, actions=actions, tokens=tokens)
@@ -129,7 +129,7 @@ class CLIP(nn.Module):
         *,
         weights: Weights | None = None,
         actions: Mapping[int, LayerAction] | None = None,
-        tokens: Literal["patches", "values"] = "patches",
+        tokens: TokenKind = "patches",
     ) -> Tensor:
         """Return normalised features (B, M, D) of the patches of images (B, 3, S, S); see ``ImageTower.forward``."""
         return self.encode_both(images, prompts, weights=weights, actions=actions, tokens=tokens)[1]

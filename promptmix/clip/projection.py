@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.timm_model import TimmModel
@@ -9,7 +11,7 @@ from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from promptmix.clip.vision import ImageTower
+from promptmix.clip.vision import ImageTower, VisualPrompts
 from promptmix.errors import ConfigError
 
 
@@ -24,8 +26,17 @@ def last_map(tower: ImageTower) -> tuple[Tensor, Tensor | None]:
     return weight.T if name.endswith(".weight") else weight, None if bias is None else tower.get_parameter(bias)
 
 
-def unprojected(tower: ImageTower, images: Tensor) -> Tensor:
+def map_last(tower: ImageTower, x: Tensor) -> Tensor:
+    """Return features (..., D) of what the tower's last linear map takes (..., W); raises as ``last_map`` does."""
+    weight, bias = last_map(tower)
+    projected = x @ weight.to(x.dtype)
+    return projected if bias is None else projected + bias.to(x.dtype)
+
+
+def unprojected(tower: ImageTower, images: Tensor, *prompts: VisualPrompts, **asked: Any) -> Any:  # noqa: ANN401
     """Return the features (B, W) of images (B, 3, S, S) that the tower's last linear map takes: those of the map x = x.
+
+    Prompts and keywords are those of ``ImageTower.forward``; with ``tokens``, those of the patches (B, M, W) come behind.
 
     Raises:
         ConfigError: the tower does not end with one linear map.
@@ -34,8 +45,7 @@ def unprojected(tower: ImageTower, images: Tensor) -> Tensor:
     swapped = {name: torch.eye(weight.shape[0], dtype=weight.dtype, device=weight.device)}
     if bias is not None:
         swapped[bias] = torch.zeros_like(weight[:, 0])
-    features: Tensor = functional_call(tower, swapped, (images,))
-    return features
+    return functional_call(tower, swapped, (images, *prompts), asked)
 
 
 def _names(tower: ImageTower) -> tuple[str, str | None]:

@@ -23,6 +23,9 @@ _PICTURES_PER_THREAD = 8
 #: {layer: step}; layer 0 is the input, after the positional embedding and before ``ln_pre``.
 VisualPrompts = Mapping[int, PromptStep]
 
+#: Which tokens' features are read beside the image's; see ``ImageTower.forward``.
+TokenKind = Literal["patches", "values", "values and prompts"]
+
 
 class ImageTower(nn.Module):
     """The frozen image tower of an open_clip model.
@@ -95,7 +98,7 @@ class ImageTower(nn.Module):
         *,
         weights: Weights | None = None,
         actions: Mapping[int, LayerAction] | None = None,
-        tokens: Literal["patches", "values"],
+        tokens: TokenKind,
     ) -> tuple[Tensor, Tensor]: ...
 
     def forward(
@@ -105,7 +108,7 @@ class ImageTower(nn.Module):
         *,
         weights: Weights | None = None,
         actions: Mapping[int, LayerAction] | None = None,
-        tokens: Literal["patches", "values"] | None = None,
+        tokens: TokenKind | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Encode images (B, 3, S, S), in one pass.
 
@@ -118,11 +121,11 @@ class ImageTower(nn.Module):
             tokens: "patches" gives the patches' own features too: as they leave the last layer (of CLIP's ResNet: each place asks
                 in the attention pool; of other networks: the places of the last map), through norm and projection as if each
                 alone were the picture; "values" those without attention in the last layer (of CLIP's ResNet: in the pool), as
-                GalLoP and SurPL read them.
+                GalLoP reads them; "values and prompts" has the prompt tokens' behind (SurPL).
 
         Returns:
-            Image features (B, D), not normalised; with ``tokens`` also those of the patches (B, M, D), without class and prompt
-            tokens, row after row of the grid.
+            Image features (B, D), not normalised; with ``tokens`` also those of the patches (B, M, D), row after row of the grid,
+            without class and (unless asked for) prompt tokens.
 
         Raises:
             ConfigError: prompts, actions or patches were asked of a tower that has none, or a name is unknown.
@@ -200,15 +203,15 @@ class ImageTower(nn.Module):
     def _pooled(self, x: Tensor, changes: Changes) -> Tensor:
         return run_changed(self, merged(self, changes.outside), lambda tower, x: tower._transformer().pooled(x), x)
 
-    def _encode_tokens(self, images: Tensor, changes: Changes, tokens: Literal["patches", "values"]) -> tuple[Tensor, Tensor]:
+    def _encode_tokens(self, images: Tensor, changes: Changes, tokens: TokenKind) -> tuple[Tensor, Tensor]:
         layers = self.layers
         if layers is None and can_read_places(self.visual):
-            if tokens == "values" and not isinstance(self.visual, ModifiedResNet):
+            if tokens != "patches" and not isinstance(self.visual, ModifiedResNet):
                 raise ConfigError(
                     f"MODEL.BACKBONE.NAME: the image tower {type(self.visual).__name__} has no last-block values; ask for "
                     "patches, or choose a CLIP ViT or ResNet such as ViT-B/16 or RN50"
                 )
-            read = partial(places_of, values=tokens == "values")
+            read = partial(places_of, values=tokens != "patches")
             with beside(self, changes.weights):
                 changed = merged(self, changes.weights)
                 return run_changed(self, changed, lambda tower, images: read(tower.visual, images), images)
@@ -217,8 +220,9 @@ class ImageTower(nn.Module):
                 f"MODEL.BACKBONE.NAME: the image tower {type(self.visual).__name__} gives no patch features in the joint space; "
                 "choose a CLIP ViT or ResNet such as ViT-B/16 or RN50"
             )
-        x = self._run(images, changes, "values" if tokens == "values" else "all")
-        patches = self.norm(x[:, layers.leading : layers.leading + layers.patches], changes.outside)
+        x = self._run(images, changes, "all" if tokens == "patches" else "values")
+        end = None if tokens == "values and prompts" else layers.leading + layers.patches
+        patches = self.norm(x[:, layers.leading : end], changes.outside)
         return self._pooled(x, changes), self.project(patches, changes.outside)
 
     def _run(self, images: Tensor, changes: Changes, last: Literal["first", "all", "values"]) -> Tensor:

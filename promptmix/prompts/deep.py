@@ -112,12 +112,16 @@ class TextPrompts(nn.Module):
 
     def forward(self, names: Sequence[str], *, full_stop: bool | None = None, experts: Tensor | None = None) -> Tensor:
         """Return normalised text features (E, C, D) of C class names; prompts end with a full stop unless it is False."""
+        return F.normalize(self.encode(names, full_stop=full_stop, experts=experts), dim=-1)
+
+    def encode(self, names: Sequence[str], *, full_stop: bool | None = None, experts: Tensor | None = None) -> Tensor:
+        """Return text features (E, C, D) as they come from the tower."""
         tower = self.task.clip.text
         context, *deeper = (_with_experts(layer) if experts is None else _with_experts(layer)[experts] for layer in self.layers)
         stop = tower.tokenizer.encode("." if full_stop in (None, True) else "")
         fixed, end = (tower.embed(ids)[None] for ids in (self.words, stop))
         prompts = tower.compose(context, fixed, tower.tokenizer.class_tokens(names), end)
-        return F.normalize(tower(prompts, dict(enumerate(deeper, start=1))), dim=-1)
+        return tower(prompts, dict(enumerate(deeper, start=1)))
 
 
 class VisionPrompts(nn.Module):
@@ -199,6 +203,10 @@ class DeepBank(PromptBank):
     ) -> Tensor:
         """Return normalised text features (E, C, D)."""
         return self.text(names, full_stop=full_stop, experts=experts)
+
+    def encode(self, names: Sequence[str]) -> Tensor:
+        """Return text features (E, C, D) as they come from the tower."""
+        return self.text.encode(names)
 
     def references(self, names: Sequence[str]) -> Tensor:
         """Return the features of the data set's first template, the same for every prompt: (E, C, D)."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -169,14 +170,17 @@ class Learner(PromptLearner):
         #: Which image features the parts read, and so what is encoded and kept.
         self.image_level = max((part.image_level for part in self.components), key=IMAGE_LEVELS.index)
         self.image_is_frozen = bank.image_is_frozen
+        #: Whether text features are kept as they come from the tower.
+        self.needs_raw_text = any(part.needs_raw_text for part in self.components)
+        if self.needs_raw_text and bank.per_image:
+            raise ConfigError(
+                f"a part reads raw text features, which {type(bank).__name__} does not give; choose another of the two"
+            )
         with torch.no_grad():
             #: Whether each expert has image features of its own.
             self.image_per_expert = not bank.image_is_frozen and len(bank.visual()) > 1
-        if self.image_level != "unit" and (self.head.needs_tokens or not bank.image_is_frozen):
-            raise ConfigError(
-                f"a part reads {self.image_level} image features, which go with neither patches nor prompts in the image tower; "
-                "choose another head or bank"
-            )
+        #: Whether the frozen tower's features stand in front of the experts' own, by which images are routed.
+        self.keeps_frozen = router is not None or bank.per_image
         self._frozen_text: Tensor | None = None
 
     @property
@@ -202,37 +206,43 @@ class Learner(PromptLearner):
         """Return normalised image features.
 
         Returns:
-            (B, D), by ``image_level`` normalised, raw, or before the last linear map; (B, 1 + E, D) where each expert prompts the
-            image tower in its own way, the frozen tower's features first, by which images are routed; (B, 1 + M, D) with the
-            patches' features behind the image's for heads with ``needs_tokens``.
+            (B, D), by ``image_level`` normalised, raw, or before the last linear map; (B, E, D) where each expert prompts the
+            image tower in its own way, with a router (B, 1 + E, D), the frozen tower's features by which images are routed first;
+            (B, 1 + M, D) with the patches' features behind the image's for heads with ``needs_tokens``.
         """
+        encode = self._encoder
         schedules, changes = self.bank.visual(), self.bank.image_changes()
         if self.head.needs_tokens:
             if len(schedules) > 1:
                 raise ConfigError(
                     "a head over patches takes one set of visual prompts; choose another head or a bank of one expert"
                 )
-            image, tokens = self.clip.encode_both(images, *schedules, **changes, tokens=self.head.token_kind)
+            image, tokens = encode(images, *schedules, **changes, tokens=self.head.token_kind)
             return torch.cat([image[:, None], tokens], dim=1)
         if len(schedules) > 1:
-            frozen = self.clip.encode_frozen(lambda: self.clip.encode_image(images))
-            own = [self.clip.encode_image(images, schedule, **changes) for schedule in schedules]
-            return torch.stack([frozen, *own], dim=1)
+            frozen = [self.clip.encode_frozen(lambda: encode(images))] if self.keeps_frozen else []
+            return torch.stack([*frozen, *(encode(images, schedule, **changes) for schedule in schedules)], dim=1)
+        features: Tensor = encode(images, *schedules, **changes)
+        return features
+
+    @property
+    def _encoder(self) -> Callable[..., Any]:
         if self.image_level == "unprojected":
-            return unprojected(self.clip.image, images)
+            return partial(unprojected, self.clip.image)
         if self.image_level == "raw":
-            return self.clip.image(images)
-        return self.clip.encode_image(images, *schedules, **changes)
+            return self.clip.image
+        return self.clip.encode_both if self.head.needs_tokens else self.clip.encode_image
 
     @property
     def feature_kind(self) -> str:
         """Patches, where the head reads them; raw or unprojected features, where a part reads those."""
-        if self.head.needs_tokens:
-            return self.head.token_kind
-        return "" if self.image_level == "unit" else self.image_level
+        level = "" if self.image_level == "unit" else self.image_level
+        return " ".join(filter(None, (level, self.head.token_kind if self.head.needs_tokens else "")))
 
     def classifier(self) -> Tensor | None:
-        """Return text features (E, C, D); None where prompts depend on the image."""
+        """Return text features (E, C, D), raw where a part reads those; None where prompts depend on the image."""
+        if self.needs_raw_text:
+            return self.bank.encode(self.task.classnames)
         return None if self.bank.per_image else self.bank(self.task.classnames)
 
     def logits(self, image_features: Tensor, classifier: Tensor | None) -> Tensor:

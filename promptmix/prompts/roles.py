@@ -16,9 +16,9 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from promptmix.clip.vision import VisualPrompts
+from promptmix.clip.vision import TokenKind, VisualPrompts
 from promptmix.config.declare import declare_all, parse_sum
-from promptmix.errors import PluginError, SettingError
+from promptmix.errors import ConfigError, PluginError, SettingError
 from promptmix.prompts.step import Routing as Routing
 from promptmix.prompts.step import Step
 from promptmix.prompts.step import Task as Task
@@ -43,6 +43,8 @@ class Component(nn.Module):
     #: Which image features it reads: ``unit`` ones, ``raw`` ones as they come from the tower (``step.raw_image``), or those
     #: before the tower's last linear map (``step.unprojected_image``).
     image_level: ImageLevel = "unit"
+    #: Whether it reads ``step.raw_text``, text features as they come from the tower.
+    needs_raw_text: ClassVar[bool] = False
 
     @classmethod
     def add_config(cls, node: CfgNode) -> None:
@@ -96,6 +98,14 @@ class PromptBank(Component, ABC):
             Normalised text features (E, C, D), or (B, E, C, D) for banks with ``per_image``.
         """
 
+    def encode(self, names: Sequence[str]) -> Tensor:
+        """Return text features (E, C, D) as they come from the tower, for parts with ``needs_raw_text``.
+
+        Raises:
+            ConfigError: the bank gives normalised features alone.
+        """
+        raise ConfigError(f"a part reads text features before they are normalised, which {type(self).__name__} does not give")
+
     @abstractmethod
     def references(self, names: Sequence[str]) -> Tensor:
         """Return each expert's normalised hard-prompt features (E, C, D) for C class names, without gradient."""
@@ -148,8 +158,8 @@ class Head(Component, ABC):
 
     #: Whether it reads ``step.tokens``, the patches' features.
     needs_tokens: ClassVar[bool] = False
-    #: Which: the patches as they leave the last layer, or its ``values``, where no attention has mixed them.
-    token_kind: ClassVar[Literal["patches", "values"]] = "patches"
+    #: Which: the patches as they leave the last layer, or its ``values``, where no attention has mixed them, and perhaps the prompts'.
+    token_kind: ClassVar[TokenKind] = "patches"
 
     @abstractmethod
     def forward(self, step: Step) -> Tensor:

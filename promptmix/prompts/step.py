@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from promptmix.clip import CLIP
-from promptmix.clip.projection import last_map
+from promptmix.clip.projection import map_last
 
 
 @dataclass(frozen=True)
@@ -124,24 +124,18 @@ class Step:
     @cached_property
     def image(self) -> Tensor:
         """Image features (B, D), or (B, E, D) where each expert prompts the image tower in its own way."""
-        if self.learner.image_per_expert:
-            return self.features[:, 1:]
         read = {"unit": lambda: self.unit_image, "raw": lambda: self.raw_image, "unprojected": lambda: self.unprojected_image}
         return self.bank.adapt(read[self.bank.image_level]())
 
     @cached_property
     def unit_image(self) -> Tensor:
-        """The tower's normalised features (B, D), before ``bank.adapt``."""
+        """The tower's normalised features (B, D) or (B, E, D), before ``bank.adapt``."""
         return self._split[0] if self.learner.image_level == "unit" else F.normalize(self.raw_image, dim=-1)
 
     @cached_property
     def raw_image(self) -> Tensor:
-        """The tower's features (B, D) as they come, not normalised, for parts whose ``image_level`` is ``raw``."""
-        if self.learner.image_level == "raw":
-            return self._split[0]
-        weight, bias = last_map(self.task.clip.image)
-        projected = self.unprojected_image @ weight.to(self.unprojected_image.dtype)
-        return projected if bias is None else projected + bias.to(projected.dtype)
+        """The tower's features (B, D) or (B, E, D) as they come, not normalised, for parts whose ``image_level`` is ``raw``."""
+        return self._split[0] if self.learner.image_level == "raw" else map_last(self.task.clip.image, self.unprojected_image)
 
     @cached_property
     def unprojected_image(self) -> Tensor:
@@ -150,8 +144,7 @@ class Step:
         Raises:
             ValueError: no part says that it reads them.
         """
-        if self.learner.image_level != "unprojected":
-            raise ValueError("set image_level in the part that reads these image features")
+        self._check_unprojected()
         return self._split[0]
 
     @cached_property
@@ -161,6 +154,25 @@ class Step:
         Raises:
             ValueError: the head does not say that it needs them.
         """
+        return self._tokens if self.learner.image_level == "unit" else F.normalize(self.raw_tokens, dim=-1)
+
+    @cached_property
+    def raw_tokens(self) -> Tensor:
+        """Patch features (B, M, D) as they come, not normalised, for heads with ``needs_tokens`` and ``image_level`` ``raw``."""
+        return self._tokens if self.learner.image_level == "raw" else map_last(self.task.clip.image, self.unprojected_tokens)
+
+    @cached_property
+    def unprojected_tokens(self) -> Tensor:
+        """Patch features before the tower's last linear map (B, M, W), for heads with ``image_level`` ``unprojected``."""
+        self._check_unprojected()
+        return self._tokens
+
+    def _check_unprojected(self) -> None:
+        if self.learner.image_level != "unprojected":
+            raise ValueError("set image_level in the part that reads these image features")
+
+    @property
+    def _tokens(self) -> Tensor:
         tokens = self._split[1]
         if tokens is None:
             raise ValueError(f"set needs_tokens in {type(self.learner.head).__name__}, which reads step.tokens")
@@ -168,7 +180,11 @@ class Step:
 
     @cached_property
     def _split(self) -> tuple[Tensor, Tensor | None]:
-        if self.learner.head.needs_tokens or self.learner.image_per_expert:
+        """Image features and patches; or, where experts have image features of their own, these and the frozen ones."""
+        if self.learner.image_per_expert:
+            begin = int(self.learner.keeps_frozen)
+            return self.features[:, begin:], self.features[:, 0] if begin else None
+        if self.learner.head.needs_tokens:
             return self.features[:, 0], self.features[:, 1:]
         return self.features, None
 
@@ -179,8 +195,9 @@ class Step:
         Raises:
             ValueError: the image tower is prompted, and the pictures are not at hand.
         """
-        if self.learner.image_per_expert:
-            return self._split[0]
+        kept = self._split[1] if self.learner.image_per_expert else None
+        if kept is not None:
+            return kept if self.learner.image_level == "unit" else F.normalize(kept, dim=-1)
         if self.learner.image_is_frozen:
             return self.unit_image
         if self.images is None:
@@ -208,12 +225,25 @@ class Step:
     @cached_property
     def text(self) -> Tensor:
         """Text features (E, C, D) of the experts, or (B, E, C, D) for banks with ``per_image``."""
+        if self.learner.needs_raw_text:
+            return F.normalize(self.raw_text, dim=-1)
         if self._text is not None:
             return self._text
         names = self.task.classnames
         if self.bank.per_image:
             return self.bank(names, self.query)
         return self.bank(names) if self.experts is None else self.bank(names, experts=self.experts)
+
+    @cached_property
+    def raw_text(self) -> Tensor:
+        """Text features (E, C, D) as they come from the tower, for parts with ``needs_raw_text``.
+
+        Raises:
+            ValueError: no part says that it reads them.
+        """
+        if not self.learner.needs_raw_text:
+            raise ValueError("set needs_raw_text in the part that reads step.raw_text")
+        return self.bank.encode(self.task.classnames) if self._text is None else self._text
 
     @cached_property
     def frozen_text(self) -> Tensor:
