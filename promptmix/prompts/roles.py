@@ -158,7 +158,7 @@ class Head(Component, ABC):
 
     #: Whether it reads ``step.tokens``, the patches' features.
     needs_tokens: ClassVar[bool] = False
-    #: Which: the patches as they leave the last layer, or its ``values``, where no attention has mixed them, and perhaps the prompts'.
+    #: Which: the patches as they leave the last layer, or its ``values``, where no attention has mixed them.
     token_kind: ClassVar[TokenKind] = "patches"
 
     @abstractmethod

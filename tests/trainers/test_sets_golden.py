@@ -1,0 +1,64 @@
+"""Sets and mixtures of prompts against the numbers of their authors' code: PLOT++, GalLoP, SurPL, TRIP, GMoP."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import pytest
+import torch
+from promptmix.plugins.heads.transport import sinkhorn
+from promptmix.trainers.plotpp import STARTS, USUAL, PromptSets, TransportOfSets
+
+from promptmix.prompts.learner import Learner
+from tests.trainers.golden import close, compare, golden_clip, golden_task, images, numbers
+
+
+@lru_cache(maxsize=1)
+def frozen():
+    return golden_clip()
+
+
+def test_plotpp():
+    task = golden_task(frozen())
+    bank = PromptSets(task, USUAL, 4, 2)
+    expected = numbers("plotpp")
+    close(bank.ctx.sum(dim=-1), expected["init_ctx_sum"])
+    learner = Learner(task, bank, head=TransportOfSets(task, bank))
+    compare("plotpp", learner, {f"prompt_learner.{name}": f"bank.{name}" for name in ("ctx", "ctx_vision")})
+    with torch.no_grad():
+        step = learner.step(images())
+        assert step.features.shape == (3, 4, 512)  # nobody routes, so the frozen tower does not run
+        cosines = torch.einsum("bmd,ncd->bcmn", step.image, step.text)
+        plan = sinkhorn(1 - cosines, 0.1, 100, 0.01).flatten(0, 1)
+        close(plan.norm(), expected["plan_norm"])
+        close(plan.flatten()[:240], expected["plan_head"])
+
+
+def test_plotpp_reads_the_means_before_they_are_normalised():
+    task = golden_task(frozen())
+    bank = PromptSets(task, USUAL[:2], 2, 2)
+    with torch.no_grad():
+        plain = Learner(task, bank, head=TransportOfSets(task, bank)).step(images()).logits
+        both = Learner(task, bank, head=TransportOfSets(task, bank, trade_off=True)).step(images()).logits
+        raw = torch.stack([task.clip.image(images(), schedule) for schedule in bank.visual()])
+        cosine = torch.cosine_similarity(raw.mean(0)[:, None], bank.encode(task.classnames).mean(0)[None], dim=-1)
+    assert torch.allclose(both - plain, task.clip.scale * cosine, atol=1e-4)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_plotpp_templates_of_other_lengths(whole):
+    """A longer template keeps its last words; a shorter one takes words of the name, as the authors' code does, or none."""
+    task = golden_task(frozen())
+    tower = task.clip.text
+    for start, name in (
+        (STARTS["EuroSAT"][2], "sea lion"),
+        ("this is a", "sea lion" if whole else "lion"),
+        ("one more photo of a big", "sea lion"),
+    ):
+        first = STARTS["EuroSAT"][0] if "satellite" in start else "a photo of a"
+        bank = PromptSets(task, (first, start), 1, 1, whole)
+        length = len(first.split())
+        tail = " ".join(filter(None, (" ".join(start.split()[length:]), name)))
+        with torch.no_grad():
+            expected = tower(tower.compose(bank.ctx[1:], tower.tokenizer.class_tokens([f"{tail}."])))
+            assert torch.allclose(bank.encode(["sea lion"])[1], expected[0], atol=1e-4)
