@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import os
 import pkgutil
+import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -40,6 +41,54 @@ _ROOMS = (
     "promptmix.runs.backends",
 )
 
+
+#: Where the modules of promptmix's first form are today, for plugins that still import them.
+MOVED = {
+    "backends": "runs.backends",
+    "commands.configure": "config.flags",
+    "components": "prompts.roles (PromptLearner and LossTerms: promptmix.prompts.learner)",
+    "context": "prompts.context",
+    "convert": "engine.convert",
+    "cost": "cost.count",
+    "data.descriptions": "data.datasets.descriptions",
+    "data.features": "data.features.cache",
+    "data.images": "data.reading.images",
+    "data.loaders": "data.reading.loaders",
+    "data.manager": "data.reading.manager",
+    "data.pictures": "data.reading.pictures",
+    "data.randaugment": "data.reading.randaugment",
+    "data.readers": "data.datasets.readers",
+    "data.samplers": "data.reading.samplers",
+    "data.sources": "data.datasets.sources",
+    "data.streams": "data.reading.streams",
+    "data.transforms": "data.reading.transforms",
+    "data.views": "data.features.views",
+    "deep": "prompts.deep",
+    "estimate": "cost.estimate",
+    "memory": "cost.memory",
+    "mixture": "prompts.learner (Mixture: Learner)",
+    "plots": "tables.plots",
+    "progress": "runs.progress",
+    "prompting": "prompts.trainer",
+    "prompts.templates": "data.templates",
+    "protocols": "runs.protocols",
+    "published": "tables.published",
+    "results": "runs.results",
+    "run": "runs.run",
+    "sweep": "runs.sweep",
+    "tables": "tables.tables",
+    "templates": "data.templates",
+}
+#: The same for single names that went another way than their module.
+MOVED_NAMES = {
+    "DeepLearner": "promptmix.prompts.learner.Learner with a bank of promptmix.plugins.prompt_bank",
+    "DeepPromptTrainer": "promptmix.prompts.trainer.PromptTrainer",
+    "IndependentPrompts": "promptmix.plugins.prompt_bank.independent_deep.IndependentDeep",
+    "LossSum": "promptmix.prompts.roles.LossSum",
+    "LossTerms": "promptmix.prompts.learner.LossTerms",
+    "Mixture": "promptmix.prompts.learner.Learner",
+    "PromptLearner": "promptmix.prompts.learner.PromptLearner",
+}
 
 #: What must work after a plugin was added: modules above this one put it here.
 TRIALS: list[Callable[[], object]] = []
@@ -244,6 +293,7 @@ def _add(manager: pluggy.PluginManager, load: Callable[[], Any], name: str, abou
         if not isinstance(error, (Exception, SystemExit)):
             raise
         words = f"{type(error).__name__}: {error}" if not isinstance(error, UserError) else str(error)
+        words = _moved(error) or words
         if isinstance(error, SystemExit):
             words = f"it ended the process (SystemExit: {error.code})"
         file = file_of(plugin) if plugin is not None else ""
@@ -251,6 +301,20 @@ def _add(manager: pluggy.PluginManager, load: Callable[[], Any], name: str, abou
         raise PluginError(f"{about}{where}: {doing} failed ({' '.join(words.split())}); {remedy}") from error
     for kind, registry in REGISTRIES.items():
         registry.note_origin(name, before[kind])
+
+
+def _moved(error: BaseException) -> str:
+    """Say in words what to import instead of what ``error`` did not find; "" where it is no name of ours that moved."""
+    lacking = re.match(r"cannot import name '(\w+)' from '(promptmix[\w.]*)'", str(error))
+    module, name = (lacking.group(2), lacking.group(1)) if lacking else (getattr(error, "name", None) or "", "")
+    if not isinstance(error, ImportError) or not module.startswith("promptmix"):
+        return ""
+    if name in MOVED_NAMES:
+        return f"{module}.{name} is now {MOVED_NAMES[name]}; import that"
+    for old in (f"{module}.{name}", module):
+        if old.removeprefix("promptmix.") in MOVED:
+            return f"{old} is now promptmix.{MOVED[old.removeprefix('promptmix.')]}; import that"
+    return ""
 
 
 def _hooks() -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import inspect
 import json
 import os
@@ -14,7 +15,7 @@ import pytest
 
 from promptmix import hookspecs
 from promptmix.errors import PluginError, RegistryError
-from promptmix.plugin_manager import get_plugin_manager, load_plugin
+from promptmix.plugin_manager import MOVED, MOVED_NAMES, get_plugin_manager, load_plugin
 from promptmix.registry import REGISTRIES, ROUTER_REGISTRY, Registry
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,6 +71,35 @@ def test_a_broken_plugin_is_named(tmp_path, text, words):
     with pytest.raises(PluginError, match=words):
         load_plugin(str(file))
     assert not [name for name, _ in get_plugin_manager().list_name_plugin() if "broken" in name]
+
+
+@pytest.mark.parametrize("old", sorted(MOVED))
+def test_a_plugin_that_imports_what_has_moved_is_told_where_it_is(tmp_path, old):
+    new = MOVED[old].split()[0]
+    importlib.import_module(f"promptmix.{new}")
+    package, _, module = f"promptmix.{old}".rpartition(".")
+    forms = [f"from {package} import {module}"]
+    if (ROOT / "promptmix" / old.replace(".", "/")).is_dir():  # a package of that name is there still
+        forms = [f"from promptmix.{old} import something"]
+    else:
+        forms += [f"import promptmix.{old}", f"from promptmix.{old} import something"]
+    for number, form in enumerate(forms):
+        file = tmp_path / f"old_{number}.py"
+        file.write_text(form + "\n")
+        with pytest.raises(PluginError) as raised:
+            load_plugin(str(file))
+        assert f"promptmix.{old} is now promptmix.{new}" in str(raised.value)
+        assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", sorted(MOVED_NAMES))
+def test_a_plugin_that_imports_a_name_from_where_it_was_is_told_too(tmp_path, name):
+    module, _, attribute = MOVED_NAMES[name].split()[0].rpartition(".")
+    assert hasattr(importlib.import_module(module), attribute)
+    file = tmp_path / "old.py"
+    file.write_text(f"from promptmix.clip.tokens import {name}\n")
+    with pytest.raises(PluginError, match=f"{name} is now {module}.{attribute}"):
+        load_plugin(str(file))
 
 
 def test_a_missing_file_is_named():
