@@ -9,8 +9,9 @@ import signal
 import sys
 from typing import NoReturn
 
-from promptmix import console, signals
+from promptmix import console
 from promptmix.commands import COMMANDS
+from promptmix.console import signals
 from promptmix.errors import UserError
 from promptmix.registry import closest
 from promptmix.version import __version__

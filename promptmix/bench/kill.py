@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 import random
+import runpy
 import signal
 import sys
 import time
@@ -34,7 +35,7 @@ SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 #: What a run may differ in and be the same: when and where it ran, and with how many workers.
 _NOT_COMPARED = ("started", "finished", "seconds", "peak_memory_mb", "command", "config", "config_sources", "checkpoint")
 _AUGMENT = "('random_resized_crop','random_flip','colorjitter','normalize')"
-_PRELOAD = ["open_clip", "torch.utils.tensorboard", "promptmix.cli", "promptmix.runs.run", "promptmix.prompts.trainer"]
+_PRELOAD = ["open_clip", "torch.utils.tensorboard", "promptmix.runs.run", "promptmix.prompts.trainer"]
 
 
 @dataclass
@@ -167,10 +168,9 @@ def _work(argv: list[str], threads: int) -> None:
     for stream in (1, 2):
         os.dup2(nothing, stream)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the server that we are forked from ignores it
-    from promptmix.cli import main
-
     torch.set_num_threads(threads)
-    sys.exit(main(argv))
+    sys.argv[1:] = argv
+    runpy.run_module("promptmix.cli", run_name="__main__")
 
 
 # Comparison

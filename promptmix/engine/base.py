@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from promptmix import signals
+from promptmix.console import signals
 from promptmix.engine.checkpoint import (
     load_state_dict_strict,
     read_model,

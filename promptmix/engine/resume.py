@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,8 +22,8 @@ from promptmix.engine.run_folder import RunFolder
 from promptmix.errors import CheckpointError
 from promptmix.utils import get_logger
 
-if TYPE_CHECKING:
-    from promptmix.engine.base import TrainerBase
+#: A ``TrainerBase``, which knows this module.
+Trainer = Any
 
 __all__ = ["from_streams", "get_random_states", "load_progress", "save_progress", "set_random_states"]
 
@@ -31,7 +31,7 @@ __all__ = ["from_streams", "get_random_states", "load_progress", "save_progress"
 _VERSION = 1
 
 
-def save_progress(trainer: TrainerBase, folder: RunFolder) -> None:
+def save_progress(trainer: Trainer, folder: RunFolder) -> None:
     """Write what ``trainer`` needs to go on after the present epoch; a killed process leaves the old file or the new one.
 
     A trainer whose state can't be stored without pickling code trains on, and says that it can't be resumed.
@@ -60,7 +60,7 @@ def save_progress(trainer: TrainerBase, folder: RunFolder) -> None:
         trainer.__dict__["_told_no_resume"] = True
 
 
-def load_progress(trainer: TrainerBase, folder: RunFolder) -> dict[str, Any] | None:
+def load_progress(trainer: Trainer, folder: RunFolder) -> dict[str, Any] | None:
     """Give ``trainer`` the state that an interrupted training left in ``folder``, all but the random states.
 
     Returns:
@@ -109,7 +109,7 @@ def load_progress(trainer: TrainerBase, folder: RunFolder) -> dict[str, Any] | N
 # Random states
 
 
-def get_random_states(trainer: TrainerBase) -> dict[str, Any]:
+def get_random_states(trainer: Trainer) -> dict[str, Any]:
     """Return the states of every random stream: the process's own, each GPU's, and generators that the trainer's parts hold."""
     states: dict[str, Any] = {"streams": get_streams(), "generators": {}}
     if torch.cuda.is_available() and torch.cuda.is_initialized():
@@ -127,7 +127,7 @@ def get_random_states(trainer: TrainerBase) -> dict[str, Any]:
     return states
 
 
-def set_random_states(trainer: TrainerBase, states: Mapping[str, Any]) -> None:
+def set_random_states(trainer: Trainer, states: Mapping[str, Any]) -> None:
     """Put back what ``get_random_states`` returned; a GPU that isn't there any more is passed over."""
     set_streams(states["streams"])
     for device, state in enumerate(states.get("cuda", ())):
@@ -147,7 +147,7 @@ def set_random_states(trainer: TrainerBase, states: Mapping[str, Any]) -> None:
             generator.bit_generator.state = _arrays(saved[place])
 
 
-def _generators(trainer: TrainerBase) -> Iterator[tuple[str, Any]]:
+def _generators(trainer: Trainer) -> Iterator[tuple[str, Any]]:
     """Yield (place, generator) for each that the trainer, its models, loaders, samplers or data sets have as attribute."""
     seen: set[int] = set()
     for place, holder in _holders(trainer):
@@ -158,7 +158,7 @@ def _generators(trainer: TrainerBase) -> Iterator[tuple[str, Any]]:
                 yield f"{place}.{name}", value
 
 
-def _holders(trainer: TrainerBase) -> Iterator[tuple[str, object]]:
+def _holders(trainer: Trainer) -> Iterator[tuple[str, object]]:
     yield "trainer", trainer
     for name, value in sorted(vars(trainer).items()):
         if isinstance(value, DataLoader):

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
-from promptmix import signals
+from promptmix.console import signals
 from promptmix.data import DataManager
 from promptmix.data.reading.loaders import TrainLoader
 from promptmix.data.reading.streams import Streams, get_streams
