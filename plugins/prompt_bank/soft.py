@@ -36,6 +36,7 @@ class Soft(PromptBank):
 
     takes_experts = True
     per_class = "a context"
+    per_class = "a context"
 
     def __init__(
         self,

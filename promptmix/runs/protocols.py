@@ -353,7 +353,7 @@ def execute(job: Job, watcher: Watcher | None = None, command: Sequence[str] = (
                 found.append(result)
                 continue
             labels = {"protocol": job.protocol, "title": title(part.dataset)}
-            options: dict[str, Any] = {}
+            options: dict[str, Any] = {"new_classes": any(other.classes != part.classes for other in parts(job))}
             if found:
                 last = None if cfg.TEST.FINAL_MODEL == "best_val" else cfg.OPTIM.MAX_EPOCH
                 model_dir = found[0].config["OUTPUT_DIR"] if found[0].learned_parameters else ""

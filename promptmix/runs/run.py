@@ -73,6 +73,7 @@ def running(
     on_epoch: Callable[[Any], None] | None = None,
     quiet: bool = False,
     labels: dict[str, str] | None = None,
+    new_classes: bool = False,
 ) -> Iterator[tuple[Any, RunResult]]:
     """What stands around training and testing: checks, seed, log, building; the body trains, then ``results.json`` is written.
 
@@ -89,6 +90,7 @@ def running(
         on_epoch: called with the trainer after each epoch.
         quiet: write to the log only, nothing to standard output or error.
         labels: ``protocol``, ``title`` and ``trained_on`` of the result, for tables.
+        new_classes: what is trained will be evaluated on other classes too.
 
     Yields:
         The trainer, and the result, whose numbers are there after the body.
@@ -118,6 +120,8 @@ def running(
         _seed(cfg)
         _print_header(cfg, arguments or {})
         trainer: Any = (build or build_trainer)(cfg)  # any class with Dassl's interface
+        if new_classes and not eval_only:
+            _refuse_class_specific(trainer)
         result.learned_parameters = _count_learned(trainer)
         result.vocabulary = _vocabulary(trainer)
         if eval_only:
@@ -188,6 +192,17 @@ def _refuse_other_method(new: RunResult, model_dir: str, learner: Any) -> None: 
         raise CheckpointError(
             f"--model-dir {model_dir} learned {learner.per_class} for each of its own {len(names)} classes, which can't serve "
             "other names; evaluate it on those classes, or train a method that learns nothing for each class"
+        )
+
+
+def _refuse_class_specific(trainer: Any) -> None:  # noqa: ANN401  (a trainer with Dassl's interface)
+    """Refuse to train what can't serve the classes that it is to be evaluated on afterwards."""
+    learner = getattr(trainer, "model", None)
+    if getattr(learner, "class_specific", False):
+        name = trainer.cfg.TRAINER.NAME
+        raise ConfigError(
+            f"TRAINER.NAME is {name}, which learns {learner.per_class} for each class that it trains on, so it has nothing for "
+            "new classes; run the protocol few-shot, or choose a method or setting that learns nothing for each class"
         )
 
 

@@ -121,6 +121,18 @@ def test_mistakes_are_one_line_and_leave_nothing(protocol, flags, words, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("trainer", "opts", "what"),
+    [("CoOp", ["TRAINER.COOP.CSC", "True", "TRAINER.COOP.CTX_INIT", ""], "a context"), ("TaskRes", [], "a residual")],
+)
+def test_what_is_learned_for_each_class_is_refused_before_it_is_trained(trainer, opts, what, tmp_path, capsys):
+    argv = command(
+        "base-to-new", tmp_path / "runs", "--seeds", "1", trainers=[trainer], datasets=[FAMILIES], opts=[*SMALL, *opts]
+    )
+    fails(capsys, argv, f"which learns {what} for each class that it trains on", "few-shot")
+    assert not list(tmp_path.rglob("*.pth.tar*"))
+
+
 def test_other_data_sets_need_a_config_and_targets(tmp_path, capsys):
     fails(capsys, command("few-shot", tmp_path / "out", datasets=["EuroSAT"]), "--config-file")
     fails(capsys, command("few-shot", tmp_path / "out", datasets=["EuroSet"]), "did you mean 'EuroSAT'")
