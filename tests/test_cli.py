@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -382,6 +383,14 @@ def test_list_shows_entries_with_their_origin(capsys):
     assert main(["train", "--list"]) == 0
     assert "MoCoOp" in capsys.readouterr().out
     fails(capsys, ["list", "trainer"], "did you mean 'trainers'")
+
+
+def test_list_says_which_way_every_backbone_runs(capsys):
+    assert main(["list", "backbones", "--all"]) == 0
+    rows = [re.split(r"\s{2,}", row.strip()) for row in capsys.readouterr().out.splitlines()]
+    assert ["ViT-B/16", "prefix shared", "yes"] in rows and ["tiny-en", "prefix shared", "no"] in rows
+    assert ["ViT-B-16-SigLIP", "full length", "yes", "promptmix[hf]"] in rows and len(rows) > 150
+    fails(capsys, ["list", "trainers", "--all"], "give `list backbones --all`")
 
 
 def test_shipped_configs_are_found_from_any_folder(tmp_path, monkeypatch):

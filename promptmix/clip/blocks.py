@@ -18,8 +18,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from promptmix.clip.places import LayerChanges
-from promptmix.clip.weights import Branch, beside, fused, merged, run_changed
+from promptmix.clip.weights import Branch, beside, merged, run_changed
 from promptmix.errors import ConfigError
+
+#: Names of what gives queries, keys and values in a block of open_clip's.
+_IN_PROJ = ("attn.in_proj_", "attn.q_proj.", "attn.k_proj.", "attn.v_proj.")
 
 
 def is_standard(block: nn.Module) -> TypeGuard[ResidualAttentionBlock]:
@@ -198,7 +201,7 @@ def _call(module: nn.Module, x: Tensor, own: LayerChanges | None, name: str) -> 
 
 
 def _in_proj(block: ResidualAttentionBlock, own: LayerChanges) -> tuple[Tensor, Tensor]:
-    mine = {name: delta for name, delta in own.weights.items() if fused(name).startswith("attn.in_proj_")}
+    mine = {name: delta for name, delta in own.weights.items() if name.startswith(_IN_PROJ)}
     found = merged(block, mine)
     attention = block.attn
     return found.get("attn.in_proj_weight", attention.in_proj_weight), found.get("attn.in_proj_bias", attention.in_proj_bias)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from promptmix.clip.model import CLIP
-from promptmix.clip.tokens import Tokenizer
+from promptmix.clip.tokens import PretrainedTokenizer, Tokenizer
 from promptmix.clip.torchscript import read_torchscript
 from promptmix.errors import WeightsError
 from promptmix.files.archives import is_torchscript, read_saved, tensor_names
@@ -59,7 +59,7 @@ def load_embedded(cfg: CfgNode) -> CLIP:
     from promptmix.assets import asset_path
 
     name = cfg.MODEL.BACKBONE.NAME
-    spec = json.loads(asset_path(f"models/{name}.json").read_text(encoding="utf-8"))
+    spec = embedded_spec(name)
     model = open_clip.CLIP(**spec["model_cfg"])
     if cfg.MODEL.BACKBONE.PRETRAINED:
         state: dict[str, Tensor] = {}
@@ -78,6 +78,14 @@ def load_embedded(cfg: CfgNode) -> CLIP:
     )
 
 
+def embedded_spec(name: str) -> dict[str, Any]:
+    """Return the description of an embedded backbone."""
+    from promptmix.assets import asset_path
+
+    spec: dict[str, Any] = json.loads(asset_path(f"models/{name}.json").read_text(encoding="utf-8"))
+    return spec
+
+
 def load_open_clip(cfg: CfgNode) -> CLIP:
     """Load CoOp's names or any model of open_clip, with quick-GELU where the weights were trained with it.
 
@@ -86,34 +94,69 @@ def load_open_clip(cfg: CfgNode) -> CLIP:
     """
     node = cfg.MODEL.BACKBONE
     name = COOP_NAMES.get(node.NAME, node.NAME)
-    tag = node.TAG or "openai"
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    tag = node.TAG or (tags[0] if len(tags) == 1 else "openai")
     known = get_pretrained_cfg(name, tag) or {}
     if not known and not node.WEIGHTS and node.PRETRAINED:
-        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
-        raise WeightsError(f"MODEL.BACKBONE.TAG {tag!r} is no pretrained tag of {name} (choices: {tags})")
-    if (open_clip.get_model_config(name) or {}).get("text_cfg", {}).get("hf_tokenizer_name"):
-        raise WeightsError(f"MODEL.BACKBONE.NAME {node.NAME!r} does not use CLIP's tokenizer; choose a model such as ViT-B-16")
+        raise WeightsError(f"MODEL.BACKBONE.TAG {tag!r} is no pretrained tag of {name} (choices: {', '.join(tags) or 'none'})")
     quick_gelu = node.NAME in COOP_NAMES and tag == "openai" or bool(known.get("quick_gelu"))
+    tokenizer = load_tokenizer(name, node.TOKENIZER)
     if not node.PRETRAINED:
         model = _create(name, None, quick_gelu)
     elif node.WEIGHTS:
         state = read_weights(Path(node.WEIGHTS))
         # OpenAI's layout says all about its model, so that cut-down models load as well.
         is_openai = "visual.proj" in state and "text_projection" in state or "visual.layer1.0.conv1.weight" in state
-        model = open_clip.CLIP(**openai_config(state)) if is_openai and not node.TAG else _create(name, None, quick_gelu)
+        is_openai = is_openai and not node.TAG and type(tokenizer) is Tokenizer
+        model = open_clip.CLIP(**openai_config(state)) if is_openai else _create(name, None, quick_gelu)
         _fill(model, state, node.WEIGHTS)
     else:
         model = _create(name, tag, quick_gelu)
     size = model.visual.image_size
+    look = (
+        known or (get_pretrained_cfg(name, tags[0]) if tags else None) or {}
+    )  # what its pictures look like, whatever the weights
     return CLIP(
         model,
-        Tokenizer(),
+        tokenizer,
         node.NAME,
-        mean=known.get("mean", open_clip.OPENAI_DATASET_MEAN),
-        std=known.get("std", open_clip.OPENAI_DATASET_STD),
+        mean=look.get("mean", open_clip.OPENAI_DATASET_MEAN),
+        std=look.get("std", open_clip.OPENAI_DATASET_STD),
         image_size=size[0] if isinstance(size, (tuple, list)) else size,
-        interpolation=known.get("interpolation", "bicubic"),
+        interpolation=look.get("interpolation", "bicubic"),
     )
+
+
+def load_tokenizer(name: str, folder: str = "") -> Tokenizer:
+    """Return the tokenizer of open_clip's model ``name``.
+
+    Args:
+        name: open_clip's name.
+        folder: ``MODEL.BACKBONE.TOKENIZER``, a folder with the tokenizer's files; "" downloads them once, where it is not CLIP's.
+
+    Raises:
+        WeightsError: Hugging Face's library is missing, or the files are.
+    """
+    text = (open_clip.get_model_config(name) or {}).get("text_cfg", {})
+    source = text.get("hf_tokenizer_name", "")
+    if not source:
+        if folder:
+            raise WeightsError(f"MODEL.BACKBONE.TOKENIZER is {folder!r}, but {name} uses CLIP's own tokenizer; leave it out")
+        return Tokenizer()
+    try:
+        from open_clip.tokenizer import HFTokenizer
+
+        length = text.get("context_length") or 77
+        return PretrainedTokenizer(HFTokenizer(folder or source, context_length=length, **text.get("tokenizer_kwargs", {})))
+    except ImportError as error:
+        raise WeightsError(
+            f"{name} reads text with a tokenizer of Hugging Face; pip install 'promptmix[hf]', or choose a model such as ViT-B-16"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise WeightsError(
+            f"the tokenizer {folder or source!r} of {name} can't be downloaded or read; connect to the network, or set "
+            "MODEL.BACKBONE.TOKENIZER to a folder with its files"
+        ) from error
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from promptmix.clip.weights import Weights, fused
+from promptmix.clip.weights import Weights, held_as
 from promptmix.errors import ConfigError
 
 #: Attention of a layer: with extra tokens (n, W) that only give keys and values, or None, to the joined heads (..., L, W).
@@ -133,7 +133,7 @@ class Changes:
             # Embeddings are looked up when prompts are composed, before any change is known.
             known = {name for name in module.state_dict() if not name.startswith("token_embedding")}
             for name, delta in self.weights.items():
-                if fused(name) not in known or not (isinstance(delta, Tensor) or name.endswith("weight")):
+                if held_as(name, known)[0] not in known or not (isinstance(delta, Tensor) or name.endswith("weight")):
                     raise ConfigError(
                         f"weights name {name!r}, which the {tower} tower can't change so; names are those of its state dict, "
                         f"such as {max(known)}, and functions stand beside the weight of a linear layer"

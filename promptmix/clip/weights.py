@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -26,29 +26,31 @@ Result = TypeVar("Result")
 _THIRDS = ("q", "k", "v")
 
 
-def fused(name: str) -> str:
-    """Return the name under which the state dict holds ``name``: q, k and v of open_clip's attention are one tensor."""
-    for part in _THIRDS:
+def held_as(name: str, held: Container[str]) -> tuple[str, int | None]:
+    """Return the name of the tensor that ``name`` means, and which third of it.
+
+    Args:
+        name: as a method gives it.
+        held: the names of a module's tensors. Where queries, keys and values are one of them, ``q_proj``, ``k_proj`` and
+            ``v_proj`` are its thirds.
+    """
+    for i, part in enumerate(_THIRDS):
         for kind in ("weight", "bias"):
             end = f"attn.{part}_proj.{kind}"
-            if name.endswith(end):
-                return f"{name.removesuffix(end)}attn.in_proj_{kind}"
-    return name
-
-
-def third(name: str) -> int | None:
-    """Return 0, 1 or 2 where ``name`` is the query's, key's or value's part of ``in_proj``."""
-    stem = name.rpartition(".")[0]
-    return next((i for i, part in enumerate(_THIRDS) if stem.endswith(f"attn.{part}_proj")), None)
+            if name.endswith(end) and name not in held:
+                return f"{name.removesuffix(end)}attn.in_proj_{kind}", i
+    return name, None
 
 
 def merged(module: nn.Module, weights: Weights) -> dict[str, Tensor]:
     """Return the tensors of ``module`` that ``weights`` changes, with the deltas added."""
+    if not weights:
+        return {}
     held = dict(module.named_parameters()) | dict(module.named_buffers())
     found: dict[str, Tensor] = {}
     for name, delta in weights.items():
         if isinstance(delta, Tensor):
-            key, part = fused(name), third(name)
+            key, part = held_as(name, held)
             value = found.get(key, held[key])
             if part is None:
                 found[key] = value + delta

@@ -17,20 +17,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("kind", nargs="?", default="", help=f"one of {', '.join(KINDS)}; default: every registry")
     add("name", nargs="?", default="", metavar="NAME", help="keys: a component (TopK), a node (OPTIM) or a key (OPTIM.LR)")
     add("--plugin", action="append", default=[], metavar="MODULE|FILE", help="load a plugin first")
+    add("--all", action="store_true", help="backbones: every architecture of open_clip, and which way it takes prompts")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the tables."""
-    return show(args.kind, args.plugin, args.name)
+    return show(args.kind, args.plugin, args.name, everything=args.all)
 
 
-def show(kind: str, plugins: list[str], name: str = "") -> int:
+def show(kind: str, plugins: list[str], name: str = "", *, everything: bool = False) -> int:
     """Print one kind, or every registry.
 
     Args:
         kind: one of ``KINDS`` or "".
         plugins: plugins to load before.
         name: of kind ``keys``, what to show the keys of.
+        everything: of kind ``backbones``, open_clip's architectures too, and how they run.
 
     Raises:
         UserError: an unknown kind or name.
@@ -45,9 +47,14 @@ def show(kind: str, plugins: list[str], name: str = "") -> int:
         raise UserError(f"unknown kind {kind!r}{closest(kind, list(KINDS))} (kinds: {', '.join(KINDS)})")
     if name and kind != "keys":
         raise UserError(f"list {kind}: takes no name, but got {name!r}; leave it out, or give `list keys {name}`")
+    if everything and kind != "backbones":
+        raise UserError(f"list {kind or '(every registry)'}: --all shows more backbones; give `list backbones --all`")
     load_plugins(plugins, lenient=True)
     for error in failed_plugins().values():
         sys.stderr.write(f"note: left out: {error}\n")
+    if everything:
+        sys.stdout.write(tabulate(_ways(), headers=("Name", "Text", "Visual prompts", "Needs")) + "\n")
+        return 0
     if kind == "keys":
         sys.stdout.write(tabulate(_keys(name), headers=("Key", "Default", "Takes", "Meaning"), disable_numparse=True) + "\n")
         return 0
@@ -64,6 +71,25 @@ def show(kind: str, plugins: list[str], name: str = "") -> int:
     ]
     sys.stdout.write(tabulate(entries, headers=("Kind", "Name", "From")) + "\n")
     return 0
+
+
+def _ways() -> list[tuple[str, str, str, str]]:
+    """Return every backbone: how prompts go through its text tower, whether its image tower takes any, and the extra it needs."""
+    from promptmix.clip.load import COOP_NAMES, EMBEDDED_NAMES, embedded_spec
+    from promptmix.clip.ways import all_ways, way_of
+    from promptmix.registry import BACKBONE_REGISTRY
+
+    ways = {way.name: way for way in all_ways()}
+    for name in EMBEDDED_NAMES:
+        ways[name] = way_of(name, embedded_spec(name)["model_cfg"])
+    rows = []
+    for name in [*BACKBONE_REGISTRY, *ways]:
+        way = ways.get(COOP_NAMES.get(name, name))
+        if way is not None:
+            rows.append((name, way.text, "yes" if way.visual_prompts else "no", way.needs))
+        else:
+            rows.append((name, f"as {BACKBONE_REGISTRY.origin(name)} says", "", ""))
+    return list(dict.fromkeys(rows))
 
 
 def _keys(name: str) -> list[tuple[str, str, str, str]]:

@@ -139,6 +139,8 @@ def _add_model(cfg: CN) -> None:
     _key(cfg, "MODEL.BACKBONE.TAG", "", comment)
     comment = "ours: local file (OpenAI archive, state dict, safetensors) instead of a download"
     _key(cfg, "MODEL.BACKBONE.WEIGHTS", "", comment)
+    comment = "ours: folder with the tokenizer's files, for models that don't use CLIP's; '' = downloaded once"
+    _key(cfg, "MODEL.BACKBONE.TOKENIZER", "", comment)
     comment = "ours: classes in memory at a time, the rest is computed again (exact, slower); 0 = all"
     _key(cfg, "MODEL.CLASS_CHUNK", 0, comment, low=0, high=_MANY)
     comment = "ours: encode only experts that some picture of the batch chose, where no loss needs others"

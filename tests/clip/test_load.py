@@ -12,6 +12,7 @@ from promptmix.clip.load import COOP_NAMES, openai_config, read_weights
 from promptmix.config import get_cfg_default
 from promptmix.errors import RegistryError, WeightsError
 from promptmix.plugin_manager import get_plugin_manager
+from tests.clip.relatives import StandIn, build, shrink
 from tests.trainers.golden import seeded
 
 
@@ -84,7 +85,7 @@ def test_a_file_with_code_is_refused(tmp_path):
         (dict(name="ViT-B/17"), RegistryError, "did you mean 'ViT-B/16'"),
         (dict(WEIGHTS="nowhere.pt"), WeightsError, "no such file"),
         (dict(name="ViT-B-16", TAG="laion5b"), WeightsError, "no pretrained tag of ViT-B-16"),
-        (dict(name="ViT-B-16-SigLIP", TAG="webli"), WeightsError, "CLIP's tokenizer"),
+        (dict(name="ViT-B-16", TOKENIZER="here"), WeightsError, "uses CLIP's own tokenizer; leave it out"),
     ],
 )
 def test_mistakes(tree, error, words):
@@ -105,3 +106,30 @@ def test_failed_download_says_what_to_do(monkeypatch):
     monkeypatch.setattr(open_clip, "create_model", offline)
     with pytest.raises(WeightsError, match=r"can't be downloaded.*local file.*tiny-en"):
         load_clip(cfg())
+
+
+def test_a_tokenizer_of_hugging_face(monkeypatch):
+    """The library may be missing, or the files; with both, SigLIP loads, with its one tag, colours and bias."""
+    given = []
+
+    def missing(*args, **kwargs):
+        raise ImportError("No module named 'transformers'")
+
+    def offline(*args, **kwargs):
+        raise OSError("no network")
+
+    def stand_in(name, **kwargs):
+        given.append((name, kwargs))
+        return StandIn("SigLIP")
+
+    settings = cfg("ViT-B-16-SigLIP", PRETRAINED=False)
+    for tokenizer, words in ((missing, r"pip install 'promptmix\[hf\]'"), (offline, r"MODEL.BACKBONE.TOKENIZER to a folder")):
+        monkeypatch.setattr("open_clip.tokenizer.HFTokenizer", tokenizer)
+        with pytest.raises(WeightsError, match=words):
+            load_clip(settings)
+    monkeypatch.setattr("open_clip.tokenizer.HFTokenizer", stand_in)
+    model = build(shrink("ViT-B-16-SigLIP"))
+    monkeypatch.setattr(open_clip, "create_model", lambda *args, **kwargs: model)
+    clip = load_clip(cfg("ViT-B-16-SigLIP", TOKENIZER="folder"))
+    assert given == [("folder", {"context_length": 64, "clean": "canonicalize"})]
+    assert clip.mean == (0.5, 0.5, 0.5) and clip.bias is not None and clip.tokenizer.pad == 1
