@@ -14,6 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", metavar="DIR", help="folder with the output folders of runs, at any depth")
     parser.add_argument("--format", default="github", help="github, latex, csv, json, or any other format of tabulate")
     parser.add_argument("--metric", nargs="+", metavar="NAME", help="default: accuracy macro_accuracy")
+    parser.add_argument("--keyword", default="", metavar="NAME", help="of CoOp's scripts: the one metric that is shown (error)")
     parser.add_argument("--split", default="test", help="which evaluation: test or val")
     parser.add_argument("--sort", default="name", help="name, time, base, new, h or test (best first)")
     parser.add_argument("--test-log", action="store_true", help="only runs that evaluated a checkpoint without training")
@@ -31,6 +32,10 @@ def run(args: argparse.Namespace) -> int:
     from promptmix.runs import results
     from promptmix.tables import tables
 
+    if args.keyword:
+        if args.metric:
+            raise UserError("--keyword and --metric name the same thing; leave one of them out")
+        args.metric = [results.LOG_NAMES.get(args.keyword, args.keyword)]
     runs, unread = results.find(args.directory, args.test_log)
     rows, metrics, notes = tables.aggregate(runs, args.metric, args.split, args.ci95)
     rows += tables.averages(rows, metrics, args.ci95)

@@ -247,10 +247,19 @@ def read_run(folder: str | Path) -> RunResult | None:
     Raises:
         DataError: there is a ``results.json``, but it can't be read.
     """
-    if Path(folder, FILE_NAME).is_file():
-        return load(Path(folder, FILE_NAME))
     log = newest_log(Path(folder))
+    if Path(folder, FILE_NAME).is_file() and (log is None or not _is_foreign(Path(folder, FILE_NAME))):
+        return load(Path(folder, FILE_NAME))
     return None if log is None else from_log(log)
+
+
+def _is_foreign(path: Path) -> bool:
+    """Tell whether a file of this name was written by another program, as some forks do beside their log."""
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return False  # ours, damaged
+    return not isinstance(tree, dict) or "schema_version" not in tree
 
 
 def _folders(root: Path) -> Iterator[Path]:
@@ -267,7 +276,7 @@ def newest_log(folder: Path) -> Path | None:
 
 
 _METRIC = re.compile(r"^\* ([\w-]+): ([\d.eE+-]+)%?\s*$")
-_LOG_NAMES = {"error": "error_rate", "macro_acc": "macro_accuracy"}  # what a log line is called in results.json
+LOG_NAMES = {"error": "error_rate", "macro_acc": "macro_accuracy"}  # what a log line is called in results.json
 _SPLIT = re.compile(r"^(?:Evaluate on the \*|Do evaluation on )(\w+)\*? set")  # the second is that of older Dassl
 _ARGUMENT = re.compile(r"^(eval_only|load_epoch|model_dir): (.*)$", re.M)
 _BANNER = re.compile(r"^\*+\n\*\* Config \*\*\n\*+\n(.*?)(?=^(?:Collecting env info|\*\*)|\Z)", re.M | re.S)
@@ -310,7 +319,7 @@ def _log_metrics(text: str) -> dict[str, dict[str, float]]:
             continue
         found = _METRIC.match(line) if inside else None
         if found and found.group(1) not in ("total", "correct"):
-            metrics[split][_LOG_NAMES.get(found.group(1), found.group(1))] = float(found.group(2))
+            metrics[split][LOG_NAMES.get(found.group(1), found.group(1))] = float(found.group(2))
     return metrics
 
 

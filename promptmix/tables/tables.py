@@ -25,6 +25,7 @@ from tabulate import tabulate, tabulate_formats
 from promptmix.errors import UserError
 from promptmix.registry import closest
 from promptmix.runs.results import RunResult
+from promptmix.tables import origins
 from promptmix.tables.spread import CI95, STD, spread_of
 
 FORMATS = [*tabulate_formats, "csv", "json"]
@@ -124,6 +125,7 @@ def aggregate(
     Raises:
         UserError: no run has an evaluation of this split, or a metric of this name.
     """
+    runs = origins.resolve(runs)
     chosen = _known_metrics(runs, metrics, split)
     groups: dict[tuple[str, ...], list[RunResult]] = defaultdict(list)
     for run in runs:
@@ -284,13 +286,48 @@ def _weights(run: RunResult) -> str:
 
 def _by_settings(runs: list[RunResult]) -> dict[str, list[RunResult]]:
     """Part runs whose configs differ in anything that could move a number, so that they are never averaged together."""
-    flat = [run.settings() for run in runs]
-    shared = set.intersection(*(set(one) for one in flat))  # a plugin's keys are in a config only if it was loaded
-    differing = sorted(key for key in shared if len({one[key] for one in flat}) > 1)
+    flat = [_settings(run, runs) for run in runs]
+    whole = [one for run, one in zip(runs, flat, strict=True) if run.checkpoint is None] or flat
+    # A plugin's keys are in a config only if it was loaded, those of training only in runs that trained.
+    shared = set.intersection(*(set(one) for one in whole))
+    shared &= set.intersection(*(set(one) | {key for key in shared if key.startswith(origins.TRAINING_KEYS)} for one in flat))
+    differing = sorted(key for key in shared if len({one[key] for one in flat if key in one}) > 1)
+    texts = [{key: one[key] for key in differing if key in one} for one in flat]
+    complete = [text for text in texts if len(text) == len(differing)]
     parts: dict[str, list[RunResult]] = defaultdict(list)
-    for run, one in zip(runs, flat, strict=True):
-        parts[" ".join(f"{key}={one[key]}" for key in differing)].append(run)
-    return dict(sorted(parts.items()))
+    for run, text in zip(runs, texts, strict=True):
+        # An evaluation of unknown training belongs to the only one that it can belong to.
+        fitting = {tuple(other.items()) for other in complete if text.items() <= other.items()}
+        found = dict(next(iter(fitting))) if len(fitting) == 1 else text
+        parts[" ".join(f"{key}={value}" for key, value in found.items())].append(run)
+    return dict(sorted(by_folder for key, same in parts.items() for by_folder in _by_folder(key, same)))
+
+
+def _settings(run: RunResult, runs: list[RunResult]) -> dict[str, str]:
+    """Return a run's settings; those of training are, for an evaluation, the evaluated run's, or unknown."""
+    own = run.settings()
+    if run.checkpoint is None:
+        return own
+    trained = origins.partner(run, runs)
+    theirs = trained.settings() if trained is not None else {}
+    own = {key: value for key, value in own.items() if not key.startswith(origins.TRAINING_KEYS)}
+    return own | {key: value for key, value in theirs.items() if key.startswith(origins.TRAINING_KEYS)}
+
+
+def _by_folder(settings: str, runs: list[RunResult]) -> list[tuple[str, list[RunResult]]]:
+    """Part runs that are alike but for the folder that was evaluated, where one seed has several of them."""
+    seen: dict[tuple[str, int], RunResult] = {}
+    for run in (run for run in runs if run.checkpoint is not None and run.seed >= 0):
+        other = seen.setdefault((run.subsample_classes, run.seed), run)
+        if not origins.same_training(run, other):
+            break
+    else:
+        return [(settings, runs)]
+    parts: list[list[RunResult]] = []
+    for run in sorted(runs, key=lambda run: -len(origins.label(run))):
+        known = next((part for part in parts if origins.same_training(run, part[0])), None)
+        parts.append([run]) if known is None else known.append(run)
+    return [(f"{settings} --model-dir={origins.label(part[0])}".strip(), part) for part in parts]
 
 
 def _fill(row: Row, runs: list[RunResult], metrics: list[str], split: str, ci95: bool) -> list[str]:

@@ -113,3 +113,96 @@ def test_unfinished_and_older_logs(tmp_path, capsys):
     assert main(["parse", str(tmp_path), "--metric", "accuracy"]) == 0
     printed = capsys.readouterr()
     assert "70.00" in printed.out and "no finished result" in printed.err and "cut" in printed.err
+
+
+# Trees as CoOp's scripts leave them
+
+
+def evaluated(folder, cfg, accuracy, model_dir):
+    write_log(folder, cfg, accuracy, eval_only=True)
+    log = folder / "log.txt"
+    log.write_text(log.read_text().replace("model_dir: out/seed1", f"model_dir: {model_dir}"))
+
+
+def test_sources_and_targets_stay_a_matrix(tmp_path, capsys):
+    """Prompts of two sources on two targets: the printed configs of an evaluation are alike but for the target."""
+    for source, bonus in (("imagenet", 0), ("caltech101", 10)):
+        for target, accuracy in (("EuroSAT", 40.0), ("DescribableTextures", 50.0)):
+            for seed in (1, 2):
+                cfg = config("CoOp", seed, dataset=target)
+                cfg.DATASET.NUM_SHOTS = -1  # CoOp's script for this gives no shots
+                folder = tmp_path / "output" / "evaluation" / source / target / f"seed{seed}"
+                evaluated(folder, cfg, accuracy + bonus + seed, f"output/{source}/CoOp/vit_b16_16shots/seed{seed}")
+    write_log(
+        tmp_path / "output" / "caltech101" / "CoOp" / "vit_b16_16shots" / "seed1", config("CoOp", 1, dataset="Caltech101"), 93.0
+    )
+    write_log(
+        tmp_path / "output" / "imagenet" / "CoOp" / "vit_b16_16shots" / "seed1", config("CoOp", 1, dataset="ImageNet"), 70.0
+    )
+    rows = table(capsys, tmp_path, "--metric", "accuracy")
+    means = {dataset: row["mean"] for (_, dataset, _), row in rows.items()}
+    assert means["ImageNet → EuroSAT"] == 41.5 and means["Caltech101 → EuroSAT"] == 51.5
+    assert means["ImageNet → DescribableTextures"] == 51.5 and means["Caltech101 → DescribableTextures"] == 61.5
+    assert means["ImageNet → average of 2"] == 46.5 and means["Caltech101"] == 93.0
+    assert {row["shots"] for row in rows.values()} == {"16"}
+
+
+def test_a_source_that_only_the_folder_tells(tmp_path, capsys):
+    evaluated(tmp_path / "a" / "seed1", config("CoOp", 1), 40.0, "/home/me/output/oxford_pets/CoOp/vit_b16_4shots/seed1")
+    evaluated(tmp_path / "b" / "seed1", config("CoOp", 1), 60.0, "/home/me/output/eurosat/CoOp/vit_b16_4shots/seed1")
+    write_log(tmp_path / "c" / "seed1", config("CoOp", 1, dataset="OxfordPets"), 93.0)  # another experiment
+    rows = table(capsys, tmp_path, "--metric", "accuracy")
+    assert rows["CoOp", "OxfordPets → EuroSAT", "test"]["mean"] == 40.0 and rows["CoOp", "EuroSAT", "test"]["mean"] == 60.0
+
+
+def test_two_trainings_evaluated_on_one_data_set_are_two_rows(tmp_path, capsys):
+    for name, accuracy in (("first", 40.0), ("second", 60.0)):
+        for seed in (1, 2):
+            evaluated(tmp_path / name / f"seed{seed}", config("CoOp", seed), accuracy, f"exp/{name}/seed{seed}")
+    assert main(["parse", str(tmp_path), "--metric", "accuracy"]) == 0
+    printed = capsys.readouterr()
+    assert "40.00" in printed.out and "60.00" in printed.out and "--model-dir=exp/first" in printed.out
+    assert "newest" not in printed.err
+
+
+def test_base_and_new_evaluated_with_other_epochs_meet(tmp_path, capsys):
+    """The config file of the evaluation says 50 epochs, that of the training said 200: nobody trains with the former."""
+    base, new = config("CoOp", 1, "base"), config("CoOp", 1, "new")
+    base.OPTIM.MAX_EPOCH, new.OPTIM.MAX_EPOCH, new.OPTIM.LR = 200, 50, 0.1
+    write_log(tmp_path / "train" / "seed1", base, 90.0)
+    evaluated(tmp_path / "new" / "seed1", new, 60.0, "train/seed1")
+    rows = table(capsys, tmp_path, "--metric", "accuracy")
+    assert rows["CoOp", "EuroSAT", "h"]["mean"] == pytest.approx(72)
+    evaluated(tmp_path / "base" / "seed2", config("CoOp", 2, "base"), 90.0, "elsewhere/seed2")
+    cfg = config("CoOp", 2, "new")
+    cfg.OPTIM.MAX_EPOCH = 7
+    evaluated(tmp_path / "new" / "seed2", cfg, 60.0, "elsewhere/seed2")
+    assert table(capsys, tmp_path, "--metric", "accuracy")["CoOp", "EuroSAT", "h"]["count"] == 2
+
+
+def test_trainings_that_differ_stay_apart_beside_an_evaluation(tmp_path, capsys):
+    for name, epochs in (("short", 50), ("long", 200)):
+        cfg = config("CoOp", 1, "base")
+        cfg.OPTIM.MAX_EPOCH = epochs
+        write_log(tmp_path / "exp" / name / "seed1", cfg, float(epochs) / 4)
+    evaluated(tmp_path / "new" / "seed1", config("CoOp", 1, "new"), 60.0, "exp/long/seed1")
+    assert main(["parse", str(tmp_path), "--format", "json", "--metric", "accuracy"]) == 0
+    rows = {(row["settings"], row["part"]): row["mean"] for row in json.loads(capsys.readouterr().out)}
+    assert rows["OPTIM.MAX_EPOCH=50", "base"] == 12.5 and rows["OPTIM.MAX_EPOCH=200", "h"] == pytest.approx(2 * 50 * 60 / 110)
+
+
+def test_a_results_file_of_another_program(tmp_path, capsys):
+    write_log(tmp_path / "seed1", config("CoOp", 1), 80.0)
+    (tmp_path / "seed1" / "results.json").write_text('{"acc": 0.8}')
+    assert table(capsys, tmp_path, "--metric", "accuracy")["CoOp", "EuroSAT", "test"]["mean"] == 80.0
+    (tmp_path / "seed1" / "log.txt").unlink()
+    assert main(["parse", str(tmp_path)]) == 2
+    assert "is not a results file of promptmix" in capsys.readouterr().err
+
+
+def test_keyword_of_coops_script(tmp_path, capsys):
+    write_log(tmp_path / "seed1", config("CoOp", 1), 80.0)
+    assert table(capsys, tmp_path, "--keyword", "error")["CoOp", "EuroSAT", "test"]["mean"] == 20.0
+    assert table(capsys, tmp_path, "--keyword", "macro_f1")["CoOp", "EuroSAT", "test"]["mean"] == 79.0
+    assert main(["parse", str(tmp_path), "--keyword", "error", "--metric", "accuracy"]) == 2
+    assert "--keyword and --metric name the same thing" in capsys.readouterr().err
