@@ -76,7 +76,7 @@ class World:
         cfg = self.config(name, *opts)
         if self.device.type == "meta":  # what an earlier trainer left without numbers is filled again
             self.clip.to_empty(device="cpu").load_state_dict(self._state)
-            mask = self.clip.text.attn_mask
+            mask = getattr(self.clip.text, "attn_mask", None)
             if mask is not None:  # towers without a causal mask have none
                 self.clip.text.attn_mask = torch.full_like(mask, -torch.inf).triu_(1)
         for registry, entry in ((DATASET_REGISTRY, dataset), (BACKBONE_REGISTRY, lambda cfg: self.clip)):

@@ -131,17 +131,18 @@ class ImageTower(nn.Module):
             ConfigError: prompts, actions or patches were asked of a tower that has none, or a name is unknown.
         """
         changes = self._changes(prompts, weights, actions)
-        if tokens is not None:
-            return self._encode_tokens(images, changes, tokens)
-        if not changes.steps and not changes.actions and not self.skips_unread:
+        if tokens is None and not changes.steps and not changes.actions and not self.skips_unread:
             return self._whole(images, changes)
         tokens_of = [step.tokens for step in changes.steps.values()]
         same_for_all = all(new is None or isinstance(new, Tensor) and new.dim() == 2 for new in tokens_of)
         separable = same_for_all and not changes.has_functions
         if self.skips_unread and separable and images.device.type == "cpu" and not torch.is_grad_enabled():
             portions = images.split(_PICTURES_PER_THREAD * torch.get_num_threads())
-            return torch.cat([self._encode(portion, changes) for portion in portions])
-        return self._encode(images, changes)
+            if tokens is None:
+                return torch.cat([self._encode(portion, changes) for portion in portions])
+            both = [self._encode_tokens(portion, changes, tokens) for portion in portions]
+            return torch.cat([image for image, _ in both]), torch.cat([patches for _, patches in both])
+        return self._encode(images, changes) if tokens is None else self._encode_tokens(images, changes, tokens)
 
     def states(
         self,
