@@ -82,14 +82,14 @@ class PromptDistribution(PromptBank):
             if len(self._turn) < self.prompt_bs:
                 self._turn = torch.randperm(self.num_experts).tolist()
             some, self._turn = self._turn[: self.prompt_bs], self._turn[self.prompt_bs :]
-        return self.encode(self.task.clip.text.tokenizer.class_tokens(names), some)
+        return self.encode_some(self.task.clip.text.tokenizer.class_tokens(names), some)
 
     def without_names(self) -> Tensor:
         """Return the normalised features (K, D) of all prompts without a class name."""
         nothing = ClassTokens(("",), ((),))
-        return self.encode(nothing, list(range(self.num_experts)))[:, 0]
+        return self.encode_some(nothing, list(range(self.num_experts)))[:, 0]
 
-    def encode(self, names: ClassTokens, prompts: list[int]) -> Tensor:
+    def encode_some(self, names: ClassTokens, prompts: list[int]) -> Tensor:
         """Return normalised features (len(prompts), C, D); prompts of one position go through the tower together."""
         tower, half = self.task.clip.text, self.ctx.shape[1] // 2
         stop = tower.embed(tower.tokenizer.encode("."))[None]

@@ -197,7 +197,7 @@ def _refuse_other_method(new: RunResult, model_dir: str, learner: Any) -> None: 
 
 def _refuse_class_specific(trainer: Any) -> None:  # noqa: ANN401  (a trainer with Dassl's interface)
     """Refuse to train what can't serve the classes that it is to be evaluated on afterwards."""
-    learner = getattr(trainer, "model", None)
+    learner: Any = getattr(trainer, "model", None)
     if getattr(learner, "class_specific", False):
         name = trainer.cfg.TRAINER.NAME
         raise ConfigError(

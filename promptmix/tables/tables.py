@@ -289,8 +289,10 @@ def _by_settings(runs: list[RunResult]) -> dict[str, list[RunResult]]:
     flat = [_settings(run, runs) for run in runs]
     whole = [one for run, one in zip(runs, flat, strict=True) if run.checkpoint is None] or flat
     # A plugin's keys are in a config only if it was loaded, those of training only in runs that trained.
-    shared = set.intersection(*(set(one) for one in whole))
-    shared &= set.intersection(*(set(one) | {key for key in shared if key.startswith(origins.TRAINING_KEYS)} for one in flat))
+    shared: set[str] = set.intersection(*(set(one) for one in whole))
+    trained = {key for key in shared if key.startswith(origins.TRAINING_KEYS)}
+    for one in flat:
+        shared &= set(one) | trained
     differing = sorted(key for key in shared if len({one[key] for one in flat if key in one}) > 1)
     texts = [{key: one[key] for key in differing if key in one} for one in flat]
     complete = [text for text in texts if len(text) == len(differing)]

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-import promptmix
 from promptmix.config import get_cfg, merge_file, merge_opts, source_of, validate
 from promptmix.config.flags import make_config, resolve_config
 from promptmix.config.names import named_configs, named_tree
@@ -15,7 +14,7 @@ from promptmix.errors import ConfigError
 from promptmix.plugin_manager import get_plugin_manager
 
 get_plugin_manager()
-CONFIGS = next(Path(folder) / "configs" for folder in promptmix.__path__ if (Path(folder) / "configs").is_dir())
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 NAMES = sorted(named_configs(CONFIGS))
 TINY = sorted(CONFIGS.glob("trainers/*/tiny.yaml"))
 #: Sizes of the groups in the MoCoOp authors' configs (github.com/dyabel/mocoop, commit 04b5d2a, configs/datasets).

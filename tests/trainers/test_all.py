@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import promptmix
 from promptmix.config import get_cfg, merge_file, merge_opts, validate
 from promptmix.engine import load_checkpoint
 from promptmix.errors import UserError
@@ -22,7 +21,7 @@ LEARNED = [name for name in TRAINERS if name not in ("ZeroshotCLIP", "TipAdapter
 #: What they learn belongs to each class.
 CLASS_SPECIFIC = {"TipAdapterF", "TaskRes"}
 BASE, NEW = 3, 2
-CONFIGS = next(Path(folder) / "configs" for folder in promptmix.__path__ if (Path(folder) / "configs").is_dir())
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 #: Files that start with "_" are parts of others; sweeps are plans over configs, read by their own command.
 YAMLS = [path for path in sorted(CONFIGS.rglob("*.yaml")) if path.name[0] != "_" and path.parent.name != "sweeps"]
 

@@ -185,7 +185,7 @@ def test_proda_takes_each_prompt_once_before_any_twice():
     task = golden_task(frozen())
     bank = PromptDistribution(task, 8, 2, 4).train()
     seen = []
-    bank.encode = lambda names, prompts: seen.append(prompts) or torch.zeros(len(prompts), 5, 512)
+    bank.encode_some = lambda names, prompts: seen.append(prompts) or torch.zeros(len(prompts), 5, 512)
     for _ in range(4):
         bank(task.classnames)
     assert [sorted(seen[i] + seen[i + 1]) for i in (0, 2)] == [list(range(8))] * 2

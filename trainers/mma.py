@@ -1,0 +1,170 @@
+"""MMA: Multi-Modal Adapter for Vision-Language Models.
+
+Lingxiao Yang, Ru-Yuan Zhang, Yanchen Wang, Xiaohua Xie. CVPR 2024.
+
+| paper | here |
+|---|---|
+| A_k, adapters of the layers k ... L in both encoders | ``SharedAdapters``, blocks ``ADAPTER_START`` to ``ADAPTER_END`` |
+| W_down, W_up of one tower, W_shared of both | ``Adapter.down``, ``Adapter.up``, ``SharedAdapters.shared`` |
+| x + alpha A_k(x), alpha = 0.001 | ``SharedAdapters.actions``, ``ADAPTER_SCALE`` |
+
+y = alpha up(relu(shared(relu(down(ln_1(x)))))) of a block's input is added to what leaves the block. Each token is changed on its
+own, so that the text tower stays prefix-shared.
+
+As in the authors' code (github.com/ZjjConan/Multi-Modal-Adapter, trainers/mma.py), weights are trained as if alpha were 1: their
+gradients are divided by it, the inputs' are true. Deviations: ADAPTER_START counts from 1 and can't be 0, which there also adapts
+the token embeddings; text features are never kept from one evaluation to the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from promptmix import hookimpl
+from promptmix.clip import LayerAction
+from promptmix.config.declare import Setting, inherits
+from promptmix.engine.layout import Layout, linear
+from promptmix.prompts.deep import check_depth
+from promptmix.prompts.heads import Cosine
+from promptmix.prompts.learner import Learner
+from promptmix.prompts.roles import PromptBank, Task
+from promptmix.prompts.trainer import PromptTrainer
+from promptmix.registry import Registry
+
+
+class _ScaledGradient(torch.autograd.Function):
+    """The identity, whose gradient is multiplied by a factor."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:  # noqa: ANN401
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401
+        return ctx.factor * gradient, None
+
+
+class Adapter(nn.Module):
+    """The maps of one tower and block, in front of and behind the shared one; weights start Kaiming-normal, biases at zero.
+
+    Args:
+        width: W of the tower.
+        hidden: width between.
+    """
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.down, self.up = _kaiming(width, hidden), _kaiming(hidden, width)
+
+
+class SharedAdapters(PromptBank):
+    """Adapters in the last blocks of both towers, in front of a hand-written prompt.
+
+    Args:
+        task: the frozen model and the data set's words.
+        adapter_start: first block, counted from 1.
+        adapter_end: last block.
+        adapter_dim: width between.
+        adapter_scale: alpha.
+        text_ctx_init: words in front of the class name.
+    """
+
+    image_is_frozen = False
+
+    def __init__(
+        self,
+        task: Task,
+        adapter_start: Annotated[int, Setting("first block with adapters, counted from 1", low=1)] = 5,
+        adapter_end: Annotated[int, Setting("last block with adapters", low=1)] = 12,
+        adapter_dim: Annotated[int, Setting("width between", low=1)] = 32,
+        adapter_scale: Annotated[float, Setting("alpha: factor on what is added", above=0)] = 0.001,
+        text_ctx_init: Annotated[str, Setting("words in front of the class name")] = "a photo of a",
+    ) -> None:
+        super().__init__()
+        check_depth(task.clip, "adapter_end", adapter_end, text=True, vision=True)
+        self.task, self.scale, self.template = task, adapter_scale, f"{text_ctx_init.replace('_', ' ')} {{}}."
+        layers = [str(layer) for layer in range(adapter_start, adapter_end + 1)]
+        self.text = nn.ModuleDict({layer: Adapter(task.clip.text.width, adapter_dim) for layer in layers})
+        self.visual_adapters = nn.ModuleDict({layer: Adapter(task.clip.image.width, adapter_dim) for layer in layers})
+        self.shared = nn.ModuleDict({layer: _kaiming(adapter_dim, adapter_dim) for layer in layers})
+
+    @property
+    def num_experts(self) -> int:
+        """Always 1."""
+        return 1
+
+    def actions(self, adapters: nn.ModuleDict, blocks: Sequence[Any]) -> Mapping[int, LayerAction]:
+        """Return what is added behind each adapted block of one tower."""
+
+        def added(layer: str, adapter: Any) -> LayerAction:  # noqa: ANN401
+            block, shared = blocks[int(layer) - 1], self.shared[layer]
+
+            def after(x: Tensor, out: Tensor) -> Tensor:
+                inside = _ScaledGradient.apply(block.ln_1(x), self.scale)
+                y = adapter.up(F.relu(shared(F.relu(adapter.down(inside)))))
+                return out + self.scale * _ScaledGradient.apply(y, 1 / self.scale)
+
+            return LayerAction(after=after, per_token=True)
+
+        return {int(layer) - 1: added(layer, adapter) for layer, adapter in adapters.items()}
+
+    def image_changes(self) -> dict[str, Any]:
+        """Return the adapters of the image tower."""
+        return {"actions": self.actions(self.visual_adapters, self.task.clip.image.visual.transformer.resblocks)}
+
+    def forward(self, names: Sequence[str], image_features: Tensor | None = None, *, full_stop: bool | None = None) -> Tensor:
+        """Return normalised text features (1, C, D)."""
+        tower = self.task.clip.text
+        blocks: Any = tower.blocks
+        return F.normalize(tower(tower.compose_text(self.template, names), actions=self.actions(self.text, blocks)), dim=-1)
+
+    def references(self, names: Sequence[str]) -> Tensor:
+        """Return the hand-written prompt's features (1, C, D) through the unchanged tower."""
+        return self.task.clip.hard_features([self.template], names)
+
+
+def _kaiming(width_in: int, width_out: int) -> nn.Linear:
+    layer = nn.Linear(width_in, width_out)
+    nn.init.kaiming_normal_(layer.weight, mode="fan_out")
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class MMA(PromptTrainer):
+    """Adapters with a shared middle in the last blocks of both towers, trained with cross-entropy."""
+
+    layout = Layout(
+        "adapter_learner",
+        tuple(
+            rule
+            for tower, ours in (("text", "text"), ("visual", "visual_adapters"))
+            for theirs, name in (("down.0", "down"), ("up", "up"))
+            for rule in linear(f"{tower}_adapter.{{i}}.{theirs}", f"bank.{ours}.{{i}}.{name}")
+        )
+        + linear("shared_adapter.{i}.0", "bank.shared.{i}"),
+        unused=(r"token_embedding.*",),
+    )
+
+    @inherits(SharedAdapters)
+    def compose(self, task: Task, **adapters: Any) -> Learner:
+        """Return the adapted towers in front of the hand-written prompt."""
+        bank = SharedAdapters(task, **adapters)
+        return Learner(task, bank, head=Cosine(task, bank))
+
+
+@hookimpl
+def register_trainers(registry: Registry) -> None:
+    """Add the trainer."""
+    registry.register(MMA)
+
+
+@hookimpl
+def register_prompt_banks(registry: Registry) -> None:
+    """Add the bank."""
+    registry.register(SharedAdapters)
