@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from promptmix.errors import ConfigError
 from promptmix.prompts.learner import Learner
-from promptmix.prompts.losses import CrossEntropy
+from promptmix.prompts.losses import CrossEntropy, RouterLoss
 from promptmix.registry import DISTILLER_REGISTRY, ROUTER_REGISTRY, TEXT_SUPERVISION_REGISTRY
 from tests.plugins.small import JOINT, bank_of, small_task, unit
 
@@ -56,13 +56,25 @@ def test_prompts_per_image_refuse_a_supervision_of_one_text(task):
 
 @pytest.mark.parametrize("router", ["HardPromptTopK", "TopK", "NoisyTopK", "Soft", "Uniform", "none"])
 @pytest.mark.parametrize(
-    ("bank", "settings"), [("Soft", {"n_prompts": 3}), ("TemplateGroups", {}), ("InstanceConditional", {"n_prompts": 3})]
+    ("bank", "settings"),
+    [
+        ("Soft", {"n_prompts": 3}),
+        ("TemplateGroups", {}),
+        ("InstanceConditional", {"n_prompts": 3}),
+        ("CoupledDeep", {"n_prompts": 3, "prompt_depth": 1}),
+        ("IndependentDeep", {"n_prompts": 3, "prompt_depth_vision": 1, "prompt_depth_text": 2}),
+    ],
 )
-def test_every_bank_with_every_router(task, bank, settings, router):
+def test_every_bank_with_every_router_and_loss(task, bank, settings, router):
     experts = bank_of(task, bank, **settings)
     routes = None if router == "none" else ROUTER_REGISTRY.get(router)(task, experts)
-    learner = Learner(task, experts, routes, loss=CrossEntropy() + DISTILLER_REGISTRY.get("ZeroshotKL")(task, experts))
-    terms = learner.loss(learner.step(unit(4, JOINT), torch.tensor([0, 1, 2, 5])))
+    losses = ["FrozenImageL1", "GatedHardPrompts", "ZeroshotKL"]
+    loss = CrossEntropy() + RouterLoss(routes) + TEXT_SUPERVISION_REGISTRY.get("L1ToEnsemble")(task, experts)
+    for name in losses:
+        loss += DISTILLER_REGISTRY.get(name)(task, experts).named(name)
+    learner = Learner(task, experts, routes, loss=loss)
+    terms = learner.loss(learner.step(torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 5])))
+    assert set(losses) < set(terms.parts)
     terms.total.backward()
     assert terms.logits.shape == (4, 6)
     assert all(parameter.grad is not None for parameter in learner.parameters() if parameter.numel())
