@@ -198,6 +198,8 @@ def test_checkpoint_of_another_method(dots, tmp_path, capsys):
     (tmp_path / "out" / "results.json").unlink()  # then the tensors themselves must tell
     fails(capsys, evaluate, "model.pth.tar-2")
     resume = [*other, "--resume", str(tmp_path / "out")]
+    fails(capsys, resume, "--resume", "holds another run (trainer is Linear there, OtherLinear here)")
+    (tmp_path / "out" / "run_config.yaml").unlink()
     fails(capsys, resume, "model.pth.tar-2")
     assert not (tmp_path / "other").exists()
 

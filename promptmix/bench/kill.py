@@ -44,12 +44,14 @@ class Trial:
 
     Attributes:
         method: name of the trainer.
+        place: its run folder.
         way: settings of the run.
         kills: signals that hit it.
         wrong: how it differs from the unbroken run; empty = nothing.
     """
 
     method: str
+    place: Path
     way: tuple[str, ...]
     kills: list[str]
     wrong: list[str]
@@ -92,7 +94,7 @@ def trials(method: str, kills: int, folder: Path, args: Namespace) -> Iterator[T
     draw = random.Random(f"{method} {args.seed}")
     unbroken: dict[tuple[str, ...], tuple[Path, float]] = {}
     can_cache = _ends(method, _settings(**{"INPUT.CACHED_VIEWS": 1}), folder / "views", args)
-    hits = 0
+    hits = number = 0
     while hits < kills:
         way = _way(draw, args, can_cache)
         if way not in unbroken:
@@ -101,7 +103,7 @@ def trials(method: str, kills: int, folder: Path, args: Namespace) -> Iterator[T
                 raise UserError(f"bench kill: {method} {' '.join(way)} can't run even unbroken; try it with `promptmix train`")
             unbroken[way] = place, time.monotonic() - begin
         whole, seconds = unbroken[way]
-        place = folder / f"trial{hits}"
+        place, number = folder / f"trial{number}", number + 1
         found: list[str] = []
         wrong: list[str] = []
         wanted = min(draw.randint(1, 3), kills - hits)
@@ -110,17 +112,17 @@ def trials(method: str, kills: int, folder: Path, args: Namespace) -> Iterator[T
             child.join(draw.uniform(0, seconds))
             if child.exitcode is not None:
                 break  # it ended before it was hit
-            number = draw.choice(SIGNALS)
-            os.kill(child.pid or 0, number)
+            hit = draw.choice(SIGNALS)
+            os.kill(child.pid or 0, hit)
             child.join()
-            found.append(number.name)
-            if child.exitcode not in (0, -number, 128 + number):  # it may have ended in time, or not have begun to listen
-                wrong.append(f"{number.name} ended it with {child.exitcode}")
+            found.append(hit.name)
+            if child.exitcode not in (0, -hit, 128 + hit):  # it may have ended in time, or not have begun to listen
+                wrong.append(f"{hit.name} ended it with {child.exitcode}")
         if not _ends(method, way, place, args, draw.choice(args.workers)):
             wrong.append("it could not go on")
         hits += len(found)
         if found:
-            yield Trial(method, way, found, wrong + differences(whole, place))
+            yield Trial(method, place, way, found, wrong + differences(whole, place))
 
 
 def _settings(**keys: object) -> tuple[str, ...]:

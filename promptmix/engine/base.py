@@ -42,6 +42,8 @@ class TrainerBase:
         self.epoch = self.start_epoch = self.max_epoch = self.batch_idx = 0
         #: The numbers of the latest evaluation of each split.
         self.last_results: dict[str, dict[str, float]] = {}
+        #: Whether the training, if it goes on from an earlier one, is the same as unbroken.
+        self.resumed_exactly = True
         #: Random states that the next epoch begins with, where an interrupted training goes on.
         self._random_states: dict[str, Any] | None = None
 
@@ -154,7 +156,9 @@ class TrainerBase:
         if not directory:
             log.info("Note that load_model() is skipped as no pretrained model is given (ignore this if it's done on purpose)")
             return
-        RunFolder(directory).refuse_unclaimed(self.get_model_names())
+        folder = RunFolder(directory)
+        known = [name for name in folder.models() if name not in self._models and self.can_do_without(directory, name, epoch)]
+        folder.refuse_unclaimed([*self.get_model_names(), *known])
         for name in self.get_model_names():
             checkpoint, path = read_model(Path(directory, name), epoch)
             writer = checkpoint.get("trainer", type(self).__name__)
@@ -165,6 +169,10 @@ class TrainerBase:
             result = checkpoint.get("val_result")
             shown = "none" if result is None else f"{result:.1f}"
             log.info("Load %s to %s (epoch=%s, val_result=%s)", path, name, checkpoint.get("epoch"), shown)
+
+    def can_do_without(self, directory: str, name: str, epoch: int | None) -> bool:
+        """Tell whether a model in ``directory`` that is not registered here may be left out, since it would change nothing."""
+        return False
 
     # Going on after an interruption
 
@@ -192,7 +200,11 @@ class TrainerBase:
             The epoch to begin with; 0 where there is nothing to continue.
         """
         self._random_states = load_progress(self, RunFolder(directory))
-        return self.resume_model_if_exist(directory) if self._random_states is None else self.start_epoch
+        if self._random_states is not None:
+            return self.start_epoch
+        start_epoch = self.resume_model_if_exist(directory)
+        self.resumed_exactly = not 0 < start_epoch < self.max_epoch
+        return start_epoch
 
     # Scalars
 

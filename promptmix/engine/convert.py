@@ -28,6 +28,7 @@ __all__ = [
     "layouts",
     "check_backbone",
     "find_theirs",
+    "is_frozen",
     "read",
     "to_ours",
     "to_theirs",
@@ -277,6 +278,16 @@ def write_theirs(learned: Learned, directory: str | Path) -> Path:
     state = {"state_dict": to_theirs(learned), "epoch": epoch, "val_result": learned.val_result}
     save_checkpoint(state, folder, is_best=True)
     return folder / f"model.pth.tar-{epoch}"
+
+
+def is_frozen(learned: Learned, visual: torch.nn.Module) -> bool:
+    """Tell whether every tensor of ``learned`` is one that the frozen image tower has, but for fp16 rounding."""
+    own = visual.state_dict()
+    state = {name.removeprefix("image_encoder."): tensor for name, tensor in to_theirs(learned).items()}
+    return bool(state) and all(
+        name in own and own[name].shape == tensor.shape and torch.equal(own[name].cpu().half(), tensor.half())
+        for name, tensor in state.items()
+    )
 
 
 def check_backbone(learned: Learned, visual: torch.nn.Module) -> None:

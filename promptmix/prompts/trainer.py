@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -20,7 +21,7 @@ from promptmix.data.features.cache import FeatureCache, open_cache
 from promptmix.data.features.views import ReplayLoader, cache_views, feature_loader, in_order, is_steady
 from promptmix.data.reading.streams import get_streams
 from promptmix.engine import TrainerX, build_lr_scheduler, build_optimizer, convert
-from promptmix.engine.checkpoint import load_pretrained_weights, load_state_dict_strict
+from promptmix.engine.checkpoint import load_pretrained_weights, load_state_dict_strict, read_model
 from promptmix.engine.evaluator import compute_accuracy
 from promptmix.engine.layout import Layout
 from promptmix.engine.precision import Precision
@@ -338,6 +339,13 @@ class PromptTrainer(TrainerX):
             elif any(True for _ in model.parameters()):  # averages of weights only matter to training that goes on
                 raise CheckpointError(f"{theirs.source} holds nothing for {name}, which this config also trains")
         get_logger().info("Load %s of the authors' code (epoch=%s)", theirs.source, theirs.epoch)
+
+    def can_do_without(self, directory: str, name: str, epoch: int | None) -> bool:
+        """Tell whether a model that nobody registered holds what the frozen image tower has anyway (layer norms not trained)."""
+        if self.layout is None:
+            return False
+        state = read_model(Path(directory, name), epoch)[0]["state_dict"]
+        return convert.is_frozen(convert.Learned(type(self).__name__, {name: state}, directory), self.clip.image.visual)
 
     def test(self, split: str | None = None) -> float:
         """Evaluate, encoding the text side once."""

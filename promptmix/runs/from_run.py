@@ -1,13 +1,16 @@
-"""What an evaluation takes over from the run that it evaluates, where the command does not say it."""
+"""What an evaluation takes over from the run that it evaluates, and what it may not say otherwise."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from yacs.config import CfgNode
 
 from promptmix import config
+from promptmix.errors import ConfigError
 from promptmix.runs import results
+from promptmix.runs.results import RunResult
 from promptmix.utils import get_logger
 
 
@@ -16,10 +19,16 @@ def take_from_run(cfg: CfgNode, model_dir: str) -> None:
 
     - ``DATASET.TEMPLATE_GROUPS``: experts keep the groups that they were trained with on another data set.
     - ``INPUT.READING``: pictures are read as the run was told to read them.
+    - What the learned tensors were made with: the method's settings, backbone, input, precision, seed and shots. Where the
+      command or one of its files says otherwise, it is refused.
+    - How they were trained (``OPTIM``, ``TRAIN``, ``DATALOADER``): as it was, whatever is said now.
 
     Args:
         cfg: a merged config tree, not frozen.
         model_dir: output folder of the run whose learned tensors are evaluated.
+
+    Raises:
+        ConfigError: a setting contradicts the run.
     """
     path = Path(model_dir, results.FILE_NAME)
     if not model_dir or not path.is_file():
@@ -32,6 +41,50 @@ def take_from_run(cfg: CfgNode, model_dir: str) -> None:
     reading = old.config.get("INPUT", {}).get("READING", "auto")
     if reading != "auto" and cfg.INPUT.READING == "auto" and config.source_of(cfg, "INPUT.READING") is None:
         found["INPUT.READING"] = reading
+    if old.trainer == cfg.TRAINER.NAME and config.sources(cfg):  # another program's tree doesn't say who set what
+        found |= _settings_of(old, cfg, model_dir)
     for key, value in found.items():
         config.merge_opts(cfg, [key, value], source=f"--model-dir {model_dir}")
         get_logger().info("%s is that of %s", key, model_dir)
+
+
+#: What says how a run was trained; an evaluation has no say in it.
+_TRAINING = ("OPTIM.", "TRAIN.", "DATALOADER.TRAIN_X.", "DATALOADER.TRAIN_U.", "DATALOADER.K_TRANSFORMS", "INPUT.CACHED_VIEWS")
+#: What belongs to the evaluation alone. Weights are taken from a file only when the caller names it.
+_OWN = ("DATASET.", "TEST.", "DATALOADER.", "INPUT.READING", "MODEL.INIT_WEIGHTS", "MODEL.BACKBONE.WEIGHTS")
+#: What tells runs apart besides settings.
+_IDENTITY = ("SEED", "DATASET.NUM_SHOTS", "MODEL.BACKBONE.NAME")
+
+
+def _settings_of(old: RunResult, cfg: CfgNode, model_dir: str) -> dict[str, object]:
+    """Return the settings of a run that ``cfg`` has otherwise.
+
+    Raises:
+        ConfigError: somebody set one of them, and it matters to the evaluation.
+    """
+    found: dict[str, object] = {}
+    for key in (*old.settings(), *_IDENTITY):
+        try:
+            theirs, ours = _value(old.config, key), config.get_key(cfg, key)
+        except KeyError:  # of another version
+            continue
+        if theirs == (list(ours) if isinstance(ours, tuple) else ours) or (key.startswith(_OWN) and not _counts(key)):
+            continue
+        source = config.source_of(cfg, key)
+        if source is not None and not key.startswith(_TRAINING):
+            raise ConfigError(
+                f"{key} is {ours!r} (set by {source}), but the run in {model_dir} was trained with {theirs!r}; "
+                "leave the key out, or give it that value"
+            )
+        found[key] = tuple(theirs) if isinstance(theirs, list) else theirs
+    return found
+
+
+def _counts(key: str) -> bool:
+    return key.startswith(_TRAINING) or key in _IDENTITY
+
+
+def _value(tree: dict[str, Any], key: str) -> Any:  # noqa: ANN401  (any config value)
+    for part in key.split("."):
+        tree = tree[part]
+    return tree

@@ -111,10 +111,12 @@ def running(
     result.commit = results.git_commit()
     result.checkpoint = {"directory": model_dir, "epoch": load_epoch} if eval_only and model_dir else None
     recorder = _Recorder(on_epoch)
-    folder = RunFolder(cfg.OUTPUT_DIR)
+    folder, unknown = RunFolder(cfg.OUTPUT_DIR), False
     with contextlib.nullcontext() if no_train else folder.alone(), _Output(cfg.OUTPUT_DIR, quiet) as output:
         if not no_train:
             refuse_other_run(result, folder.path, eval_only)
+            if cfg.RESUME and not eval_only:
+                unknown = refuse_other_run(result, Path(cfg.RESUME), eval_only, "--resume ")
             folder.tidy()
         before = None if no_train else finished(cfg)
         _seed(cfg)
@@ -141,6 +143,10 @@ def running(
         if before is not None and getattr(trainer, "start_epoch", 0) >= getattr(trainer, "max_epoch", 1) > 0:
             result.metrics = before.metrics | result.metrics  # it had ended, and was only tested again
         result.approximations = list(getattr(trainer, "approximations", ()))
+        if unknown:
+            result.approximations.append(f"RESUME: goes on from {cfg.RESUME}, whose settings are not known")
+        elif getattr(trainer, "start_epoch", 0) and not getattr(trainer, "resumed_exactly", True):
+            result.approximations.append(f"resumed at epoch {trainer.start_epoch} without the random states of that moment")
         get_logger().info("Results: %s", result.save(cfg.OUTPUT_DIR))
         folder.drop_progress()
 
@@ -154,14 +160,24 @@ def finished(cfg: CN) -> RunResult | None:
     return result if result.config == plain(cfg) and result.metrics else None
 
 
-def refuse_other_run(new: RunResult, folder: Path, eval_only: bool) -> None:
-    """Refuse a folder with another run: training would resume there and report its numbers as this run's."""
+def refuse_other_run(new: RunResult, folder: Path, eval_only: bool, flag: str = "") -> bool:
+    """Refuse a folder with another run: training would resume there and report its numbers as this run's.
+
+    Args:
+        new: what is asked for.
+        folder: with a run, or with nothing.
+        eval_only: only what tells runs apart counts, not every setting.
+        flag: that names the folder, where it is not the output folder.
+
+    Returns:
+        Whether nothing says with which settings the run in ``folder`` was made.
+    """
     if (folder / FILE_NAME).is_file():
         old = results.load(folder / FILE_NAME)
     elif (folder / CONFIG_NAME).is_file() and RunFolder(folder).has_trained():  # cut off, with something to resume
         old = RunResult.from_config(yaml.safe_load((folder / CONFIG_NAME).read_text(encoding="utf-8")))
     else:
-        return
+        return True
     pairs = [(name, value, new.identity()[name]) for name, value in old.identity().items()]
     if not eval_only:
         # MAX_EPOCH too: schedules and averages follow from it, so that neither fewer nor more epochs are a part of the same run.
@@ -169,10 +185,9 @@ def refuse_other_run(new: RunResult, folder: Path, eval_only: bool) -> None:
         pairs += [(k, v, ours[k]) for k, v in old.settings().items() if k in ours]
     for name, theirs, mine in pairs:
         if theirs != mine:
-            raise UserError(
-                f"{folder} holds another run ({name} is {theirs} there, {mine} here); "
-                "choose another --output-dir, or remove that folder"
-            )
+            remedy = "resume with the same settings" if flag else "choose another --output-dir, or remove that folder"
+            raise UserError(f"{flag}{folder} holds another run ({name} is {theirs} there, {mine} here); {remedy}")
+    return False
 
 
 def _refuse_other_method(new: RunResult, model_dir: str, learner: Any) -> None:  # noqa: ANN401  (a Dassl trainer's model)

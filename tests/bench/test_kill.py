@@ -18,7 +18,7 @@ def test_killed_runs_end_as_the_unbroken_one(method, tmp_path):
     trials = list(kill.trials(method, 1, tmp_path, args))
     assert sum(len(trial.kills) for trial in trials) == 1
     assert [trial for trial in trials if trial.wrong] == []
-    whole, broken = tmp_path / "whole0", tmp_path / "trial0"
+    whole, broken = tmp_path / "whole0", trials[0].place
     assert kill.differences(whole, broken) == []
 
     # What the comparison is worth.
@@ -30,8 +30,8 @@ def test_killed_runs_end_as_the_unbroken_one(method, tmp_path):
     result["metrics"]["test"]["accuracy"] += 1e-9
     write_json(result, broken / "results.json")
     (broken / "progress.pth").write_text("")
-    (broken.parent / ".trial0.lock").write_text("")
+    (broken.parent / f".{broken.name}.lock").write_text("")
     found = kill.differences(whole, broken)
     assert [line.split(" ")[0] for line in found] == ["prompt_learner/model.pth.tar-3", "metrics:", "left"]
-    assert "progress.pth, .trial0.lock" in found[-1]
+    assert f"progress.pth, .{broken.name}.lock" in found[-1]
     assert not kill._same(torch.zeros(2), torch.zeros(2).double()) and not kill._same({"a": 1}, {"a": 1.0})
