@@ -204,6 +204,26 @@ def test_checkpoint_of_another_method(dots, tmp_path, capsys):
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.parametrize(
+    ("key", "value"), [("OPTIM.LR", "0.5"), ("OPTIM.MAX_EPOCH", "3"), ("DATASET.NUM_SHOTS", "1"), ("SEED", "2")]
+)
+def test_resume_with_other_settings_is_refused(dots, tmp_path, capsys, key, value):
+    assert main(dots) == 0
+    other = [*swap(dots, "--output-dir", str(tmp_path / "other")), "--resume", str(tmp_path / "out")]
+    fails(capsys, [*other, key, value], "--resume", "holds another run", "resume with the same settings")
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_resume_from_unknown_settings_is_told_in_the_results(dots, tmp_path):
+    assert main(dots) == 0
+    for name in ("results.json", "run_config.yaml"):
+        (tmp_path / "out" / name).unlink()
+    other = [*swap(dots, "--output-dir", str(tmp_path / "other")), "--resume", str(tmp_path / "out")]
+    assert main([*other, "OPTIM.MAX_EPOCH", "3"]) == 0
+    (told,) = results.load(tmp_path / "other" / "results.json").approximations
+    assert "whose settings are not known" in told
+
+
 @pytest.mark.parametrize("extra", [["--trainer", "OtherLinear"], ["--seed", "2"], ["OPTIM.LR", "0.5"]])
 def test_folder_of_another_run_is_refused(dots, tmp_path, capsys, extra):
     assert main(dots) == 0

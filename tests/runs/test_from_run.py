@@ -7,6 +7,7 @@ import json
 import pytest
 
 from promptmix.config import get_cfg, merge_opts
+from promptmix.errors import ConfigError
 from promptmix.runs.from_run import take_from_run
 from promptmix.runs.results import RunResult
 
@@ -54,3 +55,36 @@ def test_the_same_data_set_has_its_own_groups(folder):
     cfg = config("DATASET.NAME", "ImageNet")
     take_from_run(cfg, folder)
     assert cfg.DATASET.TEMPLATE_GROUPS == ()
+
+
+LN = "TRAINER.MOCOOP.TUNE_LAYERNORM"
+
+
+@pytest.fixture
+def tuned(tmp_path):
+    """A run with settings that nobody would guess."""
+    opts = [LN, True, "OPTIM.LR", 0.5, "SEED", 3, "DATASET.NUM_SHOTS", 4, "DATALOADER.TRAIN_X.BATCH_SIZE", 8, "TEST.SPLIT", "val"]
+    old = RunResult.from_config(json.loads(json.dumps(config(*opts))))
+    old.metrics = {"test": {"accuracy": 50.0}}
+    old.save(tmp_path)
+    return str(tmp_path)
+
+
+def test_what_the_tensors_were_made_with_is_taken_over(tuned):
+    cfg = config()
+    take_from_run(cfg, tuned)
+    assert cfg.TRAINER.MOCOOP.TUNE_LAYERNORM is True
+    assert (cfg.SEED, cfg.DATASET.NUM_SHOTS, cfg.OPTIM.LR, cfg.DATALOADER.TRAIN_X.BATCH_SIZE) == (3, 4, 0.5, 8)
+    assert cfg.TEST.SPLIT == "test"
+
+
+@pytest.mark.parametrize(("key", "value"), [(LN, False), ("SEED", 2), ("DATASET.NUM_SHOTS", 16), ("TRAINER.PREC", "bf16")])
+def test_what_contradicts_the_run_is_refused(tuned, key, value):
+    with pytest.raises(ConfigError, match=rf"{key} is {value!r} \(set by command line\), but the run in .* was trained with"):
+        take_from_run(config(key, value), tuned)
+
+
+def test_how_it_was_trained_is_not_the_evaluations_to_say(tuned):
+    cfg = config("OPTIM.LR", 0.1, "TRAIN.CLIP_GRAD_NORM", 1.0)
+    take_from_run(cfg, tuned)
+    assert (cfg.OPTIM.LR, cfg.TRAIN.CLIP_GRAD_NORM) == (0.5, 0.0)
