@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from promptmix import hookimpl
-from promptmix.clip import LayerAction
+from promptmix.clip import ImageTower, LayerAction, TextTower
 from promptmix.config.declare import Setting, inherits
 from promptmix.engine.layout import Layout, linear
 from promptmix.prompts.deep import check_depth
@@ -99,14 +99,14 @@ class SharedAdapters(PromptBank):
         """Always 1."""
         return 1
 
-    def actions(self, adapters: nn.ModuleDict, blocks: Sequence[Any]) -> Mapping[int, LayerAction]:
+    def actions(self, adapters: nn.ModuleDict, tower: TextTower | ImageTower) -> Mapping[int, LayerAction]:
         """Return what is added behind each adapted block of one tower."""
 
         def added(layer: str, adapter: Any) -> LayerAction:  # noqa: ANN401
-            block, shared = blocks[int(layer) - 1], self.shared[layer]
+            norm, shared = tower.first_norm(int(layer) - 1), self.shared[layer]
 
             def after(x: Tensor, out: Tensor) -> Tensor:
-                inside = _ScaledGradient.apply(block.ln_1(x), self.scale)
+                inside = _ScaledGradient.apply(norm(x), self.scale)
                 y = adapter.up(F.relu(shared(F.relu(adapter.down(inside)))))
                 return out + self.scale * _ScaledGradient.apply(y, 1 / self.scale)
 
@@ -116,13 +116,12 @@ class SharedAdapters(PromptBank):
 
     def image_changes(self) -> dict[str, Any]:
         """Return the adapters of the image tower."""
-        return {"actions": self.actions(self.visual_adapters, self.task.clip.image.visual.transformer.resblocks)}
+        return {"actions": self.actions(self.visual_adapters, self.task.clip.image)}
 
     def forward(self, names: Sequence[str], image_features: Tensor | None = None, *, full_stop: bool | None = None) -> Tensor:
         """Return normalised text features (1, C, D)."""
         tower = self.task.clip.text
-        blocks: Any = tower.blocks
-        return F.normalize(tower(tower.compose_text(self.template, names), actions=self.actions(self.text, blocks)), dim=-1)
+        return F.normalize(tower(tower.compose_text(self.template, names), actions=self.actions(self.text, tower)), dim=-1)
 
     def references(self, names: Sequence[str]) -> Tensor:
         """Return the hand-written prompt's features (1, C, D) through the unchanged tower."""

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from promptmix import hookimpl
-from promptmix.clip import ImageTower, TextTower, Weights
+from promptmix.clip import ImageTower, Weights
 from promptmix.clip.weights import Branch
 from promptmix.config.declare import Setting
 from promptmix.errors import ConfigError
@@ -58,7 +58,7 @@ class LowRank(PromptBank):
         for tower, module in (("text", task.clip.text), ("visual", task.clip.image)):
             if tower not in self.towers:
                 continue
-            depth = len(module.blocks) if isinstance(module, TextTower) else _depth(module, task)
+            depth = _depth(module, task) if isinstance(module, ImageTower) else len(module.blocks)
             for layer in layers_of(position, depth):
                 for letter in params:
                     down = torch.empty(r, module.width)

@@ -47,6 +47,13 @@ class EncoderTower(PromptReader):
         """The encoder's layers, first to last."""
         return next(part for part in self.source.transformer.modules() if isinstance(part, nn.ModuleList))
 
+    def first_norm(self, layer: int) -> nn.Module:
+        """Refuse: an encoder of Hugging Face has no norm in front of its attention."""
+        raise ConfigError(
+            f"this text tower is an encoder of Hugging Face, so layer {layer} has no norm in front of its attention to read; "
+            "choose a backbone with CLIP's own text tower such as ViT-B/16"
+        )
+
     @property
     def embed_dim(self) -> int:
         """Width D of the joint space."""
@@ -70,7 +77,7 @@ class EncoderTower(PromptReader):
             ConfigError: a change has no place in such an encoder.
         """
         changes = Changes(steps_of(deep), weights or {}, actions or {}, blocks="source.transformer.")
-        if weights or actions or changes.steps:
+        if changes:
             changes.check(self, len(self.blocks), "text")
             check_room(prompts, changes.steps, self.start)
             _check_joints(changes)

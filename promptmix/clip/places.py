@@ -103,6 +103,9 @@ class Changes:
         action = self.actions.get(layer)
         return LayerChanges(own, action) if own or action else None
 
+    def __bool__(self) -> bool:
+        return bool(self.steps or self.weights or self.actions)
+
     @property
     def outside(self) -> Weights:
         """The deltas outside of the blocks."""

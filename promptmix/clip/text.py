@@ -92,6 +92,11 @@ class TextTower(PromptReader):
     def _can_share(self) -> bool:
         return self.attn_mask is not None and self.reads in ("eot", "class")
 
+    def first_norm(self, layer: int) -> nn.Module:
+        """Return the norm in front of the attention of ``layer``, counted from 0."""
+        norm: nn.Module = self.blocks[layer].ln_1  # type: ignore[assignment]
+        return norm
+
     @property
     def sees_padding(self) -> bool:
         """Whether what stands behind a prompt changes its feature, so that it must be computed."""
@@ -133,7 +138,7 @@ class TextTower(PromptReader):
                 tower can't take them.
         """
         changes = Changes(steps_of(deep), weights or {}, actions or {})
-        if weights or actions or changes.steps:
+        if changes:
             changes.check(self, len(self.blocks), "text")
             check_room(prompts, changes.steps, self.start)
         standard = all(map(is_standard, self.blocks))  # adapters may come at any time

@@ -59,6 +59,10 @@ class ImageTower(nn.Module):
         """
         return self._transformer().width
 
+    def first_norm(self, layer: int) -> nn.Module:
+        """Return the norm in front of the attention of ``layer``, counted from 0; raises ``ConfigError`` as ``width`` does."""
+        return self._transformer().first_norm(layer)
+
     @property
     def depth(self) -> int:
         """Number of layers; raises ``ConfigError`` as ``width`` does."""
@@ -116,7 +120,7 @@ class ImageTower(nn.Module):
             images: pictures.
             prompts: tokens before layers.
             weights: deltas by their names in this tower's state dict (``visual.transformer.resblocks.0.ln_1.weight``,
-                ``visual.proj``). Functions beside linear layers need a vision transformer of CLIP's own, or a timm tower.
+                ``visual.proj``); layers of timm's vision transformers go by OpenAI's names too.
             actions: functions at the joints of layers.
             tokens: "patches" gives the patches' own features too: as they leave the last layer (of CLIP's ResNet: each place asks
                 in the attention pool; of other networks: the places of the last map), through norm and projection as if each
@@ -131,7 +135,7 @@ class ImageTower(nn.Module):
             ConfigError: prompts, actions or patches were asked of a tower that has none, or a name is unknown.
         """
         changes = self._changes(prompts, weights, actions)
-        if tokens is None and not changes.steps and not changes.actions and not self.skips_unread:
+        if tokens is None and not self.skips_unread and (self.layers is None or not changes):
             return self._whole(images, changes)
         tokens_of = [step.tokens for step in changes.steps.values()]
         same_for_all = all(new is None or isinstance(new, Tensor) and new.dim() == 2 for new in tokens_of)
@@ -187,7 +191,10 @@ class ImageTower(nn.Module):
     def _changes(
         self, prompts: VisualPrompts | None, weights: Weights | None, actions: Mapping[int, LayerAction] | None
     ) -> Changes:
-        changes = Changes(prompts or {}, weights or {}, actions or {}, "" if self.layers is None else self.layers.prefix)
+        prefix = "" if self.layers is None else self.layers.prefix
+        if weights and self.layers is not None:
+            weights = {self.layers.own_name(name): delta for name, delta in weights.items()}
+        changes = Changes(prompts or {}, weights or {}, actions or {}, prefix)
         if prompts or weights or actions:
             changes.check(self, self.depth if prompts or actions else 0, "image")
         return changes

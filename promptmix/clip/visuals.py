@@ -48,6 +48,15 @@ class Layers(ABC):
     def pooled(self, x: Tensor) -> Tensor:
         """Return the image features (B, D) of the tokens that leave the last layer."""
 
+    def first_norm(self, layer: int) -> nn.Module:
+        """Return the norm in front of a layer's attention."""
+        norm: nn.Module = self.blocks[layer].ln_1  # type: ignore[assignment]
+        return norm
+
+    def own_name(self, name: str) -> str:
+        """Return the name in the tower's state dict of what OpenAI's layout calls ``name``."""
+        return name
+
     @abstractmethod
     def norm(self, x: Tensor) -> Tensor:
         """Apply the final norm to states (..., W)."""
@@ -112,6 +121,17 @@ class ClipLayers(Layers):
         return x if projection is None else x @ projection
 
 
+#: What a layer of OpenAI's layout calls its parts, and what timm calls them.
+_TIMM_NAMES = {
+    "ln_1.": "norm1.",
+    "ln_2.": "norm2.",
+    "attn.in_proj_": "attn.qkv.",
+    "attn.out_proj.": "attn.proj.",
+    "mlp.c_fc.": "mlp.fc1.",
+    "mlp.c_proj.": "mlp.fc2.",
+}
+
+
 class TimmLayers(Layers):
     """A vision transformer of timm: SigLIP's, EVA's, ViTamin's, Perception Encoder's."""
 
@@ -146,6 +166,21 @@ class TimmLayers(Layers):
             sin, cos = about.new_zeros(2, *about.shape[:-2], more, about.shape[-1] // 2).unbind()
             about = torch.cat([about, torch.cat([sin, cos + 1], dim=-1)], dim=-2)
         return {"rope": about}
+
+    @override
+    def first_norm(self, layer: int) -> nn.Module:
+        norm: nn.Module = self.blocks[layer].norm1  # type: ignore[assignment]
+        return norm
+
+    @override
+    def own_name(self, name: str) -> str:
+        if not name.startswith(ClipLayers.prefix):
+            return name
+        layer, _, part = name.removeprefix(ClipLayers.prefix).partition(".")
+        for openai, timms in _TIMM_NAMES.items():
+            if part.startswith(openai):
+                part = timms + part.removeprefix(openai)
+        return f"{self.prefix}{layer}.{part}"
 
     @override
     def pooled(self, x: Tensor) -> Tensor:

@@ -31,14 +31,16 @@ def held_as(name: str, held: Container[str]) -> tuple[str, int | None]:
 
     Args:
         name: as a method gives it.
-        held: the names of a module's tensors. Where queries, keys and values are one of them, ``q_proj``, ``k_proj`` and
-            ``v_proj`` are its thirds.
+        held: the names of a module's tensors. Where queries, keys and values are one of them (``in_proj``, timm's ``qkv``),
+            ``q_proj``, ``k_proj`` and ``v_proj`` are its thirds.
     """
     for i, part in enumerate(_THIRDS):
         for kind in ("weight", "bias"):
             end = f"attn.{part}_proj.{kind}"
             if name.endswith(end) and name not in held:
-                return f"{name.removesuffix(end)}attn.in_proj_{kind}", i
+                stem = name.removesuffix(end)
+                timms = f"{stem}attn.qkv.{kind}"
+                return timms if timms in held else f"{stem}attn.in_proj_{kind}", i
     return name, None
 
 
@@ -90,21 +92,24 @@ def beside(root: nn.Module, weights: Weights) -> Iterator[None]:
     handles = []
     branches = {name: delta for name, delta in weights.items() if not isinstance(delta, Tensor)}
 
-    def watch(name: str, branch: Branch) -> Callable[[nn.Module, tuple[Tensor], Tensor], Tensor]:
+    held = dict(root.named_parameters()) if branches else {}
+
+    def watch(name: str, branch: Branch, third: int | None) -> Callable[[nn.Module, tuple[Tensor], Tensor], Tensor]:
         def add(module: nn.Module, args: tuple[Tensor], out: Tensor) -> Tensor:
             ran.add(name)
-            return out + branch(args[0])
+            if third is None:
+                return out + branch(args[0])
+            parts = enumerate(out.chunk(3, dim=-1))
+            return torch.cat([part + branch(args[0]) if i == third else part for i, part in parts], dim=-1)
 
         return add
 
     try:
         for name, branch in branches.items():
-            try:
-                module = root.get_submodule(name.removesuffix(".weight"))
-            except AttributeError:
-                continue  # reported below
-            if isinstance(module, nn.Linear):
-                handles.append(module.register_forward_hook(watch(name, branch)))
+            key, third = held_as(name, held)
+            module = root.get_submodule(key.removesuffix(".weight")) if key in held and key.endswith(".weight") else root
+            if isinstance(module, nn.Linear):  # what else there is is reported below
+                handles.append(module.register_forward_hook(watch(name, branch, third)))
         yield
     finally:
         for handle in handles:

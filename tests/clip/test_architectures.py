@@ -231,6 +231,26 @@ def test_pictures_and_their_patches(picture):
         assert WAYS[name].visual_prompts == clip.image.takes_prompts
 
 
+def test_weights_go_by_openais_names_in_every_transformer(picture):
+    """A branch beside the queries, keys and values, and a norm: as if the products stood in the weights."""
+    model, clip = picture
+    tower, images = clip.image, pictures(clip)
+    if not tower.takes_prompts:
+        return
+    names = [f"visual.transformer.resblocks.0.attn.{part}.weight" for part in ("q_proj", "k_proj", "v_proj", "out_proj")]
+    pairs = [(torch.randn(tower.width, 2), torch.randn(2, tower.width)) for _ in names]
+    norm = {"visual.transformer.resblocks.0.ln_1.weight": torch.full((tower.width,), 0.2)}
+    added = tower(images, weights=norm | {name: 0.1 * a @ b for name, (a, b) in zip(names, pairs, strict=True)})
+    assert (added - tower(images)).abs().max() > 1e-4
+    beside = {name: lambda x, a=a, b=b: 0.1 * x @ b.T @ a.T for name, (a, b) in zip(names, pairs, strict=True)}
+    block = tower.layers.blocks[0]
+    if getattr(getattr(block, "attn", None), "q_bias", None) is not None and block.attn.qkv is not None:
+        with pytest.raises(ConfigError, match="no linear layer that this tower runs on its own"):
+            tower(images, weights=beside)  # EVA hands its weights over to a function
+        return
+    close(tower(images, weights=norm | beside), added)
+
+
 def test_deep_visual_prompts(picture):
     """Against the network's own forward pass, with tokens put between its layers by hooks."""
     model, clip = picture
