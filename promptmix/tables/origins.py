@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path, PurePosixPath
 
 from promptmix.runs.results import RunResult
@@ -66,7 +67,7 @@ def partner(run: RunResult, runs: Iterable[RunResult]) -> RunResult | None:
     longest = 0
     for other in runs:
         if other.checkpoint is None and other.trainer == run.trainer and other.source:
-            shared = _shared_end(wanted, Path(other.source).parent.absolute().parts)
+            shared = _shared_end(wanted, _folder_of(other.source))
             if shared > longest:
                 best, longest = [other], shared
             elif shared == longest:
@@ -85,6 +86,11 @@ def same_training(one: RunResult, other: RunResult) -> bool:
     """Tell whether two runs are of one training but for the seed, as far as their folders tell."""
     mine, theirs = label(one).split("/"), label(other).split("/")
     return _shared_end(mine, theirs) >= min(len(mine), len(theirs))
+
+
+@cache
+def _folder_of(source: str) -> tuple[str, ...]:
+    return Path(source).parent.absolute().parts
 
 
 def _parts(path: str) -> tuple[str, ...]:
