@@ -10,7 +10,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ def run_checkout(path: str, args: argparse.Namespace, **options: Any) -> RunResu
     """Run a trainer of the checkout at ``path``.
 
     Args:
-        path: folder of the checkout.
+        path: folder of the checkout, with a ``train.py``, or another program in it.
         args: flags of ``promptmix train``, with ``argv`` (the command line), ``opts``, ``device`` and ``dassl`` (may be None).
         options: passed to ``promptmix.runs.run.running``.
 
@@ -52,33 +52,33 @@ def run_checkout(path: str, args: argparse.Namespace, **options: Any) -> RunResu
     Raises:
         UserError: the folder is no such checkout, or whatever stops its program, with the line of the checkout.
     """
-    root = _root(path)
+    root, file = _program(path)
     get_plugin_manager()  # before the layers, so that what promptmix brings lies below them
     pairs = dict(zip(args.opts[::2], args.opts[1::2], strict=False))
     weights = LocalWeights(str(Path(pairs[_WEIGHTS]).absolute()), root) if pairs.get(_WEIGHTS) else None
-    engine = vendored.choose(root, args.dassl or "")
+    engine = vendored.choose(root, file, args.dassl or "")
     opts = args.opts
     if engine.folder is not None:  # the key is promptmix's
         opts = [word for key, value in zip(opts[::2], opts[1::2], strict=False) if key != _WEIGHTS for word in (key, value)]
-    taken = program.flags_of(root)
+    taken = program.flags_of(file)
     words = program.command_line(args.argv[1 : len(args.argv) - len(args.opts)], opts, root, taken)
     on_cpu = choose_device(args.device or "auto", pairs.get("USE_CUDA", "True") != "False").type == "cpu"
     kind = _Ours if engine.folder is None else _Theirs
-    session: _Ours | _Theirs = kind(root, engine, args, options, weights, on_cpu, taken)
+    session: _Ours | _Theirs = kind(root, file, engine, args, options, weights, on_cpu, taken)
     with ExitStack() as stack:
         stack.enter_context(explained(root))
         stack.enter_context(patched_torch())
-        early = stack.enter_context(program.surroundings(root, words))
+        early = stack.enter_context(program.surroundings(root, file, words))
         if weights is not None:
             stack.enter_context(weights.opened())
         if on_cpu:
             stack.enter_context(without_cuda(root))
         with session.running(early) as build:
             try:
-                if program.has_main_block(root):
-                    program.load(root, "__main__")
+                if program.has_main_block(file):
+                    program.load(file, "__main__")
                 else:
-                    session.drive(build(_configure(root, args, words, taken)))
+                    session.drive(build(_configure(file, args, words, taken)))
             except _DoneError:
                 pass
             except SystemExit as error:
@@ -87,30 +87,42 @@ def run_checkout(path: str, args: argparse.Namespace, **options: Any) -> RunResu
             if weights is not None and session.result is not None:
                 weights.check_used()
     if session.result is None and not args.no_train:
-        get_logger().warning("train.py ended without building a trainer through Dassl's build_trainer: there is no results.json")
+        get_logger().warning(
+            "%s ended without building a trainer through Dassl's build_trainer: there is no results.json", file.name
+        )
     elif session.result is not None and not session.result.metrics and not args.no_train:
         get_logger().warning("No evaluation was reported through Dassl's evaluator: results.json has no numbers, the log may")
     return session.result
 
 
-def _root(path: str) -> Path:
-    root = Path(path).expanduser().resolve()
-    if (root / "train.py").is_file():
-        return root
-    below = sorted(str(file.parent) for file in root.glob("*/train.py")) if root.is_dir() else []
+def _program(path: str) -> tuple[Path, Path]:
+    """Return the folder of a checkout and the program that is run."""
+    given = Path(path).expanduser().resolve()
+    if given.is_file() and given.suffix == ".py":
+        # python tools/train.py is called in the folder that has the trainers.
+        homes = (folder for folder in given.parents[:2] if any((folder / name).is_dir() for name in ("trainers", "datasets")))
+        return next(homes, given.parent), given
+    if (given / "train.py").is_file():
+        return given, given / "train.py"
+    places = [*given.glob("*.py"), *given.glob("*/train.py")] if given.is_dir() else []
+    below = sorted(str(file.parent if file.name == "train.py" else file) for file in places if _builds_trainers(file))
     hint = f"; did you mean {below[0]}?" if below else "; name the folder of a checkout of CoOp or one of its forks"
     raise ConfigError(f"--coop-repo {path}: no train.py there{hint}")
 
 
-def _configure(root: Path, args: argparse.Namespace, words: list[str], taken: dict[str, Any]) -> CfgNode:
+def _builds_trainers(file: Path) -> bool:
+    return "build_trainer" in file.read_text(encoding="utf-8", errors="replace")
+
+
+def _configure(file: Path, args: argparse.Namespace, words: list[str], taken: dict[str, Any]) -> CfgNode:
     """Return the merged tree of a ``train.py`` that only defines ``setup_cfg``."""
     given = {flag[2:].replace("-", "_"): values[0] if values else True for flag, values in program.groups(words)}
     known = {key: value for key, value in vars(args).items() if value is not None}
     defaults = {flag.lstrip("-").replace("-", "_"): default for flag, default in taken.items()}
     flags = argparse.Namespace(**{**defaults, **known, **given, "seed": known.get("seed", -1), "opts": args.opts})
-    module = program.load(root, "train")
+    module = program.load(file, "train")
     if not hasattr(module, "setup_cfg"):
-        raise ConfigError(f"{root}/train.py neither runs as a program nor defines setup_cfg; name another folder")
+        raise ConfigError(f"{file} neither runs as a program nor defines setup_cfg; name another folder")
     return module.setup_cfg(flags)
 
 
@@ -123,17 +135,19 @@ class _Session:
 
     Args:
         root: folder of the checkout.
+        file: its program.
         engine: the Dassl that it runs on.
         args: flags of ``promptmix train``.
         options: of ``promptmix.runs.run.running``.
         weights: of the backbone, where given.
         on_cpu: there is no GPU, or it is not wanted.
-        taken: flags that its ``train.py`` declares.
+        taken: flags that it declares.
     """
 
     def __init__(
         self,
         root: Path,
+        file: Path,
         engine: vendored.Engine,
         args: argparse.Namespace,
         options: dict[str, Any],
@@ -141,7 +155,7 @@ class _Session:
         on_cpu: bool,
         taken: dict[str, Any],
     ) -> None:
-        self.root, self.engine, self.args, self.options = root, engine, args, options
+        self.root, self.file, self.engine, self.args, self.options = root, file, engine, args, options
         self.weights, self.on_cpu, self.taken = weights, on_cpu, taken
         self.result: RunResult | None = None
 
@@ -156,7 +170,7 @@ class _Session:
     def _do_what_main_cannot(self, trainer: Any) -> None:  # noqa: ANN401
         """Take over where a flag asks for what the checkout's ``main`` doesn't know."""
         asked = [flag for flag, given in (("--eval-only", self.args.eval_only), ("--no-train", self.args.no_train)) if given]
-        if any(flag not in self.taken for flag in asked) and program.has_main_block(self.root):
+        if any(flag not in self.taken for flag in asked) and program.has_main_block(self.file):
             self.drive(trainer)
             raise _DoneError
 
@@ -247,17 +261,19 @@ class _Theirs(_Session):
             stack = [_replaced(owner, "build_trainer", build) for owner in (module, getattr(module, "build", module))]
             with stack[0], stack[1]:
                 yield build
+        with suppress(ValueError):
+            sys.stdout.flush()
+        sys.stdout = early  # that Dassl's log may be closed by now
         if self.result is not None and not self.args.no_train:
             self._record(self.result, began, time.monotonic() - start)
 
     def _record(self, result: RunResult, began: datetime, seconds: float) -> None:
         """Write ``results.json`` beside the log."""
         folder = Path(result.config["OUTPUT_DIR"])
-        sys.stdout.flush()
         log = results.newest_log(folder)
-        read = results.from_log(log) if log is not None else None
-        result.metrics = read.metrics if read is not None else {}
-        result.checkpoint = read.checkpoint if read is not None else None
+        result.metrics = results.metrics_of_log(log.read_text(encoding="utf-8", errors="replace")) if log is not None else {}
+        if self.args.eval_only and self.args.model_dir:
+            result.checkpoint = {"directory": self.args.model_dir, "epoch": self.args.load_epoch}
         result.command = self.options.get("command") or []
         result.versions = {
             **results.collect_versions(),

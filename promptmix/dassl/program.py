@@ -28,10 +28,10 @@ _CONFIGS = {"--config-file", "--dataset-config-file"}
 _MANY = {"--source-domains", "--target-domains", "--transforms"}
 
 
-def flags_of(root: Path) -> dict[str, Any]:
-    """Return flag (``--eval-only``) -> default of every ``add_argument`` in the checkout's ``train.py``."""
+def flags_of(file: Path) -> dict[str, Any]:
+    """Return flag (``--eval-only``) -> default of every ``add_argument`` in a checkout's program."""
     try:
-        tree = ast.parse((root / "train.py").read_text(encoding="utf-8"))
+        tree = ast.parse(file.read_text(encoding="utf-8"))
     except SyntaxError:  # said when it is run
         return {}
     words = (node.value for node in ast.walk(tree) if isinstance(node, ast.Constant))
@@ -52,9 +52,8 @@ def flags_of(root: Path) -> dict[str, Any]:
     return found
 
 
-def has_main_block(root: Path) -> bool:
+def has_main_block(file: Path) -> bool:
     """Tell whether ``train.py`` does anything when it is run as a program."""
-    file = root / "train.py"
     tree = ast.parse(file.read_text(encoding="utf-8"), str(file))
     return any(isinstance(node, ast.If) and "__main__" in ast.unparse(node.test) for node in tree.body)
 
@@ -83,7 +82,7 @@ def command_line(words: Sequence[str], opts: Sequence[str], root: Path, taken: d
         if meaning in _CONFIGS:
             values = [str(_config_file(value, root)) for value in values]
         elif meaning in _PATHS or (meaning.endswith("-root") and len(values) == 1):
-            values = [str(Path(value).expanduser().absolute()) if value else value for value in values]
+            values = [_absolute(value) for value in values]
         else:
             values = [_existing(value, root) for value in values]
         kept.append([flag, *values])
@@ -117,6 +116,13 @@ def _config_file(path: str, root: Path) -> Path:
     raise ConfigError(f"config file {path}: neither here nor in {root}; check the path")
 
 
+def _absolute(value: str) -> str:
+    """Make a path absolute; the slash at its end stays, since some only add a name to it."""
+    if not value:
+        return value
+    return str(Path(value).expanduser().absolute()) + ("/" if value.endswith("/") else "")
+
+
 def _existing(value: str, root: Path) -> str:
     """Make a path of a file or folder that is here, and not in the checkout, absolute; leave any other word as it is."""
     path = Path(value)
@@ -145,6 +151,9 @@ class Early(io.TextIOBase):
         """Flush the console."""
         self.console.flush()
 
+    def close(self) -> None:
+        """Stay open: Dassl's log closes its console when it is closed itself."""
+
     def isatty(self) -> bool:
         """Tell whether the console is a terminal."""
         return self.console.isatty()
@@ -156,7 +165,7 @@ class Early(io.TextIOBase):
 
 
 @contextmanager
-def surroundings(root: Path, words: Sequence[str]) -> Iterator[Early]:
+def surroundings(root: Path, file: Path, words: Sequence[str]) -> Iterator[Early]:
     """Run in the checkout's folder, with its modules in front, ``words`` as arguments and standard output kept.
 
     Everything is put back afterwards.
@@ -171,7 +180,9 @@ def surroundings(root: Path, words: Sequence[str]) -> Iterator[Early]:
 
     with _modules_of(root), _pkg_resources():
         os.chdir(root)
-        sys.argv = [str(root / "train.py"), *words]
+        sys.argv = [str(file), *words]
+        if file.parent != root:  # python tools/train.py
+            sys.path.insert(1, str(file.parent))
         sys.stdout = early
         os._exit = unwind  # type: ignore[assignment]  # some end with it, which would leave nothing behind
         try:
@@ -227,13 +238,12 @@ def _pkg_resources() -> Iterator[None]:
             sys.modules[name] = found
 
 
-def load(root: Path, name: str) -> ModuleType:
-    """Run the checkout's ``train.py`` as the module ``name``; with ``__main__`` it does all that it does as a program.
+def load(file: Path, name: str) -> ModuleType:
+    """Run a checkout's program as the module ``name``; with ``__main__`` it does all that it does as a program.
 
     Raises:
         ConfigError: its own argument parser refuses the command line.
     """
-    file = root / "train.py"
     code = compile(file.read_text(encoding="utf-8"), str(file), "exec")
     program = ModuleType(name)
     program.__file__ = str(file)
@@ -241,9 +251,9 @@ def load(root: Path, name: str) -> ModuleType:
     parse = argparse.ArgumentParser.error
 
     def refuse(parser: argparse.ArgumentParser, message: str) -> None:
-        if Path(parser.prog).name == "train.py":
-            flags = ", ".join(sorted(flag for flag in flags_of(root) if flag.startswith("-")))
-            raise ConfigError(f"the checkout's train.py refuses its command line: {message}; it takes {flags}")
+        if Path(parser.prog).name == file.name:
+            flags = ", ".join(sorted(flag for flag in flags_of(file) if flag.startswith("-")))
+            raise ConfigError(f"the checkout's {file.name} refuses its command line: {message}; it takes {flags}")
         parse(parser, message)
 
     argparse.ArgumentParser.error = refuse  # type: ignore[assignment,method-assign]

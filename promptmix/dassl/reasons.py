@@ -34,6 +34,7 @@ _FORK = (
 )
 _NO_GPU = (
     "no kernel image|not compiled with cuda|found no nvidia driver|no cuda gpus|cuda driver|cuda error|requires? cuda|cuda device"
+    r"|torch\.cuda\.is_available\(\)"
 )
 
 
@@ -77,6 +78,9 @@ def _reason(error: BaseException, root: Path) -> UserError:
         return error
     place = where(error, root) or "train.py"
     text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, AssertionError) and not str(error):
+        frames = traceback.extract_tb(error.__traceback__)
+        text = f"{frames[-1].line} does not hold"
     if isinstance(error, SyntaxError) and not isinstance(error.filename, str):
         return PluginError(f"{place}: {text}")
     if isinstance(error, SyntaxError):
@@ -111,6 +115,8 @@ def _import_reason(error: ImportError, root: Path, place: str) -> UserError:
     name = error.name or ""
     top = name.partition(".")[0]
     text = " ".join(str(error).split())
+    if text.startswith("No module named 'dassl"):  # ours says it otherwise
+        return PluginError(f"{place} can't be imported: {text} in the checkout's own Dassl; --dassl ours runs promptmix's")
     if top == "dassl" or name.startswith("promptmix.dassl"):
         return PluginError(
             f"{place} can't be imported: {text}; if the checkout needs a Dassl of its own, install that and give --dassl theirs"

@@ -40,18 +40,19 @@ class Engine:
     changed: list[str] = field(default_factory=list)
 
 
-def choose(root: Path, wanted: str) -> Engine:
+def choose(root: Path, file: Path, wanted: str) -> Engine:
     """Return the Dassl to run the checkout at ``root`` on.
 
     Args:
         root: folder of the checkout.
+        file: its program.
         wanted: ``ours``: promptmix's; ``theirs``: the checkout's copy, else an installed one; "": the checkout's copy where its
             code differs from the original's, else ours.
 
     Raises:
         ConfigError: what is wanted is not there.
     """
-    renamed = _renamed(root)
+    renamed = _renamed(root, file)
     if renamed is not None:
         if wanted == "ours":
             raise ConfigError(
@@ -84,10 +85,10 @@ def choose(root: Path, wanted: str) -> Engine:
     return Engine(folder, changed=_changed(folder))
 
 
-def _renamed(root: Path) -> Engine | None:
-    """Return the copy under another name (``my_dassl``) whose ``build_trainer`` the checkout's ``train.py`` imports."""
+def _renamed(root: Path, file: Path) -> Engine | None:
+    """Return the copy under another name (``my_dassl``) whose ``build_trainer`` ``file`` imports."""
     try:
-        tree = ast.parse((root / "train.py").read_text(encoding="utf-8"))
+        tree = ast.parse(file.read_text(encoding="utf-8"))
     except SyntaxError:  # said when it is run
         return None
     for node in ast.walk(tree):

@@ -289,7 +289,7 @@ def from_log(path: str | Path) -> RunResult | None:
     """
     text = Path(path).read_text(encoding="utf-8", errors="replace")
     banner = _BANNER.search(text)
-    metrics = _log_metrics(text)
+    metrics = metrics_of_log(text)
     if banner is None or not metrics:
         return None
     try:
@@ -307,7 +307,8 @@ def from_log(path: str | Path) -> RunResult | None:
     return run
 
 
-def _log_metrics(text: str) -> dict[str, dict[str, float]]:
+def metrics_of_log(text: str) -> dict[str, dict[str, float]]:
+    """Return the numbers of the last ``=> result`` block of each split, in a log of Dassl's wording."""
     metrics: dict[str, dict[str, float]] = {}
     split, inside = "test", False
     for line in text.splitlines():

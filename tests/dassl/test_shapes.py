@@ -340,6 +340,7 @@ def test_pkg_resources_packaging(room):
             "open('gpt/words.json')",
             r"trainers/wordbias.py:1 needs the file gpt/words.json, which is not there",
         ),
+        ("trainers/wordbias.py", "assert 1 > 2", r"trainers/wordbias.py:1 fails: AssertionError: assert 1 > 2 does not hold"),
         ("trainers/wordbias.py", "{}['Squares']", r"trainers/wordbias.py:1 fails: KeyError: 'Squares'"),
         ("train.py", "def broken(:", r"train.py:1 is not valid Python here"),
     ],
@@ -477,6 +478,54 @@ def test_an_installed_dassl_can_be_chosen(room, monkeypatch):
     own_dassl(room, "site")
     monkeypatch.syspath_prepend(str(room / "site"))
     assert run(room, "--dassl", "theirs", weights="")["metrics"]["test"]["accuracy"] == 75.0
+
+
+def test_a_log_that_its_dassl_closes(room):
+    """ATPrompt closes standard output, then leaves."""
+    own_dassl(room, "fork")
+    change(
+        room,
+        "dassl/engine/trainer.py",
+        ("    test = train", "        sys.stdout.close()\n        os._exit(0)\n\n    test = train"),
+    )
+    change(
+        room,
+        "dassl/engine/trainer.py",
+        ("    def flush", "    def close(self):\n        self.console.close()\n        self.file.close()\n\n    def flush"),
+    )
+    assert run(room, weights="")["metrics"]["test"]["accuracy"] == 75.0
+
+
+def test_a_dassl_that_was_published_in_part(room, capsys):
+    own_dassl(room, "fork")
+    change(room, "dassl/engine/__init__.py", ("from .trainer", "import dassl.modeling\nfrom .trainer"))
+    assert re.search(
+        r"No module named 'dassl.modeling' in the checkout's own Dassl; --dassl ours", refused(room, capsys, weights="")
+    )
+
+
+@pytest.mark.parametrize("file", ["main.py", "tools/train.py"])
+def test_a_program_of_another_name(room, file):
+    """BAPLe's is main.py; MAP's lies in tools and is called from the folder above."""
+    (room / "fork" / file).parent.mkdir(exist_ok=True)
+    (room / "fork" / "train.py").rename(room / "fork" / file)
+    words = command(room)
+    words[2] = str(room / "fork" / file)
+    assert main(words) == 0
+
+
+def test_a_program_of_another_name_is_suggested(room, capsys):
+    (room / "fork" / "train.py").rename(room / "fork" / "main.py")
+    assert re.search(r"fork: no train.py there; did you mean .*fork/main.py\?", refused(room, capsys))
+
+
+def test_a_slash_at_the_end_of_a_path_stays(room):
+    """DAPT writes root + "eurosat"."""
+    change(room, "train.py", ("NOTE = args.note", "NOTE = args.root"))
+    words = command(room)
+    words[words.index("--root") + 1] = str(room) + "/"
+    assert main(words) == 0
+    assert json.loads((room / "out" / "results.json").read_text())["config"]["TRAINER"]["WORDBIAS"]["NOTE"] == f"{room}/"
 
 
 def test_comments_and_empty_lines_are_no_difference():
