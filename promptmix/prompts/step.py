@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from promptmix.clip import CLIP
 from promptmix.clip.projection import map_last
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,15 @@ class Step:
     ) -> None:
         self.learner, self.images = learner, images
         self._labels, self._features, self._text = labels, features, text
+
+        self._made: dict[Any, Any] = {}
+
+    def once(self, make: Callable[[Step], Made]) -> Made:
+        """Return ``make(self)``, made when it is first asked for: what a head and the losses both read."""
+        if make not in self._made:
+            self._made[make] = make(self)
+        found: Made = self._made[make]
+        return found
 
     @property
     def task(self) -> Task:

@@ -64,8 +64,8 @@ def numbers(case: str) -> dict[str, np.ndarray]:
         return {name: file[name] for name in file.files}
 
 
-def set_learned(case: str, learner: nn.Module, names: dict[str, str]) -> dict[str, nn.Parameter]:
-    """Give every learned tensor its golden value; ``names`` maps the authors' names to ours.
+def set_learned(case: str, learner: nn.Module, names: dict[str, str], starts: tuple[str, ...] = ()) -> dict[str, nn.Parameter]:
+    """Give every learned tensor its golden value; ``names`` maps the authors' names to ours, ``starts`` keep theirs below it.
 
     Returns:
         Our parameters by the authors' names; all of the case's tensors and all of the learner's take part.
@@ -77,7 +77,8 @@ def set_learned(case: str, learner: nn.Module, names: dict[str, str]) -> dict[st
     with torch.no_grad():
         for theirs, our in names.items():
             value = torch.from_numpy(seeded().learned(case, theirs, tuple(shapes[theirs])))
-            ours[our].copy_(value.reshape(ours[our].shape))
+            value = value.reshape(ours[our].shape)
+            ours[our].copy_(value + ours[our] if theirs in starts else value)
     return {theirs: ours[our] for theirs, our in names.items()}
 
 
@@ -89,9 +90,11 @@ def close(ours: Tensor | float, theirs: np.ndarray, scale: float | None = None) 
         assert np.abs(ours.reshape(theirs.shape) - theirs).max() <= RELATIVE * max(reference, 1e-12)
 
 
-def compare(case: str, learner: PromptLearner, names: dict[str, str], classes: int = 5) -> LossTerms:
+def compare(
+    case: str, learner: PromptLearner, names: dict[str, str], classes: int = 5, starts: tuple[str, ...] = ()
+) -> LossTerms:
     """Assert that logits, loss and every gradient are the authors'; return the loss terms for further checks."""
-    parameters = set_learned(case, learner, names)
+    parameters = set_learned(case, learner, names, starts)
     expected = numbers(case)
     with torch.no_grad():
         close(learner.logits(learner.features(images()), learner.classifier()), expected["logits"])

@@ -7,6 +7,7 @@ from functools import lru_cache
 import pytest
 import torch
 from promptmix.plugins.heads.transport import sinkhorn
+from promptmix.trainers.gallop import EachLocal, GlobalLocal, KeptGlobal, SparseLocal
 from promptmix.trainers.plotpp import STARTS, USUAL, PromptSets, TransportOfSets
 
 from promptmix.prompts.learner import Learner
@@ -62,3 +63,47 @@ def test_plotpp_templates_of_other_lengths(whole):
         with torch.no_grad():
             expected = tower(tower.compose(bank.ctx[1:], tower.tokenizer.class_tokens([f"{tail}."])))
             assert torch.allclose(bank.encode(["sea lion"])[1], expected[0], atol=1e-4)
+
+
+def gallop(case: str = "gallop"):
+    task = golden_task(frozen())
+    bank = GlobalLocal(task, 4, 4, "A photo of a")
+    head = SparseLocal(task, bank, (2, 4, 8, 12))
+    return bank, Learner(task, bank, head=head, loss=KeptGlobal(head, 0.75) + EachLocal(head))
+
+
+def test_gallop(monkeypatch):
+    bank, learner = gallop()
+    expected = numbers("gallop")
+    close(bank.global_prompt.sum(dim=-1), expected["init_prompt_sum"])
+    drawn = torch.from_numpy(expected["dropout_index"]).long()
+    monkeypatch.setattr(KeptGlobal, "draw", lambda loss, pictures, device: drawn)
+    names = {
+        "global_prompt": "bank.global_prompt",
+        "local_prompts": "bank.local_prompts",
+        "local_proj.linear.weight": "head.local_proj.weight",
+    }
+    terms = compare("gallop", learner, names, starts=("local_proj.linear.weight",))
+    close(terms.parts["global"], expected["loss_global"])
+    close(terms.parts["local"], expected["loss_local"])
+    with torch.no_grad():
+        whole, local = learner.head.similarities(learner.step(images()))
+        close(whole, expected["global_similarity"])
+        close(local, expected["local_similarity_topk"])
+
+
+def test_gallop_draws_one_prompt_of_four_for_each_picture():
+    _, learner = gallop()
+    torch.manual_seed(0)
+    drawn = learner.losses["global"].draw(400, torch.device("cpu"))
+    assert drawn.shape == (400, 1)
+    assert drawn.unique().tolist() == [0, 1, 2, 3]
+
+
+def test_gallop_learns_from_kept_features():
+    """What is cached is frozen: the learned projection comes behind it."""
+    _, learner = gallop()
+    kept = learner.features(images())
+    with torch.no_grad():
+        learner.head.local_proj.weight.mul_(2).add_(0.01)
+        assert torch.allclose(learner.step(kept).logits, learner.step(images()).logits)
