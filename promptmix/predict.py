@@ -21,6 +21,7 @@ from torch import Tensor
 from yacs.config import CfgNode
 
 from promptmix import config
+from promptmix.config.declare import shown
 from promptmix.data.reading.images import READINGS, as_rgb, read_image
 from promptmix.data.reading.transforms import build_transform
 from promptmix.engine.checkpoint import load_state_dict_strict
@@ -115,6 +116,10 @@ class Predictor:
         check_plugins()
         for plugin in plugins:
             load_plugin(plugin)
+        if not isinstance(run, (str, Path)) or "\0" in str(run):
+            raise ConfigError(f"the run is {shown(run)}; give the output folder of a run")
+        if epoch is not None and (type(epoch) is not int or epoch < 1):
+            raise ConfigError(f"epoch is {shown(epoch)}; give a whole number from 1 on, or leave it out")
         folder = Path(run)
         self.result = _read(folder)
         cfg = config.get_cfg()
@@ -140,7 +145,12 @@ class Predictor:
         self._learner_of = lru_cache(maxsize=8)(self._build_learner)
 
     def predict(
-        self, images: Iterable[Picture] | Picture, classnames: Sequence[str] | None = None, *, batch_size: int = 32
+        self,
+        images: Iterable[Picture] | Picture,
+        classnames: Sequence[str] | None = None,
+        *,
+        batch_size: int = 32,
+        unreadable: list[str] | None = None,
     ) -> list[Prediction]:
         """Classify pictures.
 
@@ -148,32 +158,56 @@ class Predictor:
             images: paths (``pack.zip::member`` too) or pictures; one, or several.
             classnames: names to choose from; None = the run's own.
             batch_size: pictures at a time.
+            unreadable: gets a line for each picture that can't be read, which is then left out; None = stop at the first.
 
         Raises:
             DataError: a picture can't be read.
-            ConfigError: the names are fewer than one, or one is twice there.
+            ConfigError: the names are no list of texts, fewer than one, or one is twice there; a picture is none.
             CheckpointError: the run's prompts belong to its own classes.
         """
-        names = self.classnames if classnames is None else tuple(classnames)
+        if type(batch_size) is not int or batch_size < 1:
+            raise ConfigError(f"batch_size is {shown(batch_size)}; give a whole number from 1 on")
+        if isinstance(classnames, (str, bytes)):
+            raise ConfigError(f"classnames is {shown(classnames)}; give a list of names, such as [{shown(classnames)}]")
+        names = self.classnames if classnames is None else _texts(classnames)
         if not names or len(set(names)) < len(names) and classnames is not None:
             raise ConfigError(f"class names {list(names)} must be one or more, each once")
-        given = [images] if isinstance(images, Picture) else list(images)
+        given = [images] if isinstance(images, Picture) else _listed(images)
         found: list[Prediction] = []
         with torch.no_grad(), _quiet():
             learner = self._learner_of(names)
             with self._trainer.precision.autocast():
                 classifier = learner.classifier()
             for start in range(0, len(given), batch_size):
-                batch = given[start : start + batch_size]
-                found += self._batch(learner, classifier, batch, names)
+                batch, inputs = self._read_batch(given[start : start + batch_size], unreadable)
+                if batch:
+                    found += self._batch(learner, classifier, batch, inputs.to(self._trainer.device), names)
         return found
 
-    def _batch(self, learner: PromptLearner, classifier: Any, batch: list[Picture], names: tuple[str, ...]) -> list[Prediction]:  # noqa: ANN401
-        pictures = [
-            as_rgb(image, self.reading) if isinstance(image, Image.Image) else read_image(str(image), self.reading)
-            for image in batch
-        ]
-        inputs = torch.stack([self._transform(picture) for picture in pictures]).to(self._trainer.device)
+    def _read_batch(self, images: list[Picture], unreadable: list[str] | None) -> tuple[list[Picture], Tensor]:
+        """Return those pictures that can be read, with their pixels (B, 3, H, W)."""
+        batch: list[Picture] = []
+        inputs: list[Tensor] = []
+        for image in images:
+            try:
+                picture = as_rgb(image, self.reading) if isinstance(image, Image.Image) else read_image(str(image), self.reading)
+            except DataError as error:
+                if unreadable is None:
+                    raise
+                unreadable.append(str(error))
+            else:
+                batch.append(image)
+                inputs.append(self._transform(picture))
+        return batch, torch.stack(inputs) if inputs else torch.empty(0)
+
+    def _batch(
+        self,
+        learner: PromptLearner,
+        classifier: Any,  # noqa: ANN401
+        batch: list[Picture],
+        inputs: Tensor,
+        names: tuple[str, ...],
+    ) -> list[Prediction]:
         with self._trainer.precision.autocast():
             logits: Tensor = learner.logits(learner.encode_images(inputs), classifier)
         probabilities, order = logits.float().softmax(dim=-1).cpu().sort(dim=-1, descending=True, stable=True)
@@ -225,12 +259,46 @@ def _forget_places(cfg: CfgNode, folder: Path, weights: str) -> None:
     cfg.INPUT.FEATURE_CACHE, cfg.INPUT.FEATURE_CACHE_DIR = False, ""
 
 
+def _texts(names: Any) -> tuple[str, ...]:  # noqa: ANN401  (whatever the caller gave)
+    """Return class names as a tuple.
+
+    Raises:
+        ConfigError: they are no names.
+    """
+    try:
+        found = tuple(names)
+    except TypeError:
+        found = ()
+    if not found or not all(isinstance(name, str) and name.strip() for name in found):
+        raise ConfigError(f"classnames is {shown(names)}; give a list of one or more names, each once")
+    return found
+
+
+def _listed(images: Any) -> list[Picture]:  # noqa: ANN401
+    """Return pictures as a list.
+
+    Raises:
+        ConfigError: one of them is neither a path nor a picture.
+    """
+    try:
+        found = list(images)
+    except TypeError:
+        found = [images]
+    for image in found:
+        if not isinstance(image, Picture):
+            raise ConfigError(f"image is {shown(image)}; give paths or PIL pictures")
+    return found
+
+
 def _read(folder: Path) -> RunResult:
     path = folder / FILE_NAME
     if not path.is_file():
         raise DataError(f"no {path}; name the output folder of a run that finished")
     result = results.load(path)
-    if not result.vocabulary.get("classnames"):
+    names = result.vocabulary.get("classnames")
+    if names and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise DataError(f"{path}: vocabulary.classnames must be a list of names; test that run again with --eval-only")
+    if not names:
         raise DataError(f"{path} has no class names (an older promptmix wrote it); test that run again with --eval-only")
     return result
 

@@ -57,7 +57,7 @@ class Registry:
         if name not in self._entries:
             names = self.registered_names()
             raise RegistryError(
-                f"unknown {self._name} {name!r}{closest(name, names)} (choices: {', '.join(names) or 'none'}); "
+                f"unknown {self._name} {name[:100]!r}{closest(name[:100], names)} (choices: {', '.join(names) or 'none'}); "
                 "a plugin that brings it must be installed or named with --plugin"
             )
         return self._entries[name]

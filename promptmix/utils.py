@@ -30,6 +30,7 @@ __all__ = [
     "listdir_nohidden",
     "mkdir_if_missing",
     "read_json",
+    "read_text",
     "set_random_seed",
     "tolist_if_not",
     "write_json",
@@ -163,6 +164,32 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def read_text(path: str | os.PathLike[str], most: int = 64 * 2**20, encoding: str = "utf-8-sig") -> str:
+    """Return the content of a text file that somebody else wrote.
+
+    Args:
+        path: a regular file: a named pipe would be waited for, and a device never ends.
+        most: bytes that such a file may have.
+        encoding: of the text.
+
+    Raises:
+        DataError: it is missing, no file, too large or no text; the message says which, without a remedy.
+    """
+    try:
+        file = Path(path)
+        if file.exists() and not file.is_file():
+            raise DataError(f"{path} is no file")
+        if file.stat().st_size > most:
+            raise DataError(f"{path} has more than {most:,} bytes")
+        return file.read_text(encoding=encoding)
+    except UserError:
+        raise
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text") from error
+    except (OSError, ValueError) as error:  # ValueError: NUL in the path
+        raise DataError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def read_json(fpath: str | os.PathLike[str]) -> Any:  # noqa: ANN401

@@ -80,7 +80,7 @@ def _list(root: str) -> int:
             continue
         sizes = " / ".join(f"{count:,}" for count in about.expected.values())
         how = "data prepare" if name in ARCHIVES else "by hand, see data prepare"
-        there = (Path(root).expanduser() / about.folder / about.images).is_dir()
+        there = (Path(os.path.expanduser(root)) / about.folder / about.images).is_dir()
         rows.append(
             [
                 name,

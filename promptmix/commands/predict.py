@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import csv
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,11 +35,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how pictures are read; default: as the run says, or upright",
     )
     add("--weights", default="", metavar="FILE", help="the backbone's file, where the run had one of its own")
+    add("--skip-bad", action="store_true", help="leave out pictures that can't be read, without exit code 1")
     add("--plugin", action="append", default=[], metavar="MODULE|FILE", help="load a plugin; may be repeated")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print one or more classes for each picture."""
+    """Print one or more classes for each picture.
+
+    Returns:
+        0; 1 where pictures could not be read (they are named at the end), unless ``--skip-bad`` was given.
+
+    Raises:
+        UserError: none of the pictures can be read, or the run can't be loaded.
+    """
     for flag, number in (("--top", args.top), ("--batch-size", args.batch_size)):
         if number < 1:
             raise UserError(f"{flag} is {number}, but must be at least 1")
@@ -50,15 +59,25 @@ def run(args: argparse.Namespace) -> int:
     with contextlib.redirect_stdout(sys.stderr):
         options = {"plugins": args.plugin, "reading": args.reading, "weights": args.weights}
         predictor = load(args.model_dir, epoch=args.load_epoch, device=args.device, **options)
-        predictions = predictor.predict(images, names or None, batch_size=args.batch_size)
+        unreadable: list[str] = []
+        predictions = predictor.predict(images, names or None, batch_size=args.batch_size, unreadable=unreadable)
+    if unreadable and not predictions:
+        raise DataError(unreadable[0] + (f" (and {len(unreadable) - 1} more)" if len(unreadable) > 1 else ""))
     _write(predictions, args.format, args.top)
-    return 0
+    sys.stdout.flush()
+    sys.stderr.writelines(f"promptmix: left out: {line}\n" for line in unreadable)
+    return 1 if unreadable and not args.skip_bad else 0
 
 
 def _names(text: str) -> list[str]:
     """Return class names from ``a,b,c`` or from the lines of a file."""
-    from_file = bool(text) and Path(text).is_file()
-    parts = Path(text).read_text(encoding="utf-8").splitlines() if from_file else text.split(",")
+    from promptmix.utils import read_text
+
+    is_path = bool(text) and "," not in text and (Path(text).suffix in (".txt", ".csv", ".lst") or os.sep in text)
+    try:
+        parts = read_text(text).splitlines() if is_path or (text and Path(text).is_file()) else text.split(",")
+    except (DataError, OSError) as error:
+        raise UserError(f"--classnames {error}; give names with commas between, or a file with one a line") from error
     names = [part.strip() for part in parts if part.strip()]
     if text and not names:
         raise UserError(f"--classnames {text!r} holds no name; give names with commas between, or a file with one a line")

@@ -76,7 +76,10 @@ def split_arguments(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[l
             flags, pairs = argv[:index], argv[index:]
             break
     if any(word.partition("=")[0] == "--coop-repo" for word in flags):
-        flags = _without_unknown(parser, flags)  # the checkout's train.py may know them
+        return _without_unknown(parser, flags), pairs  # the checkout's train.py may know them
+    late = next((place for place in range(0, len(pairs), 2) if pairs[place].startswith("--")), None)
+    if late is not None:
+        parser.error(f"flags come before the KEY VALUE pairs: write {' '.join(pairs[late:])} before {pairs[0]}")
     return flags, pairs
 
 
@@ -102,6 +105,12 @@ def run(args: argparse.Namespace) -> int:
         from promptmix.commands import list as list_command
 
         return list_command.show("", args.plugin)
+    for flag, given in (("--model-dir", args.model_dir), ("--load-epoch", args.load_epoch is not None)):
+        if given and not args.eval_only:
+            raise ConfigError(
+                f"{flag} is for --eval-only; to go on with a run give --resume DIR, to start from its tensors "
+                "MODEL.INIT_WEIGHTS FILE"
+            )
     values: dict[str, Any] = vars(args)
     options: dict[str, Any] = {
         "eval_only": args.eval_only,

@@ -41,6 +41,8 @@ def _check_optimizer(node: CfgNode) -> None:
             f"OPTIM.SGD_NESTEROV is True with MOMENTUM {node.MOMENTUM} and SGD_DAMPNING {node.SGD_DAMPNING}; "
             "it needs momentum above 0 and no dampening"
         )
+    if list(node.NEW_LAYERS) and not node.STAGED_LR:
+        raise ConfigError(f"OPTIM.NEW_LAYERS is {tuple(node.NEW_LAYERS)}, which OPTIM.STAGED_LR False ignores; set it to True")
     steps = list(node.STEPSIZE)
     if node.LR_SCHEDULER != "cosine" and not steps:
         raise ConfigError(f"OPTIM.STEPSIZE is empty, but {node.LR_SCHEDULER} steps after some epochs; give such as (30,)")

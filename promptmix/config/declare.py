@@ -11,7 +11,7 @@ import inspect
 import math
 import typing
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 from yacs.config import CfgNode
@@ -77,10 +77,11 @@ class Setting:
             raise ConfigError(f"{key} is {shown(value)}{by}, which is not allowed; {problem or self._wanted()}{near}")
 
     def _wanted(self) -> str:
-        if self.allowed or self.items is None:
+        if self.items is None:
             return self.allowed or "give a finite number"
         kinds = self.items if isinstance(self.items, tuple) else (self.items,)
-        return f"each item must be a {' or '.join(kind.__name__ for kind in kinds)}"
+        each = f"each item must be a {' or '.join(kind.__name__ for kind in kinds)}"
+        return f"{self.allowed}; {each}" if self.allowed and not self.choices else self.allowed or each
 
     def _takes(self, item: Any) -> bool:  # noqa: ANN401
         if self.items is not None and not (isinstance(item, self.items) and type(item) is not bool):
@@ -207,6 +208,9 @@ def parted(settings: dict[str, Any], constructor: Callable[..., Any]) -> tuple[d
 def declare(node: CfgNode, name: str, default: Any, setting: Setting) -> None:  # noqa: ANN401
     """Add the key ``name`` with ``default`` to ``node``, and remember what it takes."""
     node[name] = default
+    if isinstance(default, (list, tuple)) and default and setting.items is None:
+        kinds = {type(item) for item in default}
+        setting = replace(setting, items=(int, float) if kinds <= {int, float} and float in kinds else tuple(kinds))
     node.__dict__.setdefault(_DECLARED, {})[name] = setting
     node.__dict__.setdefault(_DEFAULTS, {})[name] = default
 

@@ -81,7 +81,7 @@ def describe(error: BaseException) -> tuple[str, int]:
     if plugin:
         return f"plugin {plugin!r} ({file}, line {line}) failed: {words}; mend it, or leave it out with --no-plugin {plugin}", 2
     if isinstance(error, OSError) and error.errno is not None:
-        paths = [str(path) for path in (error.filename, error.filename2) if path is not None]
+        paths = [_short(str(path)) for path in (error.filename, error.filename2) if path is not None]
         remedy = _REMEDIES.get(error.errno, "check the path")
         if paths or error.errno in _REMEDIES:
             return _one_line(f"{' -> '.join(paths) or 'output'}: {error.strerror}; {remedy}"), 2
@@ -99,6 +99,10 @@ def _words(error: BaseException) -> str:
     if "Original Traceback" in text:  # of a worker that reads pictures: its last line is the error
         return _one_line(text.strip().splitlines()[-1])
     return _one_line(f"{type(error).__name__}: {text}" if text else type(error).__name__)
+
+
+def _short(path: str) -> str:
+    return path if len(path) <= 300 else f"{path[:140]}...{path[-140:]}"
 
 
 def _one_line(text: str) -> str:

@@ -7,6 +7,7 @@ that it brings. Its folder, modules and registrations are there for the run only
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -97,7 +98,7 @@ def run_checkout(path: str, args: argparse.Namespace, **options: Any) -> RunResu
 
 def _program(path: str) -> tuple[Path, Path]:
     """Return the folder of a checkout and the program that is run."""
-    given = Path(path).expanduser().resolve()
+    given = Path(os.path.expanduser(path)).resolve()
     if given.is_file() and given.suffix == ".py":
         # python tools/train.py is called in the folder that has the trainers.
         homes = (folder for folder in given.parents[:2] if any((folder / name).is_dir() for name in ("trainers", "datasets")))

@@ -201,7 +201,7 @@ def require_folder(path: str | os.PathLike[str], name: str) -> Path:
     Raises:
         DataError: there is no such folder; the message says what lies in the one above.
     """
-    folder = Path(path).expanduser()
+    folder = Path(os.path.expanduser(path))
     if folder.is_dir():
         return folder
     above = folder.parent
@@ -228,7 +228,7 @@ def build_dataset(cfg: CfgNode) -> DatasetBase:
     """
     get_plugin_manager()
     dataset_class = DATASET_REGISTRY.get(cfg.DATASET.NAME)
-    if cfg.DATASET.ROOT and not Path(cfg.DATASET.ROOT).expanduser().is_dir():
+    if cfg.DATASET.ROOT and not Path(os.path.expanduser(cfg.DATASET.ROOT)).is_dir():
         raise DataError(f"DATASET.ROOT: no folder {cfg.DATASET.ROOT}; set --root to the folder of the data sets")
     if cfg.VERBOSE:
         get_logger().info("Loading dataset: %s", cfg.DATASET.NAME)

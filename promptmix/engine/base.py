@@ -110,7 +110,18 @@ class TrainerBase:
         val_result: float | None = None,
         model_name: str = "",
     ) -> None:
-        """Write a checkpoint of every model to ``<directory>/<name>/``; ``epoch`` counts from 0."""
+        """Write a checkpoint of every model to ``<directory>/<name>/``; ``epoch`` counts from 0.
+
+        Raises:
+            TrainingError: a learned tensor is infinite or NaN.
+        """
+        for name in self.get_model_names():
+            for key, tensor in self._models[name].state_dict().items():
+                if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                    raise TrainingError(
+                        f"{name}.{key} is infinite or NaN after epoch {epoch + 1} (learning rate {self.get_current_lr():.3g}); "
+                        "lower OPTIM.LR, or limit the gradients with TRAIN.CLIP_GRAD_NORM 1.0"
+                    )
         for name in self.get_model_names():
             optim, sched = self._optims[name], self._scheds[name]
             state = {

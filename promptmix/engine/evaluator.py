@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from yacs.config import CfgNode
 
-from promptmix.errors import ConfigError, DataError
+from promptmix.errors import ConfigError, DataError, TrainingError
 from promptmix.hookspecs import hookimpl
 from promptmix.plugin_manager import get_plugin_manager
 from promptmix.registry import EVALUATOR_REGISTRY, Registry
@@ -64,10 +64,12 @@ class Classification(EvaluatorBase):
         """Forget everything seen."""
         self._true: list[torch.Tensor] = []
         self._predicted: list[torch.Tensor] = []
+        self._nan: list[torch.Tensor] = []
 
     def process(self, mo: torch.Tensor, gt: torch.Tensor) -> None:
         """Take in a batch: scores (B, C) and true labels (B,). Nothing waits for the device here."""
         self._predicted.append(mo.detach().argmax(dim=1))
+        self._nan.append(mo.detach().isnan().any())
         self._true.append(gt.detach())
 
     def evaluate(self) -> dict[str, float]:
@@ -75,9 +77,15 @@ class Classification(EvaluatorBase):
 
         Raises:
             DataError: nothing was evaluated.
+            TrainingError: scores were no numbers, from which any class would follow.
         """
         if not sum(len(batch) for batch in self._true):
             raise DataError("there is nothing to evaluate: the split has no items; check DATASET and TEST.SPLIT")
+        if torch.stack(self._nan).any():
+            raise TrainingError(
+                "the model's scores are NaN, so that no class can be told; train with a lower OPTIM.LR, "
+                "or with TRAIN.CLIP_GRAD_NORM 1.0"
+            )
         true, predicted = torch.cat(self._true).cpu(), torch.cat(self._predicted).cpu()
         size = int(max(true.max(), predicted.max())) + 1
         # counts[i, j]: items of class i that were taken for class j

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
+import math
 import os
 import platform
 import re
@@ -22,6 +24,7 @@ SCHEMA_VERSION = 1
 FILE_NAME = "results.json"
 #: The whole config of a run, written before it trains; ``--config-file`` takes it.
 CONFIG_NAME = "run_config.yaml"
+_MOST_BYTES = 256 * 2**20  # of a results.json or a log; a run's are a thousandth of it
 #: What tells one run from another: two runs that differ in any of these never share an output folder.
 IDENTITY = (
     "trainer",
@@ -195,16 +198,49 @@ def load(path: str | Path) -> RunResult:
         DataError: the file is no results file, or a newer promptmix wrote it; remove it or upgrade.
     """
     try:
+        if not Path(path).is_file() or Path(path).stat().st_size > _MOST_BYTES:
+            raise ValueError(f"no file, or more than {_MOST_BYTES:,} bytes")
         tree = json.loads(Path(path).read_text(encoding="utf-8"))
         schema = int(tree["schema_version"])
         if schema > SCHEMA_VERSION:
             raise DataError(f"{path} has schema version {schema}, this promptmix reads up to {SCHEMA_VERSION}; upgrade it")
         known = {entry.name for entry in fields(RunResult)}
-        return RunResult(**{key: value for key, value in tree.items() if key in known} | {"source": str(path)})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        result = RunResult(**{key: value for key, value in tree.items() if key in known} | {"source": str(path)})
+        _check_types(result)
+        return result
+    except DataError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(
             f"{path} is not a results file of promptmix ({type(error).__name__}: {error}); remove it or name another folder"
         ) from error
+
+
+def _check_types(result: RunResult) -> None:
+    """Refuse values of another kind than ours, which would fail far from here.
+
+    Raises:
+        TypeError: there is one; the message names the field.
+    """
+    plain = RunResult("", "")
+    for entry in fields(RunResult):
+        value, usual = getattr(result, entry.name), getattr(plain, entry.name)
+        optional = value is None and "None" in str(entry.type)
+        kind = {"checkpoint": dict, "learned_parameters": int, "commit": str}.get(entry.name, type(usual))
+        if not optional and (not isinstance(value, kind) or isinstance(value, bool)):
+            raise TypeError(f"{entry.name} is a {type(value).__name__}, not a {kind.__name__}")
+    for name in ("command", "source_domains", "target_domains", "approximations"):
+        if not all(isinstance(item, str) for item in getattr(result, name)):
+            raise TypeError(f"{name} holds something besides text")
+    for split, numbers in result.metrics.items():
+        if not isinstance(numbers, dict) or not all(_is_number(value) for value in numbers.values()):
+            raise TypeError(f"metrics of {split!r} are no finite numbers")
+    if not all(value is None or _is_number(value) for value in (*result.seconds.values(), *result.peak_memory_mb.values())):
+        raise TypeError("seconds or peak_memory_mb hold something besides numbers")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def find(directory: str | Path, test_log: bool = False) -> tuple[list[RunResult], list[str]]:
@@ -215,7 +251,7 @@ def find(directory: str | Path, test_log: bool = False) -> tuple[list[RunResult]
         test_log: only runs that evaluated an earlier run's checkpoint, without training.
 
     Returns:
-        The runs in order of their paths, and a note for each log that holds no result.
+        The runs in order of their paths, and a note for each log or ``results.json`` that holds no result of a run.
 
     Raises:
         UserError: no such folder, or no run below it.
@@ -225,12 +261,20 @@ def find(directory: str | Path, test_log: bool = False) -> tuple[list[RunResult]
         raise UserError(f"{root}: no such folder; name the output folder of one or more runs")
     runs: list[RunResult] = []
     notes: list[str] = []
+    unreadable: list[DataError] = []
     for folder in sorted(_folders(root)):
-        run = read_run(folder)
+        try:
+            run = read_run(folder)
+        except DataError as error:
+            notes.append(f"{error}; left out")
+            unreadable.append(error)
+            continue
         if run is None:
             notes.append(f"{newest_log(folder)}: no finished result with its config, left out")
         else:
             runs.append(run)
+    if not runs and unreadable:
+        raise unreadable[0]
     if not runs:
         shown = f" ({notes[0]})" if notes else ""
         raise UserError(f"{root}: no {FILE_NAME} and no log.txt with a result below it{shown}; train into it first")
@@ -248,18 +292,16 @@ def read_run(folder: str | Path) -> RunResult | None:
         DataError: there is a ``results.json``, but it can't be read.
     """
     log = newest_log(Path(folder))
-    if Path(folder, FILE_NAME).is_file() and (log is None or not _is_foreign(Path(folder, FILE_NAME))):
-        return load(Path(folder, FILE_NAME))
+    if Path(folder, FILE_NAME).exists():
+        try:
+            return load(Path(folder, FILE_NAME))
+        except DataError:
+            # Another program's file of that name may lie beside a log.
+            found = None if log is None else from_log(log)
+            if found is None:
+                raise
+            return found
     return None if log is None else from_log(log)
-
-
-def _is_foreign(path: Path) -> bool:
-    """Tell whether a file of this name was written by another program, as some forks do beside their log."""
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return False  # ours, damaged
-    return not isinstance(tree, dict) or "schema_version" not in tree
 
 
 def _folders(root: Path) -> Iterator[Path]:
@@ -287,14 +329,20 @@ def from_log(path: str | Path) -> RunResult | None:
 
     Numbers have one decimal there, and only what was printed is known. Returns None for a log without config or result.
     """
-    text = Path(path).read_text(encoding="utf-8", errors="replace")
+    try:
+        if Path(path).stat().st_size > _MOST_BYTES:
+            return None
+        text = Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
     banner = _BANNER.search(text)
     metrics = metrics_of_log(text)
     if banner is None or not metrics:
         return None
     try:
         run = RunResult.from_config(_printed_config(banner.group(1)))
-    except (KeyError, TypeError):
+        _check_types(run)
+    except (KeyError, TypeError, ValueError, IndexError):
         return None
     run.metrics = metrics
     run.source = str(path)
@@ -320,7 +368,8 @@ def metrics_of_log(text: str) -> dict[str, dict[str, float]]:
             continue
         found = _METRIC.match(line) if inside else None
         if found and found.group(1) not in ("total", "correct"):
-            metrics[split][LOG_NAMES.get(found.group(1), found.group(1))] = float(found.group(2))
+            with contextlib.suppress(ValueError):  # "1.2.3"
+                metrics[split][LOG_NAMES.get(found.group(1), found.group(1))] = float(found.group(2))
     return metrics
 
 
@@ -345,7 +394,7 @@ def _printed_config(text: str) -> dict[str, Any]:
 def _literal(text: str) -> Any:  # noqa: ANN401  (any value of a config)
     try:
         value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return text
     return list(value) if isinstance(value, tuple) else value
 

@@ -14,7 +14,7 @@ from yacs.config import CfgNode
 
 from promptmix.config import get_key, sources
 from promptmix.config.checks import check_templates
-from promptmix.config.declare import Setting, all_defaults, declare
+from promptmix.config.declare import Setting, all_defaults, declare, shown
 from promptmix.data.assemble import AssembledDataset, renumbered
 from promptmix.data.base import require_folder
 from promptmix.data.datasets.readers import read_classnames, shuffled_split
@@ -23,7 +23,7 @@ from promptmix.data.leaks import alike, find_leaks
 from promptmix.errors import ConfigError, DataError
 from promptmix.hookspecs import hookimpl
 from promptmix.registry import Registry
-from promptmix.utils import get_logger
+from promptmix.utils import get_logger, read_text
 
 PARTS = ("train", "val", "test")
 #: What folders of the parts are called.
@@ -147,6 +147,11 @@ class ImageFolder(_Own):
         names: dict[str, str] = {}
         if node.CLASSNAMES:
             names = read_classnames(_text(where / node.CLASSNAMES, "DATASET.IMAGEFOLDER.CLASSNAMES"))
+            if not names.keys() & {label for _, _, label, _ in found}:
+                raise ConfigError(
+                    f"DATASET.IMAGEFOLDER.CLASSNAMES {node.CLASSNAMES} names none of the class folders in {where}; "
+                    "its lines must be: folder class name"
+                )
         super().__init__(cfg, node, found, names, where)
 
 
@@ -248,29 +253,58 @@ class CSV(_Own):
         node = cfg.DATASET.CSV
         where = Path(os.path.abspath(os.path.expanduser(os.path.join(cfg.DATASET.ROOT, node.FILE))))
         table = csv.DictReader(_text(where, "DATASET.CSV.FILE").splitlines(), skipinitialspace=True)
+        twice = [name for name, count in Counter(table.fieldnames or ()).items() if count > 1 and name]
+        if twice:
+            raise DataError(f"{where} has the column {twice[0]!r} twice; remove one")
         missing = sorted({"path", "label"} - set(table.fieldnames or ()))
         if missing:
             raise DataError(f"{where} has no column {missing[0]!r}; its first line must be path,label[,split,domain]")
-        found = [_row(row, where, number) for number, row in enumerate(table, start=2)]
+        try:
+            found = [_row(row, where, number) for number, row in enumerate(table, start=2)]
+        except csv.Error as error:
+            raise DataError(f"{where}, line {table.line_num}: {error}; write path,label[,split,domain] in each line") from error
         if len({bool(entry[0]) for entry in found}) > 1:
             raise DataError(f"{where}: some rows have a split and some have none; fill the column or remove it")
+        _refuse_copies(found, where)
         super().__init__(cfg, node, found, {}, where)
 
 
 def _row(row: dict[str | Any, Any], where: Path, number: int) -> Found:
     values = {key: (value or "").strip() for key, value in row.items() if isinstance(key, str) and not isinstance(value, list)}
     part = values.get("split", "")
-    if part not in ("", *PARTS) or not values["path"] or not values["label"] or None in row:
-        raise DataError(f"{where}, line {number}: needs path,label and a split among train, val, test, not {list(row.values())}")
-    return part, values.get("domain", ""), values["label"], os.path.join(where.parent, values["path"])
+    short = None in row.values()  # fewer cells than columns
+    if part not in ("", *PARTS) or not values["path"] or not values["label"] or None in row or short or "\0" in values["path"]:
+        raise DataError(
+            f"{where}, line {number}: needs path,label and a split among train, val, test, and as many cells as the first line, "
+            f"not {shown(list(row.values()))}"
+        )
+    path = os.path.normpath(os.path.join(where.parent, values["path"]))
+    if where.parent not in Path(path).parents:
+        raise DataError(
+            f"{where}, line {number}: {values['path']} lies outside {where.parent}; put the table "
+            "into a folder above all pictures"
+        )
+    return part, values.get("domain", ""), values["label"], path
+
+
+def _refuse_copies(found: list[Found], where: Path) -> None:
+    """Refuse a table that names a picture twice.
+
+    Raises:
+        DataError: it does; the message says in which lines.
+    """
+    lines: dict[str, int] = {}
+    for number, (*_, path) in enumerate(found, start=2):
+        if path in lines:
+            raise DataError(f"{where}: {path} is in line {lines[path]} and in line {number}; keep one of them")
+        lines[path] = number
 
 
 def _text(path: Path, key: str) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise DataError(f"{key} {path}: {reason}; give a file below DATASET.ROOT (--root) or its full path") from error
+        return read_text(path)
+    except DataError as error:
+        raise DataError(f"{key} {error}; give a file below DATASET.ROOT (--root) or its full path") from error
 
 
 @hookimpl

@@ -23,7 +23,7 @@ from yacs.config import CfgNode
 
 from promptmix.data.base import reading_of
 from promptmix.data.datum import Datum
-from promptmix.errors import UserError
+from promptmix.errors import DataError, UserError
 from promptmix.utils import atomic_write, get_logger
 
 #: Raised when a file's meaning changes, so that old files are passed over.
@@ -58,11 +58,19 @@ def cache_folder(chosen: str = "") -> Path:
 
     Args:
         chosen: ``INPUT.FEATURE_CACHE_DIR``; "" asks ``PROMPTMIX_CACHE_DIR``, then the user's cache folder (XDG).
+
+    Raises:
+        DataError: none of these is set, and this user has no home folder.
     """
     if chosen:
         return Path(chosen)
     own = os.environ.get("PROMPTMIX_CACHE_DIR")
-    base = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "promptmix")
+    home = os.path.expanduser("~")
+    if not own and not os.environ.get("XDG_CACHE_HOME") and not os.path.isabs(home):
+        raise DataError(
+            "this user has no home folder for the feature cache; set PROMPTMIX_CACHE_DIR (or `promptmix cache --dir`)"
+        )
+    base = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path(home, ".cache"), "promptmix")
     return base / "features"
 
 
@@ -230,10 +238,14 @@ def feature_key(cfg: CfgNode, tower: nn.Module, items: Sequence[Datum], transfor
 
 
 def open_cache(cfg: CfgNode) -> FeatureCache | None:
-    """Return the cache that ``cfg.INPUT`` asks for, or None where it is off."""
+    """Return the cache that ``cfg.INPUT`` asks for, or None where it is off, or has no place."""
     if not cfg.INPUT.FEATURE_CACHE:
         return None
-    return FeatureCache(cache_folder(cfg.INPUT.FEATURE_CACHE_DIR), cfg.INPUT.FEATURE_CACHE_GB)
+    try:
+        return FeatureCache(cache_folder(cfg.INPUT.FEATURE_CACHE_DIR), cfg.INPUT.FEATURE_CACHE_GB)
+    except DataError as error:
+        get_logger().info("Features are not kept: %s", error)
+        return None
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from functools import lru_cache
 from typing import IO
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from promptmix.config.core import READINGS
 from promptmix.errors import DataError
@@ -47,6 +47,8 @@ def read_image(path: str, reading: str = "benchmark") -> Image.Image:
     """
     pack, inside, member = path.partition("::")
     try:
+        if os.path.exists(pack) and not os.path.isfile(pack):  # a named pipe would be waited for
+            raise DataError(f"can't read picture {path}: it is no file; remove it")
         if not inside:
             with Image.open(path) as img:
                 return as_rgb(img, reading)
@@ -56,7 +58,9 @@ def read_image(path: str, reading: str = "benchmark") -> Image.Image:
         raise DataError(f"no picture {path}; check DATASET.ROOT, or get the data set again") from error
     except KeyError as error:
         raise DataError(f"no picture {member!r} in {pack}; get the pack again") from error
-    except (UnidentifiedImageError, zipfile.BadZipFile, OSError, ValueError) as error:
+    except (DataError, MemoryError):
+        raise
+    except Exception as error:  # decoders raise many kinds, also for more pixels than Pillow takes for harmless
         raise DataError(f"can't read picture {path} ({error}); it is damaged or no picture") from error
 
 

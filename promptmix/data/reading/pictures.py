@@ -28,16 +28,22 @@ def quick_problem(path: str) -> str:
     if "::" in path:
         return ""  # inside a pack, whose own checksums guard it
     try:
+        if os.path.exists(path) and not os.path.isfile(path):  # a named pipe would be waited for
+            return "no file"
         with open(path, "rb") as file:
-            head = file.read(8)
+            start = file.read(24)
+            head = start[:8]
             if not head:
                 return "empty file"
             file.seek(-min(8, os.fstat(file.fileno()).st_size), os.SEEK_END)
             tail = file.read(8)
     except FileNotFoundError:
         return "missing"
-    except OSError as error:
-        return f"unreadable ({error.strerror})"
+    except (OSError, ValueError) as error:  # ValueError: NUL in the path
+        return f"unreadable ({getattr(error, 'strerror', None) or error})"
+    width, height = (int.from_bytes(start[place : place + 4], "big") for place in (16, 20))  # PNG's header comes first
+    if head.startswith(b"\x89PNG") and width * height > 2 * (Image.MAX_IMAGE_PIXELS or width * height):
+        return f"{width} x {height} pixels are more than Pillow takes for harmless"
     if any(head.startswith(begin) and tail.endswith(end) for begin, end in _MARKS):
         return ""
     return decode_problem(path)
@@ -51,6 +57,8 @@ def decode_problem(path: str) -> str:
         except DataError as error:
             return str(error)
         return ""
+    if os.path.exists(path) and not os.path.isfile(path):
+        return "no file"
     try:
         with Image.open(path) as image:
             image.draft("RGB", (max(1, image.width // 8), max(1, image.height // 8)))

@@ -1,0 +1,234 @@
+"""Input that nobody should give, over several commands: one line, a known exit code, nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import promptmix
+from promptmix import console
+from promptmix.cli import main
+from promptmix.config import get_cfg, merge_file
+from promptmix.config.yamlfile import read_yaml
+from promptmix.data.reading.images import read_image
+from promptmix.data.reading.pictures import quick_problem
+from promptmix.errors import ConfigError, DataError, OutputError
+from promptmix.utils import atomic_write
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def fails(capsys, command, *words, code=2):
+    assert main([str(word) for word in command]) == code
+    line = capsys.readouterr().err.strip()
+    assert "\n" not in line
+    assert line.startswith("promptmix: error: ")
+    assert all(word in line for word in words), line
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    random = np.random.default_rng(0)
+    for name in ("ant", "bee"):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        for number in range(6):
+            pixels = random.integers(0, 255, (64, 64, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "pictures" / name / f"{number}.png")
+    return tmp_path / "pictures"
+
+
+@pytest.fixture
+def train(pictures, tmp_path):
+    """Return a command that trains in a second, without its ``KEY VALUE`` pairs."""
+    (tmp_path / "run.yaml").write_text(
+        "DATASET: {NAME: ImageFolder}\nOPTIM: {MAX_EPOCH: 1}\n"
+        "INPUT: {SIZE: '(64, 64)', TRANSFORMS: [normalize], PIXEL_MEAN: [0.5, 0.5, 0.5], PIXEL_STD: [0.5, 0.5, 0.5]}\n"
+        "DATALOADER: {NUM_WORKERS: 0}\nMODEL: {BACKBONE: {NAME: tiny-vit}}\nDEVICE: cpu\n"
+    )
+    places = ["--config-file", tmp_path / "run.yaml", "--root", pictures, "--output-dir", tmp_path / "out"]
+    return [str(word) for word in ["train", "--trainer", "CoOp", *places]]
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["INPUT.SIZE", "(32, 32)"], ["INPUT.SIZE is (32, 32)", "(64, 64) only"]),
+        (["OPTIM.LR", "0.1", "--seed", "1"], ["flags come before", "--seed 1"]),
+        (["--load-epoch", "2"], ["--load-epoch is for --eval-only"]),
+        (["--model-dir", "x"], ["--model-dir is for --eval-only"]),
+        (["--head", "mlp"], ["MODEL.HEAD.NAME is 'mlp' (set by --head)"]),
+        (["TRAINER.PROMPTSRC.PREC", "fp16"], ["TRAINER.PREC (fp32, amp or bf16)"]),
+        (["OPTIM.LR", "1e38", "OPTIM.NAME", "sgd", "OPTIM.MAX_EPOCH", "3"], ["infinite or NaN", "lower OPTIM.LR"]),
+        (["OPTIM.NEW_LAYERS", "('bank',)"], ["STAGED_LR"]),
+        (["INPUT.SIZE", "(64.5, 64.5)"], ["each item must be a int"]),
+        (["DATASET.ROOT", "~nobody-of-this-name/x"], ["no folder"]),
+        (["--no-plugin", "nobody"], ["is not installed"]),
+    ],
+)
+def test_train_refuses(train, capsys, more, words):
+    fails(capsys, [*train, *more], *words)
+
+
+def test_a_size_that_does_not_fit_leaves_nothing(train, tmp_path, capsys):
+    fails(capsys, [*train, "INPUT.SIZE", "(32, 32)"])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("OPTIM: {LR: 0.1, LR: 0.2}", "key 'LR' is there twice"),
+        ("a: 1\na: 2", "is there twice"),
+        ("_BASE_: bad.yaml", "leads back to itself"),
+        ("_BASE_: 3", "must be the path"),
+        ("_BASE_: pipe", "is no file"),
+        ("a: &a [*a]", "holds itself"),
+        ("[" * 5000, "nested too deep"),
+        ("OPTIM: {LR: 2024-13-45}", "not valid YAML"),
+        (f"OPTIM: {{LR: {'9' * 5000}}}", "not valid YAML"),
+        ("\n".join([f"a{n}: &a{n} [{', '.join([f'*a{n - 1}' if n else 'x'] * 10)}]" for n in range(8)]), "stands for more than"),
+        (b"\xff\xfe\x00", "save it as UTF-8"),
+        (b"a: \x01", "not valid YAML"),
+        ("x: " + "a" * 5_000_000, "bytes, which no config has"),
+    ],
+)
+def test_yaml_that_bites(tmp_path, text, words):
+    os.mkfifo(tmp_path / "pipe")
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ConfigError, match=words) as caught:
+        merge_file(get_cfg(), path)
+    assert "\n" not in str(caught.value)
+
+
+def test_yaml_that_does_not(tmp_path):
+    path = tmp_path / "good.yaml"
+    path.write_text("a: &one {x: 1}\nb: {<<: *one, y: 2}\nc: [*one, *one]\n")
+    assert read_yaml(path) == {"a": {"x": 1}, "b": {"x": 1, "y": 2}, "c": [{"x": 1}, {"x": 1}]}
+
+
+def header(width: int, height: int) -> bytes:
+    """Return a PNG that says it is ``width`` x ``height`` and holds next to nothing."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    size = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + size + chunk(b"IDAT", zlib.compress(b"\0" * 99)) + chunk(b"IEND", b"")
+
+
+def test_pictures_that_are_none(tmp_path, capsys, train, pictures):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "large.png").write_bytes(header(60_000, 60_000))
+    assert quick_problem(str(tmp_path / "pipe.png")) == "no file"
+    assert "more than Pillow takes" in quick_problem(str(tmp_path / "large.png"))
+    for name in ("pipe.png", "large.png", "nul\0.png"):
+        with pytest.raises(DataError, match="picture"):
+            read_image(str(tmp_path / name))
+    (pictures / "ant" / "0.png").unlink()
+    os.mkfifo(pictures / "ant" / "0.png")
+    fails(capsys, train, "0.png: no file", "--skip-bad")
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        (["ant/0.png,ant", "ant/0.png,ant"], "is in line 2 and in line 3"),
+        (["../elsewhere/0.png,ant"], "lies outside"),
+        (["/etc/0.png,ant"], "lies outside"),
+        (["ant/0.png,ant,train,extra"], "line 2: needs path,label"),
+        (["ant/0.png,ant"], "as many cells as the first line"),
+        (["ant/\0.png,ant,"], "line 2: needs path,label"),
+        (["ant/0.png," + "x" * 200_000], "field larger"),
+    ],
+)
+def test_tables_that_are_wrong(train, pictures, capsys, lines, words):
+    columns = "path,label,split" if "," in lines[0].partition(",")[2] or "cells" in words else "path,label"
+    (pictures / "labels.csv").write_text("\n".join([columns, *lines]) + "\n")
+    fails(capsys, [*train, "DATASET.NAME", "CSV"], words)
+
+
+def test_predictions_for_odd_input(train, tmp_path, pictures, capsys):
+    assert main(train) == 0
+    capsys.readouterr()
+    predictor = promptmix.load(tmp_path / "out")
+    picture = str(pictures / "ant" / "0.png")
+    for options, words in (
+        ({"classnames": "cat"}, "give a list of names"),
+        ({"classnames": [1]}, "give a list"),
+        ({"classnames": 3}, "give a list"),
+        ({"batch_size": -1}, "batch_size is -1"),
+        ({"batch_size": 1.5}, "batch_size is 1.5"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            predictor.predict(picture, **options)
+    with pytest.raises(ConfigError, match="give paths or PIL pictures"):
+        predictor.predict([None])
+    for run in (None, 3, b"out"):
+        with pytest.raises(ConfigError, match="give the output folder"):
+            promptmix.load(run)
+    with pytest.raises(ConfigError, match="epoch is 'last'"):
+        promptmix.load(tmp_path / "out", epoch="last")
+    ask = ["predict", "--model-dir", str(tmp_path / "out"), "--format", "csv"]
+    fails(capsys, [*ask, picture, "--classnames", "missing.txt"], "missing.txt: No such file")
+    (pictures / "ant" / "1.png").write_bytes(b"broken")
+    assert main([*ask, str(pictures)]) == 1
+    shown = capsys.readouterr()
+    assert shown.out.count("\n") == 12
+    assert "1.png" in shown.err
+    assert "left out" in shown.err
+    assert main([*ask, str(pictures), "--skip-bad"]) == 0
+    capsys.readouterr()
+    fails(capsys, [*ask, pictures / "ant" / "1.png"], "1.png")
+
+
+def test_a_second_folder_for_parse(capsys):
+    fails(capsys, ["parse", "a", "b"], "'b' is one too many", "takes DIR")
+
+
+def test_what_is_unexpected_is_one_line_with_its_file(monkeypatch, capsys):
+    monkeypatch.setattr("promptmix.commands.cache.run", lambda args: [][1])
+    fails(capsys, ["cache"], "unexpected IndexError: list index out of range", "please report", code=console.FAULT)
+    with pytest.raises(IndexError):
+        main(["cache", "--debug"])
+
+
+def test_a_limit_on_the_size_of_files_leaves_nothing(tmp_path):
+    code = (
+        "import resource, sys, torch\nfrom promptmix.errors import OutputError\nfrom promptmix.utils import atomic_write\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "for write in (lambda path: torch.save(torch.zeros(9999), path), lambda path: path.write_bytes(b'x' * 9999)):\n"
+        "    try: atomic_write(sys.argv[1] + '/file', write)\n"
+        "    except OutputError as error: print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2
+    assert all("file can't be written" in line and "make room" in line for line in lines)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_fails_names_the_target(tmp_path):
+    def full(path):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OutputError, match="results.json can't be written: No space left on device"):
+        atomic_write(tmp_path / "results.json", full)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("where", "code"), [(">&-", 0), (">/dev/full", 2), ("| head -1", 0)])
+def test_standard_output_that_is_closed_or_full(where, code):
+    command = f"{sys.executable} -m promptmix.cli --help {where}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert done.returncode == code
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
