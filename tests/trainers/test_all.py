@@ -19,7 +19,7 @@ BUILT_IN = "promptmix.trainers."  # what is installed or loaded besides has test
 TRAINERS = [name for name in TRAINER_REGISTRY if TRAINER_REGISTRY.get(name).__module__.startswith(BUILT_IN)]
 LEARNED = [name for name in TRAINERS if name not in ("ZeroshotCLIP", "TipAdapter")]
 #: What they learn belongs to each class.
-CLASS_SPECIFIC = {"TipAdapterF", "TaskRes"}
+CLASS_SPECIFIC = {"CLAP", "CrossModal", "LPPlusPlus", "TaskRes", "TipAdapterF"}
 BASE, NEW = 3, 2
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 #: Files that start with "_" are parts of others; sweeps are plans over configs, read by their own command.

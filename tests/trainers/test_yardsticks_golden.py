@@ -8,12 +8,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from promptmix.plugins.heads.cache import Cache, search
+from promptmix.plugins.heads.linear import LinearHead
 from promptmix.plugins.prompt_bank.hard import Hard, ImageAdapter
-from promptmix.prompts.templates import IMAGENET_7
+from promptmix.trainers.clap import Constraint, Prototypes
+from promptmix.trainers.cross_modal import ImageTextCrossEntropy, RawHard
+from promptmix.trainers.lp_plus_plus import BlendedProbe, descent
+from promptmix.trainers.prolip import NearStart, TunedProjection
 from promptmix.trainers.taskres import Residual
 
+from promptmix.data.templates import IMAGENET_7
 from promptmix.prompts.heads import Cosine
 from promptmix.prompts.learner import Learner
+from promptmix.prompts.losses import CrossEntropy
 from promptmix.prompts.roles import Task
 from tests.trainers.golden import close, compare, golden_clip, golden_task, images, labels, numbers, seeded
 
@@ -125,3 +131,117 @@ def test_taskres():
     expected = numbers("taskres")
     close(bank.base.norm(dim=-1), expected["base_norm"])
     close(bank.base.flatten()[:256], expected["base_head"])
+
+
+def test_cross_modal(monkeypatch):
+    case, expected = "cross_modal", numbers("cross_modal")
+    task = golden_task(frozen())
+    text, image, test = (given(case, name, n, 512) for name, n in (("text", 10), ("image", 4), ("test", 3)))
+    zeroshot = unit(text.unflatten(0, (5, 2)).mean(dim=1))
+    close(zeroshot.flatten()[:256], expected["zero_shot_weights_head"])
+    close(zeroshot.norm(dim=-1), expected["zero_shot_weights_norm"])
+    bank = RawHard(task)
+    head = LinearHead(task, bank, zeroshot_share=0.5, scale=100.0)
+    torch.testing.assert_close(head.weight.data, bank.encode(task.classnames)[0])
+    head.zeroshot.copy_(zeroshot)
+    head.weight.data.copy_(learned(case, "head.weight", 5, 512))
+    loss = ImageTextCrossEntropy(head, text, torch.arange(10) // 2)
+    monkeypatch.setattr(loss, "draw", lambda count: torch.tensor([1, 2, 5, 8])[:count])
+    learner = Learner(task, bank, head=head, loss=loss)
+    terms = learner.loss(learner.step(unit(image), torch.tensor([0, 3, 1, 3])))
+    close(terms.logits, expected["train_logits"][:4])
+    close(head.scores(loss.texts[[1, 2, 5, 8]]), expected["train_logits"][4:])
+    close(terms.total, expected["loss"])
+    terms.total.backward()
+    check_gradient(expected, "head.weight", head.weight)
+    close(head.scores(unit(test)), expected["logits"])
+    learner.eval()
+    close(head.scores(unit(test)), expected["logits_wiseft"])
+
+
+def test_lp_plus_plus():
+    case, expected = "lp_plus_plus", numbers("lp_plus_plus")
+    shift = given(case, "shift", 1, 512, std=1.5)
+    text = unit(given(case, "text", 5, 512) + 0.3 * shift)
+    train, test = (unit(given(case, name, n, 512) + shift) for name, n in (("train", 20), ("test", 3)))
+    task = golden_task(frozen())
+    head = BlendedProbe(task)
+    learner = Learner(task, Hard(task), head=head)
+    head.bias.data.copy_(learned(case, "classifier.bias", 5))
+    rows = list(zip(train.split(8), ROWS.split(8), strict=True))
+    head.prepare(lambda: [on_features(learner, part, row, text) for part, row in rows])
+    close(head.weight.flatten()[:256], expected["init_weight_head"])
+    close(head.weight.norm(), expected["init_weight_norm"])
+    close(head.alpha, expected["init_alpha"])
+    for rate, name in zip(head.rates, ("lr_w", "lr_alpha"), strict=True):
+        close(rate, expected[name])
+    optimizer = descent(learner, *head.rates, every=10)
+    for epoch in range(1, 21):
+        optimizer.zero_grad()
+        terms = learner.loss(on_features(learner, train, ROWS, text))
+        terms.total.backward()
+        if epoch == 1:
+            close(terms.logits, expected["train_logits"])
+            close(terms.total, expected["loss"])
+            names = {"classifier.weight": head.weight, "classifier.bias": head.bias, "alpha_vec": head.alpha}
+            for name, parameter in names.items():
+                check_gradient(expected, name, parameter)
+        optimizer.step()
+        if epoch in (1, 10, 20):
+            close(terms.total, expected[f"loss_{epoch}"])
+            close(head.alpha, expected[f"alpha_{epoch}"])
+            logits = "logits" if epoch == 20 else f"logits_{epoch}"
+            close(on_features(learner, test, text=text).logits, expected[logits])
+
+
+def test_clap():
+    case, expected = "clap", numbers("clap")
+    task = golden_task(frozen(), templates=("a centered satellite photo of {}.",))
+    bank = Prototypes(task)
+    constraint = Constraint(bank, "l2", views=1)
+    learner = Learner(task, bank, head=Cosine(task, bank), loss=CrossEntropy() + constraint)
+    train = unit(given(case, "train", 20, 512))
+    close(bank.base.norm(dim=-1), expected["base_norm"])
+    close(bank.base.flatten()[:256], expected["base_head"])
+    close(learner.step(train).logits, expected["zeroshot_train_logits"])
+    with torch.no_grad():
+        constraint.prepare(lambda: [learner.step(part, row) for part, row in zip(train.split(6), ROWS.split(6), strict=True)])
+        close(constraint.multipliers, expected["multipliers"])
+        bank.prototypes.add_(learned(case, "adapter.prototypes", 5, 512))
+    terms = learner.loss(learner.step(train, ROWS))
+    close(terms.logits, expected["train_logits"])
+    close(terms.total, expected["loss"])
+    close(terms.parts["ce"], expected["ce"])
+    close(terms.parts["constraint"], expected["constraint"])
+    terms.total.backward()
+    check_gradient(expected, "adapter.prototypes", bank.prototypes)
+    with torch.no_grad():
+        close(learner.logits(learner.features(images()), learner.classifier()), expected["logits"])
+
+
+def test_prolip():
+    case, expected = "prolip", numbers("prolip")
+    task = golden_task(frozen())
+    bank = TunedProjection(task)
+    bank.projection.data += 0.1 * learned(case, "vit_proj", 768, 512)
+    learner = Learner(task, bank, head=Cosine(task, bank, 100.0), loss=CrossEntropy() + 0.25 * NearStart(bank))
+    views, text = [given(case, f"view_{i}", 20, 768) for i in range(2)], unit(given(case, "text", 5, 512))
+    test = given(case, "test", 3, 768)
+    close(on_features(learner, test, text=text).logits, expected["logits"])
+    optimizer = torch.optim.Adam(learner.parameters(), lr=1e-5, eps=1e-4)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 2)
+    for view, loss in ((views[1], "loss"), (views[0], "loss_2")):
+        optimizer.zero_grad()
+        terms = learner.loss(on_features(learner, view, ROWS, text))
+        close(terms.total, expected[loss])
+        terms.total.backward()
+        if loss == "loss":
+            close(terms.logits, expected["train_logits"])
+            close(terms.parts["ce"], expected["ce"])
+            close(terms.parts["distance"], expected["mse"])
+            check_gradient(expected, "vit_proj", bank.projection)
+        optimizer.step()
+        schedule.step()
+        if loss == "loss":
+            close(bank.projection.flatten()[:256], expected["stepped_head"])
+    close(on_features(learner, test, text=text).logits, expected["logits_after_2"])

@@ -1,0 +1,101 @@
+"""Cross-modal adaptation: Multimodality Helps Unimodality, the linear probe.
+
+Zhiqiu Lin, Samuel Yu, Zhiyi Kuang, Deepak Pathak, Deva Ramanan. CVPR 2023. https://arxiv.org/abs/2301.06267
+
+| paper | here |
+|---|---|
+| w_y, classifier, from the zero-shot weights at the start | ``LinearHead.weight`` (C, D), rows not normalised |
+| H(y, w phi(x)) over pictures and texts alike | ``ImageTextCrossEntropy`` |
+| half a batch of pictures, half of texts | ``DATALOADER.TRAIN_X.BATCH_SIZE`` pictures, as many texts |
+| WiSE-FT: half trained, half zero-shot weights | ``ZEROSHOT_SHARE 0.5`` |
+
+The zero-shot weights are the mean of the templates' features as they come from the tower, then normalised.
+
+Deviations from the authors' code: each batch draws its texts anew (theirs go round in shuffled passes), all where there are fewer
+than pictures; the adapter and the partial fine-tuning of the paper are left out. Their checkpoints are pickled modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import torch
+import torch.nn.functional as F
+from promptmix.plugins.heads.linear import LinearHead
+from promptmix.plugins.prompt_bank.hard import Hard
+from torch import Tensor
+
+from promptmix import hookimpl
+from promptmix.config.declare import Setting, inherits
+from promptmix.prompts.learner import Learner
+from promptmix.prompts.roles import Loss, Task
+from promptmix.prompts.step import Step
+from promptmix.prompts.trainer import PromptTrainer
+from promptmix.registry import Registry
+
+
+class RawHard(Hard):
+    """Hard prompts whose unnormalised features are averaged."""
+
+    def encode(self, names: Sequence[str]) -> Tensor:
+        """Return normalised text features (1, C, D)."""
+        return self.task.clip.raw_ensemble(self.templates, names)[None]
+
+
+class ImageTextCrossEntropy(Loss):
+    """Cross-entropy over a batch of pictures and as many texts, which the head scores as if they were pictures.
+
+    Args:
+        head: the probe.
+        texts: (R, D) features of all texts.
+        labels: (R,) their classes.
+    """
+
+    part = "ce"
+    needs_all_experts = False
+
+    def __init__(self, head: LinearHead, texts: Tensor, labels: Tensor) -> None:
+        super().__init__()
+        self._head = (head,)  # not a submodule: the learner holds the head already
+        self.texts: Tensor
+        self.text_labels: Tensor
+        self.register_buffer("texts", F.normalize(texts, dim=-1), persistent=False)
+        self.register_buffer("text_labels", labels, persistent=False)
+
+    def draw(self, count: int) -> Tensor:
+        """Return ``count`` rows of the texts, each at most once."""
+        return torch.randperm(len(self.texts), device=self.texts.device)[:count]
+
+    def forward(self, step: Step) -> Tensor:
+        """Return the loss (scalar)."""
+        (head,) = self._head
+        rows = self.draw(len(step.labels))
+        scores = torch.cat([step.logits, head.scores(self.texts[rows].to(step.logits.dtype))])
+        return F.cross_entropy(scores, torch.cat([step.labels, self.text_labels[rows]]))
+
+
+class CrossModal(PromptTrainer):
+    """A linear probe on pictures and texts together."""
+
+    schedule_unit = "step"
+
+    @inherits(LinearHead, scale=100.0)
+    def compose(
+        self,
+        task: Task,
+        templates: Annotated[Sequence[str], Setting("hard templates: texts to learn from; () = the data set's first")] = (),
+        **head: Any,
+    ) -> Learner:
+        """Return the probe with the loss over both kinds."""
+        prompts = RawHard(task, templates)
+        probe = LinearHead(task, prompts, **head)
+        texts = task.clip.raw_features(prompts.templates, task.classnames).flatten(0, 1)
+        labels = torch.arange(len(task.classnames), device=texts.device).repeat(len(prompts.templates))
+        return Learner(task, prompts, head=probe, loss=ImageTextCrossEntropy(probe, texts, labels))
+
+
+@hookimpl
+def register_trainers(registry: Registry) -> None:
+    """Add the trainer."""
+    registry.register(CrossModal)
