@@ -68,10 +68,21 @@ def merge_file(cfg: CN, path: str | Path) -> None:
     Raises:
         ConfigError: the file is missing or not YAML, or holds an unknown key, a wrong type or an empty value.
     """
-    _merge_file(cfg, Path(path), [])
+    for tree, source in file_trees(path):
+        merge_tree(cfg, tree, source)
 
 
-def _merge_file(cfg: CN, path: Path, above: list[Path]) -> None:
+def file_trees(path: str | Path) -> list[tuple[dict[str, Any], str]]:
+    """Return what a YAML file holds, after what it builds on: trees to merge in this order, each with the path of its file.
+
+    Raises:
+        ConfigError: a file is missing, not YAML, or builds on itself.
+    """
+    return _file_trees(Path(path), [])
+
+
+def _file_trees(path: Path, above: list[Path]) -> list[tuple[dict[str, Any], str]]:
+    below: list[tuple[dict[str, Any], str]] = []
     tree = named_tree(path) or read_yaml(path)
     if not isinstance(tree, dict):
         raise ConfigError(f"config file {path} must hold a tree of keys, not {type(tree).__name__}")
@@ -83,8 +94,8 @@ def _merge_file(cfg: CN, path: Path, above: list[Path]) -> None:
         chain = [*above, path]
         if len(chain) > _MOST_BASES or file.resolve() in [one.resolve() for one in chain]:
             raise ConfigError(f"config file {path}: _BASE_ {base} leads back to itself; name another file, or leave the key out")
-        _merge_file(cfg, file, chain)
-    merge_tree(cfg, tree, str(path))
+        below = _file_trees(file, chain)
+    return [*below, (tree, str(path))]
 
 
 def merge_tree(cfg: CN, tree: dict[str, Any], source: str) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 import sys
+from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from yacs.config import CfgNode
 
+from promptmix.config.tree import file_trees
 from promptmix.errors import ConfigError, PluginError
 from promptmix.registry import DATASET_REGISTRY, TRAINER_REGISTRY
 from promptmix.utils import get_logger
@@ -47,6 +50,7 @@ def register(cfg: CfgNode, replace: bool = False) -> list[str]:
     for name in kept:
         del ours.TRAINER[name.upper()]
     _fill(cfg, ours)
+    object.__setattr__(cfg, "__class__", _ReadsOurs)  # yacs takes an assignment for a key
     for name in mine:
         registry.register(_bridge(name, TRAINER_REGISTRY.get(name), manager), force=name in theirs)
     if kept:
@@ -54,6 +58,36 @@ def register(cfg: CfgNode, replace: bool = False) -> list[str]:
             "promptmix: %s stay as this program defines them; register(cfg, replace=True) takes promptmix's", ", ".join(kept)
         )
     return mine
+
+
+class _ReadsOurs(CfgNode):
+    """A tree whose ``merge_from_file`` reads promptmix's YAML files too: ``_BASE_``, and 15 where 15.0 is meant."""
+
+    def merge_from_file(self, cfg_filename: str) -> None:
+        """Merge a YAML file as yacs does, or one of promptmix's as promptmix does."""
+        path = Path(cfg_filename)
+        ours = Path(str(files("promptmix.configs"))).resolve() in path.resolve().parents
+        if not ours and path.is_file() and "_BASE_" not in path.read_text(encoding="utf-8"):
+            super().merge_from_file(cfg_filename)
+            return
+        for tree, _ in file_trees(path):
+            self.merge_from_other_cfg(CfgNode(_as_typed(tree, self)))
+
+    @classmethod
+    def _decode_cfg_value(cls, value: Any) -> Any:  # noqa: ANN401
+        return CfgNode._decode_cfg_value(value)  # nodes below this one are plain
+
+
+def _as_typed(tree: dict[str, Any], defaults: CfgNode) -> dict[str, Any]:
+    """Return ``tree`` with whole numbers as floats where the default is one, which yacs insists on."""
+    typed = dict(tree)
+    for key, value in tree.items():
+        default = defaults.get(key)
+        if isinstance(value, dict) and isinstance(default, CfgNode):
+            typed[key] = _as_typed(value, default)
+        elif isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+            typed[key] = float(value)
+    return typed
 
 
 def _real_dassl() -> tuple[Any, Any]:

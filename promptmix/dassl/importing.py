@@ -154,6 +154,14 @@ class _Finder(MetaPathFinder):
         raise ModuleNotFoundError(f"promptmix.dassl lacks the module {fullname}; install Dassl.pytorch to use it", name=fullname)
 
 
+class _Whole(ModuleType):
+    """One of our modules that stands for its submodules too: it is never put into itself, where a function may have that name."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if value is not self:
+            super().__setattr__(name, value)
+
+
 class _Loader(Loader):
     """Puts one of our modules, as it is, under Dassl's name."""
 
@@ -164,6 +172,7 @@ class _Loader(Loader):
         name = module.__name__
         ours = importlib.import_module(MODULES[name])
         if not hasattr(ours, "__path__") and any(other.startswith(f"{name}.") for other in MODULES):
+            ours.__class__ = _Whole
             ours.__path__ = []  # only packages are asked for submodules, which the finder above supplies
         sys.modules[name] = ours
 

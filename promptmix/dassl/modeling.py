@@ -200,6 +200,8 @@ _OTHERS = [
     *("wide_resnet_16_4", "wide_resnet_28_2", *(f"efficientnet_b{size}" for size in range(8))),
     *(f"resnet{depth}_{kind}_l{layers}" for depth in (18, 50, 101) for kind in ("ms", "efdmix") for layers in (1, 12, 123)),
     *(f"resnet{depth}_dynamic{kind}" for depth in (18, 50, 101) for kind in ("", "_ms_l1", "_ms_l12", "_ms_l123")),
+    *("BasicBlock", "BasicBlockDynamic", "Bottleneck", "BottleneckDynamic", "Conv2dDynamic", "MLP", "MixStyle", "ResNet"),
+    *("conv1x1", "conv3x3", "conv3x3_dynamic", "init_pretrained_weights", "load_state_dict", "model_urls"),
     *("fcn_3x32_gctx", "fcn_3x32_gctx_stn", "fcn_3x64_gctx", "fcn_3x64_gctx_stn"),
 ]
 __getattr__ = lacking("dassl.modeling", _OTHERS, "an image network for domain generalisation; torchvision and timm have most")

@@ -72,6 +72,34 @@ def test_cached_views_work_on_dassls_loader(room, dassl):
     assert next(iter(trainer.train_loader_x))["img"].shape == (4, 64)  # features, not pictures
 
 
+def test_every_shipped_config_merges_into_a_tree_of_dassls(room, dassl):
+    """By yacs itself, which knows no _BASE_ and takes no 15 for 15.0."""
+    cfg = importlib.import_module("dassl.config").get_cfg_default()
+    cfg.DATASET.SUBSAMPLE_CLASSES = "all"
+    pm.register(cfg)
+    folder = Path(__file__).resolve().parents[2] / "configs" / "trainers"
+    files = [file for file in folder.glob("*/*.yaml") if not file.name.startswith("_")]
+    assert len(files) > 50
+    for file in [*files, folder / "CoOp" / "vit_b16_ep50.yaml"]:  # the last is a name in a table
+        cfg.clone().merge_from_file(str(file))
+    tree = cfg.clone()
+    tree.merge_from_file(str(folder / "PromptSRC" / "base_to_new.yaml"))
+    assert tree.TRAINER.PROMPTSRC.GPA_MEAN == 15.0 and tree.OPTIM.LR != cfg.OPTIM.LR
+    assert cfg.TRAINER.PROMPTSRC.GPA_MEAN != 15.0 or cfg.OPTIM.LR != tree.OPTIM.LR  # clones don't share
+
+
+def test_the_programs_own_yaml_is_read_as_before(room, dassl, tmp_path):
+    cfg = importlib.import_module("dassl.config").get_cfg_default()
+    cfg.DATASET.SUBSAMPLE_CLASSES = "all"
+    pm.register(cfg)
+    (tmp_path / "own.yaml").write_text("INPUT:\n  SIZE: (24, 24)\nOPTIM:\n  LR: 0.5\n")
+    cfg.merge_from_file(str(tmp_path / "own.yaml"))
+    assert cfg.INPUT.SIZE == (24, 24) and cfg.OPTIM.LR == 0.5
+    (tmp_path / "wrong.yaml").write_text("OPTIM:\n  LRR: 0.5\n")
+    with pytest.raises(KeyError, match="OPTIM.LRR"):
+        cfg.merge_from_file(str(tmp_path / "wrong.yaml"))
+
+
 def test_the_programs_own_trainers_stay(room, dassl, capsys):
     class CoOp:
         pass

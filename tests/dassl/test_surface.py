@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import json
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -65,6 +67,45 @@ def test_surface(dassl, module):
     assert found is importlib.import_module(MODULES[module])  # no second copy of anything
     missing = [name for name in SURFACE[module].split() if not hasattr(found, name)]
     assert not missing
+
+
+#: Every public name of KaiyangZhou/Dassl.pytorch at c61a1b5, by module.
+REAL = json.loads((Path(__file__).resolve().parent / "dassl_names.json").read_text())
+#: Dassl's own methods, data sets and image networks, which are no part of prompt learning.
+ELSEWHERE = re.compile(
+    r"dassl\.(engine|data\.datasets)\.(da|dg|ssl)\b"
+    r"|dassl\.modeling\.(backbone\.(alexnet|cnn_|efficientnet|preact|resnet_dynamic|vgg|wide)|network\.ddaig|ops\.(attention|conv|transnorm))"
+)
+
+
+@pytest.mark.parametrize("module", list(REAL))
+def test_every_name_of_the_real_dassl_is_there_or_named_as_lacking(dassl, module):
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        assert ELSEWHERE.match(module) and "promptmix.dassl lacks the module" in str(error)
+        return
+    assert not ELSEWHERE.match(module)
+    for name in REAL[module].split():
+        try:
+            getattr(found, name)
+        except ImportError as error:
+            assert re.search(r"promptmix.dassl lacks dassl\.\S+ \(", str(error))
+
+
+def test_what_public_checkouts_import_from_it_is_there(dassl):
+    """Of 61 names in 46 checkouts that the tests' authors read, those that the real Dassl has."""
+    names = {
+        "dassl.engine.trainer": "MetricMeter AverageMeter SummaryWriter TrainerX DataManager",
+        "dassl.optim.radam": "RAdam AdamW PlainRAdam",
+        "dassl.optim.lr_scheduler": "ConstantWarmupScheduler LinearWarmupScheduler AVAI_SCHEDS",
+        "dassl.config": "cfg_default",
+        "dassl.evaluation.build": "EVALUATOR_REGISTRY Registry check_availability",
+        "dassl.modeling.ops": "MixStyle mixup ReverseGrad SinkhornDivergence create_onehot",
+        "dassl.modeling.ops.utils": "sigmoid_rampup ema_model_update sharpen_prob",
+    }
+    for module, wanted in names.items():
+        assert all(hasattr(importlib.import_module(module), name) for name in wanted.split())
 
 
 def test_star_imports_give_the_public_names(dassl):
@@ -177,6 +218,73 @@ def test_simple_net(dassl):
     assert scores.shape == (2, 3) and features.shape == (2, 8) and net.fdim == 8
     with pytest.raises(ValueError, match="an mlp needs hidden layers"):
         modeling.mlp(4, ())
+
+
+def test_warm_ups_step_as_dassls_do():
+    optim = importlib.import_module("promptmix.dassl.optim")
+    layer = torch.nn.Linear(1, 1)
+    rates = {}
+    for kind, start in ((optim.ConstantWarmupScheduler, 0.01), (optim.LinearWarmupScheduler, 0.02)):
+        optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+        schedule = kind(optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5), 3, start)
+        rates[kind] = []
+        for _ in range(6):
+            rates[kind].append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            schedule.step()
+    assert rates[optim.ConstantWarmupScheduler] == pytest.approx([0.01, 0.01, 0.01, 1.0, 0.5, 0.25])
+    assert rates[optim.LinearWarmupScheduler] == pytest.approx([0.02, 1 / 3, 2 / 3, 1.0, 0.5, 0.25])
+
+
+def test_layers_of_domain_generalisation():
+    ops = importlib.import_module("promptmix.dassl.ops")
+    torch.manual_seed(0)
+    x = torch.randn(6, 2, 4, 4, requires_grad=True)
+    for kind in (ops.MixStyle, ops.EFDMix):
+        mix = kind(p=1.0, alpha=0.3)
+        mixed = mix(x)
+        assert not torch.allclose(mixed, x) and mixed.shape == x.shape
+        assert torch.equal(mix.eval()(x), x)
+        mix.train()
+        model = torch.nn.Sequential(mix)
+        off, on = (
+            (ops.run_without_mixstyle, ops.run_with_mixstyle)
+            if kind is ops.MixStyle
+            else (ops.run_without_efdmix, ops.run_with_efdmix)
+        )
+        with off(model):
+            assert torch.equal(model(x), x)
+        with on(model, mix="crossdomain"):
+            assert mix.mix == "crossdomain" and not torch.allclose(model(x), x)
+        assert torch.equal(model(x), x)  # off again
+        (gradient,) = torch.autograd.grad(mixed.sum(), x)
+        assert gradient.isfinite().all()
+    # Mixing with a weight of 1 for oneself changes nothing; with 0, the values are the partner's.
+    alone = torch.arange(6)
+    assert torch.allclose(ops.EFDMix()._mixed(x, torch.zeros(6, 1, 1, 1), alone), x, atol=1e-6)
+    other = ops.EFDMix()._mixed(x, torch.zeros(6, 1, 1, 1), alone.flip(0))
+    assert torch.allclose(other.flatten(2).sort(-1).values, x.flip(0).flatten(2).sort(-1).values, atol=1e-6)
+    reversed_gradient = torch.autograd.grad(ops.ReverseGrad()(x, 2.0).sum(), x)[0]
+    assert torch.equal(reversed_gradient, torch.full_like(x, -2.0))
+
+
+def test_distances_between_batches():
+    ops = importlib.import_module("promptmix.dassl.ops")
+    torch.manual_seed(0)
+    x, near, far = torch.randn(16, 3), torch.randn(16, 3), torch.randn(16, 3) + 3
+    for distance in (
+        ops.MaximumMeanDiscrepancy(),
+        ops.MaximumMeanDiscrepancy("poly"),
+        ops.SinkhornDivergence("euclidean", eps=1.0, max_iter=50),
+        ops.MinibatchEnergyDistance("euclidean", eps=1.0, max_iter=50),
+    ):
+        assert distance(x, far) > distance(x, near)
+    assert ops.SinkhornDivergence("euclidean", max_iter=50)(x, x).abs() < 1e-5
+    _, plan = ops.SinkhornDivergence(eps=0.5, max_iter=200).transport_cost(x, near, return_pi=True)
+    assert torch.allclose(plan.sum(1), torch.full((16,), 1 / 16), atol=1e-3)
+    first, second = ops.mixup(torch.ones(4, 1, 2, 2), torch.zeros(4, 1, 2, 2), torch.eye(4), torch.zeros(4, 4), 0.5, True)
+    assert torch.allclose(first[:, 0, 0, 0], second.diagonal()) and (first >= 0.5).all()
+    assert ops.sigmoid_rampup(0, 10) == pytest.approx(0.0067, abs=1e-4) and ops.linear_rampup(5, 10) == 0.5
 
 
 def test_clean_cfg_keeps_the_chosen_node(dassl):

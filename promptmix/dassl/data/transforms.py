@@ -27,8 +27,13 @@ __all__ = [
     "build_transform",
 ]
 
+_OPERATIONS = (
+    "AutoContrast Brightness Color Contrast CutoutAbs CutoutDefault Equalize Flip Identity Invert Lighting Posterize Rotate "
+    "SamplePairing Sharpness ShearX ShearY Solarize SolarizeAdd TranslateX TranslateXabs TranslateY TranslateYabs fixmatch_list "
+    "randaugment_list randaugment_list2"
+)
 __getattr__ = lacking(
     "dassl.data.transforms",
-    ["CIFAR10Policy", "ImageNetPolicy", "SVHNPolicy"],
+    ["CIFAR10Policy", "ImageNetPolicy", "SVHNPolicy", "SubPolicy", *_OPERATIONS.split()],
     "torchvision.transforms.AutoAugment stands for it; INPUT.TRANSFORMS takes imagenet_policy and the like",
 )
