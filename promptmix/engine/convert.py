@@ -127,7 +127,8 @@ def to_theirs(learned: Learned) -> dict[str, Tensor]:
                 shape = tuple(tensor.shape)
                 raise CheckpointError(f"{learned.source}: {name} {shape} has no name in the authors' code of {learned.trainer}")
             theirs = found[0]
-            prefix = "prompt_learner." if layout.whole and not _FROZEN.fullmatch(theirs) else ""
+            inside = layout.whole and not (_FROZEN.fullmatch(theirs) or re.fullmatch(layout.beside, theirs))
+            prefix = "prompt_learner." if inside else ""
             state[prefix + theirs] = tensor.squeeze(0) if found[1] else tensor
     return state
 

@@ -32,6 +32,7 @@ class Layout:
         folder: name under which their trainer registers its model.
         rules: the learned tensors.
         whole: the whole model was registered, so that names start with ``prompt_learner.`` and the frozen CLIP is in the file.
+        beside: names in the whole model that do not start with ``prompt_learner.`` (a regular expression).
         unused: names that their code saves and never uses, besides those for class names (regular expressions).
     """
 
@@ -39,6 +40,7 @@ class Layout:
     rules: tuple[Rule, ...]
     whole: bool = False
     unused: tuple[str, ...] = field(default=())
+    beside: str = "(?!)"
 
 
 def linear(theirs: str, ours: str) -> tuple[Rule, Rule]:

@@ -6,10 +6,16 @@ from functools import lru_cache
 
 import pytest
 import torch
+from promptmix.plugins.distillation.frozen_image import FrozenImageL1
 from promptmix.plugins.heads.transport import sinkhorn
+from promptmix.plugins.prompt_bank.independent_deep import IndependentDeep
+from promptmix.plugins.text_supervision.hard_prompts import L1ToEnsemble
 from promptmix.trainers.gallop import EachLocal, GlobalLocal, KeptGlobal, SparseLocal
 from promptmix.trainers.plotpp import STARTS, USUAL, PromptSets, TransportOfSets
+from promptmix.trainers.surpl import Fine, Instance, Plain, SurrogateScores
 
+from promptmix.data.templates import IMAGENET_60
+from promptmix.engine.convert import Learned, to_ours, to_theirs
 from promptmix.prompts.learner import Learner
 from tests.trainers.golden import close, compare, golden_clip, golden_task, images, numbers
 
@@ -107,3 +113,50 @@ def test_gallop_learns_from_kept_features():
     with torch.no_grad():
         learner.head.local_proj.weight.mul_(2).add_(0.01)
         assert torch.allclose(learner.step(kept).logits, learner.step(images()).logits)
+
+
+VPT = "resblocks.{}.VPT_shallow"
+SFG = ["attn.in_proj_weight", "attn.in_proj_bias"] + [
+    f"{part}.{kind}" for part in ("attn.out_proj", "ln_1", "ln_2", "mlp.c_fc", "mlp.c_proj") for kind in ("weight", "bias")
+]
+SURPL = {
+    "prompt_learner.ctx": "bank.text.ctx",
+    "image_encoder.VPT": "bank.vision.layers.0",
+    **{f"image_encoder.transformer.{VPT.format(i)}": f"bank.vision.layers.{i}" for i in (1, 2)},
+    **{f"text_encoder.transformer.{VPT.format(i)}": f"bank.text.deeper.{i - 1}" for i in (1, 2)},
+    "fg_signals": "head.fg_signals",
+    "feature_proj.linear.weight": "head.feature_proj.weight",
+    **{f"SFG.{name}": f"head.SFG.{name}" for name in SFG},
+}
+
+
+def test_surpl():
+    task = golden_task(frozen())
+    bank = IndependentDeep(task, 4, 4, "a photo of a", 3, 3)
+    head = SurrogateScores(task, bank, 4, 10)
+    text, image = L1ToEnsemble(task, bank, IMAGENET_60), FrozenImageL1(task, bank)
+    scores = Plain(head) + Instance(head) + Fine(head)
+    loss = scores + 25.0 * text.named("text", weighted=True) + 10.0 * image.named("image", weighted=True)
+    learner = Learner(task, bank, head=head, loss=loss)
+    starts = ("SFG.ln_1.weight", "SFG.ln_2.weight", "feature_proj.linear.weight")
+    terms = compare("surpl", learner, SURPL, starts=starts)
+    expected = numbers("surpl")
+    for ours, theirs in (("ce", "global"), ("instance", "instance"), ("text", "text"), ("image", "image")):
+        close(terms.parts[ours], expected[f"loss_{theirs}"])
+    close(terms.parts["fine"], expected["loss_fine"].mean())
+    gradient = head.SFG.attn.in_proj_weight.grad
+    close(gradient[1024:].flatten()[:256], expected["gradhead_value:SFG.attn.in_proj_weight"], scale=float(gradient.norm()))
+    with torch.no_grad():
+        step = learner.step(images())
+        assert step.tokens.shape[1] == expected["local_tokens"]
+        close(head.plain(step), expected["logits_global"])
+        close(head.instance(step), expected["logits_instance"])
+        close(head.fine(step), expected["logits_fine"])
+
+
+def test_surpl_checkpoints_have_the_authors_names():
+    learned = Learned("SurPL", {"prompt_learner": {ours: torch.zeros(1) for ours in SURPL.values()}}, "here")
+    theirs = to_theirs(learned)
+    assert set(theirs) == set(SURPL)
+    more = {"prompt_learner.ZS_image_encoder.proj": torch.zeros(1), "image_encoder.proj": torch.zeros(1)}
+    assert to_ours("SurPL", theirs | more, "there").models == learned.models
