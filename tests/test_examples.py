@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from promptmix.cli import main
 from promptmix.commands.new_plugin import KINDS, package
 from promptmix.errors import UserError
+from promptmix.registry import REGISTRIES
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = {"promptmix-nearest-router": "router", "promptmix-task-residual": "trainer"}
@@ -102,7 +106,7 @@ def test_example_setup_is_the_template(name, kind):
 def test_new_plugins_install_and_run(tmp_path, capsys):
     for kind in KINDS:
         assert main(["new-plugin", f"promptmix-fresh-{kind}", "--kind", kind, "--directory", str(tmp_path / "new")]) == 0
-        assert "Next: pip install" in capsys.readouterr().out
+        assert f"Next: pip install -e {tmp_path / 'new' / f'promptmix-fresh-{kind}'}" in capsys.readouterr().out
     env = install(sorted((tmp_path / "new").iterdir()), tmp_path)
     tests = [str(path) for path in (tmp_path / "new").rglob("test_*.py")]
     assert len(tests) == len(KINDS)
@@ -110,23 +114,74 @@ def test_new_plugins_install_and_run(tmp_path, capsys):
     assert done.returncode == 0
     run = ["train", "--config-file", "configs/quickstart.yaml", "--seed", "1", *QUICK]
     roles = ["PROMPT_BANK.NAME", "FreshPromptBank", "TEXT_SUPERVISION.NAME", "FreshTextSupervision"]
-    roles += ["ROUTER.NAME", "FreshRouter", "DISTILLER.NAME", "FreshDistiller"]
+    roles += ["ROUTER.NAME", "FreshRouter", "DISTILLER.NAME", "FreshDistiller", "HEAD.NAME", "FreshHead"]
     promptmix(env, tmp_path, *run[:3], "--output-dir", "mixed", "--trainer", "Mixture", *run[3:], *roles)
     assert results(tmp_path / "mixed")["metrics"]["test"]["accuracy"] > 0
-    promptmix(env, tmp_path, *run[:3], "--no-train", "--trainer", "FreshTrainer", *run[3:])
+    assert "train/loss" in (tmp_path / "mixed" / "fresh_logger.csv").read_text()
+    for part in ("train", "val", "test"):
+        for number in range(12):
+            folder = tmp_path / "fresh_dataset" / part / ["red", "green"][number % 2]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (32, 32), folder.name).save(folder / f"{number}.png")
+    shapes = ["--root", ".", "--output-dir", "own", *run[3:], "DATASET.NAME", "FreshDataset", "DATASET.SUBSAMPLE_CLASSES", "all"]
+    shapes += ["MODEL.BACKBONE.NAME", "FreshBackbone", "INPUT.SIZE", "[32, 32]"]
+    promptmix(env, tmp_path, *run[:3], "--trainer", "FreshTrainer", *shapes)
+    assert results(tmp_path / "own")["config"]["MODEL"]["BACKBONE"]["NAME"] == "FreshBackbone"
+    assert "FreshProtocol" in promptmix(env, tmp_path, "list", "protocols")
 
 
-@pytest.mark.parametrize("name", ["Router", "promptmix", "my_router", "promptmix-", "-router", "promptmix-1st"])
+@pytest.mark.parametrize(
+    ("name", "module", "class_name"),
+    [
+        ("TCP", "promptmix_tcp", "TCP"),
+        ("CLIP-LoRA", "promptmix_clip_lora", "CLIPLoRA"),
+        ("MyRouter", "promptmix_myrouter", "MyRouter"),
+        ("promptmix-cosine-router", "promptmix_cosine_router", "CosineRouter"),
+    ],
+)
+def test_new_plugin_keeps_the_spelling(tmp_path, capsys, monkeypatch, name, module, class_name):
+    monkeypatch.chdir(tmp_path)
+    assert main(["new-plugin", name]) == 0
+    folder = module.replace("_", "-")
+    assert f"Next: pip install -e ./{folder}, then" in capsys.readouterr().out
+    assert f"class {class_name}(Router)" in (tmp_path / folder / f"{module}.py").read_text()
+    assert f'"{class_name}" in REGISTRIES["routers"]' in next((tmp_path / folder / "tests").iterdir()).read_text()
+    assert "pip install -e ." in (tmp_path / folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_of_the_skeleton_is_left(kind):
+    written = package("TCP", kind, "Something of mine.")
+    assert not [path for path, text in written.items() if re.search("my.?part|A part for|--use", path + text, re.I)]
+    assert all("Something of mine." in written[path] for path in ("setup.py", "README.md", "promptmix_tcp.py"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_skeletons_are_modules(kind):
+    importlib.import_module(f"promptmix.skeletons.{kind.replace('-', '_')}")
+    assert KINDS[kind].registry in ("", *REGISTRIES)
+
+
+@pytest.mark.parametrize("name", ["promptmix", "my_router", "promptmix-", "-router", "promptmix-1st", "promptmix-Ä"])
 def test_new_plugin_refuses_names_that_make_no_package(name):
-    with pytest.raises(UserError, match="words of small letters"):
+    with pytest.raises(UserError, match="words of letters"):
         package(name, "router")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["promptmix-soft"], "Soft is taken by"), (["torch"], "a module torch is installed"), (["promptmix-a"], "is there already")],
+    [
+        (["promptmix-soft"], "Soft is taken by"),
+        (["SOFT"], "Soft is taken by"),
+        (["Router"], "Router means something else"),
+        (["yields"], "a module promptmix_yields is installed"),
+        (["promptmix-a"], "is there already"),
+    ],
 )
-def test_new_plugin_refuses_what_would_not_load(tmp_path, capsys, arguments, message):
+def test_new_plugin_refuses_what_would_not_load(tmp_path, tmp_path_factory, monkeypatch, capsys, arguments, message):
+    installed = tmp_path_factory.mktemp("installed")
+    (installed / "promptmix_yields.py").touch()
+    monkeypatch.syspath_prepend(installed)
     (tmp_path / "promptmix-a").mkdir()
     assert main(["new-plugin", *arguments, "--directory", str(tmp_path)]) == 2
     assert message in capsys.readouterr().err

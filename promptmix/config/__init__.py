@@ -1,5 +1,7 @@
 """The config tree: Dassl's keys and defaults, ours beside them, and merging that refuses what it doesn't understand."""
 
+from yacs.config import CfgNode
+
 from promptmix.config.tree import (
     check_values,
     get_cfg,
@@ -15,6 +17,7 @@ from promptmix.config.tree import (
 )
 
 __all__ = [
+    "CfgNode",
     "check_values",
     "get_cfg",
     "get_cfg_default",
