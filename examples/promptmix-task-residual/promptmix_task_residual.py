@@ -22,12 +22,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
-from yacs.config import CfgNode
 
 from promptmix import hookimpl
+from promptmix.config import CfgNode
 from promptmix.config.declare import Setting
 from promptmix.data import DatasetBase, Datum
-from promptmix.data.fewshot import subsample_classes
+from promptmix.data.fewshot import generate_fewshot, subsample_classes
 from promptmix.prompts.learner import PromptLearner
 from promptmix.prompts.roles import Task
 from promptmix.prompts.trainer import PromptTrainer
@@ -81,7 +81,7 @@ class DrawnShapes(DatasetBase):
         folder = Path(cfg.DATASET.ROOT, "drawn_shapes")
         splits = [_draw_split(folder, part, classes) for part in PICTURES]
         if cfg.DATASET.NUM_SHOTS >= 1:
-            splits[0] = self.generate_fewshot_dataset(splits[0], num_shots=cfg.DATASET.NUM_SHOTS)
+            splits[0] = generate_fewshot(splits[0], cfg.DATASET.NUM_SHOTS)
         train, val, test = subsample_classes(*splits, subsample=cfg.DATASET.SUBSAMPLE_CLASSES)
         super().__init__(train_x=train, val=val, test=test)
         self.templates = ["a drawing of a {}.", "an icon of a {}."]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from promptmix import hookimpl
 from promptmix.config import CfgNode
-from promptmix.data import DatasetBase, Datum, require_folder, subsample_classes
+from promptmix.data import DatasetBase, Datum, generate_fewshot, require_folder, subsample_classes
 from promptmix.registry import Registry
 
 
@@ -21,7 +21,7 @@ class MyPart(DatasetBase):
         names = sorted(path.name for path in (folder / "train").iterdir() if path.is_dir())
         splits = [_read(folder / part, names) for part in ("train", "val", "test")]
         if cfg.DATASET.NUM_SHOTS >= 1:
-            splits[0] = self.generate_fewshot_dataset(splits[0], num_shots=cfg.DATASET.NUM_SHOTS)
+            splits[0] = generate_fewshot(splits[0], cfg.DATASET.NUM_SHOTS)
         train, val, test = subsample_classes(*splits, subsample=cfg.DATASET.SUBSAMPLE_CLASSES)
         super().__init__(train_x=train, val=val, test=test)
         self.templates = ["a photo of a {}."]
