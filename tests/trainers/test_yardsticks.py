@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from PIL import Image
+from promptmix.trainers.linear_probe import STRENGTHS, choose, fit
 
 from promptmix.cli import main
 from promptmix.errors import CheckpointError, ConfigError
@@ -73,3 +76,35 @@ def test_predicts_its_own_classes_and_refuses_others(tmp_path, name, what):
     evaluate += ["--model-dir", str(tmp_path / "base"), "--load-epoch", "2", "--output-dir", str(tmp_path / "new"), *SMALL]
     with pytest.raises(CheckpointError, match=f"learned {what} for each of its own"):
         main([*evaluate, "DATASET.SUBSAMPLE_CLASSES", "new"])
+
+
+def test_logistic_regression_is_at_its_minimum():
+    """The gradient of |W|^2 / 2 + C sum of cross-entropies is zero there; for C 1 that is -W for the data's part."""
+    generator = torch.Generator().manual_seed(0)
+    features, labels = torch.randn(30, 6, generator=generator), torch.arange(30) % 3
+    for strength in (0.01, 1.0, 100.0):
+        weight, bias = fit(features, labels, 3, strength)
+        error = (features @ weight.T + bias).softmax(dim=-1) - torch.nn.functional.one_hot(labels, 3)
+        assert ((weight + strength * error.T @ features) / (strength * 30)).abs().max() < 2e-4
+        assert error.mean(dim=0).abs().max() < 2e-4
+
+
+def test_strength_is_searched_as_coop_does():
+    assert choose(lambda c: 1.0, 0) == STRENGTHS[0]  # the first best wins
+    assert choose(lambda c: 1.0, 1) == pytest.approx(1e5)  # a tie keeps the smaller side
+    assert choose(lambda c: -abs(math.log10(c) - 2.5), 8) == pytest.approx(10**2.5, rel=0.05)
+
+
+@pytest.mark.parametrize("features", ["projected", "unprojected"])
+def test_a_fitted_probe_is_saved_and_loaded(room, features, tmp_path):
+    opts = ["TRAINER.LINEARPROBE.FEATURES", features, "OPTIM.MAX_EPOCH", 1]
+    subject = toy_trainer(room, "LinearProbe", *opts, "OUTPUT_DIR", str(tmp_path))
+    subject.train()
+    assert subject.model.head.weight.abs().max() > 0
+    again = toy_trainer(room, "LinearProbe", *opts)
+    again.load_model(str(tmp_path), epoch=1)
+    assert torch.equal(scores(again), scores(subject))
+    subject = toy_trainer(room, "LinearProbe", *opts)
+    subject.val_loader = None
+    with pytest.raises(ConfigError, match=r"TRAINER.LINEARPROBE.C is 0"):
+        subject.train()
