@@ -49,6 +49,8 @@ class ResidualClassifier(PromptLearner):
         alpha: scale of the residual.
     """
 
+    base: Tensor
+
     def __init__(self, task: Task, alpha: float) -> None:
         super().__init__(task)
         self.alpha = alpha
@@ -92,11 +94,12 @@ def _draw_split(folder: Path, part: str, classes: list[str]) -> list[Datum]:
     """Return the pictures of one split, drawing those that are not there yet."""
     items = []
     for label, name in enumerate(classes):
+        color, shape = name.split()
         for number in range(PICTURES[part]):
             path = folder / part / f"{name.replace(' ', '_')}_{number:02d}.png"
             if not path.is_file():
                 path.parent.mkdir(parents=True, exist_ok=True)
-                _draw(*name.split(), random.Random(f"{part} {name} {number}")).save(path)
+                _draw(color, shape, random.Random(f"{part} {name} {number}")).save(path)
             items.append(Datum(impath=str(path), label=label, classname=name))
     return items
 

@@ -1,0 +1,59 @@
+"""The pages about writing methods and plugins: their code runs, and the API that they promise is there."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from promptmix.cli import main
+from promptmix.registry import ROUTER_REGISTRY
+
+ROOT = Path(__file__).resolve().parent.parent
+QUICK = ["--config-file", "configs/quickstart.yaml", "--seed", "1", "OPTIM.MAX_EPOCH", "1", "DATASET.NUM_SHOTS", "1"]
+
+
+def blocks(page):
+    return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.S)
+
+
+def test_the_method_of_the_page_trains(tmp_path):
+    method, loss = blocks("write-a-method.md")
+    file = tmp_path / "near.py"
+    # The page's second block, put to use as the page says.
+    file.write_text(
+        method.replace("class Near", loss + "\n\nclass Near").replace("CrossEntropy() +", "CrossEntropy() + 0.1 * Entropy() +")
+    )
+    flags = ["train", "--plugin", str(file), "--trainer", "Near", "--output-dir", str(tmp_path / "out")]
+    assert main([*flags, *QUICK, "TRAINER.NEAR.WEIGHT", "4"]) == 0
+    assert "entropy" in (tmp_path / "out" / "log.txt").read_text()
+
+
+def test_the_plugin_of_the_page_routes(tmp_path):
+    (plugin,) = blocks("write-a-plugin.md")
+    file = tmp_path / "first.py"
+    file.write_text(plugin)
+    flags = ["train", "--plugin", str(file), "--trainer", "MoCoOp", "--output-dir", str(tmp_path / "out")]
+    assert main([*flags, *QUICK, "ROUTER.NAME", "First"]) == 0
+    assert "First" in ROUTER_REGISTRY
+
+
+def test_the_stable_names_are_there():
+    rows = re.findall(r"^\| `(promptmix[\w.]*)` \| (.*) \|$", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.M)
+    assert len(rows) > 10
+    for module, names in rows:
+        found = importlib.import_module(module)
+        assert [name for name in re.findall(r"`(\w+)`", names) if not hasattr(found, name)] == []
+
+
+@pytest.mark.parametrize("kind", ["examples", "skeletons"])
+def test_plugins_pass_a_strict_type_check(kind):
+    folder = ROOT / "examples" if kind == "examples" else ROOT / "promptmix" / "skeletons"
+    sources = sorted(map(str, folder.glob("*/promptmix_*.py" if kind == "examples" else "[!_]*.py")))
+    command = [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", "--ignore-missing-imports"]
+    done = subprocess.run([*command, "--config-file=", *sources], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert sources and done.returncode == 0, done.stdout + done.stderr
