@@ -13,6 +13,7 @@ from promptmix import console
 from promptmix.commands import COMMANDS
 from promptmix.console import signals
 from promptmix.errors import UserError
+from promptmix.files.text import harmless
 from promptmix.registry import closest
 from promptmix.version import __version__
 
@@ -101,7 +102,7 @@ def _report(error: BaseException) -> int:
     except (OSError, ValueError):  # it is full, and may be what the line is about
         console.silence()
     with contextlib.suppress(OSError, ValueError):
-        sys.stderr.write(f"promptmix: error: {line}\n")
+        sys.stderr.write(f"promptmix: error: {harmless(line)}\n")
         sys.stderr.flush()
     return code
 

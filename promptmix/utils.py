@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from promptmix.errors import DataError, OutputError, UserError
+from promptmix.files.text import harmless
 
 __all__ = [
     "atomic_write",
@@ -37,6 +38,14 @@ __all__ = [
 ]
 
 
+class _Formatter(logging.Formatter):
+    """Writes control characters out, which names in other people's files may hold."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line."""
+        return harmless(super().format(record))
+
+
 class _ConsoleHandler(logging.StreamHandler):
     """Writes to whatever ``sys.stdout`` is at the moment, so that a later tee or redirection sees the lines too.
 
@@ -45,7 +54,7 @@ class _ConsoleHandler(logging.StreamHandler):
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
-        self.setFormatter(logging.Formatter("%(message)s"))
+        self.setFormatter(_Formatter("%(message)s"))
 
     def handleError(self, record: logging.LogRecord) -> None:
         """Raise what writing raised."""

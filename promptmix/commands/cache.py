@@ -6,6 +6,8 @@ import argparse
 import sys
 from datetime import datetime, timezone
 
+from promptmix.files.text import harmless
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
@@ -27,7 +29,11 @@ def run(args: argparse.Namespace) -> int:
         sys.stdout.write(f"removed {len(entries)} files ({freed / 1e6:.1f} MB) from {cache.folder}\n")
         return 0
     rows = [
-        (datetime.fromtimestamp(entry.used, timezone.utc).strftime("%Y-%m-%d %H:%M"), f"{entry.size / 1e6:.1f}", entry.about)
+        (
+            datetime.fromtimestamp(entry.used, timezone.utc).strftime("%Y-%m-%d %H:%M"),
+            f"{entry.size / 1e6:.1f}",
+            harmless(entry.about),
+        )
         for entry in entries
     ]
     if rows:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from promptmix.errors import UserError
+from promptmix.files.text import harmless
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,5 +52,5 @@ def run(args: argparse.Namespace) -> int:
         notes += [f"plot: {path}" for path in plots.write(rows, metrics[0], Path(args.plot))]
     sys.stdout.write(tables.render(rows, metrics, args.format, args.sort, args.cost) + "\n")
     for note in [*unread, *notes]:
-        sys.stderr.write(f"note: {note}\n")
+        sys.stderr.write(f"note: {harmless(note)}\n")
     return 0

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from promptmix.errors import DataError, UserError
+from promptmix.files.text import csv_cell, harmless, json_text
 
 if TYPE_CHECKING:
     from promptmix.predict import Prediction
@@ -106,16 +107,17 @@ def _write(predictions: list[Prediction], form: str, top: int) -> None:
         writer = csv.writer(sys.stdout, lineterminator="\n")
         writer.writerow(("image", "rank", "classname", "probability"))
         for image, ranks in best:
-            writer.writerows((image, rank, name, f"{value:.6f}") for rank, (name, value) in enumerate(ranks, start=1))
+            rows = ((image, rank, name, f"{value:.6f}") for rank, (name, value) in enumerate(ranks, start=1))
+            writer.writerows(map(csv_cell, row) for row in rows)
     elif form == "jsonl":
         for image, ranks in best:
             found = [{"classname": name, "probability": round(value, 6)} for name, value in ranks]
-            sys.stdout.write(json.dumps({"image": image, "predictions": found}, ensure_ascii=False) + "\n")
+            sys.stdout.write(json_text(json.dumps({"image": image, "predictions": found}, ensure_ascii=False)) + "\n")
     else:
         from tabulate import tabulate
 
         shown = [
-            (image if rank == 0 else "", name, f"{100 * value:.1f}%")
+            (harmless(image) if rank == 0 else "", harmless(name), f"{100 * value:.1f}%")
             for image, ranks in best
             for rank, (name, value) in enumerate(ranks)
         ]

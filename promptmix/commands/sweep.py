@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from promptmix.errors import UserError
+from promptmix.files.links import open_own
 
 if TYPE_CHECKING:
     from promptmix.runs.backends import Backend, Options
@@ -104,7 +105,7 @@ def _run_all(jobs: list[Job], options: Options, backend: Backend, output: Path) 
 
     try:
         output.mkdir(parents=True, exist_ok=True)
-        log = (output / LOG).open("a", encoding="utf-8")
+        log = open_own(output / LOG, append=True)
     except OSError as error:
         raise UserError(f"output {output}: {error.strerror or error}; choose another in the sweep file") from error
     failed: list[tuple[Job, str]] = []

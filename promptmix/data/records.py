@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from promptmix.data.datum import Datum
 from promptmix.data.fewshot import load_split, save_split
 from promptmix.errors import DataError
+from promptmix.files.pickles import Maker, Refused, Shell, read_pickle
 from promptmix.utils import get_logger
 
 __all__ = ["kept_fewshot", "read_records"]
@@ -62,10 +62,6 @@ def _keep(path: Path, drawn: Splits, folder: Path) -> None:
         get_logger().info("Saving preprocessed few-shot data to %s", path)
 
 
-class _Refused(pickle.UnpicklingError):
-    """The pickle asks for something that is not an item."""
-
-
 def read_records(path: Path, folder: Path, parts: Sequence[str]) -> Splits:
     """Read lists of items from a pickle of CoOp's, which can build nothing but lists, dicts, text, numbers and items.
 
@@ -77,34 +73,29 @@ def read_records(path: Path, folder: Path, parts: Sequence[str]) -> Splits:
     Raises:
         DataError: it names any class or function besides ``Datum``, is damaged, or is of another form.
     """
-    # The stand-in lives for this call only, so that nothing a file does to it can last.
-    record: type[Any] = type("Datum", (), {})
 
-    class Reader(pickle.Unpickler):
-        def find_class(self, module: str, name: str) -> Any:  # noqa: ANN401
-            if name != "Datum":
-                raise _Refused(f"it asks for {module}.{name}")
-            return record
-
-        def persistent_load(self, pid: Any) -> Any:  # noqa: ANN401
-            raise _Refused("it asks for an outside object")
+    def find(name: str) -> Maker:
+        if name.rpartition(".")[2] != "Datum":
+            raise Refused(f"it asks for {name[:200]}, but a split holds lists of Datum only")
+        return Maker(name, lambda *_: Shell(name))
 
     try:
         with path.open("rb") as file:
-            content = Reader(file).load()
-        return {part: [_datum(item, record, folder) for item in content[part]] for part in parts}
-    except _Refused as error:
-        raise DataError(f"{path} is refused: {error}, but a split holds lists of Datum only; remove the file") from error
-    except Exception as error:  # a damaged pickle can raise anything
+            content = read_pickle(file, find)
+    except (Refused, OSError) as error:
+        raise DataError(f"{path} is refused: {error}; remove it to have the split made anew") from error
+    try:
+        return {part: [_datum(item, folder) for item in content[part]] for part in parts}
+    except (KeyError, TypeError, AttributeError) as error:
         raise DataError(
             f"{path} is no split of CoOp's ({type(error).__name__}: {error}); remove it to have the split made anew"
         ) from error
 
 
-def _datum(item: Any, record: type[Any], folder: Path) -> Datum:  # noqa: ANN401
-    if type(item) is not record:
+def _datum(item: Any, folder: Path) -> Datum:  # noqa: ANN401
+    if type(item) is not Shell:
         raise TypeError(f"an item is a {type(item).__name__}, not a Datum")
-    values = [item.__dict__[name] for name in ("_impath", "_label", "_domain", "_classname")]
+    values = [item.state[name] for name in ("_impath", "_label", "_domain", "_classname")]
     if [type(value) for value in values] != [str, int, int, str]:
         raise TypeError("an item's path, label, domain and class name must be text, number, number, text")
     return Datum(_here(values[0], folder), *values[1:])

@@ -14,6 +14,7 @@ from typing import Any, TextIO, TypeVar
 from tqdm import tqdm
 
 from promptmix.errors import OutputError
+from promptmix.files.links import open_own
 from promptmix.utils import get_logger, mkdir_if_missing
 
 __all__ = ["LazyWriter", "Logger", "get_logger", "progress", "setup_logger"]
@@ -37,7 +38,7 @@ class Logger:
         if fpath is not None:
             mkdir_if_missing(Path(fpath).parent)
             # Line buffering keeps the log complete when a run is killed.
-            self.file = open(fpath, "w", encoding="utf-8", buffering=1)  # noqa: SIM115
+            self.file = open_own(fpath, buffering=1)
 
     def write(self, msg: str) -> int:
         """Write to both."""
@@ -93,7 +94,7 @@ def setup_logger(output: str | os.PathLike[str] | None = None) -> Logger:
     path = Path(output)
     if path.suffix not in (".txt", ".log"):
         path = path / "log.txt"
-    if path.exists():
+    if os.path.lexists(path):
         path = path.with_name(path.name + time.strftime("-%Y-%m-%d-%H-%M-%S"))
     logger = Logger(path)
     sys.stdout = logger

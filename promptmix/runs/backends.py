@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from promptmix.errors import UserError
+from promptmix.files.links import open_own
 from promptmix.hookspecs import hookimpl
 from promptmix.registry import Registry
 from promptmix.runs.protocols import Job, execute
@@ -172,7 +173,7 @@ def _child(job: Job, options: Options, gpu: int | None, sender: connection.Conne
     # What a run prints is in its log; what libraries print around it, or while they crash, is kept beside it.
     console = Path(job.folder, "console.txt")
     console.parent.mkdir(parents=True, exist_ok=True)
-    with console.open("w") as file:
+    with open_own(console) as file:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         os.dup2(file.fileno(), 1)

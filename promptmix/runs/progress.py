@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from tabulate import tabulate
 
+from promptmix.files.text import harmless
 from promptmix.runs.protocols import Job, Part, Watcher, title
 
 if TYPE_CHECKING:
@@ -103,8 +104,8 @@ class Grid:
     def say(self, line: str) -> None:
         """Write a line above the table, and into the log."""
         self._erase()
-        sys.stdout.write(line + "\n")
-        self._log.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {line}\n")
+        sys.stdout.write(harmless(line) + "\n")
+        self._log.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {harmless(line)}\n")
         self._log.flush()
         self._draw()
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from promptmix.errors import UserError
+from promptmix.files.text import harmless
 from promptmix.tables.tables import Cell, Row, spreads_in
 
 #: Okabe and Ito's colours, told apart with any colour vision and in grey; with the markers, 40 methods differ.
@@ -30,6 +31,7 @@ _STYLE: dict[Any, Any] = {
     "grid.color": "#dddddd",
     "grid.linewidth": 0.6,
     "legend.frameon": False,
+    "text.parse_math": False,  # a dollar sign in a name is no formula
     "savefig.dpi": 150,
     "savefig.bbox": "tight",
 }
@@ -105,7 +107,7 @@ def _styles(rows: list[Row]) -> dict[tuple[str, str, str], _Series]:
     for place, key in enumerate(keys):
         others = [other for other in keys if other[0] == key[0] and other != key]
         told = [key[i] for i in (1, 2) if key[i] and any(other[i] != key[i] for other in others)]
-        label = "\n".join(textwrap.wrap(f"{key[0]} ({', '.join(told)})" if told else key[0], 40))
+        label = "\n".join(textwrap.wrap(harmless(f"{key[0]} ({', '.join(told)})" if told else key[0]), 40))
         again = place // len(_COLOURS)
         marker = _MARKERS[(place + again) % len(_MARKERS)]
         found[key] = _Series(label, _COLOURS[place % len(_COLOURS)], marker, _HATCHES[again % len(_HATCHES)])
@@ -127,7 +129,7 @@ def _panels(rows: list[Row]) -> list[str]:
 
 
 def _wrapped(text: str, width: int) -> str:
-    return "\n".join(textwrap.wrap(text, width, break_long_words=False))
+    return "\n".join(textwrap.wrap(harmless(text), width, break_long_words=False))
 
 
 def _legend(figure: Any, axes: Iterable[Any], rows: list[Row]) -> None:  # noqa: ANN401  (matplotlib's objects)

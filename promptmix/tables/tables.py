@@ -23,6 +23,7 @@ import numpy as np
 from tabulate import tabulate, tabulate_formats
 
 from promptmix.errors import UserError
+from promptmix.files.text import csv_cell, json_text, table_cell
 from promptmix.registry import closest
 from promptmix.runs.results import RunResult
 from promptmix.tables import origins
@@ -208,7 +209,7 @@ def render(rows: list[Row], metrics: list[str], fmt: str = "github", sort: str =
     check_choice("--sort", sort, SORTS)
     rows = sorted(rows, key=lambda row: _order(row, sort, metrics))
     if fmt == "json":
-        return json.dumps(_long(rows), indent=2, ensure_ascii=False)
+        return json_text(json.dumps(_long(rows), indent=2, ensure_ascii=False))
     if fmt == "csv":
         return _csv(_long(rows))
     tables = []
@@ -409,7 +410,8 @@ def _table(rows: list[Row], metrics: list[str], parts: tuple[str, ...], fmt: str
         columns["Learned"] = ["-" if row.learned is None else f"{row.learned:,}" for row in rows]
         columns["Train s"] = ["-" if row.train_seconds is None else f"{row.train_seconds.mean:.1f}" for row in rows]
     align = ("left",) * words + ("right",) * (len(columns) - words)
-    return tabulate(columns, headers="keys", tablefmt=fmt, disable_numparse=True, colalign=align)
+    safe = {table_cell(name, fmt): [table_cell(cell, fmt) for cell in cells] for name, cells in columns.items()}
+    return tabulate(safe, headers="keys", tablefmt=fmt, disable_numparse=True, colalign=align)
 
 
 def _published(row: Row, part: str) -> str:
@@ -445,5 +447,6 @@ def _csv(lines: list[dict[str, Any]]) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(lines[0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(line | {"seeds": " ".join(map(str, line["seeds"]))} for line in lines)
+    texts = (line | {"seeds": " ".join(map(str, line["seeds"]))} for line in lines)
+    writer.writerows({key: csv_cell(value) for key, value in line.items()} for line in texts)
     return text.getvalue().rstrip("\n")

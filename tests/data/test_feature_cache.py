@@ -11,6 +11,8 @@ import time
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from promptmix.data.features.cache import FeatureCache
 
@@ -170,3 +172,59 @@ def test_clearing_removes_what_killed_writers_left(tmp_path):
     (tmp_path / ".key.safetensors.abc.tmp" / ".tmpdef").write_bytes(bytes(1000))
     assert FeatureCache(tmp_path).clear() == 1000
     assert not list(tmp_path.iterdir())
+
+
+# A file that is not what was written
+
+
+def rewritten(path, change, keep=True):
+    """Change the tensors of a file, with or without what it says about itself."""
+    with safe_open(path, framework="pt") as file:
+        note = file.metadata()
+        tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    save_file(change(tensors), path, metadata=note if keep else None)
+
+
+CHANGES = {
+    "reversed rows": lambda tensors: {**tensors, "features": tensors["features"].flip(0).contiguous()},
+    "a row less": lambda tensors: {**tensors, "features": tensors["features"][:-1].clone()},
+    "half precision": lambda tensors: {**tensors, "features": tensors["features"].half()},
+    "another name": lambda tensors: {"others": tensors["features"]},
+    "a tensor more": lambda tensors: {**tensors, "more": torch.ones(1)},
+}
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("change", CHANGES.values(), ids=list(CHANGES))
+def test_a_changed_file_is_dropped(change, keep, tmp_path, capsys):
+    cache = FeatureCache(tmp_path)
+    cache.put("key", {"features": torch.arange(12.0).reshape(4, 3)}, "a")
+    rewritten(tmp_path / "key.safetensors", change, keep)
+    assert cache.get("key") is None and not list(tmp_path.iterdir())
+    assert "are not used and made anew: it was changed after it was written" in capsys.readouterr().out
+    assert cache.get("key") is None and not capsys.readouterr().out
+
+
+def test_a_flipped_bit_and_a_cut_off_file_are_dropped(tmp_path, capsys):
+    cache = FeatureCache(tmp_path)
+    for damage in (lambda raw: raw[:-1] + bytes([raw[-1] ^ 1]), lambda raw: raw[:-5], lambda raw: b"", lambda raw: b"hello"):
+        cache.put("key", {"features": torch.ones(4, 3)}, "a")
+        path = tmp_path / "key.safetensors"
+        path.write_bytes(damage(path.read_bytes()))
+        assert cache.get("key") is None and not path.exists()
+        assert "made anew" in capsys.readouterr().out
+
+
+def test_the_file_of_another_key_is_dropped(tmp_path):
+    cache = FeatureCache(tmp_path)
+    cache.put("one", {"features": torch.ones(4, 3)}, "a")
+    (tmp_path / "one.safetensors").rename(tmp_path / "two.safetensors")
+    assert cache.get("two") is None and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("shapes", [{"features": (5,)}, {"features": (4, 2)}, {"orders": (0,)}])
+def test_tensors_of_another_size_than_asked_for_are_dropped(shapes, tmp_path):
+    cache = FeatureCache(tmp_path)
+    cache.put("key", {"features": torch.ones(4, 3)}, "a")
+    assert cache.get("key", {"features": (4, 3)}) is not None and cache.get("key", {"features": (4,)}) is not None
+    assert cache.get("key", shapes) is None and not list(tmp_path.iterdir())

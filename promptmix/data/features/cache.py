@@ -24,6 +24,7 @@ from yacs.config import CfgNode
 from promptmix.data.base import reading_of
 from promptmix.data.datum import Datum
 from promptmix.errors import DataError, UserError
+from promptmix.files.digests import digest_of
 from promptmix.utils import atomic_write, get_logger
 
 #: Raised when a file's meaning changes, so that old files are passed over.
@@ -88,12 +89,32 @@ class FeatureCache:
     def __init__(self, folder: Path, limit_gb: float = 0.0) -> None:
         self.folder, self.limit = folder, limit_gb * 1e9
 
-    def get(self, key: str) -> dict[str, Tensor] | None:
-        """Return the tensors under ``key``, mapped from the file, or None where there are none."""
+    def get(self, key: str, shapes: Mapping[str, tuple[int, ...]] | None = None) -> dict[str, Tensor] | None:
+        """Return the tensors under ``key``, mapped from the file, or None where there are none that can be believed.
+
+        A file that is damaged, was changed, belongs to another key or has not the tensors that are asked for is removed with a
+        warning, so that it is made anew.
+
+        Args:
+            key: what ``feature_key`` returned.
+            shapes: name of a tensor -> its first axes; these must be there.
+        """
         path = self.folder / (key + _SUFFIX)
+        if not path.is_file():
+            return None
         try:
             tensors = load_file(path)
-        except _UNREADABLE:  # not there, removed meanwhile, or damaged: it is computed anew
+            with safe_open(path, framework="pt") as file:
+                stated = (file.metadata() or {}).get("digest")
+            reason = "it was changed after it was written" if stated != _digest(key, tensors) else _misfit(tensors, shapes or {})
+        except FileNotFoundError:  # removed meanwhile
+            return None
+        except _UNREADABLE as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if reason:
+            if path.exists():
+                get_logger().warning("Cached features in %s are not used and made anew: %s", path, reason)
+                _remove(path)
             return None
         with contextlib.suppress(OSError):  # removed meanwhile, or a folder that others fill
             os.utime(path)
@@ -113,8 +134,9 @@ class FeatureCache:
             get_logger().info("Features (%.1f GB) exceed INPUT.FEATURE_CACHE_GB and are not kept", size / 1e9)
             return
         target = self.folder / (key + _SUFFIX)
+        note = {"about": about, "digest": _digest(key, plain)}
         try:
-            atomic_write(target, lambda path: save_file(plain, path, metadata={"about": about}))
+            atomic_write(target, lambda path: save_file(plain, path, metadata=note))
         except (OSError, SafetensorError) as error:  # safetensors wraps what the system says
             get_logger().warning("Features can't be kept in %s (%s)", self.folder, getattr(error, "strerror", None) or error)
             return
@@ -158,6 +180,21 @@ class FeatureCache:
             if total > self.limit and old:
                 _remove(path)
                 total -= size
+
+
+def _digest(key: str, tensors: Mapping[str, Tensor]) -> str:
+    """Return the digest of a file's tensors together with its key, so that one file can't take another's place."""
+    return digest_of({"key": key, "tensors": dict(sorted(tensors.items()))})
+
+
+def _misfit(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """Say which tensor is missing or of another size; "" where all fit."""
+    for name, shape in shapes.items():
+        if name not in tensors:
+            return f"it has no tensor {name}"
+        if tuple(tensors[name].shape[: len(shape)]) != shape:
+            return f"{name} is {tuple(tensors[name].shape)}, but must begin with {shape}"
+    return ""
 
 
 def _remove(path: Path) -> int:

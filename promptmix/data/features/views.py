@@ -135,7 +135,8 @@ def cache_views(
         own = isinstance(loader, TrainLoader) and loader.sample_streams
         more |= {"workers": "any" if own else loader.num_workers, "between": draws_between, "sizes": str(dict(node.TRAIN_X))}
     key = feature_key(cfg, tower, source.data_source, source.transform, **more) if cache else None
-    stored = cache.get(key) if cache and key else None
+    shapes = {"features": (views, len(source)), "orders": (0 if steady else views,)}
+    stored = cache.get(key, shapes) if cache and key else None
     if stored is None:
         get_logger().info("Encoding %d cached views of %d pictures", views, len(source))
         with same_randomness(), torch.no_grad():
@@ -218,7 +219,7 @@ def feature_loader(
     key = feature_key(cfg, tower, source.data_source, source.transform, **more)
     if key is None:
         return None
-    stored = cache.get(key)
+    stored = cache.get(key, {"features": (len(source),)})
     if stored is None:
         get_logger().info("Encoding %d pictures of the %s split, for all methods and seeds", len(source), split)
         with same_randomness(), torch.no_grad():

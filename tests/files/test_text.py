@@ -1,0 +1,78 @@
+"""Names from strangers in our output: no formula, no new column, no command to the terminal."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from promptmix.cli import main
+from promptmix.files.text import csv_cell, harmless, json_text, table_cell
+from promptmix.runs.results import RunResult
+from promptmix.tables import tables
+from promptmix.utils import get_logger
+
+EVIL = "\x1b]0;owned\x07\x1b[2J=1+1|a\u202eb\x9b31m"
+
+
+@given(st.text())
+def test_what_is_harmless_stays(text):
+    shown = harmless(text)
+    assert not any(ord(c) < 32 and c not in "\t\n" or 0x7F <= ord(c) < 0xA0 for c in shown)
+    assert json.loads(json_text(json.dumps(text, ensure_ascii=False))) == text
+    assert shown == text or shown != text and "\\" in shown
+
+
+@pytest.mark.parametrize("text", ["plain", "é 猫 🐈", "a\tb\nc", "no|bar"])
+def test_ordinary_names_are_left_alone(text):
+    assert harmless(text) == text and csv_cell(text) == text
+
+
+@pytest.mark.parametrize("text", ["=1+1", "+cmd", "-cmd|x", "@SUM(A1)", "\tx", "  =1", "\uff1d1+1", "=cmd|' /C calc'!A0"])
+def test_formulas_are_text(text):
+    cell = csv_cell(text)
+    assert isinstance(cell, str) and cell.startswith("'")
+
+
+@pytest.mark.parametrize("value", [-1.5, 3, None, "-1.5", "+2e-3", "12"])
+def test_numbers_stay_numbers(value):
+    assert csv_cell(value) == value
+
+
+@pytest.mark.parametrize("form", ["github", "pipe", "orgtbl", "jira", "presto", "simple"])
+def test_cells_of_tables(form):
+    cell = table_cell("a|b\nc", form)
+    assert "\n" not in cell
+    assert cell.replace("\\|", "").count("|") == (1 if form == "simple" else 0)
+
+
+def rows():
+    run = RunResult(trainer=EVIL, dataset="=data", backbone="@x", shots=1, seed=1, metrics={"test": {"accuracy": 50.0}})
+    run.title = "+title|more"
+    return tables.aggregate([run])[:2]
+
+
+@pytest.mark.parametrize("form", tables.FORMATS)
+def test_no_format_passes_commands_on(form):
+    text = tables.render(*rows(), fmt=form)
+    assert not any(c in text for c in "\x1b\x07\x9b\u202e")
+
+
+def test_csv_and_github():
+    table = list(csv.DictReader(io.StringIO(tables.render(*rows(), fmt="csv"))))
+    assert table[0]["dataset"] == "'+title|more" and table[0]["backbone"] == "'@x" and float(table[0]["mean"]) == 50
+    lines = tables.render(*rows(), fmt="github").splitlines()
+    assert len({line.replace("\\|", "").count("|") for line in lines}) == 1
+
+
+def test_logs_and_errors(capsys):
+    get_logger().warning("class %s", EVIL)
+    assert main(["train", "--config-file", EVIL]) == 2
+    shown = capsys.readouterr()
+    assert "\\x1b]0;owned\\x07" in shown.out + shown.err and not any(c in shown.out + shown.err for c in "\x1b\x07\x9b\u202e")
+    assert logging.getLogger("promptmix").handlers
