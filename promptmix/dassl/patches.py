@@ -51,8 +51,10 @@ def _torch_load() -> str:
 
     @wraps(original)
     def load(f: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        # PyTorch before 2.6 runs what a file holds unless it is told not to.
+        safe = {"weights_only": True} if "pickle_module" not in kwargs and len(args) < 2 else {}
         try:
-            return original(f, *args, **kwargs)
+            return original(f, *args, **{**safe, **kwargs})
         except pickle.UnpicklingError:
             if "weights_only" in kwargs or not isinstance(f, str | Path):
                 raise

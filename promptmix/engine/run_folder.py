@@ -217,6 +217,8 @@ def _locked(lock: Path, how: int) -> int:
         try:
             fcntl.flock(handle, how)
             if lock.exists() and os.path.samestat(os.fstat(handle), lock.stat()):
+                if os.fstat(handle).st_nlink > 1:
+                    raise OSError(errno.EMLINK, f"{lock} is the same file as another elsewhere")
                 os.ftruncate(handle, 0)
                 os.write(handle, f"{os.getpid()}\n".encode())
                 return handle

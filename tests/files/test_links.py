@@ -7,6 +7,7 @@ import os
 import pytest
 
 from promptmix.engine.log import setup_logger
+from promptmix.engine.run_folder import RunFolder
 from promptmix.errors import UserError
 from promptmix.files.links import open_own
 
@@ -57,10 +58,9 @@ def test_a_log_that_is_a_link_is_left_alone(tmp_path, victim):
     assert len(list((tmp_path / "out").glob("log.txt-*"))) == 1
 
 
-def test_a_lock_that_is_a_link_is_one_line(tmp_path, victim):
-    from promptmix.runs.protocols import _alone
-
-    (tmp_path / ".job.lock").symlink_to(victim)
-    with pytest.raises(UserError, match="is a link"), _alone(tmp_path / "job"):
+@pytest.mark.parametrize("make", [os.symlink, os.link], ids=["symbolic", "hard"])
+def test_a_lock_that_is_a_link_is_one_line(tmp_path, victim, make):
+    make(victim, tmp_path / ".job.lock")
+    with pytest.raises(UserError, match="is a link|same file as another"), RunFolder(tmp_path / "job").alone():
         pass
     assert victim.read_text() == "precious"
