@@ -56,8 +56,10 @@ def test_a_room_imports_the_core_and_trainers_the_built_in_parts(path):
 #: From the ground up: a part imports what stands on lower floors alone. The package itself (``promptmix``) is the roof.
 FLOORS = (
     {"errors", "version"},
-    {"registry", "utils", "assets"},
-    {"hookspecs", "files"},
+    {"assets"},
+    {"files"},
+    {"registry", "utils"},
+    {"hookspecs"},
     {"plugin_manager"},
     {"console"},
     {"config"},
