@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 
 import pytest
@@ -9,15 +10,18 @@ import torch
 from promptmix.plugins.distillation.frozen_image import FrozenImageL1
 from promptmix.plugins.heads.transport import sinkhorn
 from promptmix.plugins.prompt_bank.independent_deep import IndependentDeep
+from promptmix.plugins.prompt_bank.soft import Soft
 from promptmix.plugins.text_supervision.hard_prompts import L1ToEnsemble
 from promptmix.trainers.gallop import EachLocal, GlobalLocal, KeptGlobal, SparseLocal
+from promptmix.trainers.gmop import BaseOrNew, OpenworldLoss
 from promptmix.trainers.plotpp import STARTS, USUAL, PromptSets, TransportOfSets
 from promptmix.trainers.surpl import Fine, Instance, Plain, SurrogateScores
 
 from promptmix.data.templates import IMAGENET_60
 from promptmix.engine.convert import Learned, to_ours, to_theirs
 from promptmix.prompts.learner import Learner
-from tests.trainers.golden import close, compare, golden_clip, golden_task, images, numbers
+from promptmix.prompts.losses import CrossEntropy
+from tests.trainers.golden import close, compare, golden_clip, golden_task, images, labels, numbers, seeded
 
 
 @lru_cache(maxsize=1)
@@ -160,3 +164,42 @@ def test_surpl_checkpoints_have_the_authors_names():
     assert set(theirs) == set(SURPL)
     more = {"prompt_learner.ZS_image_encoder.proj": torch.zeros(1), "image_encoder.proj": torch.zeros(1)}
     assert to_ours("SurPL", theirs | more, "there").models == learned.models
+
+
+def test_gmop():
+    task = golden_task(frozen(), classes=3)
+    bank = Soft(task, 4)
+    own = OpenworldLoss(task, bank, 3, 16, 0.5, 1.0)
+    learner = Learner(task, bank, head=BaseOrNew(task, bank), loss=CrossEntropy() + own)
+    expected = numbers("gmop")
+    with torch.no_grad():
+        bank.ctx.copy_(torch.from_numpy(seeded().learned("gmop", "coop_prompter.ctx", (4, 512))))
+        contexts = [torch.from_numpy(seeded().learned("gmop", f"ood_prompter.{i}.ctx", (16, 512))) for i in range(3)]
+        own.detectors.ctx.copy_(torch.stack(contexts))
+    step = learner.step(images(), labels(3))
+    assert [own.detectors.labels(i, torch.arange(3)).tolist() for i in range(3)] == expected["detector_labels"].tolist()
+    close(step.logits, expected["logits"])
+    warm, auc = own.terms(step)
+    close(torch.stack(warm), expected["loss_warm_each"])
+    close(torch.stack(auc), expected["loss_auc_each"])
+    terms = learner.loss(step)
+    close(terms.parts["ce"], expected["loss_id"])
+    close(terms.total, expected["loss"])
+    terms.total.backward()
+    for theirs, gradient in (
+        ("coop_prompter.ctx", bank.ctx.grad),
+        *((f"ood_prompter.{i}.ctx", own.detectors.ctx.grad[i]) for i in range(3)),
+    ):
+        norm = expected[f"gradnorm:{theirs}"]
+        close(gradient.norm(), norm)
+        close(gradient.flatten()[:256], expected[f"gradhead:{theirs}"], scale=float(norm))
+    close(own.detectors.base_scores(step.image), expected["score"])
+
+
+def test_gmop_classifies_new_classes_by_the_frozen_model():
+    whole = golden_task(frozen())
+    task = replace(whole, classnames=whole.classnames[3:])
+    bank = Soft(task, 4)
+    learner = Learner(task, bank, head=BaseOrNew(task, bank))
+    with torch.no_grad():
+        close(learner.step(images()).logits, numbers("gmop")["logits_new"])
