@@ -151,6 +151,9 @@ def load_plugin(name_or_path: str) -> None:
         PluginError: no such module or file, it fails to import or to register, it implements no hook or one that does not exist.
     """
     manager = get_plugin_manager()
+    if not isinstance(name_or_path, (str, Path)):
+        raise PluginError(f"plugin {name_or_path!r}: give the path of a .py file or an importable module name")
+    name_or_path = str(name_or_path)
     try:
         path = Path(name_or_path)
         is_file = path.suffix == ".py" or len(path.parts) > 1

@@ -232,3 +232,22 @@ def test_standard_output_that_is_closed_or_full(where, code):
     assert done.returncode == code
     assert "Traceback" not in done.stderr
     assert "Exception ignored" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("variants: {'../elsewhere': {}}", "becomes part of a folder's name"),
+        ("variants: {'..': {}}", "becomes part of a folder's name"),
+        ("variants: {1: {}}", "names must be text"),
+        ("protocols: [[few-shot]]", "must be a list of names"),
+        ("trainers: [{name: CoOp, label: a/b}]", "becomes part of a folder's name"),
+        ("root: nowhere", "root nowhere is no folder"),
+        ("seeds: [1]\nseeds: [2]", "'seeds' is there twice"),
+    ],
+)
+def test_sweep_files_that_are_wrong(tmp_path, capsys, line, words):
+    plan = {"output": "out", "protocols": "[few-shot]", "trainers": "[CoOp]", "datasets": "[EmojiFamilies]", "seeds": "[1]"}
+    kept = [f"{key}: {value}" for key, value in plan.items() if not line.startswith(f"{key}:")]
+    (tmp_path / "sweep.yaml").write_text("\n".join([*kept, line]) + "\n")
+    fails(capsys, ["sweep", tmp_path / "sweep.yaml", "--dry-run"], words)

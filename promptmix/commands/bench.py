@@ -74,6 +74,8 @@ def run(args: argparse.Namespace) -> int:
         return _show(args)
     if args.files:
         raise UserError(f"bench {args.suite} takes no file, but got {args.files[0]}; --json FILE writes one")
+    if args.threads < 1:
+        raise UserError(f"--threads is {args.threads}, but must be at least 1")
     import torch
 
     from promptmix.plugin_manager import get_plugin_manager

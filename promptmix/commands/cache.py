@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 from datetime import datetime, timezone
+from pathlib import Path
+
+from promptmix.errors import UserError
 
 from promptmix.files.text import harmless
 
@@ -22,6 +25,8 @@ def run(args: argparse.Namespace) -> int:
 
     from promptmix.data.features.cache import FeatureCache, cache_folder
 
+    if args.dir and ("\0" in args.dir or Path(args.dir).exists() and not Path(args.dir).is_dir()):
+        raise UserError(f"--dir {args.dir}: is no folder; name the folder of the cache, or leave the flag out")
     cache = FeatureCache(cache_folder(args.dir))
     entries = cache.entries()
     if args.action == "clear":

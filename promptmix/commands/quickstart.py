@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from promptmix.errors import UserError
+
 CONFIG = "configs/quickstart.yaml"
 
 
@@ -32,6 +34,8 @@ def run(args: argparse.Namespace) -> int:
     from promptmix.commands.run import run_all
     from promptmix.runs.protocols import Job
 
+    if args.threads < 1:
+        raise UserError(f"--threads is {args.threads}, but must be at least 1")
     torch.set_num_threads(args.threads)
     jobs = [
         Job(

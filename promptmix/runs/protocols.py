@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from promptmix.config.flags import load_plugins, make_config, merge_flags, resolve_config
+from promptmix.config.yamlfile import read_yaml
 from promptmix.errors import ConfigError
 from promptmix.hookspecs import hookimpl
 from promptmix.registry import DATASET_REGISTRY, PROTOCOL_REGISTRY, Registry, closest
@@ -174,8 +175,8 @@ def registry_name(dataset: str) -> str:
     if is_file(dataset):
         path = resolve_config(dataset)
         try:
-            name = str(yaml.safe_load(path.read_text(encoding="utf-8"))["DATASET"]["NAME"])
-        except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError) as error:
+            name = str(read_yaml(path, "data set file")["DATASET"]["NAME"])
+        except (KeyError, TypeError) as error:
             raise ConfigError(f"data set file {path} must be YAML that sets DATASET.NAME (`promptmix list datasets`)") from error
     DATASET_REGISTRY.get(name)
     return name

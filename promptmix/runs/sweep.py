@@ -17,13 +17,14 @@ root: data                            # also: device, plugins, slurm
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from promptmix.config.declare import shown
+from promptmix.config.yamlfile import read_yaml
 from promptmix.errors import ConfigError
 from promptmix.registry import PROTOCOL_REGISTRY, closest
 from promptmix.runs.protocols import Job, default_config, folder_of
@@ -45,6 +46,7 @@ _KEYS: dict[str, type | tuple[type, ...]] = {
     "plugins": list,
     "slurm": dict,
 }
+_FOLDER_NAME = re.compile(r"[\w.+= -]{1,100}")
 _NEEDED = ("output", "protocols", "trainers", "datasets", "seeds")
 _TRAINER_KEYS: dict[str, type | tuple[type, ...]] = {"name": str, "config": str, "set": dict, "label": str}
 _DATASET_KEYS: dict[str, type | tuple[type, ...]] = {"name": str, "set": dict}
@@ -77,10 +79,7 @@ def read(path: str) -> Sweep:
     from promptmix.config.flags import load_plugins, resolve_config
 
     file = resolve_config(path)
-    try:
-        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"sweep file {file}: {' '.join(str(error).split())}") from error
+    tree = read_yaml(file, "sweep file")
     _check(tree, _KEYS, _NEEDED, str(file))
     plugins = tuple(_located(str(name), file) for name in tree.get("plugins", []))
     load_plugins(plugins)
@@ -95,7 +94,7 @@ def read(path: str) -> Sweep:
 
 def _jobs(tree: dict[str, Any], file: Path, plugins: tuple[str, ...]) -> Iterable[Job]:
     where = str(file)
-    for name in tree["protocols"]:
+    for name in _list(tree["protocols"], f"{where}: protocols"):
         if name not in PROTOCOL_REGISTRY:
             known = list(PROTOCOL_REGISTRY)
             raise ConfigError(f"{where}: protocols: unknown {name!r}{closest(str(name), known)} (choices: {', '.join(known)})")
@@ -106,11 +105,21 @@ def _jobs(tree: dict[str, Any], file: Path, plugins: tuple[str, ...]) -> Iterabl
     seeds, shots = (_integers(tree.get(key, [16]), f"{where}: {key}") for key in ("seeds", "shots"))
     trainers = [_entry(value, _TRAINER_KEYS, f"{where}: trainers") for value in tree["trainers"]]
     datasets = [_entry(value, _DATASET_KEYS, f"{where}: datasets") for value in tree["datasets"]]
+    if not all(isinstance(name, str) for name in tree.get("variants", {})):
+        raise ConfigError(f"{where}: variants: names must be text, not {', '.join(map(shown, tree['variants']))}")
     variants = {str(name): _flat(values, f"{where}: variants.{name}") for name, values in tree.get("variants", {"": {}}).items()}
+    for name in (*variants, *(str(method.get("label", "")) for method in trainers)):
+        if name and (not _FOLDER_NAME.fullmatch(name) or not name.strip(".")):
+            raise ConfigError(
+                f"{where}: {shown(name)} names a variant or label, which becomes part of a folder's name; "
+                "write it with letters, numbers, '.', '_', '-', '+', '=' and spaces"
+            )
     shared = _flat(tree.get("set", {}), f"{where}: set")
     root = tree.get("root", "")
     if root and not Path(root).is_absolute() and (file.parent / root).is_dir():
         root = str(file.parent / root)
+    if root and not Path(root).is_dir():
+        raise ConfigError(f"{where}: root {root} is no folder; name the folder of the data sets, or leave the key out")
     for protocol in tree["protocols"]:
         for data in datasets:
             dataset = _located(data["name"], file)
