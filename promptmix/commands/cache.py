@@ -8,7 +8,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from promptmix.errors import UserError
-
 from promptmix.files.text import harmless
 
 
