@@ -258,6 +258,7 @@ class Learner(PromptLearner):
         parts = {term.part: weighed if term.weighted else value for term, value, weighed in present} if len(present) > 1 else {}
         return LossTerms(total, parts | {name: measure(step) for name, measure in self.measures.items()}, logits)
 
+    @torch.no_grad()  # a step computes what is asked of it when it is asked, outside of what ``look`` does
     def prepare(self, look: Callable[[], Iterable[Step]]) -> None:
         """Let every part take what it needs from the training pictures."""
         for component in self.components:

@@ -108,3 +108,16 @@ def test_a_fitted_probe_is_saved_and_loaded(room, features, tmp_path):
     subject.val_loader = None
     with pytest.raises(ConfigError, match=r"TRAINER.LINEARPROBE.C is 0"):
         subject.train()
+
+
+def test_features_of_small_norm_are_fitted_too():
+    features, labels = 1e-3 * torch.eye(6), torch.arange(6)
+    weight, bias = fit(features, labels, 6, 1e6)
+    assert ((features @ weight.T + bias).argmax(dim=-1) == labels).all()
+
+
+def test_clap_takes_its_multipliers_without_a_graph(room, tmp_path):
+    subject = toy_trainer(room, "CLAP", "TRAINER.CLAP.VIEWS", 1, "OPTIM.MAX_EPOCH", 2, "OUTPUT_DIR", str(tmp_path))
+    subject.train()
+    multipliers = subject.model.losses.constraint.multipliers
+    assert not multipliers.requires_grad and 0 < multipliers.max() < 1
