@@ -16,12 +16,13 @@ from promptmix.trainers.gallop import EachLocal, GlobalLocal, KeptGlobal, Sparse
 from promptmix.trainers.gmop import BaseOrNew, OpenworldLoss
 from promptmix.trainers.plotpp import STARTS, USUAL, PromptSets, TransportOfSets
 from promptmix.trainers.surpl import Fine, Instance, Plain, SurrogateScores
+from promptmix.trainers.trip import TokenMixture, cluster
 
 from promptmix.data.templates import IMAGENET_60
 from promptmix.engine.convert import Learned, to_ours, to_theirs
 from promptmix.prompts.learner import Learner
 from promptmix.prompts.losses import CrossEntropy
-from tests.trainers.golden import close, compare, golden_clip, golden_task, images, labels, numbers, seeded
+from tests.trainers.golden import close, compare, golden_clip, golden_task, images, labels, numbers, seeded, set_learned
 
 
 @lru_cache(maxsize=1)
@@ -203,3 +204,33 @@ def test_gmop_classifies_new_classes_by_the_frozen_model():
     learner = Learner(task, bank, head=BaseOrNew(task, bank))
     with torch.no_grad():
         close(learner.step(images()).logits, numbers("gmop")["logits_new"])
+
+
+def test_trip(monkeypatch):
+    learner = TokenMixture(golden_task(frozen()), 4, 4, 1.0, (1.0, 2.0))
+    expected = numbers("trip")
+    first = torch.from_numpy(expected["init_tokens"]).long()
+    monkeypatch.setattr(learner, "first_tokens", lambda count: first)
+    learner.keys.copy_(torch.from_numpy(seeded().stream("trip/keys", (4, 768))))
+    names = {f"prompt_learner.VPTctxList.{i}": f"bank.{i}" for i in range(4)}
+    parameters = set_learned("trip", learner, names)
+    with torch.no_grad():
+        states = frozen().image.states(images())
+        tokens = torch.cat([states.first[:, None], states.patches], dim=1)
+        close(tokens.norm(dim=-1), expected["token_norm"])
+        for mode, factor in (("train", 1.0), ("infer", 2.0)):
+            assert [cluster(own, first, factor)[0].tolist() for own in tokens] == expected[f"assignment_{mode}"].tolist()
+        features = learner.features(images())
+        close(features[:, 512:516], expected["weights_train"])
+        close(features[:, 516:], expected["weights_infer"])
+        close(learner.eval().logits(features, None), expected["logits"])
+    terms = learner.train().loss(learner.step(images(), labels()))
+    close(terms.logits, expected["logits_train"])
+    close(terms.parts["ce"], expected["loss_ce"])
+    close(terms.parts["teacher"], expected["loss_kl"])
+    close(terms.total, expected["loss"])
+    terms.total.backward()
+    for theirs, parameter in parameters.items():
+        norm = expected[f"gradnorm:{theirs}"]
+        close(parameter.grad.norm(), norm)
+        close(parameter.grad.flatten()[:256], expected[f"gradhead:{theirs}"], scale=float(norm))

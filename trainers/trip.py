@@ -1,0 +1,199 @@
+"""TRIP: token-level prompt mixture with parameter-free routing (its routing and mixture; the federation is left out).
+
+IEEE TIP. https://arxiv.org/abs/2504.21063
+
+| paper | here |
+|---|---|
+| E prompt experts | ``TokenMixture.bank``, E tensors (M, W) |
+| capacity-aware clustering of a picture's tokens | ``cluster`` |
+| clusters matched to fixed keys of the experts | ``TokenMixture.keys``, ``match`` |
+| weight of an expert: its cluster's share of the tokens that found room | ``TokenMixture.weights`` |
+| prompt of a picture: the weighted sum of the experts | ``TokenMixture.logits`` |
+| L = CE + alpha * CE(zero-shot, student) | ``ALPHA`` |
+
+The weights follow from the frozen tower alone: they are kept beside the image feature. Every picture has text features of its
+own.
+
+Deviations from the authors' code (github.com/GongShuai8210/TRIP): clients and rounds are not here. Centroids start at tokens
+drawn once for all pictures and keys from a fixed seed, so that a picture's weights are the same in every run; theirs draw anew.
+All experts start equal, as theirs do.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from itertools import permutations
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from promptmix import hookimpl
+from promptmix.config.declare import Setting
+from promptmix.data.templates import IMAGENET_60
+from promptmix.engine.layout import Layout, Rule
+from promptmix.errors import ConfigError
+from promptmix.prompts.context import initial_context
+from promptmix.prompts.learner import LossTerms, PromptLearner
+from promptmix.prompts.roles import Task
+from promptmix.prompts.step import Step
+from promptmix.prompts.trainer import PromptTrainer
+from promptmix.registry import Registry
+
+#: Seed of the fixed keys and of the tokens that centroids start from.
+SEED = 0
+
+
+def assign(distances: Tensor, capacity: Tensor) -> Tensor:
+    """Return each token's cluster (L,), -1 where its cheapest is full; tokens are taken in order of lowest cost (L, E)."""
+    cost, cheapest = distances.min(dim=1)
+    taken = torch.full_like(cheapest, -1)
+    order = cost.argsort(stable=True)
+    for cluster, room in enumerate(capacity.tolist()):
+        taken[order[cheapest[order] == cluster][:room]] = cluster
+    return taken
+
+
+def cluster(tokens: Tensor, first: Tensor, factor: float, rounds: int = 100) -> tuple[Tensor, Tensor]:
+    """Cluster tokens (L, W) into E clusters of limited size.
+
+    Args:
+        tokens: of one picture.
+        first: (E,), the tokens that centroids start from.
+        factor: share of L / E that a cluster may hold.
+        rounds: at most.
+
+    Returns:
+        Each token's cluster (L,), -1 for none, and the centroids (E, W).
+    """
+    count, experts = len(tokens), len(first)
+    capacity = torch.full((experts,), int(count // experts * factor), device=tokens.device)
+    capacity[: count % experts] += 1
+    centroids, price = tokens[first], tokens.new_zeros(experts)
+    for _ in range(rounds):
+        distances = torch.cdist(tokens[None], centroids[None], compute_mode="donot_use_mm_for_euclid_dist")[0]
+        taken = assign(distances + price, capacity)
+        member = F.one_hot(taken + 1, experts + 1)[:, 1:].to(tokens.dtype)
+        sizes = member.sum(dim=0)
+        price = torch.where(sizes > 0, price + 1e-4 * (sizes - capacity), torch.zeros_like(price))
+        farthest = tokens[distances.min(dim=1).values.argmax()]
+        new = torch.where(sizes[:, None] > 0, member.T @ tokens / sizes.clamp_min(1)[:, None], farthest)
+        if (new - centroids).norm(dim=1).mean() < 1e-4:
+            break
+        centroids = new
+    return taken, centroids
+
+
+def match(centroids: Tensor, keys: Tensor) -> Tensor:
+    """Return the expert of each cluster (E,), so that the cosines of centroids and keys (E, W) add up to the most."""
+    cosines = F.normalize(centroids, dim=1) @ F.normalize(keys, dim=1).T
+    ways = _permutations(len(keys)).to(keys.device)
+    return ways[cosines[torch.arange(len(keys), device=keys.device), ways].sum(dim=1).argmax()]
+
+
+@lru_cache(maxsize=8)
+def _permutations(count: int) -> Tensor:
+    return torch.tensor(list(permutations(range(count))))
+
+
+class TokenMixture(PromptLearner):
+    """E prompts, mixed for each picture by where its tokens fall.
+
+    Args:
+        task: the frozen model and the class names.
+        experts: E.
+        n_ctx: M.
+        alpha: factor on the cross-entropy with the zero-shot classifier.
+        capacity: factor on a cluster's room, in training and in evaluation.
+    """
+
+    keys: Tensor
+    teacher: Tensor
+
+    def __init__(self, task: Task, experts: int, n_ctx: int, alpha: float, capacity: tuple[float, float]) -> None:
+        super().__init__(task)
+        start = initial_context(task.clip.text, n_ctx, "", 1)[0]
+        self.bank = nn.ParameterList(nn.Parameter(start.clone()) for _ in range(experts))
+        self.alpha, self.capacity = alpha, capacity
+        generator = torch.Generator().manual_seed(SEED)
+        keys = torch.linalg.qr(torch.randn(task.clip.image.width, experts, generator=generator))[0].T
+        self.register_buffer("keys", keys.contiguous(), persistent=False)
+        self.register_buffer("teacher", task.clip.raw_ensemble(IMAGENET_60, task.classnames), persistent=False)
+
+    @property
+    def feature_kind(self) -> str:
+        """Features with the weights of this many experts behind."""
+        return f"trip {len(self.bank)} {self.capacity}"
+
+    def first_tokens(self, count: int) -> Tensor:
+        """Return the tokens (E,) of ``count`` that centroids start from."""
+        return torch.randperm(count, generator=torch.Generator().manual_seed(SEED))[: len(self.bank)]
+
+    def weights(self, tokens: Tensor, factor: float) -> Tensor:
+        """Return the experts' weights (E,) for the tokens (L, W) of one picture."""
+        taken, centroids = cluster(tokens, self.first_tokens(len(tokens)).to(tokens.device), factor)
+        sizes = torch.bincount(taken[taken >= 0], minlength=len(self.bank)).to(tokens.dtype)
+        shares = torch.zeros_like(sizes)
+        shares[match(centroids, self.keys.to(tokens.dtype))] = sizes / sizes.sum()
+        return shares
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Return (B, D + 2E): the normalised feature, and the experts' weights in training and in evaluation."""
+        tower = self.clip.image
+        states = tower.states(images)
+        tokens = torch.cat([states.first[:, None], states.patches], dim=1).float()
+        weights = torch.stack([torch.cat([self.weights(own, factor) for factor in self.capacity]) for own in tokens])
+        image = F.normalize(tower.project(tower.norm(states.first)), dim=-1)
+        return torch.cat([image, weights.to(image.dtype)], dim=1)
+
+    def classifier(self) -> None:
+        """Return nothing: prompts depend on the picture."""
+        return
+
+    def logits(self, image_features: Tensor, classifier: None) -> Tensor:
+        """Return class scores (B, C)."""
+        experts = len(self.bank)
+        image, *weights = image_features.split([self.clip.embed_dim, experts, experts], dim=1)
+        prompts = torch.stack(list(self.bank))
+        context = torch.einsum("be,emw->bmw", weights[0 if self.training else 1].to(prompts.dtype), prompts)
+        tower = self.clip.text
+        stop = tower.embed(tower.tokenizer.encode("."))[None]
+        text = tower(tower.compose(context, tower.tokenizer.class_tokens(self.task.classnames), stop))
+        return self.clip.scale * torch.einsum("bd,bcd->bc", image, F.normalize(text, dim=-1).to(image.dtype))
+
+    def loss(self, step: Step) -> LossTerms:
+        """Return CE + alpha * CE(zero-shot, student)."""
+        logits = self.logits(step.features, None)
+        image = step.features[:, : self.clip.embed_dim]
+        taught = (self.clip.scale * image @ self.teacher.to(image.dtype).T).float().softmax(dim=-1)
+        parts = {"ce": F.cross_entropy(logits, step.labels), "teacher": F.cross_entropy(logits, taught)}
+        return LossTerms(parts["ce"] + self.alpha * parts["teacher"], parts, logits)
+
+
+class TRIP(PromptTrainer):
+    """A mixture of prompts whose weights no router learns."""
+
+    layout = Layout("prompt_learner", (Rule("VPTctxList.{i}", "bank.{i}"),))
+
+    def compose(
+        self,
+        task: Task,
+        experts: Annotated[int, Setting("E: experts", low=2, high=8)] = 8,
+        n_ctx: Annotated[int, Setting("M: context vectors of each", low=1)] = 32,
+        alpha: Annotated[float, Setting("alpha: factor on the teacher's cross-entropy", low=0)] = 1.0,
+        capacity_train: Annotated[float, Setting("room of a cluster, in shares of tokens / E, in training", low=1)] = 1.0,
+        capacity_infer: Annotated[float, Setting("the same in evaluation", low=1)] = 2.0,
+    ) -> TokenMixture:
+        """Return the experts."""
+        if not task.clip.image.takes_prompts:
+            raise ConfigError(
+                f"MODEL.BACKBONE.NAME is {task.clip.name}, which has no tokens to route; choose ViT-B/16 or tiny-vit"
+            )
+        return TokenMixture(task, experts, n_ctx, alpha, (capacity_train, capacity_infer))
+
+
+@hookimpl
+def register_trainers(registry: Registry) -> None:
+    """Add the trainer."""
+    registry.register(TRIP)
