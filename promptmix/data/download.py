@@ -22,6 +22,8 @@ __all__ = ["download", "unpack"]
 _CHUNK = 1 << 20
 _TRIES = 5
 _TIMEOUT = 60  # seconds without a byte
+#: Pictures don't shrink: an archive that grows by more than this was made to fill the disk.
+_MOST_GROWTH, _ALWAYS_FINE = 50, 1 << 30
 
 
 def download(url: str, target: Path, md5: str = "") -> None:
@@ -107,7 +109,8 @@ def unpack(archive: Path, into: Path) -> None:
         into: must not exist; it is removed again if anything goes wrong.
 
     Raises:
-        DataError: the archive is damaged, or a member is a link or path that leaves the folder, or a device.
+        DataError: the archive is damaged, or a member is a link or path that leaves the folder, or a device; or what is in it is
+            more than 1 GiB and 50 times its own size.
     """
     into.mkdir(parents=True)
     try:
@@ -123,17 +126,20 @@ def unpack(archive: Path, into: Path) -> None:
 
 
 def _unpack_zip(archive: Path, into: Path) -> None:
+    total = 0
     with zipfile.ZipFile(archive) as pack:
         for member in pack.infolist():
             if stat.S_ISLNK(member.external_attr >> 16):
                 raise DataError(f"{archive} is refused: its member {member.filename!r} is a link; get it from another place")
             _check_inside(member.filename, archive)
+            total = _grown(total, member.file_size, archive)
             pack.extract(member, into)
 
 
 def _unpack_tar(archive: Path, into: Path) -> None:
     # Python before 3.10.12 and 3.11.4 knows no filter; the checks here hold there too.
     options = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+    total = 0
     with tarfile.open(archive) as pack:
         for member in pack:
             _check_inside(member.name, archive)
@@ -141,7 +147,16 @@ def _unpack_tar(archive: Path, into: Path) -> None:
                 raise DataError(
                     f"{archive} is refused: its member {member.name!r} is a link or device; get it from another place"
                 )
+            total = _grown(total, member.size, archive)
             pack.extract(member, into, **options)  # type: ignore[arg-type]
+
+
+def _grown(total: int, more: int, archive: Path) -> int:
+    """Return how many bytes are unpacked with the next member, which are checked before they are written."""
+    total += more
+    if total > max(_ALWAYS_FINE, _MOST_GROWTH * archive.stat().st_size):
+        raise DataError(f"{archive} is refused: unpacked it has more than {_MOST_GROWTH} times its size; get it elsewhere")
+    return total
 
 
 def _check_inside(name: str, archive: Path) -> None:

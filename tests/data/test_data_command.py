@@ -345,3 +345,23 @@ def test_imagenet_is_unpacked_by_torchvision_once_its_files_are_there(tmp_path, 
     prepare(DESCRIPTIONS["ImageNet"], tmp_path)
     assert calls == [(str(images), "train"), (str(images), "val")]
     assert (tmp_path / "imagenet" / "classnames.txt").read_text().startswith("n01440764 tench\n")
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+def test_an_archive_that_would_fill_the_disk_is_refused_before(tmp_path, monkeypatch, kind):
+    from promptmix.data import download
+
+    monkeypatch.setattr(download, "_ALWAYS_FINE", 1000)
+    archive = tmp_path / f"bomb.{kind}"
+    if kind == "zip":
+        with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as pack:
+            pack.writestr("small.txt", b"fine")
+            pack.writestr("large.txt", bytes(10_000_000))
+    else:
+        with tarfile.open(archive, "w:gz") as pack:
+            member = tarfile.TarInfo("large.txt")
+            member.size = 10_000_000
+            pack.addfile(member, io.BytesIO(bytes(member.size)))
+    with pytest.raises(DataError, match="is refused: unpacked it has more than 50 times its size"):
+        download.unpack(archive, tmp_path / "into")
+    assert not (tmp_path / "into").exists()
