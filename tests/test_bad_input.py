@@ -138,6 +138,11 @@ def test_pictures_that_are_none(tmp_path, capsys, train, pictures):
     fails(capsys, train, "0.png: no file", "--skip-bad")
 
 
+def test_a_class_whose_name_is_no_text(train, pictures, capsys):
+    os.rename(os.fsencode(pictures / "ant"), os.fsencode(pictures) + b"/\xff")
+    fails(capsys, train, "not UTF-8 text; rename the folder")
+
+
 @pytest.mark.parametrize(
     ("lines", "words"),
     [

@@ -54,6 +54,9 @@ class _Own(AssembledDataset):
     def __init__(self, cfg: CfgNode, node: CfgNode, found: list[Found], names: dict[str, str], where: Path) -> None:
         if not found:
             raise DataError(f"no pictures in {where}; ImageFolder reads CLASS/a.jpg or train/CLASS/a.jpg, CSV rows path,label")
+        for _, domain, label, path in found:
+            if not _is_text(domain + names.get(label, label)):
+                raise DataError(f"{ascii(path)}: the name of its class or domain is not UTF-8 text; rename the folder")
         self.domains = sorted({domain for _, domain, _, _ in found})
         self.templates = list(node.TEMPLATES)
         labels = {label: number for number, label in enumerate(_in_order({label for _, _, label, _ in found}))}
@@ -153,6 +156,15 @@ class ImageFolder(_Own):
                     "its lines must be: folder class name"
                 )
         super().__init__(cfg, node, found, names, where)
+
+
+def _is_text(name: str) -> bool:
+    """Tell whether a name is whole characters, which file names need not be."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _parts(where: Path) -> dict[str, Path]:
