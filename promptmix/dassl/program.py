@@ -196,7 +196,7 @@ def surroundings(root: Path, file: Path, words: Sequence[str]) -> Iterator[Early
 @contextmanager
 def _modules_of(root: Path) -> Iterator[None]:
     """Let the checkout's top-level modules win over any others of the same names; put everything back afterwards."""
-    names = {entry.stem for entry in root.iterdir() if entry.suffix == ".py" or (entry.is_dir() and any(entry.glob("*.py")))}
+    names = {entry.stem for entry in root.iterdir() if entry.suffix == ".py" or (entry.is_dir() and _has_modules(entry))}
     names -= {"promptmix", "dassl"}  # which Dassl it is, is chosen elsewhere
     hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] in names}
     before = list(sys.path)
@@ -213,6 +213,10 @@ def _modules_of(root: Path) -> Iterator[None]:
         for name in [name for name in sys.modules if name.partition(".")[0] in names]:
             del sys.modules[name]
         sys.modules.update(hidden)
+
+
+def _has_modules(folder: Path) -> bool:
+    return any(folder.glob("*.py")) or any(folder.glob("*/*.py"))
 
 
 @contextmanager

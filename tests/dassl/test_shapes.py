@@ -198,6 +198,22 @@ def test_its_own_configs_win_from_any_folder(room, monkeypatch):
     assert Path.cwd() == room / "here"
 
 
+def test_a_package_without_files_of_its_own(room, monkeypatch):
+    """UPL keeps defaults in configs/upl_default_config/, and promptmix's own checkout has a package configs."""
+    (room / "here" / "configs").mkdir(parents=True)
+    (room / "here" / "configs" / "__init__.py").write_text("raise ImportError('not this one')\n")
+    monkeypatch.syspath_prepend(str(room / "here"))
+    (room / "fork" / "configs" / "more").mkdir()
+    (room / "fork" / "configs" / "more" / "words.py").write_text("NOTE = 'from a package'\n")
+    change(
+        room,
+        "train.py",
+        ("NOTE = args.note", "NOTE = words.NOTE"),
+        ("import argparse\n", "import argparse\nfrom configs.more import words\n"),
+    )
+    assert run(room)["config"]["TRAINER"]["WORDBIAS"]["NOTE"] == "from a package"
+
+
 def test_files_of_the_checkout_and_files_here(room, monkeypatch):
     """Forks open ./gpt_file/...; what the user names is relative to where the user is."""
     (room / "fork" / "words").mkdir()
