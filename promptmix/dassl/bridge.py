@@ -15,7 +15,7 @@ from promptmix.errors import ConfigError, PluginError
 from promptmix.registry import DATASET_REGISTRY, TRAINER_REGISTRY
 from promptmix.utils import get_logger
 
-__all__ = ["register"]
+__all__ = ["fill", "register"]
 
 
 def register(cfg: CfgNode, replace: bool = False) -> list[str]:
@@ -49,7 +49,7 @@ def register(cfg: CfgNode, replace: bool = False) -> list[str]:
     kept = sorted(set(TRAINER_REGISTRY) - set(mine))
     for name in kept:
         del ours.TRAINER[name.upper()]
-    _fill(cfg, ours)
+    fill(cfg, ours)
     object.__setattr__(cfg, "__class__", _ReadsOurs)  # yacs takes an assignment for a key
     for name in mine:
         registry.register(_bridge(name, TRAINER_REGISTRY.get(name), manager), force=name in theirs)
@@ -112,13 +112,13 @@ def _is_bridged(registry: Any, name: str) -> bool:  # noqa: ANN401
     return name in registry.registered_names() and hasattr(registry.get(name), "promptmix_manager")
 
 
-def _fill(cfg: CfgNode, defaults: CfgNode) -> None:
+def fill(cfg: CfgNode, defaults: CfgNode) -> None:
     """Add to ``cfg`` the keys of ``defaults`` that it lacks."""
     for key, value in defaults.items():
         if key not in cfg:
             cfg[key] = value.clone() if isinstance(value, CfgNode) else value
         elif isinstance(value, CfgNode) and isinstance(cfg[key], CfgNode):
-            _fill(cfg[key], value)
+            fill(cfg[key], value)
 
 
 def _bridge(name: str, trainer: type, manager: Any) -> type:  # noqa: ANN401

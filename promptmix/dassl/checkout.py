@@ -21,6 +21,8 @@ from yacs.config import CfgNode
 import promptmix.dassl.engine
 import promptmix.dassl.utils
 from promptmix.dassl import program, vendored
+from promptmix.dassl.bridge import fill
+from promptmix.dassl.config import get_cfg_default
 from promptmix.dassl.importing import installed
 from promptmix.dassl.nogpu import to_fp32, without_cuda
 from promptmix.dassl.patches import patched_torch
@@ -58,9 +60,9 @@ def run_checkout(path: str, args: argparse.Namespace, **options: Any) -> RunResu
     pairs = dict(zip(args.opts[::2], args.opts[1::2], strict=False))
     weights = LocalWeights(str(Path(pairs[_WEIGHTS]).absolute()), root) if pairs.get(_WEIGHTS) else None
     engine = vendored.choose(root, file, args.dassl or "")
-    opts = args.opts
-    if engine.folder is not None:  # the key is promptmix's
-        opts = [word for key, value in zip(opts[::2], opts[1::2], strict=False) if key != _WEIGHTS for word in (key, value)]
+    # The key is promptmix's: a checkout's own tree may lack it.
+    places = [at for at in range(0, len(args.opts), 2) if args.opts[at] != _WEIGHTS]
+    opts = [word for at in places for word in args.opts[at : at + 2]]
     taken = program.flags_of(file)
     words = program.command_line(args.argv[1 : len(args.argv) - len(args.opts)], opts, root, taken)
     on_cpu = choose_device(args.device or "auto", pairs.get("USE_CUDA", "True") != "False").type == "cpu"
@@ -79,7 +81,7 @@ def run_checkout(path: str, args: argparse.Namespace, **options: Any) -> RunResu
                 if program.has_main_block(file):
                     program.load(file, "__main__")
                 else:
-                    session.drive(build(_configure(file, args, words, taken)))
+                    session.drive(build(_configure(file, args, words, opts, taken)))
             except _DoneError:
                 pass
             except SystemExit as error:
@@ -115,12 +117,12 @@ def _builds_trainers(file: Path) -> bool:
     return "build_trainer" in file.read_text(encoding="utf-8", errors="replace")
 
 
-def _configure(file: Path, args: argparse.Namespace, words: list[str], taken: dict[str, Any]) -> CfgNode:
+def _configure(file: Path, args: argparse.Namespace, words: list[str], opts: list[str], taken: dict[str, Any]) -> CfgNode:
     """Return the merged tree of a ``train.py`` that only defines ``setup_cfg``."""
     given = {flag[2:].replace("-", "_"): values[0] if values else True for flag, values in program.groups(words)}
     known = {key: value for key, value in vars(args).items() if value is not None}
     defaults = {flag.lstrip("-").replace("-", "_"): default for flag, default in taken.items()}
-    flags = argparse.Namespace(**{**defaults, **known, **given, "seed": known.get("seed", -1), "opts": args.opts})
+    flags = argparse.Namespace(**{**defaults, **known, **given, "seed": known.get("seed", -1), "opts": opts})
     module = program.load(file, "train")
     if not hasattr(module, "setup_cfg"):
         raise ConfigError(f"{file} neither runs as a program nor defines setup_cfg; name another folder")
@@ -216,6 +218,8 @@ class _Ours(_Session):
                         f"--trainer {cfg.TRAINER.NAME or '(not given)'}: {self.root} has no such trainer (it has: {there})"
                     )
                 changed = self._prepare(cfg)
+                fill(cfg, get_cfg_default())  # some make a tree of their own
+                cfg.MODEL.BACKBONE.WEIGHTS = str(self.weights.path) if self.weights is not None else ""
                 cfg.DEVICE = "cpu" if self.on_cpu else "cuda"
                 options = dict(self.options)
                 if changed:  # among the arguments, which the log begins with

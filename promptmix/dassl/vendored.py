@@ -93,9 +93,10 @@ def _renamed(root: Path, file: Path) -> Engine | None:
         return None
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module and any(name.name == "build_trainer" for name in node.names):
-            top = node.module.partition(".")[0]
-            if top != "dassl" and (root / top / "engine").is_dir():
-                return Engine(root / top, top, _changed(root / top))
+            name = node.module.partition(".engine")[0]  # my_dassl, Dassl.dassl
+            folder = root.joinpath(*name.split("."))
+            if name != "dassl" and (folder / "engine").is_dir():
+                return Engine(folder, name, _changed(folder))
     return None
 
 
@@ -137,10 +138,11 @@ def _short(names: list[str]) -> str:
 @contextmanager
 def theirs(engine: Engine) -> Iterator[Any]:
     """Make ``engine`` importable inside the context, in front of ours, and yield its module ``engine``."""
-    hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == engine.name}
+    top = engine.name.partition(".")[0]
+    hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == top}
     finders, paths = list(sys.meta_path), list(sys.path)
     sys.meta_path[:] = [finder for finder in finders if not _is_ours(finder)]
-    sys.path.insert(0, str(Path(engine.folder or "").parent))
+    sys.path.insert(0, str(Path(engine.folder or "").parents[engine.name.count(".")]))
     try:
         with _absent():
             module = importlib.import_module(f"{engine.name}.engine")
@@ -148,7 +150,7 @@ def theirs(engine: Engine) -> Iterator[Any]:
     finally:
         sys.meta_path[:] = finders
         sys.path[:] = paths
-        for name in [name for name in sys.modules if name.partition(".")[0] == engine.name]:
+        for name in [name for name in sys.modules if name.partition(".")[0] == top]:
             del sys.modules[name]
         sys.modules.update(hidden)
 

@@ -293,6 +293,13 @@ def test_another_model_is_not_given_the_weights(room, capsys):
     assert "clip/clip.py:10 fails: RuntimeError: the tests are offline" in refused(room, capsys)
 
 
+def test_a_tree_without_our_keys(room):
+    """UPL has defaults of its own."""
+    lines = "cfg = get_cfg_default()\n    del cfg.MODEL.BACKBONE['WEIGHTS'], cfg['DEVICE'], cfg.DATASET['SKIP_BAD']\n"
+    change(room, "train.py", ("cfg = get_cfg_default()\n", lines))
+    assert run(room)["config"]["MODEL"]["BACKBONE"]["WEIGHTS"].endswith("tiny.pt")
+
+
 def test_weights_that_nothing_asks_for(room, capsys):
     change(
         room,
@@ -417,7 +424,7 @@ def test_device_is_a_device(room):
 
 def own_dassl(room, folder, name="dassl"):
     """Give the checkout a Dassl that differs from the original."""
-    package = room / folder / name
+    package = (room / folder).joinpath(*name.split("."))
     for part in ("engine", "config"):
         (package / part).mkdir(parents=True)
     (package / "__init__.py").write_text("")
@@ -459,6 +466,7 @@ def own_dassl(room, folder, name="dassl"):
         ("fork/dist/Dassl.pytorch", "dassl"),
         ("Dassl.Forked.pytorch", "dassl"),
         ("fork", "my_dassl"),
+        ("fork", "Dassl.dassl"),
     ],
 )
 def test_a_dassl_that_differs_is_used(room, folder, name, capsys):
@@ -466,11 +474,13 @@ def test_a_dassl_that_differs_is_used(room, folder, name, capsys):
     own_dassl(room, folder, name)
     results = run(room, weights="")
     assert results["metrics"]["test"]["accuracy"] == 75.0
-    assert f"{folder}/{name} (" in results["versions"]["dassl"]
+    assert f"{folder}/{name.replace('.', '/')} (" in results["versions"]["dassl"]
     assert results["trainer"] == "WordBias" and results["seed"] == 1
     said = capsys.readouterr()
     assert "the checkout's own" in said.out + said.err
-    assert not [module for module in sys.modules if module.partition(".")[0] in ("dassl", "my_dassl", "gdown", "trainers")]
+    assert not [
+        module for module in sys.modules if module.partition(".")[0] in ("Dassl", "dassl", "my_dassl", "gdown", "trainers")
+    ]
 
 
 def test_ours_on_request_names_what_is_not_used(room, caplog):
