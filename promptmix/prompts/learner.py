@@ -270,6 +270,13 @@ class Learner(PromptLearner):
         """Whether a part wants to see the training pictures."""
         return any(component.needs_preparing for component in self.components)
 
+    @property
+    def taken(self) -> int:
+        """Numbers that ``prepare`` takes from the training pictures and checkpoints keep, such as a cache."""
+        kept = self.state_dict()
+        prepared = [name for name, module in self.named_modules() if isinstance(module, Component) and module.needs_preparing]
+        return sum(value.numel() for key, value in kept.items() if any(key.startswith(f"{name}.") for name in prepared))
+
     def fit_state(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return a checkpoint's tensors by today's names, and take the sizes of those that follow from its training data."""
         state = {today(name): tensor for name, tensor in state.items()}

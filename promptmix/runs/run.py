@@ -261,9 +261,11 @@ def _print_header(cfg: CN, arguments: dict[str, Any]) -> None:
 
 
 def _count_learned(trainer: Any) -> int:  # noqa: ANN401  (a trainer with Dassl's interface)
-    """Count the scalars of the registered models that may change; 0 means that there is nothing to train."""
+    """Count the scalars that the optimizers may change, or else those taken from the pictures; 0 = there is nothing to train."""
     models = (trainer._models[name] for name in trainer.get_model_names())
-    return sum(p.numel() for model in models if model is not None for p in model.parameters() if p.requires_grad)
+    found = [model for model in models if model is not None]
+    learned = sum(p.numel() for model in found for p in model.parameters() if p.requires_grad)
+    return learned or sum(getattr(model, "taken", 0) for model in found)
 
 
 def _vocabulary(trainer: Any) -> dict[str, Any]:  # noqa: ANN401

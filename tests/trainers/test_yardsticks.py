@@ -62,9 +62,12 @@ def test_a_search_needs_val_pictures_and_no_choice_of_epochs(room):
         subject.train()
 
 
-@pytest.mark.parametrize(("name", "what"), [("TipAdapterF", "a cache of pictures"), ("TaskRes", "a residual")])
+@pytest.mark.parametrize(
+    ("name", "what"), [("TipAdapter", "a cache of pictures"), ("TaskRes", "a residual"), ("LinearProbe", "weights")]
+)
 def test_predicts_its_own_classes_and_refuses_others(tmp_path, name, what):
     assert train(name, tmp_path / "base") == 0
+    assert list(tmp_path.glob("base/prompt_learner/model.pth.tar-2"))  # the command trains where only prepare() learns
     predictor = load(tmp_path / "base")
     picture = torch.rand(64, 64, 3).mul(255).byte().numpy()
 
