@@ -86,6 +86,8 @@ class Constraint(Loss):
         views: augmented views of each picture that lambda_c is taken from.
     """
 
+    training_only = ("multipliers",)
+
     part = "constraint"
     needs_preparing = True
 
@@ -115,7 +117,7 @@ class Constraint(Loss):
 class CLAP(PromptTrainer):
     """A linear probe from the zero-shot weights, held near them class by class."""
 
-    layout = Layout("adapter", (Rule("prototypes", "bank.prototypes"),), unused=("base_text_features",))
+    layout = Layout("adapter", (Rule("prototypes", "bank.prototypes"),), unused=("base_text_features",), ours_alone=r"losses\..*")
 
     @inherits(Prototypes)
     def compose(

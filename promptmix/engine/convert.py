@@ -122,6 +122,8 @@ def to_theirs(learned: Learned) -> dict[str, Tensor]:
             continue  # such as PromptSRC's running average, which the authors do not save
         for name, tensor in tensors.items():
             ours = name if model == LEARNER else f"{model}/{name}"
+            if re.fullmatch(layout.ours_alone, ours):
+                continue
             found = rename(layout.rules, ours, backwards=True)
             if found is None or found[1] and tensor.shape[0] != 1:
                 shape = tuple(tensor.shape)
@@ -247,6 +249,10 @@ def _guess(checkpoint: Mapping[str, Any], path: Path) -> str:
         needed = {rule.ours for rule in layout.rules if "{" not in rule.theirs}
         if layout.folder == path.parent.name and needed <= set(learned.models[LEARNER]):
             fitting.append(trainer)
+    # One method's names may be all of another's and more: the one that has every family of names is meant.
+    names = [key.removeprefix("module.").removeprefix("prompt_learner.") for key in state]
+    whole = [t for t in fitting if all(any(rename([rule], name) for name in names) for rule in layouts()[t].rules)]
+    fitting = whole if len(fitting) > 1 and whole else fitting
     if len(fitting) == 1:
         return fitting[0]
     found = (

@@ -34,6 +34,7 @@ class Layout:
         whole: the whole model was registered, so that names start with ``prompt_learner.`` and the frozen CLIP is in the file.
         beside: names in the whole model that do not start with ``prompt_learner.`` (a regular expression).
         unused: names that their code saves and never uses, besides those for class names (regular expressions).
+        ours_alone: our names of what theirs does not save and only training needs (a regular expression).
     """
 
     folder: str
@@ -41,6 +42,7 @@ class Layout:
     whole: bool = False
     unused: tuple[str, ...] = field(default=())
     beside: str = "(?!)"
+    ours_alone: str = "(?!)"
 
 
 def linear(theirs: str, ours: str) -> tuple[Rule, Rule]:

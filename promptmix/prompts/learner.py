@@ -281,6 +281,8 @@ class Learner(PromptLearner):
         """Return a checkpoint's tensors by today's names, and take the sizes of those that follow from its training data."""
         state = {today(name): tensor for name, tensor in state.items()}
         for prefix, module in self.named_modules():
+            for name in module.training_only if isinstance(module, Component) else ():
+                state.setdefault(f"{prefix}.{name}", getattr(module, name))
             for name in module.sized_by_data if isinstance(module, Component) else ():
                 own, theirs = getattr(module, name), state.get(f"{prefix}.{name}")
                 if theirs is not None and theirs.shape != own.shape and theirs.shape[1:] == own.shape[1:]:

@@ -34,6 +34,8 @@ class Component(nn.Module):
 
     #: Learned tensors and buffers whose first axis follows from the training data; a checkpoint decides it when it is loaded.
     sized_by_data: ClassVar[tuple[str, ...]] = ()
+    #: Buffers that only training reads, so that a checkpoint of the authors' code may lack them.
+    training_only: ClassVar[tuple[str, ...]] = ()
     #: Whether ``prepare`` wants to see the training pictures.
     needs_preparing: ClassVar[bool] = False
     #: Whether something is learned for each class, which then serves these very class names only.

@@ -67,17 +67,18 @@ def test_features_of_any_shape_are_kept(tmp_path, trainer, monkeypatch, opts):
     """Patches ride behind the image's feature for heads that read them, in files of their own."""
     seen = {}
     for needs in (False, True):
-        subject = trainer("CoOp", *opts)
+        subject = trainer("CoOp", *opts, "OUTPUT_DIR", str(tmp_path / f"run{needs}"))
         monkeypatch.setattr(type(subject.model.head), "needs_tokens", needs)
         shapes = []
         original = subject.model.logits
         monkeypatch.setattr(subject.model, "logits", lambda x, t, o=original, s=shapes: s.append(x.shape) or o(x, t))
+        given = []
+        step = subject.model.step
+        monkeypatch.setattr(subject.model, "step", lambda x, *rest, o=step, s=given: s.append(x.dim()) or o(x, *rest))
         subject.train()
         seen[needs] = [parameter.detach().clone() for parameter in subject.model.parameters()]
         assert {len(shape) for shape in shapes} == {2 + needs}
-        if needs:
-            steps = next(iter(subject.train_loader_x))["img"]
-            assert steps.dim() == (3 if "INPUT.CACHED_VIEWS" in opts else 4)
+        assert set(given) == {2 + needs if "INPUT.CACHED_VIEWS" in opts else 4}
     for ours, theirs in zip(*seen.values(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
     assert len(files(tmp_path)) == (4 if opts else 2)
