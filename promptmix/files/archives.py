@@ -9,6 +9,7 @@ than its storage holds, so that no file needs more memory than its own length.
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import struct
@@ -161,6 +162,13 @@ def read_saved(path: Path, find: Callable[[str], Any], deepest: int = 100) -> An
             return archive.value(find, deepest)
 
 
+#: What reading a damaged zip or storage raises.
+_DAMAGE = (
+    *(zipfile.BadZipFile, zlib.error, struct.error, NotImplementedError, RuntimeError),
+    *(ValueError, OverflowError, KeyError, EOFError, OSError),
+)
+
+
 @contextlib.contextmanager
 def refusing_damage() -> Iterator[None]:
     """Turn what a damaged zip or storage raises into a refusal of one line.
@@ -170,7 +178,10 @@ def refusing_damage() -> Iterator[None]:
     """
     try:
         yield
-    except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, ValueError, EOFError, struct.error) as error:
+    except _DAMAGE as error:
+        # A directory that points in front of the file is an invalid seek; other errors of the system are not the file's.
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise
         raise Refused(f"it is damaged ({(str(error).splitlines() or [type(error).__name__])[0][:200]})") from error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import pickle
 import struct
 import zipfile
@@ -207,13 +208,19 @@ def test_every_flipped_bit_of_a_storage_is_seen_or_only_in_the_old_format_not(tm
         raw[place] ^= 0x10
 
 
+@functools.lru_cache
+def _whole(path, new):
+    """The bytes of a file, the same for all examples: storages of the old format are named by addresses."""
+    torch.save({"a": torch.arange(4.0), "b": [1, {"c": 2}]}, path, _use_new_zipfile_serialization=new)
+    return path.read_bytes()
+
+
 @pytest.mark.parametrize("new", [True, False])
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_damage_anywhere_gives_a_value_or_one_line(tmp_path_factory, new, data):
     path = tmp_path_factory.getbasetemp() / f"damaged-{new}"
-    torch.save({"a": torch.arange(4.0), "b": [1, {"c": 2}]}, path, _use_new_zipfile_serialization=new)
-    raw = bytearray(path.read_bytes())
+    raw = bytearray(_whole(path, new))
     for _ in range(data.draw(st.integers(1, 3))):
         raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
     path.write_bytes(raw[: data.draw(st.sampled_from([len(raw), len(raw) // 2, len(raw) - 1]))])
