@@ -208,12 +208,17 @@ def _locked(lock: Path, how: int) -> int:
     """Return the handle of ``lock``, which this process now holds."""
     import fcntl
 
+    vanished = 0
     while True:
         lock.parent.mkdir(parents=True, exist_ok=True)
         try:
             handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         except FileNotFoundError:
-            continue  # another process removed the folder, which was empty
+            # Another process removed the folder, which was empty; where it happens again and again, nothing can be made there.
+            vanished += 1
+            if vanished > 100:
+                raise
+            continue
         try:
             fcntl.flock(handle, how)
             if lock.exists() and os.path.samestat(os.fstat(handle), lock.stat()):

@@ -111,3 +111,9 @@ def test_what_a_killed_writer_left_goes_away(tmp_path):
     write(tmp_path / "head", 1)
     RunFolder(tmp_path).tidy()
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["checkpoint", "head", "model.pth.tar-1"]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self"), reason="needs a file system that makes no files")
+def test_where_no_file_can_be_made_is_said_at_once():
+    with pytest.raises(UserError, match="OUTPUT_DIR /proc/promptmix-run"), RunFolder("/proc/promptmix-run").alone():
+        pass
