@@ -76,6 +76,11 @@ def register_sweep_backends(registry: Registry) -> None:
 
 
 @hookspec
+def before_plugin(name: str) -> None:
+    """Fires before the module of ``--plugin`` is imported: make what it may import importable."""
+
+
+@hookspec
 def extend_config(cfg: CfgNode) -> None:
     """Fires whenever a config tree is made: add nodes with their defaults to ``cfg``; change no key that is there."""
 

@@ -39,6 +39,7 @@ _ROOMS = (
     "promptmix.engine.evaluator",
     "promptmix.runs.protocols",
     "promptmix.runs.backends",
+    "promptmix.dassl.importing",
 )
 
 
@@ -167,7 +168,7 @@ def load_plugin(name_or_path: str) -> None:
     name = f"promptmix_plugin_{path.stem}_{digest}" if is_file else name_or_path
     if manager.has_plugin(name):
         return
-    importlib.import_module("promptmix.dassl").install()  # a plugin in Dassl's idiom runs where no Dassl is installed
+    manager.hook.before_plugin(name=name)
     load = (lambda: _import_file(name, path)) if is_file else (lambda: importlib.import_module(name))
     remedy = "mend it, or leave --plugin out" if is_file else "give the path of a .py file or an installed module"
     _add(manager, load, name, f"--plugin {name_or_path}", remedy)

@@ -136,3 +136,16 @@ def test_an_installed_package_brings_a_router_that_mocoop_uses_from_yaml(tmp_pat
     result = json.loads((out / "results.json").read_text())
     assert result["config"]["ROUTER"]["FIRSTEXPERT"]["EXPERT"] == 2
     assert result["metrics"]["test"]["accuracy"] > 10
+
+
+def test_hook_before_plugin_fires_before_the_module_is_imported(tmp_path):
+    """So that a plugin in Dassl's idiom finds ``dassl`` where none is installed."""
+    file = tmp_path / "in_dassls_idiom.py"
+    file.write_text(
+        "from dassl.engine import TRAINER_REGISTRY, TrainerX\nfrom promptmix import hookimpl\n"
+        "class InDassls(TrainerX): ...\n@hookimpl\ndef register_trainers(registry): registry.register(InDassls)\n"
+    )
+    from promptmix.registry import TRAINER_REGISTRY
+
+    load_plugin(str(file))
+    assert TRAINER_REGISTRY.get("InDassls").__bases__[0].__module__.startswith("promptmix.")

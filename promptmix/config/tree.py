@@ -17,22 +17,6 @@ from promptmix.errors import ConfigError
 from promptmix.plugin_manager import TRIALS, get_plugin_manager
 from promptmix.registry import Registry, closest
 
-__all__ = [
-    "CN",
-    "check_values",
-    "get_cfg",
-    "get_cfg_default",
-    "get_key",
-    "merge_file",
-    "merge_opts",
-    "merge_tree",
-    "reset",
-    "source_of",
-    "sources",
-    "validate",
-]
-
-
 #: Files that build on each other; longer chains are circles.
 _MOST_BASES = 32
 

@@ -12,6 +12,8 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+from promptmix.hookspecs import hookimpl
+
 __all__ = ["MODULES", "install", "installed", "lacking", "uninstall"]
 
 _HERE = "promptmix.dassl"
@@ -64,6 +66,12 @@ MODULES: dict[str, str] = {
         for name in names
     },
 }
+
+
+@hookimpl
+def before_plugin() -> None:
+    """Let a plugin in Dassl's idiom run where no Dassl is installed."""
+    install()
 
 
 def install() -> bool:
