@@ -37,6 +37,7 @@ _ROOMS = (
     "promptmix.clip.backbones",
     "promptmix.prompts.heads",
     "promptmix.engine.evaluator",
+    "promptmix.engine.openworld",
     "promptmix.runs.protocols",
     "promptmix.runs.backends",
     "promptmix.dassl.importing",

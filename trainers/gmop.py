@@ -15,7 +15,7 @@ AUC_i is the mean over pairs of a known and a pseudo-new picture of gate * gate'
 detector i's largest probability. A detector whose batch holds only one of the two kinds is left out, and the divisor stays K.
 
 Base pictures are classified by the learned prompt, new ones by the frozen model, so accuracy on new classes is zero-shot CLIP's.
-``promptmix.engine.openworld.openworld_auc`` makes the metric of base scores and right answers.
+`promptmix run open-world` reports OpenworldAUC.
 
 Deviations from the authors' code (github.com/huacong/OpenworldAUC): it does not start as published; what is here are its
 equations, with its evaluation given the class names. The K detectors' contexts are one tensor, so their files (one a part, not in
@@ -35,6 +35,7 @@ from torch import Tensor
 
 from promptmix import hookimpl
 from promptmix.config.declare import Setting
+from promptmix.data.fewshot import num_base
 from promptmix.prompts.heads import Cosine
 from promptmix.prompts.learner import Learner
 from promptmix.prompts.losses import CrossEntropy
@@ -45,9 +46,9 @@ from promptmix.registry import Registry
 
 
 def base_names(task: Task) -> tuple[str, ...]:
-    """Return the names that are base: those told apart, or the first half of all where these are the others."""
-    half = task.all_classnames[: math.ceil(len(task.all_classnames) / 2)]
-    return task.classnames if set(half) & set(task.classnames) else half
+    """Return the names that are base: those told apart, or the first half of all where these are the others or all of them."""
+    half = task.all_classnames[: num_base(len(task.all_classnames))]
+    return task.classnames if set(half) & set(task.classnames) and not task.open_world else half
 
 
 class Detectors(Soft):
@@ -102,13 +103,32 @@ class Detectors(Soft):
 
 
 class BaseOrNew(Cosine):
-    """The learned prompt's scores for base classes, the frozen model's for the others."""
+    """The learned prompt's scores for base classes, the frozen model's for the others.
+
+    Args:
+        task: the frozen model.
+        bank: the learned prompt.
+        detectors: say how much a picture looks like one of a base class.
+    """
+
+    def __init__(self, task: Task, bank: PromptBank, detectors: Detectors) -> None:
+        super().__init__(task, bank)
+        self._detectors = (detectors,)  # not a submodule: the loss holds them already
 
     def forward(self, step: Step) -> Tensor:
         """Return class scores (B, C)."""
-        if base_names(step.task) == step.task.classnames:
+        base = base_names(step.task)
+        if base == step.task.classnames:
             return super().forward(step)
-        return step.task.clip.scale * step.image @ step.frozen_text.to(step.image.dtype).T
+        frozen = step.task.clip.scale * step.image @ step.frozen_text.to(step.image.dtype).T
+        if not step.task.open_world:
+            return frozen
+        return torch.cat([super().forward(step)[:, : len(base)], frozen[:, len(base) :]], dim=1)
+
+    def base_scores(self, step: Step) -> Tensor:
+        """Return the detectors' scores (B,)."""
+        (detectors,) = self._detectors
+        return detectors.base_scores(step.image)
 
 
 class OpenworldLoss(Loss):
@@ -169,8 +189,8 @@ class GMoP(PromptTrainer):
     ) -> Learner:
         """Return the classifier's prompt with the loss of all."""
         prompt = Soft(task, n_ctx)
-        loss = CrossEntropy() + OpenworldLoss(task, prompt, k, ood_n_ctx, alpha, lambda_)
-        return Learner(task, prompt, head=BaseOrNew(task, prompt), loss=loss)
+        own = OpenworldLoss(task, prompt, k, ood_n_ctx, alpha, lambda_)
+        return Learner(task, prompt, head=BaseOrNew(task, prompt, own.detectors), loss=CrossEntropy() + own)
 
 
 @hookimpl

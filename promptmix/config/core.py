@@ -15,6 +15,8 @@ TRANSFORMS = (
     *("cutout", "imagenet_policy", "cifar10_policy", "svhn_policy", "randaugment", "randaugment_fixmatch", "randaugment2"),
     *("gaussian_noise", "colorjitter", "randomgrayscale", "gaussian_blur"),
 )
+#: ``open`` has the pictures of ``all``; the model counts as trained on the base classes.
+CLASSES = ("all", "base", "new", "open")
 READINGS = ("benchmark", "upright")
 INTERPOLATIONS = ("bilinear", "bicubic", "nearest")
 SAMPLERS = ("RandomSampler", "SequentialSampler", "RandomDomainSampler", "SeqDomainSampler", "RandomClassSampler")
@@ -106,7 +108,8 @@ def _add_data(cfg: CN) -> None:
     _key(cfg, "DATASET.CIFAR_C_TYPE", "", "Dassl's CIFAR-C: corruption")
     _key(cfg, "DATASET.CIFAR_C_LEVEL", 1, "Dassl's CIFAR-C: its strength", low=1, high=5)
     _key(cfg, "DATASET.ALL_AS_UNLABELED", False, "Dassl's semi-supervised sets: labelled items are unlabelled ones too")
-    _key(cfg, "DATASET.SUBSAMPLE_CLASSES", "all", "CoOp's key: half of the classes", choices=("all", "base", "new"))
+    comment = "CoOp's key: half of the classes; open (ours): test prompts of the base classes on all"
+    _key(cfg, "DATASET.SUBSAMPLE_CLASSES", "all", comment, choices=CLASSES)
     comment = "ours: groups of templates in place of the data set's own; () = its own"
     _key(cfg, "DATASET.TEMPLATE_GROUPS", (), comment, items=(list, tuple))
     comment = "ours: seeded: class order drawn from SEED, so that base and new differ by seed"

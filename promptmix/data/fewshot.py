@@ -9,11 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from promptmix.config.core import CLASSES
 from promptmix.data.datum import Datum
 from promptmix.errors import ConfigError, DataError
 from promptmix.utils import get_logger, read_json, write_json
 
-__all__ = ["generate_fewshot", "load_split", "save_split", "say_fewer", "split_by", "subsample_classes"]
+__all__ = ["generate_fewshot", "load_split", "num_base", "save_split", "say_fewer", "split_by", "subsample_classes"]
 
 StrPath = str | os.PathLike[str]
 
@@ -66,20 +67,25 @@ def subsample_classes(*splits: Sequence[Datum], subsample: str = "all") -> list[
 
     Args:
         splits: for instance train, val and test.
-        subsample: ``all``, ``base`` or ``new``.
+        subsample: ``all``, ``base`` or ``new``; ``open`` keeps what ``all`` keeps.
 
     Raises:
         ConfigError: ``subsample`` is something else.
     """
-    if subsample not in ("all", "base", "new"):
-        raise ConfigError(f"DATASET.SUBSAMPLE_CLASSES is {subsample!r}, but must be one of: all, base, new")
-    if subsample == "all":
+    if subsample not in CLASSES:
+        raise ConfigError(f"DATASET.SUBSAMPLE_CLASSES is {subsample!r}, but must be one of: {', '.join(CLASSES)}")
+    if subsample in ("all", "open"):
         return [list(items) for items in splits]
     labels = sorted({item.label for item in splits[0]})
-    half = math.ceil(len(labels) / 2)
+    half = num_base(len(labels))
     get_logger().info("SUBSAMPLE %s CLASSES!", subsample.upper())
     relabel = {label: new for new, label in enumerate(labels[:half] if subsample == "base" else labels[half:])}
     return [[Datum(i.impath, relabel[i.label], i.domain, i.classname) for i in items if i.label in relabel] for items in splits]
+
+
+def num_base(classes: int) -> int:
+    """Return how many of the classes are base: the first half, and the middle one."""
+    return math.ceil(classes / 2)
 
 
 def save_split(path: StrPath, splits: Mapping[str, Sequence[Datum]], root: StrPath = "") -> None:

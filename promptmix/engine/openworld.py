@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
+from yacs.config import CfgNode
 
-from promptmix.errors import DataError
+from promptmix.data.fewshot import num_base
+from promptmix.engine.evaluator import EvaluatorBase
+from promptmix.errors import ConfigError, DataError, TrainingError
+from promptmix.hookspecs import hookimpl
+from promptmix.registry import Registry
+from promptmix.utils import get_logger
 
-__all__ = ["openworld_auc"]
+__all__ = ["OpenWorld", "openworld_auc"]
 
 Numbers = Sequence[float] | np.ndarray
 
@@ -46,3 +56,80 @@ def openworld_auc(base_scores: Numbers, base_right: Numbers, new_scores: Numbers
     below = np.searchsorted(found, base[rights[0]], side="left")
     equal = np.searchsorted(found, base[rights[0]], side="right") - below
     return float((below + 0.5 * equal).sum() / (base.size * new.size))
+
+
+class OpenWorld(EvaluatorBase):
+    """Pictures of base and new classes together, by prompts that were trained on the base classes; all numbers in percent.
+
+    A base picture is classified among the base names and a new one among the new names; its base score says which of the two it
+    looks like: what the method brings (``Head.base_scores``), or else the largest probability of a base name among all names.
+
+    Args:
+        cfg: the whole config tree.
+
+    Raises:
+        ConfigError: the test pictures are not those of base and new classes together.
+    """
+
+    def __init__(self, cfg: CfgNode, **_: Any) -> None:
+        super().__init__(cfg)
+        classes = cfg.DATASET.SUBSAMPLE_CLASSES
+        if classes != "open":
+            raise ConfigError(
+                f"TEST.EVALUATOR is 'OpenWorld', which tests base and new classes together, but DATASET.SUBSAMPLE_CLASSES is "
+                f"{classes!r}; set it to open (with --eval-only), or use `promptmix run open-world`"
+            )
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything seen."""
+        self._seen: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+
+    def process(self, mo: Tensor, gt: Tensor, base_scores: Tensor | None = None) -> None:
+        """Take in a batch.
+
+        Args:
+            mo: scores (B, C) of all names, base classes first.
+            gt: true labels (B,).
+            base_scores: (B,), higher = more likely of a base class; None = the largest probability of a base name.
+        """
+        scores, labels = mo.detach().float(), gt.detach()
+        base = num_base(scores.shape[1])
+        parts = scores[:, :base], scores[:, base:]
+        found = parts[0].argmax(dim=1), parts[1].argmax(dim=1) + base
+        among_own = torch.where(labels < base, *found)
+        if base_scores is None:
+            base_scores = scores.softmax(dim=1)[:, :base].amax(dim=1)
+        ranked = torch.where(scores.isnan().any(dim=1), float("nan"), base_scores.detach().float())
+        self._seen.append((labels < base, among_own == labels, scores.argmax(dim=1) == labels, ranked))
+
+    def evaluate(self) -> dict[str, float]:
+        """Print the result block and return openworld_auc, base_accuracy, new_accuracy, auroc and accuracy (among all names).
+
+        Raises:
+            DataError: one of the two kinds of classes has no pictures.
+            TrainingError: scores were no numbers.
+        """
+        if not self._seen:
+            raise DataError("there is nothing to evaluate: the split has no items; check DATASET and TEST.SPLIT")
+        is_base, right, right_of_all, score = (torch.cat(column).cpu().numpy() for column in zip(*self._seen, strict=True))
+        if np.isnan(score).any():
+            raise TrainingError(
+                "the model's scores are NaN, so that no class can be told; train with a lower OPTIM.LR, "
+                "or with TRAIN.CLIP_GRAD_NORM 1.0"
+            )
+        sides = is_base, ~is_base
+        whole = openworld_auc(score[sides[0]], right[sides[0]], score[sides[1]], right[sides[1]])
+        told_apart = openworld_auc(*(part for side in sides for part in (score[side], np.ones(side.sum(), dtype=bool))))
+        shares = [whole, right[sides[0]].mean(), right[sides[1]].mean(), told_apart, right_of_all.mean()]
+        names = ("openworld_auc", "base_accuracy", "new_accuracy", "auroc", "accuracy")
+        results: dict[str, float] = OrderedDict(zip(names, (100.0 * float(share) for share in shares), strict=True))
+        lines = [f"* total: {len(score):,}", *(f"* {name}: {value:.1f}%" for name, value in results.items())]
+        get_logger().info("\n".join(["=> result", *lines]))
+        return results
+
+
+@hookimpl
+def register_evaluators(registry: Registry) -> None:
+    """Add the evaluator."""
+    registry.register(OpenWorld)

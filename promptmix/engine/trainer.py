@@ -184,13 +184,17 @@ class SimpleTrainer(TrainerBase):
             for batch in progress(loader, desc=f"evaluate {split}"):
                 signals.check()
                 inputs, label = self.parse_batch_test(batch)
-                self.evaluator.process(self.model_inference(inputs), label)
+                self.score_batch(inputs, label)
         results = self.evaluator.evaluate()
         self.last_results[split] = results
         get_plugin_manager().hook.after_test(trainer=self, split=split, results=results)
         for name, value in results.items():
             self.write_scalar(f"{split}/{name}", value, self.epoch)
         return next(iter(results.values()))
+
+    def score_batch(self, inputs: torch.Tensor, labels: torch.Tensor) -> None:
+        """Give the evaluator what the model says of a batch."""
+        self.evaluator.process(self.model_inference(inputs), labels)
 
     def model_inference(self, input: torch.Tensor) -> torch.Tensor:
         """Return the model's scores (B, C)."""

@@ -106,6 +106,10 @@ class PromptLearner(nn.Module, ABC):
     def logits(self, image_features: Tensor, classifier: Any) -> Tensor:  # noqa: ANN401
         """Return class scores (B, C) for what ``encode_images`` gave."""
 
+    def base_scores(self, image_features: Tensor, classifier: Any) -> Tensor | None:  # noqa: ANN401
+        """Return how much each picture looks like one of a base class (B,); None leaves it to the class scores."""
+        return None
+
     def loss(self, step: Step) -> LossTerms:
         """Return the loss of a batch; the default is the cross-entropy of the logits."""
         logits = self.logits(step.features, self.classifier())
@@ -248,6 +252,10 @@ class Learner(PromptLearner):
     def logits(self, image_features: Tensor, classifier: Tensor | None) -> Tensor:
         """Return scores (B, C) from what ``encode_images`` and ``classifier`` returned."""
         return Step(self, None, features=image_features, text=classifier).logits
+
+    def base_scores(self, image_features: Tensor, classifier: Tensor | None) -> Tensor | None:
+        """Return what the head says of base and new pictures (B,), if it does."""
+        return self.head.base_scores(Step(self, None, features=image_features, text=classifier))
 
     def loss(self, step: Step) -> LossTerms:
         """Return the weighted sum of the losses for a batch."""

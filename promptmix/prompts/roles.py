@@ -167,6 +167,10 @@ class Head(Component, ABC):
     def forward(self, step: Step) -> Tensor:
         """Return class scores (B, C)."""
 
+    def base_scores(self, step: Step) -> Tensor | None:
+        """Return how much each picture looks like one of a base class (B,); None leaves it to the class scores (OpenworldAUC)."""
+        return None
+
 
 class Loss(Component, ABC):
     """A term of the loss; ``CrossEntropy() + 8.0 * loss`` is a sum of two."""

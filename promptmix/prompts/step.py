@@ -28,6 +28,7 @@ class Task:
         templates: the data set's hard templates, such as ``"a photo of a {}."``.
         template_groups: hard templates in groups of similar ones (MoCoOp's experts).
         train_labels: label of each training picture, in the data set's order; empty where there is no training set (``predict``).
+        open_world: all classes are told apart, by what was trained on the base ones (the first half).
     """
 
     clip: CLIP
@@ -36,6 +37,7 @@ class Task:
     templates: tuple[str, ...]
     template_groups: tuple[tuple[str, ...], ...]
     train_labels: tuple[int, ...] = ()
+    open_world: bool = False
 
     def label_rows(self, features: Tensor) -> Tensor:
         """Pick from features (E, C_all, D) of all class names those of the classes told apart: (E, C, D)."""

@@ -24,6 +24,7 @@ from promptmix.engine import TrainerX, build_lr_scheduler, build_optimizer, conv
 from promptmix.engine.checkpoint import load_pretrained_weights, load_state_dict_strict, read_model
 from promptmix.engine.evaluator import compute_accuracy
 from promptmix.engine.layout import Layout
+from promptmix.engine.openworld import OpenWorld
 from promptmix.engine.precision import Precision
 from promptmix.engine.resume import from_streams
 from promptmix.errors import CheckpointError, ConfigError, SettingError
@@ -176,7 +177,8 @@ class PromptTrainer(TrainerX):
         given = self.cfg.DATASET.TEMPLATE_GROUPS or getattr(dataset, "template_groups", ())
         groups = tuple(tuple(group) for group in given) or ((templates[0],),)
         labels = tuple(item.label for item in getattr(dataset, "train_x", None) or ())
-        return Task(self.clip, names, tuple(getattr(dataset, "all_classnames", names)), templates, groups, labels)
+        known = tuple(getattr(dataset, "all_classnames", names))
+        return Task(self.clip, names, known, templates, groups, labels, self.cfg.DATASET.SUBSAMPLE_CLASSES == "open")
 
     def before_train(self) -> None:
         """Resume if there is something to resume; then encode cached views, if asked for.
@@ -355,6 +357,17 @@ class PromptTrainer(TrainerX):
                 return super().test(split)
         finally:
             self._testing, self._classifier = False, None
+
+    def score_batch(self, inputs: Tensor, labels: Tensor) -> None:
+        """Give the evaluator the class scores and, where it ranks base against new pictures, the method's own base scores."""
+        if not isinstance(self.evaluator, OpenWorld):
+            super().score_batch(inputs, labels)
+            return
+        with self.precision.autocast():
+            features = self.encode_images(inputs)
+        logits = self.model_inference(features)
+        with self.precision.autocast():
+            self.evaluator.process(logits, labels, self.model.base_scores(features, self._classifier))
 
     def model_inference(self, input: Tensor) -> Tensor:
         """Return class scores (B, C) in float32 for images (B, 3, S, S)."""

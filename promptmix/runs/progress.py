@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 def numbers(result: RunResult) -> str:
     """Return the accuracies of a result in words."""
     shown = result.metrics.get("test", {})
+    if "openworld_auc" in shown:
+        return f"OpenworldAUC {shown['openworld_auc']:.1f}%"
     text = f"accuracy {shown['accuracy']:.1f}%" if "accuracy" in shown else "no test"
     return text + (f", class-balanced {shown['macro_accuracy']:.1f}%" if "macro_accuracy" in shown else "")
 

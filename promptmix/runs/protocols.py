@@ -36,6 +36,7 @@ class Protocol:
         part: folder of the run that trains and is tested on the classes it trained on.
         classes: classes that it trains on: all or base.
         new: also evaluate the new classes of the same data set.
+        open: also evaluate base and new classes together, by OpenworldAUC.
         targets: source -> what is evaluated beside it if nobody says otherwise; data sets, or domains of the source.
             None = the protocol has no targets.
     """
@@ -45,6 +46,7 @@ class Protocol:
     classes: str
     new: bool = False
     targets: dict[str, tuple[str, ...]] | None = None
+    open: bool = False
 
 
 _TEN = (
@@ -57,6 +59,9 @@ _STYLES = ("fluent_3d", "openmoji_black", "fluent_high_contrast")
 PROTOCOLS: dict[str, Protocol] = {
     "few-shot": Protocol("train on all classes, test on them", part="all", classes="all"),
     "base-to-new": Protocol("train on the base classes, test on base and new ones", part="base", classes="base", new=True),
+    "open-world": Protocol(
+        "base-to-new, then base and new classes together: OpenworldAUC", part="base", classes="base", new=True, open=True
+    ),
     "cross-dataset": Protocol(
         "train on all classes of one data set, test on others",
         part="source",
@@ -136,14 +141,16 @@ class Part:
     Attributes:
         name: its folder in the job's folder.
         dataset: as in ``Job``.
-        classes: all, base or new.
+        classes: all, base, new or open.
         domains: domains to test on; empty = as configured.
+        settings: ``KEY VALUE`` pairs that make it this part.
     """
 
     name: str
     dataset: str
     classes: str
     domains: tuple[str, ...] = ()
+    settings: tuple[Any, ...] = ()
 
 
 @cache
@@ -192,6 +199,8 @@ def parts(job: Job) -> list[Part]:
     found = [Part(protocol.part, job.dataset, protocol.classes)]
     if protocol.new:
         found.append(Part("new", job.dataset, "new"))
+    if protocol.open:
+        found.append(Part("open", job.dataset, "open", settings=("TEST.EVALUATOR", "OpenWorld")))
     if protocol.targets is None:
         if job.targets:
             raise ConfigError(f"--targets {' '.join(job.targets)}: {job.protocol} has no targets; leave them out")
@@ -234,9 +243,10 @@ def make_part_config(job: Job, part: Part, more: Sequence[Any] = ()) -> CfgNode:
     """
     from promptmix import config
 
+    fixed = _FIXED | dict.fromkeys(part.settings[::2], "the protocol")
     for key in job.settings[::2]:
-        if key in _FIXED:
-            raise ConfigError(f"{key} is set by {_FIXED[key]} in `{job.protocol}`; remove it from the overrides")
+        if key in fixed:
+            raise ConfigError(f"{key} is set by {fixed[key]} in `{job.protocol}`; remove it from the overrides")
     name = registry_name(part.dataset) if part.dataset else ""
     data_file = part.dataset if is_file(part.dataset) else dataset_files().get(name, "")
     method_file = job.config_file.replace("{trainer}", job.trainer).replace("{dataset}", Path(data_file).stem or name)
@@ -257,7 +267,7 @@ def make_part_config(job: Job, part: Part, more: Sequence[Any] = ()) -> CfgNode:
         "--output-dir": ("OUTPUT_DIR", str(Path(job.folder, part.name))),
     }
     merge_flags(cfg, flags)
-    config.merge_opts(cfg, [*job.settings, *more])
+    config.merge_opts(cfg, [*job.settings, *part.settings, *more])
     return cfg
 
 

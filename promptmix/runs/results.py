@@ -61,6 +61,7 @@ NOT_A_SETTING = {
     "RESUME",
     "SEED",
     "TEST.COMPUTE_CMAT",
+    "TEST.EVALUATOR",
     "TEST.PER_CLASS_RESULT",
     "TEST.SPLIT",
     "TRAIN.CHECKPOINT_FREQ",
@@ -80,7 +81,7 @@ class RunResult:
         trainer: name in the trainer registry.
         dataset: name in the data set registry.
         backbone: name in the backbone registry.
-        subsample_classes: ``all``, ``base`` or ``new``.
+        subsample_classes: ``all``, ``base``, ``new``, or ``open`` (all, by a model trained on base).
         source_domains: training domains; empty where the data set has none.
         target_domains: test domains; empty where the data set has none.
         shots: training pictures per class; below 1 = all.

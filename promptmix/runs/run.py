@@ -124,6 +124,7 @@ def running(
         trainer: Any = (build or build_trainer)(cfg)  # any class with Dassl's interface
         if new_classes and not eval_only:
             _refuse_class_specific(trainer)
+        _refuse_open_training(cfg, trainer, eval_only)
         result.learned_parameters = _count_learned(trainer)
         result.vocabulary = _vocabulary(trainer)
         if eval_only:
@@ -218,6 +219,15 @@ def _refuse_class_specific(trainer: Any) -> None:  # noqa: ANN401  (a trainer wi
         raise ConfigError(
             f"TRAINER.NAME is {name}, which learns {learner.per_class} for each class that it trains on, so it has nothing for "
             "new classes; run the protocol few-shot, or choose a method or setting that learns nothing for each class"
+        )
+
+
+def _refuse_open_training(cfg: CN, trainer: Any, eval_only: bool) -> None:  # noqa: ANN401  (a trainer with Dassl's interface)
+    """Refuse to train on the new classes that the trained model is to be told apart from."""
+    if cfg.DATASET.SUBSAMPLE_CLASSES == "open" and not eval_only and _count_learned(trainer):
+        raise ConfigError(
+            "DATASET.SUBSAMPLE_CLASSES is 'open', which tests what was trained on the base classes; train with base, then "
+            "evaluate with --eval-only --model-dir, or use `promptmix run open-world`"
         )
 
 

@@ -27,20 +27,13 @@ from promptmix.files.text import csv_cell, json_text, table_cell
 from promptmix.registry import closest
 from promptmix.runs.results import RunResult
 from promptmix.tables import origins
+from promptmix.tables.groups import MORE, PARTS, TRANSFER, group_of, part_of
 from promptmix.tables.spread import CI95, STD, spread_of
 
 FORMATS = [*tabulate_formats, "csv", "json"]
 SORTS = ("name", "time", "base", "new", "h", "test")
 DEFAULT_METRICS = ("accuracy", "macro_accuracy")
 _LABELS = {"accuracy": "", "macro_accuracy": " (class-balanced)"}
-_PARTS = {
-    "base to new": ("base", "new", "h"),
-    "all classes": ("test",),
-    "cross data set": ("test",),
-    "domain generalization": ("test",),
-}
-#: Protocols of `promptmix run` whose tables are not told by the classes alone.
-_TRANSFER = {"cross-dataset": "cross data set", "domain-generalization": "domain generalization"}
 
 
 @dataclass
@@ -130,7 +123,7 @@ def aggregate(
     chosen = _known_metrics(runs, metrics, split)
     groups: dict[tuple[str, ...], list[RunResult]] = defaultdict(list)
     for run in runs:
-        groups[_group(run)].append(run)
+        groups[group_of(run)].append(run)
     rows: list[Row] = []
     notes: list[str] = []
     for key, members in sorted(groups.items()):
@@ -138,7 +131,7 @@ def aggregate(
             protocol, dataset, shots, method, backbone = key
             row = Row(method, dataset, protocol, shots, backbone, settings, started=min(run.started for run in same))
             row.trained_on = same[0].trained_on
-            notes += _fill(row, same, chosen, split, ci95)
+            notes += _fill(row, same, [*chosen, *_more(protocol, metrics)], split, ci95)
             rows.append(row)
     return rows, chosen, notes
 
@@ -157,7 +150,7 @@ def averages(rows: list[Row], metrics: list[str], ci95: bool = False) -> list[Ro
     """
     groups: dict[tuple[str, ...], list[Row]] = defaultdict(list)
     for row in rows:
-        if row.trained_on or row.protocol not in _TRANSFER.values():
+        if row.trained_on or row.protocol not in TRANSFER.values():
             groups[row.method, row.protocol, row.shots, row.backbone, row.settings, row.trained_on].append(row)
     found: list[Row] = []
     for (method, protocol, shots, backbone, settings, trained_on), same in groups.items():
@@ -213,7 +206,7 @@ def render(rows: list[Row], metrics: list[str], fmt: str = "github", sort: str =
     if fmt == "csv":
         return _csv(_long(rows))
     tables = []
-    for protocol, parts in _PARTS.items():
+    for protocol, parts in PARTS.items():
         mine = [row for row in rows if row.protocol == protocol]
         if mine:
             tables.append(_table(mine, metrics, parts, fmt, cost))
@@ -241,6 +234,11 @@ def harmonic(base: float, new: float) -> float:
     return 2 * base * new / (base + new) if base + new else 0.0
 
 
+def _more(protocol: str, metrics: Iterable[str] | None) -> list[str]:
+    """Return what a kind of table shows besides the default metrics."""
+    return [] if metrics else [metric for metric, _, _ in MORE.get(protocol, ())]
+
+
 def _known_metrics(runs: list[RunResult], metrics: Iterable[str] | None, split: str) -> list[str]:
     splits = sorted({name for run in runs for name in run.metrics})
     known = sorted({name for run in runs for name in run.metrics.get(split, {})})
@@ -260,29 +258,6 @@ def check_choice(flag: str, value: str, choices: Iterable[str]) -> None:
     names = list(choices)
     if value not in names:
         raise UserError(f"{flag} {value}: unknown{closest(value, names)} (choices: {', '.join(names)})")
-
-
-def _group(run: RunResult) -> tuple[str, ...]:
-    protocol = _TRANSFER.get(run.protocol, "all classes" if run.subsample_classes == "all" else "base to new")
-    shots = str(run.shots) if run.shots > 0 else "all"
-    name = run.title or run.dataset
-    other = run.trained_on not in ("", name)  # the domains it was trained on are not those of this data set
-    domains = [", ".join(names) for names in ([] if other else run.source_domains, run.target_domains) if names]
-    dataset = (f"{run.trained_on} → " if other else "") + name
-    if domains:
-        dataset += f" ({' → '.join(dict.fromkeys(domains))})"
-    if run.config.get("DATASET", {}).get("CLASS_ORDER") == "seeded":  # its base and new classes are not the papers'
-        dataset += ", seeded classes"
-    return protocol, dataset, shots, run.trainer, _weights(run)
-
-
-def _weights(run: RunResult) -> str:
-    """Return the backbone's name, with what it was loaded from where that is not its usual weights."""
-    node = run.config.get("MODEL", {}).get("BACKBONE", {})
-    if not node.get("PRETRAINED", True):
-        return f"{run.backbone} (random)"
-    tag = node.get("TAG", "")
-    return f"{run.backbone} ({tag})" if tag not in ("", "openai") else run.backbone
 
 
 def _by_settings(runs: list[RunResult]) -> dict[str, list[RunResult]]:
@@ -339,7 +314,7 @@ def _fill(row: Row, runs: list[RunResult], metrics: list[str], split: str, ci95:
     notes: list[str] = []
     name = f"{row.method} on {row.dataset}"
     for run in sorted(runs, key=lambda run: (run.finished, run.source)):
-        part = by_part["test" if run.subsample_classes == "all" else run.subsample_classes]
+        part = by_part[part_of(run)]
         # Runs without a seed are different draws, never repetitions of each other.
         seed = run.seed if run.seed >= 0 else f"unseeded {len(part)}"
         if seed in part:
@@ -406,6 +381,9 @@ def _table(rows: list[Row], metrics: list[str], parts: tuple[str, ...], fmt: str
             columns[title] = [str(row.cells.get((metric, part), "-")) for row in rows]
             if metric == "accuracy" and any(part in row.published for row in rows):
                 columns[f"{label}, published"] = [_published(row, part) for row in rows]
+    for metric, part, title in MORE.get(rows[0].protocol, ()):
+        if metric not in metrics and any((metric, part) in row.cells for row in rows):
+            columns[title] = [str(row.cells.get((metric, part), "-")) for row in rows]
     if cost:
         columns["Learned"] = ["-" if row.learned is None else f"{row.learned:,}" for row in rows]
         columns["Train s"] = ["-" if row.train_seconds is None else f"{row.train_seconds.mean:.1f}" for row in rows]

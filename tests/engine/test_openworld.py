@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
+from promptmix.config import get_cfg
+from promptmix.engine import build_evaluator
 from promptmix.engine.openworld import openworld_auc
-from promptmix.errors import DataError
+from promptmix.errors import ConfigError, DataError, TrainingError
 from tests.trainers.golden import numbers
 
 
@@ -41,3 +44,41 @@ def test_what_is_no_pair_of_lists_is_refused(base):
     with pytest.raises(DataError, match="base classes") as refusal:
         openworld_auc(base, [True] * 2 if base else [], [0.5], [True])
     assert "\n" not in str(refusal.value)
+
+
+def evaluator(classes="open"):
+    cfg = get_cfg()
+    cfg.TEST.EVALUATOR, cfg.DATASET.SUBSAMPLE_CLASSES = "OpenWorld", classes
+    return build_evaluator(cfg)
+
+
+def test_evaluator_gives_the_authors_numbers():
+    case = numbers("openworldauc_metric")
+    base, new = (torch.from_numpy(case[f"{side}_predictions"]) for side in ("base", "new"))
+    found = evaluator()
+    with pytest.raises(DataError, match="nothing to evaluate"):
+        found.evaluate()
+    scores = torch.full((16, 8), -9.0)  # 4 base names, the last of which nobody has, and 4 new ones
+    scores[:7, :3], scores[7:, 4:] = base.float(), new.float()
+    labels = torch.tensor([*case["base_labels"], *(case["new_labels"] + 4)]).long()
+    ranks = torch.tensor([*case["base_score"], *case["new_score"]])
+    for part in (slice(0, 10), slice(10, 16)):
+        found.process(scores[part], labels[part], ranks[part])
+    results = found.evaluate()
+    assert next(iter(results)) == "openworld_auc"
+    for ours, theirs in (("openworld_auc",) * 2, ("base_accuracy",) * 2, ("new_accuracy",) * 2, ("auroc",) * 2):
+        assert results[ours] == pytest.approx(100 * float(case[theirs.replace("_auc", "auc")]))
+
+
+def test_evaluator_ranks_by_the_largest_probability_of_a_base_name_and_refuses_what_it_cannot_rank():
+    torch.manual_seed(0)
+    scores, labels = torch.randn(40, 5), torch.arange(40) % 5
+    given, own = evaluator(), evaluator()
+    given.process(scores, labels, scores.softmax(dim=1)[:, :3].amax(dim=1))
+    own.process(scores, labels)
+    assert own.evaluate() == given.evaluate()
+    own.process(scores * float("nan"), labels)
+    with pytest.raises(TrainingError, match="NaN"):
+        own.evaluate()
+    with pytest.raises(ConfigError, match="SUBSAMPLE_CLASSES is 'all'.*open"):
+        evaluator("all")

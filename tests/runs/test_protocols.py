@@ -35,6 +35,7 @@ def fails(capsys, argv, *words):
     [
         ("few-shot", {FAMILIES: ["all"], CONCEPTS: ["all"]}),
         ("base-to-new", {FAMILIES: ["base", "new"], CONCEPTS: ["base", "new"]}),
+        ("open-world", {FAMILIES: ["base", "new", "open"], CONCEPTS: ["base", "new", "open"]}),
         ("cross-dataset", {FAMILIES: ["source", "to-EmojiConcepts"], CONCEPTS: ["source", "to-EmojiFamilies"]}),
         ("domain-generalization", {FAMILIES: ["source", *STYLES], CONCEPTS: ["source", *STYLES]}),
     ],
@@ -49,11 +50,15 @@ def test_emoji_take_part_in_every_protocol(protocol, expected, tmp_path, capsys)
             tested = results.load(folder / name / "results.json")
             assert tested.checkpoint == {"directory": str(folder / names[0]), "epoch": 1}
             assert tested.protocol == protocol
-            assert f"{dataset} seed" not in shown and f"{name}: accuracy" in shown
+            assert f"{dataset} seed" not in shown and f"{name}: {'OpenworldAUC' if name == 'open' else 'accuracy'}" in shown
             if name.startswith("to-") and protocol == "domain-generalization":
                 assert tested.target_domains == [name[3:]] and tested.dataset == dataset
             elif name.startswith("to-"):
                 assert tested.dataset == name[3:] and tested.trained_on == dataset
+    if protocol == "open-world":
+        assert "OpenworldAUC" in shown.split("Seeds")[1].splitlines()[0]
+        of = {name: results.load(folder / name / "results.json").metrics["test"] for name in names}
+        assert of["open"]["base_accuracy"] == of["base"]["accuracy"] and of["open"]["new_accuracy"] == of["new"]["accuracy"]
     if protocol == "cross-dataset":
         assert f"| {FAMILIES} → {CONCEPTS} (" in " ".join(shown.split()).replace("| CoOp ", "")
     if protocol == "domain-generalization":
@@ -89,6 +94,18 @@ def test_experts_keep_their_templates_on_another_data_set(tmp_path, capsys):
     assert plain.config["DATASET"]["TEMPLATE_GROUPS"] == []
 
 
+def test_gmop_ranks_by_its_detectors_and_open_is_for_evaluation_alone(tmp_path, capsys):
+    assert main(command("open-world", tmp_path / "out", trainers=["GMoP"])) == 0
+    folder = tmp_path / "out" / "open-world" / CONCEPTS / "GMoP" / "shots1" / "seed1"
+    of = {name: results.load(folder / name / "results.json").metrics["test"] for name in ("base", "new", "open")}
+    assert of["open"]["base_accuracy"] == of["base"]["accuracy"] and of["open"]["new_accuracy"] == of["new"]["accuracy"]
+    assert 0 <= of["open"]["openworld_auc"] <= of["open"]["auroc"] <= 100
+    train = ["train", "--trainer", "CoOp", "--config-file", "configs/quickstart.yaml", "--output-dir", str(tmp_path / "one")]
+    fails(capsys, [*train, *SMALL, "DATASET.SUBSAMPLE_CLASSES", "open"], "'open'", "promptmix run open-world")
+    fails(capsys, [*train, *SMALL, "TEST.EVALUATOR", "OpenWorld"], "'OpenWorld'", "'base'", "set it to open")
+    assert not (tmp_path / "one").exists()
+
+
 def test_several_shots_make_a_curve(tmp_path, capsys):
     words = command("few-shot", tmp_path, trainers=["ZeroshotCLIP"])
     words[words.index("--shots") + 1 : words.index("--shots") + 2] = ["1", "2"]
@@ -111,6 +128,7 @@ def test_several_shots_make_a_curve(tmp_path, capsys):
         ("base-to-new", ["--plugin", "missing.py"], ["missing.py"]),
         ("base-to-new", ["SEED", "4"], ["SEED", "--seeds"]),
         ("base-to-new", ["DATASET.SUBSAMPLE_CLASSES", "all"], ["DATASET.SUBSAMPLE_CLASSES", "the protocol"]),
+        ("open-world", ["TEST.EVALUATOR", "Classification"], ["TEST.EVALUATOR", "the protocol"]),
         ("base-to-new", ["OPTIM.LR"], ["OPTIM.LR", "has no value"]),
         ("base-to-new", ["OPTIM.LRR", "1"], ["OPTIM.LRR", "did you mean 'LR'"]),
     ],

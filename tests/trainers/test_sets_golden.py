@@ -13,7 +13,7 @@ from promptmix.plugins.prompt_bank.independent_deep import IndependentDeep
 from promptmix.plugins.prompt_bank.soft import Soft
 from promptmix.plugins.text_supervision.hard_prompts import L1ToEnsemble
 from promptmix.trainers.gallop import EachLocal, GlobalLocal, KeptGlobal, SparseLocal
-from promptmix.trainers.gmop import BaseOrNew, OpenworldLoss
+from promptmix.trainers.gmop import BaseOrNew, Detectors, OpenworldLoss
 from promptmix.trainers.plotpp import STARTS, USUAL, PromptSets, TransportOfSets
 from promptmix.trainers.surpl import Fine, Instance, Plain, SurrogateScores
 from promptmix.trainers.trip import TokenMixture, cluster
@@ -171,7 +171,7 @@ def test_gmop():
     task = golden_task(frozen(), classes=3)
     bank = Soft(task, 4)
     own = OpenworldLoss(task, bank, 3, 16, 0.5, 1.0)
-    learner = Learner(task, bank, head=BaseOrNew(task, bank), loss=CrossEntropy() + own)
+    learner = Learner(task, bank, head=BaseOrNew(task, bank, own.detectors), loss=CrossEntropy() + own)
     expected = numbers("gmop")
     with torch.no_grad():
         bank.ctx.copy_(torch.from_numpy(seeded().learned("gmop", "coop_prompter.ctx", (4, 512))))
@@ -201,7 +201,7 @@ def test_gmop_classifies_new_classes_by_the_frozen_model():
     whole = golden_task(frozen())
     task = replace(whole, classnames=whole.classnames[3:])
     bank = Soft(task, 4)
-    learner = Learner(task, bank, head=BaseOrNew(task, bank))
+    learner = Learner(task, bank, head=BaseOrNew(task, bank, Detectors(task, 3, 16)))
     with torch.no_grad():
         close(learner.step(images()).logits, numbers("gmop")["logits_new"])
 
