@@ -38,23 +38,26 @@ __all__ = [
 ]
 
 
-class _Formatter(logging.Formatter):
-    """Writes control characters out, which names in other people's files may hold."""
+class LineFormatter(logging.Formatter):
+    """The message alone, as Dassl prints it. Writes control characters out, which names in other people's files may hold."""
+
+    def __init__(self) -> None:
+        super().__init__("%(message)s")
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""
         return harmless(super().format(record))
 
 
-class _ConsoleHandler(logging.StreamHandler):
+class ConsoleHandler(logging.StreamHandler):
     """Writes to whatever ``sys.stdout`` is at the moment, so that a later tee or redirection sees the lines too.
 
     What can't be written is an error: ``logging`` would print a traceback for each line and go on.
     """
 
     def __init__(self) -> None:
-        logging.Handler.__init__(self)
-        self.setFormatter(_Formatter("%(message)s"))
+        logging.Handler.__init__(self, logging.INFO)
+        self.setFormatter(LineFormatter())
 
     def handleError(self, record: logging.LogRecord) -> None:
         """Raise what writing raised."""
@@ -67,11 +70,14 @@ class _ConsoleHandler(logging.StreamHandler):
 
 
 def get_logger() -> logging.Logger:
-    """Return the logger whose messages are the program's output: plain lines on standard output, like Dassl's."""
+    """Return the logger whose messages are the program's output: plain lines on standard output, like Dassl's.
+
+    What only ``log.txt`` is to hold is logged with ``debug``.
+    """
     logger = logging.getLogger("promptmix")
-    if not any(isinstance(handler, _ConsoleHandler) for handler in logger.handlers):
-        logger.addHandler(_ConsoleHandler())
-        logger.setLevel(logging.INFO)
+    if not any(isinstance(handler, ConsoleHandler) for handler in logger.handlers):
+        logger.addHandler(ConsoleHandler())
+        logger.setLevel(logging.DEBUG)
         logger.propagate = False  # an application's root handler would print every line a second time
     return logger
 

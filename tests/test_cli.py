@@ -89,6 +89,22 @@ def test_a_run_leaves_log_result_and_checkpoint(dots, tmp_path, capsys):
     assert sys.stdout.__class__.__name__ != "Logger"
 
 
+@pytest.mark.parametrize("quiet", [False, True])
+def test_the_console_shows_what_matters_and_the_log_has_it_all(tmp_path, capsys, quiet):
+    argv = ["train", "--trainer", "CoOp", "--config-file", "configs/quickstart.yaml", "--output-dir", str(tmp_path / "out")]
+    assert main([*argv, *["--quiet"] * quiet, "OPTIM.MAX_EPOCH", "1", "DATASET.NUM_SHOTS", "1"]) == 0
+    shown, log = capsys.readouterr(), (tmp_path / "out" / "log.txt").read_text()
+    for line in ("** Arguments **", "** Config **", "  MAX_EPOCH: 1\n", "** System info **", "* accuracy: "):
+        assert line in log
+    assert "** Config **" not in shown.out
+    assert shown.err == ""
+    if quiet:
+        assert shown.out == ""
+    else:
+        assert f"CoOp on tiny-en, EmojiFamilies, 1-shot, seed 1; all settings: {tmp_path}" in shown.out
+        assert "* accuracy: " in shown.out
+
+
 def test_the_log_alone_gives_the_same_row(dots, tmp_path):
     assert main(dots) == 0
     run = results.load(tmp_path / "out" / "results.json")

@@ -59,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--plugin", action="append", default=[], metavar="MODULE|FILE", help="load a plugin; may be repeated")
     add("--device", choices=("auto", "cpu", "cuda"), help="where to compute")
+    add("--quiet", action="store_true", help="print nothing but errors; log.txt has it all")
     add("--list", action="store_true", help="show what is registered, as `promptmix list` does")
     add("opts", nargs="*", metavar="KEY VALUE", help="config overrides at the end (OPTIM.MAX_EPOCH 5)")
 
@@ -117,7 +118,8 @@ def run(args: argparse.Namespace) -> int:
         "model_dir": args.model_dir,
         "load_epoch": args.load_epoch,
         "no_train": args.no_train,
-        "arguments": {key: value for key, value in values.items() if key not in ("argv", "debug", "list")},
+        "quiet": args.quiet,
+        "arguments": {key: value for key, value in values.items() if key not in ("argv", "debug", "list", "quiet")},
         "command": ["promptmix", *args.argv],
     }
     if args.coop_repo:

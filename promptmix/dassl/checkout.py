@@ -225,7 +225,7 @@ class _Ours(_Session):
                 if changed:  # among the arguments, which the log begins with
                     options["arguments"] = {**options.get("arguments", {}), "no_gpu": changed}
                 _report_own_tests(cfg, trainers[cfg.TRAINER.NAME])
-                trainer, self.result = stack.enter_context(running(cfg, load=False, build=self._built, **options))
+                trainer, self.result = stack.enter_context(running(cfg, load=False, build=self._built, prints=True, **options))
                 log = getattr(sys.stdout, "file", None)
                 if log is not None:
                     log.write(early.take())

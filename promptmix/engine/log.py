@@ -1,23 +1,25 @@
-"""What a run writes down: the tee into ``log.txt``, progress bars that keep out of it, and the scalar writer."""
+"""What a run writes down: ``log.txt``, progress bars that keep out of it, and the scalar writer."""
 
 from __future__ import annotations
 
 import contextlib
+import io
+import logging
 import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sized
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO, TypeVar
+from typing import Any, TextIO, TypeVar, cast
 
 from tqdm import tqdm
 
 from promptmix.errors import OutputError
 from promptmix.files.links import open_own
-from promptmix.utils import get_logger, mkdir_if_missing
+from promptmix.utils import LineFormatter, get_logger, mkdir_if_missing
 
-__all__ = ["LazyWriter", "Logger", "get_logger", "progress", "setup_logger"]
+__all__ = ["LazyWriter", "Logger", "RunLog", "get_logger", "log_file", "progress", "setup_logger"]
 
 T = TypeVar("T")
 
@@ -25,8 +27,53 @@ T = TypeVar("T")
 _LINE_EVERY = 30.0
 
 
+class RunLog(logging.Handler):
+    """Writes the messages of ``get_logger`` to ``log.txt``; until ``open`` they are kept, so that a refused run leaves no file.
+
+    Use as context manager.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(logging.DEBUG)
+        self.setFormatter(LineFormatter())
+        self.file: TextIO = io.StringIO()
+
+    def open(self, path: Path) -> None:
+        """Write what was kept, and what comes, to the new file ``path``."""
+        early, self.file = cast(io.StringIO, self.file).getvalue(), open_own(path, buffering=1)
+        self.file.write(early)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a message.
+
+        Raises:
+            OutputError: the disk is full, or the file is too large.
+        """
+        _write(self.file, f"{self.format(record)}\n")
+
+    def __enter__(self) -> RunLog:
+        get_logger().addHandler(self)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        get_logger().removeHandler(self)
+        with contextlib.suppress(OSError):  # the disk is full, as the write before said
+            self.file.close()
+
+
+def _write(file: TextIO, text: str) -> None:
+    try:
+        file.write(text)
+    except OSError as error:
+        raise OutputError(
+            f"{file.name} can't be written: {error.strerror or error}; make room or choose another --output-dir"
+        ) from error
+
+
 class Logger:
-    """A standard output that also writes to a file. Use as context manager, or call ``close`` when done.
+    """Dassl's log: a standard output that also writes to a file. Use as context manager, or call ``close`` when done.
+
+    For programs that print; ``RunLog`` is the log of what uses ``get_logger``.
 
     Args:
         fpath: the log file; its folder is made. ``None`` writes to the console only.
@@ -43,12 +90,7 @@ class Logger:
     def write(self, msg: str) -> int:
         """Write to both."""
         if self.file is not None:
-            try:
-                self.file.write(msg)
-            except OSError as error:
-                raise OutputError(
-                    f"{self.file.name} can't be written: {error.strerror or error}; make room or choose another --output-dir"
-                ) from error
+            _write(self.file, msg)
         return self.console.write(msg)
 
     def flush(self) -> None:
@@ -91,14 +133,19 @@ def setup_logger(output: str | os.PathLike[str] | None = None) -> Logger:
     """
     if output is None:
         return Logger()
+    logger = Logger(log_file(output))
+    sys.stdout = logger
+    return logger
+
+
+def log_file(output: str | os.PathLike[str]) -> Path:
+    """Return where a run's log goes: ``log.txt`` in its folder (or ``output`` itself); the date behind it, if that is there."""
     path = Path(output)
     if path.suffix not in (".txt", ".log"):
         path = path / "log.txt"
     if os.path.lexists(path):
         path = path.with_name(path.name + time.strftime("-%Y-%m-%d-%H-%M-%S"))
-    logger = Logger(path)
-    sys.stdout = logger
-    return logger
+    return path
 
 
 def progress(items: Iterable[T], desc: str = "", total: int | None = None) -> Iterator[T]:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import io
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import datetime, timezone
 from importlib.resources import files
 from pathlib import Path
-from types import TracebackType
-from typing import Any, TextIO, cast
+from typing import Any
 
 import torch
 import yaml
@@ -20,15 +17,18 @@ from yacs.config import CfgNode as CN
 
 from promptmix import config
 from promptmix.cost import memory
-from promptmix.engine import Logger, SimpleTrainer, build_trainer, collect_env_info, set_random_seed, setup_logger
+from promptmix.engine import SimpleTrainer, build_trainer, collect_env_info, set_random_seed
+from promptmix.engine.log import log_file
 from promptmix.engine.run_folder import RunFolder
-from promptmix.errors import CheckpointError, ConfigError, TrainingError, UserError
+from promptmix.errors import CheckpointError, ConfigError, UserError
 from promptmix.hookspecs import hookimpl
 from promptmix.plugin_manager import get_plugin_manager
+from promptmix.registry import TRAINER_REGISTRY
 from promptmix.runs import results
 from promptmix.runs.from_run import take_from_run
+from promptmix.runs.output import Output
 from promptmix.runs.results import CONFIG_NAME, FILE_NAME, RunResult, plain
-from promptmix.utils import atomic_write, get_logger
+from promptmix.utils import get_logger
 
 
 def run(cfg: CN, *, eval_only: bool = False, no_train: bool = False, **options: Any) -> RunResult:
@@ -72,6 +72,7 @@ def running(
     command: list[str] | None = None,
     on_epoch: Callable[[Any], None] | None = None,
     quiet: bool = False,
+    prints: bool = False,
     labels: dict[str, str] | None = None,
     new_classes: bool = False,
 ) -> Iterator[tuple[Any, RunResult]]:
@@ -89,6 +90,7 @@ def running(
         command: command line, kept in ``results.json``.
         on_epoch: called with the trainer after each epoch.
         quiet: write to the log only, nothing to standard output or error.
+        prints: the log is whatever is printed, for programs that know no logger; trainers in Dassl's idiom always print.
         labels: ``protocol``, ``title`` and ``trained_on`` of the result, for tables.
         new_classes: what is trained will be evaluated on other classes too.
 
@@ -112,7 +114,8 @@ def running(
     result.checkpoint = {"directory": model_dir, "epoch": load_epoch} if eval_only and model_dir else None
     recorder = _Recorder(on_epoch)
     folder, unknown = RunFolder(cfg.OUTPUT_DIR), False
-    with contextlib.nullcontext() if no_train else folder.alone(), _Output(cfg.OUTPUT_DIR, quiet) as output:
+    prints = prints or build is None and not hasattr(TRAINER_REGISTRY.get(cfg.TRAINER.NAME), "roles")
+    with contextlib.nullcontext() if no_train else folder.alone(), Output(cfg.OUTPUT_DIR, quiet, prints) as output:
         if not no_train:
             refuse_other_run(result, folder.path, eval_only)
             if cfg.RESUME and not eval_only:
@@ -262,7 +265,17 @@ def _seed(cfg: CN) -> None:
 
 
 def _print_header(cfg: CN, arguments: dict[str, Any]) -> None:
-    line = get_logger().info
+    """Say what runs; the log also gets all that Dassl's begins with."""
+    get_logger().info(
+        "%s on %s, %s, %s, seed %s; all settings: %s",
+        cfg.TRAINER.NAME,
+        cfg.MODEL.BACKBONE.NAME,
+        cfg.DATASET.NAME,
+        f"{cfg.DATASET.NUM_SHOTS}-shot" if cfg.DATASET.NUM_SHOTS > 0 else "all pictures",
+        cfg.SEED,
+        log_file(cfg.OUTPUT_DIR),
+    )
+    line = get_logger().debug
     line("***************\n** Arguments **\n***************")
     for key in sorted(arguments):
         line("%s: %s", key, arguments[key])
@@ -348,68 +361,3 @@ def _plugged(plugin: object) -> Iterator[None]:
         yield
     finally:
         manager.unregister(plugin)
-
-
-class _ToStdout(io.TextIOBase):
-    """A standard error that goes wherever standard output goes, and is never a terminal."""
-
-    def write(self, text: str) -> int:
-        """Pass ``text`` on."""
-        return sys.stdout.write(text)
-
-
-class _Output:
-    """Standard output and the run's folder: keeps what is printed until ``open``, then writes it to ``log.txt``.
-
-    A user error takes away what this run made, so that nothing half-written stays behind.
-
-    Args:
-        directory: the run's output folder.
-        quiet: send nothing to the console, only to the log.
-    """
-
-    def __init__(self, directory: str, quiet: bool) -> None:
-        self._directory = Path(directory)
-        self._console = contextlib.ExitStack()
-        if quiet:
-            self._console.enter_context(contextlib.redirect_stdout(io.StringIO()))
-            self._console.enter_context(contextlib.redirect_stderr(_ToStdout()))
-        self._early = io.StringIO()
-        self._log = Logger()
-        self._log.file = self._early
-        self._made: list[Path] = []
-
-    def __enter__(self) -> _Output:
-        sys.stdout = self._log
-        return self
-
-    def open(self, cfg: CN) -> None:
-        """Make the folder, the config and the log, and write there what was printed so far.
-
-        Args:
-            cfg: what the run was asked to do.
-
-        Raises:
-            UserError: the folder can't be made or written; choose another ``--output-dir``.
-        """
-        early = self._early.getvalue()
-        self._log.close()
-        note = self._directory / CONFIG_NAME
-        missing = [path for path in (note, self._directory, *self._directory.parents) if not path.exists()]
-        try:
-            text: str = cfg.dump()
-            atomic_write(note, lambda path: path.write_text(text, encoding="utf-8"))
-            self._log = setup_logger(self._directory)
-        except OSError as error:
-            raise UserError(f"OUTPUT_DIR {self._directory}: {error.strerror or error}; choose another --output-dir") from error
-        file = cast(TextIO, self._log.file)
-        file.write(early)
-        self._made = [Path(file.name), *missing]
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._log.close()
-        self._console.close()
-        if isinstance(error, UserError) and not isinstance(error, TrainingError):  # whose log shows how it came about
-            for path in self._made:
-                with contextlib.suppress(OSError):  # a folder that got a checkpoint stays
-                    path.rmdir() if path.is_dir() else path.unlink()

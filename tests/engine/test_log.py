@@ -10,7 +10,8 @@ import torch
 
 from promptmix.engine import AverageMeter, MetricMeter, get_logger, progress, setup_logger
 from promptmix.engine import log as log_module
-from promptmix.errors import DataError
+from promptmix.engine.log import RunLog
+from promptmix.errors import DataError, OutputError
 from promptmix.utils import (
     check_isfile,
     collect_env_info,
@@ -67,6 +68,29 @@ def test_log_is_complete_at_any_moment(tmp_path):
     with setup_logger(tmp_path):
         print("line")
         assert (tmp_path / "log.txt").read_text() == "line\n"
+
+
+def test_run_log_takes_what_is_logged_and_leaves_standard_output_alone(tmp_path, capsys):
+    before = sys.stdout
+    with RunLog() as log:
+        get_logger().info("early")
+        get_logger().debug("only in the file")
+        assert not list(tmp_path.iterdir())
+        log.open(tmp_path / "log.txt")
+        get_logger().info("late \x1b[31m")
+        print("printed")
+        assert sys.stdout is before
+        assert (tmp_path / "log.txt").read_text() == "early\nonly in the file\nlate \\x1b[31m\n"
+    get_logger().info("after")
+    assert capsys.readouterr().out == "early\nlate \\x1b[31m\nprinted\nafter\n"
+    assert "after" not in (tmp_path / "log.txt").read_text()
+
+
+def test_full_disk_ends_a_run_with_its_remedy(tmp_path):
+    with RunLog() as log:
+        log.file = open("/dev/full", "w", buffering=1)
+        with pytest.raises(OutputError, match="/dev/full can't be written: No space left on device; make room"):
+            get_logger().info("line")
 
 
 def test_progress_is_silent_when_quick_and_not_a_terminal(capsys):
