@@ -101,7 +101,7 @@ def test_the_console_shows_what_matters_and_the_log_has_it_all(tmp_path, capsys,
     if quiet:
         assert shown.out == ""
     else:
-        assert f"CoOp on tiny-en, EmojiFamilies, 1-shot, seed 1; all settings: {tmp_path}" in shown.out
+        assert f"CoOp on tiny-en, EmojiFamilies, 1-shot, seed -1; all settings: {tmp_path}" in shown.out
         assert "* accuracy: " in shown.out
 
 
