@@ -22,7 +22,8 @@ from promptmix.errors import ConfigError
 __all__ = ["OUR_FLAGS", "Early", "command_line", "flags_of", "groups", "has_main_block", "load", "surroundings"]
 
 #: Flags of `promptmix train` that a checkout's train.py never sees, with the number of words that each takes.
-OUR_FLAGS = {"--coop-repo": 2, "--dassl": 2, "--device": 2, "--plugin": 2, "--skip-bad": 1, "--debug": 1, "--quiet": 1, "--list": 1}
+_TAKING = ("--coop-repo", "--dassl", "--device", "--plugin")
+OUR_FLAGS = dict.fromkeys(_TAKING, 2) | dict.fromkeys(("--skip-bad", "--debug", "--quiet", "--list"), 1)
 _PATHS = {"--root", "--output-dir", "--resume", "--model-dir"}
 _CONFIGS = {"--config-file", "--dataset-config-file"}
 _MANY = {"--source-domains", "--target-domains", "--transforms"}
