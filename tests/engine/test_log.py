@@ -87,9 +87,9 @@ def test_run_log_takes_what_is_logged_and_leaves_standard_output_alone(tmp_path,
 
 
 def test_full_disk_ends_a_run_with_its_remedy(tmp_path):
-    with RunLog() as log, open("/dev/full", "w", buffering=1) as log.file:
-        with pytest.raises(OutputError, match="/dev/full can't be written: No space left on device; make room"):
-            get_logger().info("line")
+    with RunLog() as log, pytest.raises(OutputError, match="/dev/full can't be written: No space left on device; make room"):
+        log.file = open("/dev/full", "w", buffering=1)  # noqa: SIM115  (the log closes it)
+        get_logger().info("line")
 
 
 def test_progress_is_silent_when_quick_and_not_a_terminal(capsys):
