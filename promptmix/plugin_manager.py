@@ -52,7 +52,6 @@ MOVED = {
     "context": "prompts.context",
     "convert": "engine.convert",
     "cost": "cost.count",
-    "data.descriptions": "data.datasets.descriptions",
     "data.features": "data.features.cache",
     "data.images": "data.reading.images",
     "data.loaders": "data.reading.loaders",

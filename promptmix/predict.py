@@ -73,6 +73,7 @@ def load(
     plugins: Sequence[str] = (),
     reading: str = "",
     weights: str | Path = "",
+    descriptions: str | Path = "",
 ) -> Predictor:
     """Load the learned prompts of a run for predictions.
 
@@ -85,11 +86,14 @@ def load(
             ``INPUT.READING``, and upright where that is ``auto``, whatever the run was trained on: the pictures are the user's.
         weights: file of the backbone, where the run had one of its own (``MODEL.BACKBONE.WEIGHTS``). A run may be somebody
             else's, so that no file is opened only since a run names it.
+        descriptions: file or folder of sentences about the classes, for methods that read them (``DATASET.DESCRIPTIONS``), where
+            the run had one of its own or class names are new to it.
 
     Raises:
         UserError: the folder holds no run, its checkpoint is missing, its method can't be rebuilt, or it names a file.
     """
-    return Predictor(run, epoch=epoch, device=device, plugins=plugins, reading=reading, weights=weights)
+    files = {"weights": weights, "descriptions": descriptions}
+    return Predictor(run, epoch=epoch, device=device, plugins=plugins, reading=reading, **files)
 
 
 class Predictor:
@@ -110,6 +114,7 @@ class Predictor:
         plugins: Sequence[str] = (),
         reading: str = "",
         weights: str | Path = "",
+        descriptions: str | Path = "",
     ) -> None:
         if reading not in ("", *READINGS):
             raise ConfigError(f"reading is {reading!r}; choose from {', '.join(map(repr, READINGS))}, or leave it out")
@@ -124,7 +129,7 @@ class Predictor:
         self.result = _read(folder)
         cfg = config.get_cfg()
         config.merge_tree(cfg, self.result.config, str(folder / FILE_NAME))
-        _forget_places(cfg, folder, str(weights))
+        _forget_places(cfg, folder, str(weights), str(descriptions))
         cfg.VERBOSE = False
         cfg.DEVICE = device or cfg.DEVICE
         config.check_values(cfg)
@@ -241,11 +246,12 @@ class Predictor:
         return learner.to(self._trainer.device).eval()
 
 
-def _forget_places(cfg: CfgNode, folder: Path, weights: str) -> None:
+def _forget_places(cfg: CfgNode, folder: Path, weights: str, descriptions: str) -> None:
     """Take the files and folders out of a run's config: nothing is opened, and nothing written, since a run says so.
 
     Raises:
         WeightsError: the run had backbone weights of its own, and the caller named none.
+        DataError: the same of sentences about its classes.
     """
     recorded = cfg.MODEL.BACKBONE.WEIGHTS
     if recorded and not weights and not is_own_place(recorded):
@@ -254,6 +260,13 @@ def _forget_places(cfg: CfgNode, folder: Path, weights: str) -> None:
             f'since it says so: name the file yourself, with --weights {recorded} (in Python weights="{recorded}")'
         )
     cfg.MODEL.BACKBONE.WEIGHTS = weights or recorded
+    sentences = cfg.DATASET.DESCRIPTIONS
+    if sentences and not descriptions:
+        raise DataError(
+            f"the run in {folder} read sentences about its classes from {sentences}; a run may be somebody else's, so no file "
+            f'is opened only since it says so: name it yourself, with --descriptions {sentences} (in Python descriptions="...")'
+        )
+    cfg.DATASET.DESCRIPTIONS = descriptions
     cfg.MODEL.INIT_WEIGHTS = cfg.RESUME = cfg.DATASET.ROOT = ""  # the checkpoint holds every learned tensor
     cfg.OUTPUT_DIR = str(folder)
     cfg.INPUT.FEATURE_CACHE, cfg.INPUT.FEATURE_CACHE_DIR = False, ""

@@ -15,7 +15,7 @@ import promptmix
 from promptmix.cli import main
 from promptmix.config import get_cfg, merge_opts
 from promptmix.config.places import PLACES
-from promptmix.errors import UserError, WeightsError
+from promptmix.errors import DataError, UserError, WeightsError
 from promptmix.files.places import is_own_place
 from promptmix.runs.run import run
 
@@ -84,6 +84,11 @@ def test_weights_are_opened_only_if_the_caller_names_them(foreign, weights, caps
     assert promptmix.load(folder, weights=weights).classnames
     assert main(["predict", "--model-dir", str(folder), "x.png"]) == 2
     assert f"--weights {weights}" in capsys.readouterr().err
+
+
+def test_sentences_are_opened_only_if_the_caller_names_them(foreign, tmp_path):
+    with pytest.raises(DataError, match=r"read sentences about its classes from .*evil.json.* with --descriptions .*evil.json"):
+        promptmix.load(foreign("DATASET.DESCRIPTIONS", tmp_path / "evil.json"))
 
 
 def test_an_archive_with_a_program_is_not_even_opened_by_a_run_that_names_it(foreign, tmp_path, monkeypatch):

@@ -96,7 +96,22 @@ class PromptReader(nn.Module):
 
         Underscores in names become spaces, unless they are taken ``verbatim``.
         """
-        ids = [self.tokenizer.encode(template.format(name if verbatim else name.replace("_", " "))) for name in names]
+        texts = [template.format(name if verbatim else name.replace("_", " ")) for name in names]
+        return self.compose_texts(texts, names)
+
+    def compose_texts(self, texts: Sequence[str], names: Sequence[str], *, cut: bool = False) -> Prompts:
+        """Put hard prompts together (E = 1), one for each of C classes, sharing their common first tokens.
+
+        Args:
+            texts: C texts.
+            names: C class names, for messages.
+            cut: leave out the last words of texts that are longer than the tower reads, as CLIP's ``truncate`` does.
+
+        Raises:
+            ConfigError: a text does not fit the tower's context length.
+        """
+        room = self.context_length - self.start - len(self.tokenizer.after)
+        ids = [self.tokenizer.encode(text)[: room if cut else None] for text in texts]
         shared = _common_prefix(ids)
         rest = ClassTokens(tuple(names), tuple(tuple(row[shared:]) for row in ids))
         return self.compose(self.embed(ids[0][:shared])[None], rest)

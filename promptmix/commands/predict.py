@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how pictures are read; default: as the run says, or upright",
     )
     add("--weights", default="", metavar="FILE", help="the backbone's file, where the run had one of its own")
+    add("--descriptions", default="", metavar="FILE", help="sentences about the classes, where the method reads them")
     add("--skip-bad", action="store_true", help="leave out pictures that can't be read, without exit code 1")
     add("--plugin", action="append", default=[], metavar="MODULE|FILE", help="load a plugin; may be repeated")
 
@@ -58,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
 
     # Warnings while loading are no part of a table or of JSON lines.
     with contextlib.redirect_stdout(sys.stderr):
-        options = {"plugins": args.plugin, "reading": args.reading, "weights": args.weights}
+        options = {"plugins": args.plugin, "reading": args.reading, "weights": args.weights, "descriptions": args.descriptions}
         predictor = load(args.model_dir, epoch=args.load_epoch, device=args.device, **options)
         unreadable: list[str] = []
         predictions = predictor.predict(images, names or None, batch_size=args.batch_size, unreadable=unreadable)

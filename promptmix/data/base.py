@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import urllib.request
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from yacs.config import CfgNode
@@ -43,6 +43,7 @@ class DatasetBase:
     templates: list[str]  # hard prompts such as "a photo of a {}."
     template_groups: list[list[str]]  # hard prompts in groups of similar ones
     all_classnames: list[str]  # of base and new classes
+    descriptions: Mapping[str, Sequence[str]]  # sentences about each of them, where DATASET.DESCRIPTIONS names none
 
     def __init__(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from promptmix.clip import CLIP
 from promptmix.clip.projection import map_last
+from promptmix.data.descriptions import Descriptions
 
 Made = TypeVar("Made")
 
@@ -29,6 +30,7 @@ class Task:
         template_groups: hard templates in groups of similar ones (MoCoOp's experts).
         train_labels: label of each training picture, in the data set's order; empty where there is no training set (``predict``).
         open_world: all classes are told apart, by what was trained on the base ones (the first half).
+        descriptions: sentences about classes, for parts that read them.
     """
 
     clip: CLIP
@@ -38,6 +40,7 @@ class Task:
     template_groups: tuple[tuple[str, ...], ...]
     train_labels: tuple[int, ...] = ()
     open_world: bool = False
+    descriptions: Descriptions = field(default_factory=lambda: Descriptions({}))
 
     def label_rows(self, features: Tensor) -> Tensor:
         """Pick from features (E, C_all, D) of all class names those of the classes told apart: (E, C, D)."""

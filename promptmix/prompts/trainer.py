@@ -17,6 +17,7 @@ from promptmix.clip.sizes import check_size, check_takes
 from promptmix.config import source_of
 from promptmix.config.declare import declare_all, inherited_by, key_of, settings_of
 from promptmix.cost.estimate import explained
+from promptmix.data.descriptions import Descriptions, parse_descriptions, read_descriptions
 from promptmix.data.features.cache import FeatureCache, open_cache
 from promptmix.data.features.views import ReplayLoader, cache_views, feature_loader, in_order, is_steady
 from promptmix.data.reading.streams import get_streams
@@ -141,7 +142,11 @@ class PromptTrainer(TrainerX):
             self.clip.image.compile_layers()
         if cfg.MODEL.PLAIN_TOWERS:
             make_plain(self.clip)
-        self.model = self.build_learner(self._task()).to(self.device)
+        task = self._task()
+        self.model = self.build_learner(task).to(self.device)
+        if cfg.DATASET.DESCRIPTIONS and not task.descriptions.were_read:
+            by = f"{cfg.DATASET.DESCRIPTIONS!r}, which nothing in {cfg.TRAINER.NAME} reads"
+            raise ConfigError(f"DATASET.DESCRIPTIONS is {by}; leave it out")
         self.model.sparse_experts = cfg.MODEL.SPARSE_EXPERTS
         if cfg.MODEL.INIT_WEIGHTS:
             load_pretrained_weights(self.model, cfg.MODEL.INIT_WEIGHTS)
@@ -178,7 +183,15 @@ class PromptTrainer(TrainerX):
         groups = tuple(tuple(group) for group in given) or ((templates[0],),)
         labels = tuple(item.label for item in getattr(dataset, "train_x", None) or ())
         known = tuple(getattr(dataset, "all_classnames", names))
-        return Task(self.clip, names, known, templates, groups, labels, self.cfg.DATASET.SUBSAMPLE_CLASSES == "open")
+        is_open = self.cfg.DATASET.SUBSAMPLE_CLASSES == "open"
+        return Task(self.clip, names, known, templates, groups, labels, is_open, self._descriptions())
+
+    def _descriptions(self) -> Descriptions:
+        """Return the sentences about classes that the config names, or else the data set's own."""
+        path, name = self.cfg.DATASET.DESCRIPTIONS, self.cfg.DATASET.NAME
+        if path:
+            return read_descriptions(path, name)
+        return parse_descriptions(getattr(self.dm.dataset, "descriptions", {}), f"data set {name}")
 
     def before_train(self) -> None:
         """Resume if there is something to resume; then encode cached views, if asked for.

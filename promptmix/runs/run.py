@@ -295,7 +295,11 @@ def _vocabulary(trainer: Any) -> dict[str, Any]:  # noqa: ANN401
     """Return the words of the trainer's data set, with which its prompts can be used without the data set."""
     dataset = getattr(getattr(trainer, "dm", None), "dataset", None)
     names = ("classnames", "all_classnames", "templates", "template_groups")
-    return {name: plain(getattr(dataset, name)) for name in names if hasattr(dataset, name)}
+    words = {name: plain(getattr(dataset, name)) for name in names if hasattr(dataset, name)}
+    task: Any = getattr(getattr(trainer, "model", None), "task", None)
+    if task is not None and task.descriptions.were_read and not trainer.cfg.DATASET.DESCRIPTIONS:
+        words["descriptions"] = task.descriptions.plain(task.all_classnames)  # a file may be large, and is named again
+    return words
 
 
 def has_nothing_to_train(trainer: Any) -> bool:  # noqa: ANN401

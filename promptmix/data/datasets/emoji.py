@@ -62,6 +62,8 @@ class _EmojiBase(DatasetBase):
         train, test, val = subsample_classes(train, test, val, subsample=cfg.DATASET.SUBSAMPLE_CLASSES)
         super().__init__(train_x=train, val=val or None, test=test)
         self.all_classnames = list(classes)
+        # Made from templates, so that methods which read sentences run; they know nothing of the classes.
+        self.descriptions = {name: [template.format(name) for template in self.templates] for name in classes}
 
     def _pictures(self, styles: Sequence[str], members: Mapping[str, Sequence[str]], classes: Sequence[str]) -> list[Datum]:
         """Return the pictures of every style, class by class.
