@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from promptmix.clip.model import CLIP
 from promptmix.clip.tokens import PretrainedTokenizer, Tokenizer
 from promptmix.clip.torchscript import read_torchscript
-from promptmix.errors import WeightsError
+from promptmix.errors import RegistryError, WeightsError
 from promptmix.files.archives import is_torchscript, read_saved, tensor_names
 from promptmix.files.pickles import Refused
 from promptmix.registry import BACKBONE_REGISTRY
@@ -112,18 +113,55 @@ def load_open_clip(cfg: CfgNode) -> CLIP:
         _fill(model, state, node.WEIGHTS)
     else:
         model = _create(name, tag, quick_gelu)
+    look = look_of(node.NAME, node.TAG)
     size = model.visual.image_size
-    look = (
-        known or (get_pretrained_cfg(name, tags[0]) if tags else None) or {}
-    )  # what its pictures look like, whatever the weights
-    return CLIP(
-        model,
-        tokenizer,
-        node.NAME,
-        mean=look.get("mean", open_clip.OPENAI_DATASET_MEAN),
-        std=look.get("std", open_clip.OPENAI_DATASET_STD),
-        image_size=size[0] if isinstance(size, (tuple, list)) else size,
-        interpolation=look.get("interpolation", "bicubic"),
+    size = size[0] if isinstance(size, (tuple, list)) else size
+    return CLIP(model, tokenizer, node.NAME, mean=look.mean, std=look.std, image_size=size, interpolation=look.interpolation)
+
+
+@dataclass(frozen=True)
+class Look:
+    """What pictures a backbone takes.
+
+    Attributes:
+        size: height and width in pixels.
+        mean: of red, green, blue, subtracted.
+        std: of red, green, blue, divided by.
+        interpolation: how pictures were resized in its training.
+    """
+
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+
+
+def look_of(name: str, tag: str = "") -> Look:
+    """Return what pictures an embedded backbone, CoOp's name or open_clip's model takes, whatever its weights; loads none.
+
+    Args:
+        name: ``MODEL.BACKBONE.NAME``.
+        tag: ``MODEL.BACKBONE.TAG``.
+
+    Raises:
+        RegistryError: no such backbone, or one of a plugin, which only shows it when it is loaded.
+    """
+    if name in EMBEDDED_NAMES:
+        spec = embedded_spec(name)
+        return Look(spec["image_size"], tuple(spec["mean"]), tuple(spec["std"]), spec["interpolation"])
+    own = COOP_NAMES.get(name, name)
+    config = open_clip.get_model_config(own)
+    if config is None:
+        raise RegistryError(f"backbone {name[:100]!r} is none of open_clip's; `promptmix list backbones --all` names them")
+    tags = open_clip.list_pretrained_tags_by_model(own)
+    tag = tag or (tags[0] if len(tags) == 1 else "openai")
+    found = get_pretrained_cfg(own, tag) or (get_pretrained_cfg(own, tags[0]) if tags else None) or {}
+    size = config["vision_cfg"].get("image_size", 224)
+    return Look(
+        size[0] if isinstance(size, (tuple, list)) else size,
+        tuple(found.get("mean", open_clip.OPENAI_DATASET_MEAN)),
+        tuple(found.get("std", open_clip.OPENAI_DATASET_STD)),
+        found.get("interpolation", "bicubic"),
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 #: Name of the command (and of its module) to what it does, in the order of the help.
 COMMANDS: dict[str, str] = {
     "quickstart": "train and compare methods on the embedded pictures, offline",
+    "fit": "train on your own pictures: one command, no config",
     "train": "train and test one method (all flags of CoOp's train.py)",
     "run": "a protocol over methods, data sets and seeds: few-shot, base-to-new, cross-dataset, domain-generalization",
     "sweep": "methods x data sets x seeds x protocols from one YAML file, on this machine, Ray or Slurm",

@@ -1,4 +1,4 @@
-"""``promptmix data list | check NAME | prepare NAME``: what data sets there are, whether a folder is whole, how to get one."""
+"""``promptmix data list | check NAME | prepare NAME | sample DIR``: what there is, whether it is whole, how to get it."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 __all__ = ["add_arguments", "run", "split_arguments"]
 
-ACTIONS = ("list", "check", "prepare")
+ACTIONS = ("list", "check", "prepare", "sample")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
     add = parser.add_argument
-    add("action", choices=ACTIONS, help="list the data sets; check a folder; download and unpack a data set")
-    add("name", nargs="?", default="", metavar="NAME", help="a data set, see `promptmix data list`")
+    add("action", choices=ACTIONS, help="list; check a folder; download and unpack a data set; write pictures to try")
+    add("name", nargs="?", default="", metavar="NAME", help="a data set, see `promptmix data list`; sample: a folder")
     add("opts", nargs="*", metavar="KEY VALUE", help="check of your own pictures: config keys (DATASET.CSV.FILE cats.csv)")
     add("--root", default="", help="folder of the data sets")
     add("--fast", action="store_true", help="check: look at first and last bytes only, instead of decoding every picture")
@@ -47,6 +47,8 @@ def run(args: argparse.Namespace) -> int:
     load_plugins(args.plugin)
     if args.action == "list":
         return _list(args.root)
+    if args.action == "sample":
+        return _sample(args.name)
     if args.name not in DATASET_REGISTRY:
         names = DATASET_REGISTRY.registered_names()
         raise UserError(f"data {args.action}: name a data set{closest(args.name, names)} (choices: {', '.join(names)})")
@@ -94,6 +96,17 @@ def _list(root: str) -> int:
         )
     headers = ["Data set", "Folder", "Pictures", "Classes", "How to get it; terms", *(["There"] if root else [])]
     sys.stdout.write(tabulate(rows, headers=headers, disable_numparse=True) + "\n")
+    return 0
+
+
+def _sample(name: str) -> int:
+    """Write some of the embedded pictures, a folder for each class."""
+    from promptmix.data.datasets.emoji import SAMPLE, write_sample
+
+    if not name:
+        raise UserError("data sample: name the folder that the pictures shall be written to")
+    count = write_sample(Path(name))
+    sys.stdout.write(f"{count} pictures of {len(SAMPLE)} classes in {harmless(name)} (OpenMoji, CC BY-SA 4.0)\n")
     return 0
 
 

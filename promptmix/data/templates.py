@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 #: The 80 templates of OpenAI's ImageNet ensemble, in their order.
 IMAGENET_80: tuple[str, ...] = (
     "a bad photo of a {}.",
@@ -100,3 +102,20 @@ IMAGENET_7: tuple[str, ...] = (
     "art of the {}.",
     "a photo of the small {}.",
 )
+
+#: Groups of similar ones among the 80, for pictures whose data set brings none: a mixture's experts start from the first of each.
+GENERAL_GROUPS: tuple[tuple[str, ...], ...] = (
+    ("a photo of a {}.", "a photo of the {}.", "a photo of one {}.", "a photo of my {}."),
+    ("a good photo of a {}.", "a bright photo of a {}.", "a photo of a clean {}.", "a photo of a nice {}."),
+    ("a bad photo of a {}.", "a blurry photo of a {}.", "a dark photo of the {}.", "a low resolution photo of a {}."),
+    ("a close-up photo of a {}.", "a cropped photo of a {}.", "a photo of a large {}.", "a photo of a small {}."),
+    ("a drawing of a {}.", "a painting of a {}.", "a sketch of a {}.", "a cartoon {}."),
+)
+
+
+def groups_of(templates: Sequence[str]) -> list[list[str]]:
+    """Return groups for templates that came without: each its own where there are several, else the general ones behind it."""
+    if len(templates) > 1:
+        return [[template] for template in templates]
+    general = [list(group) for group in GENERAL_GROUPS]
+    return general if templates[0] == general[0][0] else [[templates[0]], *general]

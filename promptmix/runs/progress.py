@@ -44,8 +44,12 @@ class Lines(Watcher):
 
     def begin(self, job: Job, part: Part) -> None:
         """Name the run."""
+        self.next(f"{job.name} {part.name}")
+
+    def next(self, name: str) -> None:
+        """Begin the line of another run."""
         self._done += 1
-        self._line = f"[{self._done}/{self._total}] {job.name} {part.name}"
+        self._line = f"[{self._done}/{self._total}] {name}"
         self._redraw("...")
 
     def epoch(self, trainer: Any) -> None:  # noqa: ANN401

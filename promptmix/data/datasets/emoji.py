@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from yacs.config import CfgNode
@@ -14,9 +16,11 @@ from promptmix.config.declare import Setting, declare
 from promptmix.data.base import DatasetBase
 from promptmix.data.datum import Datum
 from promptmix.data.fewshot import say_fewer, subsample_classes
+from promptmix.data.reading.images import open_member
 from promptmix.errors import ConfigError
 from promptmix.hookspecs import hookimpl
 from promptmix.registry import Registry
+from promptmix.utils import atomic_write
 
 STYLES = ("openmoji_color", "openmoji_black", "fluent_3d", "fluent_high_contrast")
 
@@ -28,6 +32,9 @@ TEMPLATE_GROUPS = (
     ("an outline of a {}.", "a sketch of a {}.", "a black and white drawing of a {}."),
     ("a picture of a {}.", "an image of a {}."),
 )
+
+#: Classes that `promptmix data sample` writes.
+SAMPLE = ("bird", "building", "clock", "clothing", "fruit", "mammal", "tool", "vehicle")
 
 _CONCEPT_SEED = 41  # which concepts EmojiConcepts takes when it does not take all: the same ones for every run
 
@@ -84,6 +91,30 @@ class _EmojiBase(DatasetBase):
             for label, name in enumerate(classes)
             for hexcode in members[name]
         ]
+
+
+def write_sample(folder: Path, families: Sequence[str] = SAMPLE, style: str = "openmoji_color") -> int:
+    """Write embedded pictures as files, a folder for each class, to try with what reads your own; return how many.
+
+    Args:
+        folder: is made; a picture that is there already stays.
+        families: names of classes of ``EmojiFamilies``.
+        style: of the pictures.
+
+    Raises:
+        OutputError: they can't be written.
+    """
+    split, written = _read("families_split.json"), 0
+    pack = asset_path(f"emoji/{style}.zip")
+    for name in families:
+        for code in sorted(code for part in split.values() if isinstance(part, dict) for code in part.get(name, ())):
+            picture, file = f"{pack}::{code}.webp", folder / name / f"{code}.webp"
+            if not file.exists():
+                with open_member(picture) as member:
+                    content = member.read()
+                atomic_write(file, partial(Path.write_bytes, data=content))
+            written += 1
+    return written
 
 
 def _in_order(names: Sequence[str], cfg: CfgNode) -> list[str]:

@@ -20,6 +20,7 @@ from promptmix.data.base import require_folder
 from promptmix.data.datasets.readers import read_classnames, shuffled_split
 from promptmix.data.datum import Datum
 from promptmix.data.leaks import alike, find_leaks
+from promptmix.data.templates import groups_of
 from promptmix.errors import ConfigError, DataError
 from promptmix.hookspecs import hookimpl
 from promptmix.registry import Registry
@@ -59,6 +60,7 @@ class _Own(AssembledDataset):
                 raise DataError(f"{ascii(path)}: the name of its class or domain is not UTF-8 text; rename the folder")
         self.domains = sorted({domain for _, domain, _, _ in found})
         self.templates = list(node.TEMPLATES)
+        self.template_groups = groups_of(self.templates)
         labels = {label: number for number, label in enumerate(_in_order({label for _, _, label, _ in found}))}
 
         def datum(entry: Found) -> Datum:

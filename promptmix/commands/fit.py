@@ -1,0 +1,116 @@
+"""``promptmix fit PICTURES``: train on your own pictures, with everything else chosen, and say what was chosen."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from promptmix.commands.train import split_arguments
+from promptmix.errors import UserError
+
+if TYPE_CHECKING:
+    from yacs.config import CfgNode
+
+    from promptmix.runs.fit import Wish
+    from promptmix.runs.progress import Lines
+    from promptmix.runs.results import RunResult
+
+__all__ = ["add_arguments", "run", "split_arguments"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags."""
+    add = parser.add_argument
+    add("pictures", metavar="PICTURES", help="a folder with a folder for each class, or a CSV file with path,label[,split]")
+    add("--trainer", default="CoOp", metavar="NAME", help="method; default: CoOp")
+    add("--backbone", default="", metavar="NAME", help="CLIP model, such as ViT-B/16; default: the embedded one")
+    add("--weights", default="", metavar="FILE", help="file of the backbone's weights, in place of a download")
+    add("--shots", default="all", metavar="N", help="training pictures per class; default: all")
+    add("--template", action="append", default=[], metavar="TEXT", help='"a photo of a {}."; may be repeated')
+    add("--seed", type=int, default=1, help="default: 1")
+    add("--output-dir", default="", metavar="DIR", help="runs go to DIR/TRAINER; default: output/<name of the pictures>")
+    add("--no-baseline", action="store_true", help="leave out the zero-shot model that the prompts are compared with")
+    add("--device", choices=("auto", "cpu", "cuda"), default="", help="where to compute")
+    add("--plugin", action="append", default=[], metavar="MODULE|FILE", help="load a plugin; may be repeated")
+    add("opts", nargs="*", metavar="KEY VALUE", help="config overrides at the end (OPTIM.MAX_EPOCH 5)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, test and print the table.
+
+    Raises:
+        UserError: something that can't be done; nothing is left behind then.
+    """
+    from promptmix.runs import fit
+    from promptmix.runs.progress import Lines
+    from promptmix.tables import tables
+
+    wish = fit.Wish(
+        args.pictures,
+        args.trainer,
+        args.backbone,
+        args.weights,
+        tuple(args.template),
+        _shots(args.shots),
+        args.seed,
+        args.output_dir,
+        args.device,
+        tuple(args.plugin),
+        tuple(args.opts),
+    )
+    cfg = fit.config_of(wish)
+    jobs = [cfg] if args.no_baseline or args.trainer == fit.BASELINE else [cfg, fit.baseline_of(cfg, wish)]
+    started, command = time.monotonic(), ["promptmix", *args.argv]
+    progress = Lines(total=len(jobs))
+    try:
+        done = [_run(job, wish, progress, command) for job in jobs]
+    finally:
+        progress.close()
+    rows, metrics, _ = tables.aggregate(done)
+    write = sys.stdout.write
+    write(f"\n{tables.render(rows, metrics, 'github', sort='test')}\n")
+    write(f"\n{time.monotonic() - started:.0f} s. Next:\n" + "".join(f"  {line}\n" for line in fit.what_next(cfg, wish)))
+    return 0
+
+
+def _shots(text: str) -> int:
+    if text == "all":
+        return -1
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"--shots is {text!r}; give a number of pictures from 1 on, or all")
+    return int(text)
+
+
+def _run(cfg: CfgNode, wish: Wish, progress: Lines, command: list[str]) -> RunResult:
+    """Run one config, unless it has finished before; the first says what was chosen."""
+    from promptmix.engine import build_trainer
+    from promptmix.runs import fit
+    from promptmix.runs.run import finished
+    from promptmix.runs.run import run as run_one
+
+    out = sys.stdout
+    trained = wish.trainer == cfg.TRAINER.NAME
+
+    def build(cfg: CfgNode) -> Any:  # noqa: ANN401  (a trainer with Dassl's interface)
+        trainer: Any = build_trainer(cfg)
+        if trained:
+            for word, line in fit.defaults(cfg, trainer.dm.dataset, wish):
+                out.write(f"  {word:<9}  {line}\n")
+            out.flush()
+        progress.next(cfg.TRAINER.NAME)
+        return trainer
+
+    before = finished(cfg)
+    if before is not None:
+        progress.next(cfg.TRAINER.NAME)
+        progress.end(before, skipped=True)
+        if trained:
+            out.write(f"  note: pictures that changed since are not looked at; remove {cfg.OUTPUT_DIR} to train anew\n")
+        return before
+    with fit.warnings_to(out) if trained else fit.warnings_to(sys.stderr):
+        labels = {"title": wish.name}
+        result = run_one(cfg, quiet=True, build=build, on_epoch=progress.epoch, command=command, labels=labels)
+    progress.end(result, skipped=False)
+    return result
