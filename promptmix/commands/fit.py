@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 import time
 from typing import TYPE_CHECKING, Any
 
+from promptmix.commands import COMMANDS
 from promptmix.commands.train import split_arguments
 from promptmix.errors import UserError
 
@@ -71,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     rows, metrics, _ = tables.aggregate(done)
     write = sys.stdout.write
     write(f"\n{tables.render(rows, metrics, 'github', sort='test')}\n")
-    write(f"\n{time.monotonic() - started:.0f} s. Next:\n" + "".join(f"  {line}\n" for line in fit.what_next(cfg, wish)))
+    write(f"\n{time.monotonic() - started:.0f} s. Next:\n" + "".join(f"  {line}\n" for line in _what_next(cfg, wish)))
     return 0
 
 
@@ -114,3 +116,17 @@ def _run(cfg: CfgNode, wish: Wish, progress: Lines, command: list[str]) -> RunRe
         result = run_one(cfg, quiet=True, build=build, on_epoch=progress.epoch, command=command, labels=labels)
     progress.end(result, skipped=False)
     return result
+
+
+def _what_next(cfg: CfgNode, wish: Wish) -> list[str]:
+    """Return the commands that make use of the run, as far as this promptmix has them."""
+    run = shlex.quote(str(cfg.OUTPUT_DIR))
+    weights = f" --weights {shlex.quote(cfg.MODEL.BACKBONE.WEIGHTS)}" if cfg.MODEL.BACKBONE.WEIGHTS else ""
+    lines = {
+        "predict": f"promptmix predict --model-dir {run}{weights} {shlex.quote(wish.pictures)}",
+        "eval": f"promptmix eval {run}{weights} --on OTHER_PICTURES",
+        "report": f"promptmix report {run}",
+        "export": f"promptmix export {run}{weights} --format npz",
+    }
+    again = f"promptmix fit {shlex.quote(wish.pictures)} --trainer MoCoOp"
+    return [line for name, line in lines.items() if name in COMMANDS] + [again] * (wish.trainer != "MoCoOp")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import shlex
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -236,22 +235,6 @@ def _templates(dataset: Any, groups: Any) -> str:  # noqa: ANN401
 def _some(names: list[str], most: int = 5) -> str:
     shown = ", ".join(harmless(name) for name in names[:most])
     return f"{shown}, ..." if len(names) > most else shown
-
-
-def what_next(cfg: CfgNode, wish: Wish) -> list[str]:
-    """Return the commands that make use of the run, as far as this promptmix has them."""
-    from promptmix.commands import COMMANDS
-
-    run = shlex.quote(str(cfg.OUTPUT_DIR))
-    weights = f" --weights {shlex.quote(cfg.MODEL.BACKBONE.WEIGHTS)}" if cfg.MODEL.BACKBONE.WEIGHTS else ""
-    lines = {
-        "predict": f"promptmix predict --model-dir {run}{weights} {shlex.quote(wish.pictures)}",
-        "eval": f"promptmix eval {run}{weights} --on OTHER_PICTURES",
-        "report": f"promptmix report {run}",
-        "export": f"promptmix export {run}{weights} --format npz",
-    }
-    again = f"promptmix fit {shlex.quote(wish.pictures)} --trainer MoCoOp"
-    return [line for name, line in lines.items() if name in COMMANDS] + [again] * (wish.trainer != "MoCoOp")
 
 
 @contextlib.contextmanager
