@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
 import subprocess
 import sys
@@ -40,6 +41,17 @@ def test_the_plugin_of_the_page_routes(tmp_path):
     flags = ["train", "--plugin", str(file), "--trainer", "MoCoOp", "--output-dir", str(tmp_path / "out")]
     assert main([*flags, *QUICK, "ROUTER.NAME", "First"]) == 0
     assert "First" in ROUTER_REGISTRY
+
+
+def test_the_notebook_runs(tmp_path):
+    """Its cells in order, as a kernel runs them; the last one's pictures are a cat, told from a bus and a flower."""
+    cells = json.loads((ROOT / "docs" / "quickstart.ipynb").read_text(encoding="utf-8"))["cells"]
+    program = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    first, prediction = done.stdout.splitlines()
+    assert first.startswith("MoCoOp ")
+    assert "'cat'" in prediction
 
 
 def test_the_stable_names_are_there():
