@@ -101,7 +101,9 @@ def _method(name: str) -> str:
     configs = [f"configs/trainers/{name}/{path.name}" for path in sorted(folder.glob("*.yaml"))]
     own = [row for row in _keys("") if row[0].startswith(f"TRAINER.{name.upper()}.")]
     keys = _table(own) if own else "None of its own."
-    example = f"promptmix train --trainer {name} --config-file configs/trainers/{name}/tiny.yaml --seed 1 --output-dir output/{name}"
+    example = (
+        f"promptmix train --trainer {name} --config-file configs/trainers/{name}/tiny.yaml --seed 1 --output-dir output/{name}"
+    )
     parts = [f"# {heading}", rest, "## Settings", keys, "## Configs", "\n".join(f"- `{path}`" for path in configs) or "None."]
     return "\n\n".join([*parts, "## Try it", f"```bash\n{example}\n```"]) + "\n"
 
