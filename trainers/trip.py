@@ -37,7 +37,7 @@ from promptmix.errors import ConfigError
 from promptmix.prompts.context import initial_context
 from promptmix.prompts.learner import LossTerms, PromptLearner
 from promptmix.prompts.roles import Task
-from promptmix.prompts.step import Step
+from promptmix.prompts.step import Routing, Step
 from promptmix.prompts.trainer import PromptTrainer
 from promptmix.registry import Registry
 
@@ -150,6 +150,11 @@ class TokenMixture(PromptLearner):
     def classifier(self) -> None:
         """Return nothing: prompts depend on the picture."""
         return
+
+    def routing(self, image_features: Tensor, classifier: None) -> Routing:
+        """Return the experts' weights in evaluation, by which their prompts are mixed."""
+        weights, experts = image_features[:, -len(self.bank) :].sort(dim=1, descending=True)
+        return Routing(experts, weights, image_features[:, -len(self.bank) :].clamp_min(1e-12).log())
 
     def logits(self, image_features: Tensor, classifier: None) -> Tensor:
         """Return class scores (B, C)."""

@@ -24,6 +24,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--ci95", action="store_true", help="half a 95%% t-interval in place of the population deviation")
     parser.add_argument("--published", action="store_true", help="add the papers' numbers and the difference, where they compare")
+    parser.add_argument(
+        "--compare",
+        nargs="?",
+        const="",
+        metavar="METHOD",
+        help="also paired tests of every pair of methods, or of METHOD against each other one (csv, json: these alone)",
+    )
     parser.add_argument("--cost", action="store_true", help="add learned parameters and seconds of training")
     parser.add_argument("--plot", default="", metavar="DIR", help="also draw curves over shots, base against new, and bars")
 
@@ -50,7 +57,16 @@ def run(args: argparse.Namespace) -> int:
         from promptmix.tables import plots
 
         notes += [f"plot: {path}" for path in plots.write(rows, metrics[0], Path(args.plot))]
-    sys.stdout.write(tables.render(rows, metrics, args.format, args.sort, args.cost) + "\n")
+    text = [tables.render(rows, metrics, args.format, args.sort, args.cost)]
+    if args.compare is not None:
+        from promptmix.tables import paired
+
+        if args.split != "test":
+            raise UserError(f"--compare: predictions are kept of the test split, not of {args.split}; leave one of the two out")
+        comparisons, more = paired.compare(rows, args.compare)
+        text = [*(text if args.format not in ("csv", "json") else []), paired.render(comparisons, args.format)]
+        notes += more
+    sys.stdout.write("\n\n".join(text) + "\n")
     for note in [*unread, *notes]:
         sys.stderr.write(f"note: {harmless(note)}\n")
     return 0

@@ -193,6 +193,8 @@ def _add_training(cfg: CN) -> None:
     _key(cfg, "TEST.EVALUATOR", "Classification", "a name of the evaluator registry")
     _key(cfg, "TEST.PER_CLASS_RESULT", False, "also print every class")
     _key(cfg, "TEST.COMPUTE_CMAT", False, "also write the confusion matrix, cmat.pt")
+    comment = "ours: classes kept of each test picture in predictions.npz, most probable first; 0 = no such file"
+    _key(cfg, "TEST.PREDICTIONS", 5, comment, low=0, high=_MANY)
     _key(cfg, "TEST.NO_TEST", False, "True: no test after training")
     _key(cfg, "TEST.SPLIT", "test", "what is evaluated", choices=("test", "val"))
     comment = "which epoch is tested: the last, or the best on the validation part"

@@ -24,6 +24,7 @@ from promptmix.engine.log import progress
 from promptmix.engine.meters import AverageMeter, MetricMeter
 from promptmix.engine.precision import choose_device, clip_gradients
 from promptmix.engine.run_folder import BEST_FILE, RunFolder
+from promptmix.engine.samples import SampleKeeper
 from promptmix.errors import CheckpointError, ConfigError
 from promptmix.plugin_manager import get_plugin_manager
 from promptmix.registry import TRAINER_REGISTRY
@@ -70,6 +71,8 @@ class SimpleTrainer(TrainerBase):
         self.best_result = -float("inf")
         #: Random states that the first epoch began with.
         self.first_streams: Streams = {}
+        #: What the latest test said of each picture (see ``SampleKeeper.arrays``); empty where ``TEST.PREDICTIONS`` is 0.
+        self.samples: dict[str, Any] = {}
 
     def check_cfg(self, cfg: CfgNode) -> None:
         """Raise ``ConfigError`` for settings that this trainer can't work with."""
@@ -180,26 +183,37 @@ class SimpleTrainer(TrainerBase):
         else:
             split, loader = "test", self.test_loader
         get_logger().info("Evaluate on the *%s* set", split)
+        most = self.cfg.TEST.get("PREDICTIONS", 0) if split == "test" else 0  # a real Dassl's tree lacks it
+        keeper = SampleKeeper(most) if most else None
         with signals.listening():
             for batch in progress(loader, desc=f"evaluate {split}"):
                 signals.check()
                 inputs, label = self.parse_batch_test(batch)
-                self.score_batch(inputs, label)
+                scores = self.score_batch(inputs, label)
+                if keeper is not None:
+                    keeper.take(scores, label, batch.get("impath"), self.kept_beside_scores())
         results = self.evaluator.evaluate()
+        self.samples = {} if keeper is None else keeper.arrays(self.lab2cname)
         self.last_results[split] = results
         get_plugin_manager().hook.after_test(trainer=self, split=split, results=results)
         for name, value in results.items():
             self.write_scalar(f"{split}/{name}", value, self.epoch)
         return next(iter(results.values()))
 
-    def score_batch(self, inputs: torch.Tensor, labels: torch.Tensor) -> None:
-        """Give the evaluator what the model says of a batch."""
-        self.evaluator.process(self.model_inference(inputs), labels)
+    def score_batch(self, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Give the evaluator what the model says of a batch, and return the scores (B, C)."""
+        scores = self.model_inference(inputs)
+        self.evaluator.process(scores, labels)
+        return scores
 
     def model_inference(self, input: torch.Tensor) -> torch.Tensor:
         """Return the model's scores (B, C)."""
         scores: torch.Tensor = self.model(input)
         return scores
+
+    def kept_beside_scores(self) -> dict[str, torch.Tensor]:
+        """Return what ``predictions.npz`` keeps of the batch that ``model_inference`` saw last: tensors (B, ...) by name."""
+        return {}
 
     def model_update(self, names: Names = None) -> None:
         """Step the optimizers, gradients limited to ``TRAIN.CLIP_GRAD_NORM`` where it is set."""

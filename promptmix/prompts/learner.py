@@ -20,7 +20,7 @@ from promptmix.errors import ConfigError, PluginError
 from promptmix.prompts.heads import WeightedScores
 from promptmix.prompts.losses import CrossEntropy
 from promptmix.prompts.roles import IMAGE_LEVELS, Component, Head, Loss, LossSum, PromptBank, Router, Task, TextSupervision
-from promptmix.prompts.step import Step
+from promptmix.prompts.step import Routing, Step
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,10 @@ class PromptLearner(nn.Module, ABC):
 
     def base_scores(self, image_features: Tensor, classifier: Any) -> Tensor | None:  # noqa: ANN401
         """Return how much each picture looks like one of a base class (B,); None leaves it to the class scores."""
+        return None
+
+    def routing(self, image_features: Tensor, classifier: Any) -> Routing | None:  # noqa: ANN401
+        """Return which experts images go to in ``logits``, which takes the same arguments; None without a router."""
         return None
 
     def loss(self, step: Step) -> LossTerms:
@@ -256,6 +260,10 @@ class Learner(PromptLearner):
     def base_scores(self, image_features: Tensor, classifier: Tensor | None) -> Tensor | None:
         """Return what the head says of base and new pictures (B,), if it does."""
         return self.head.base_scores(Step(self, None, features=image_features, text=classifier))
+
+    def routing(self, image_features: Tensor, classifier: Tensor | None) -> Routing | None:
+        """Return which experts images go to; None without a router."""
+        return None if self.router is None else Step(self, None, features=image_features, text=classifier).routing
 
     def loss(self, step: Step) -> LossTerms:
         """Return the weighted sum of the losses for a batch."""

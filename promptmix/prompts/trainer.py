@@ -31,7 +31,7 @@ from promptmix.engine.resume import from_streams
 from promptmix.errors import CheckpointError, ConfigError, SettingError
 from promptmix.prompts.average import GaussianAverage
 from promptmix.prompts.learner import LossTerms, PromptLearner
-from promptmix.prompts.roles import LossSum, PromptBank, Task, build_component, build_losses
+from promptmix.prompts.roles import LossSum, PromptBank, Routing, Task, build_component, build_losses
 from promptmix.prompts.step import Step
 from promptmix.utils import count_num_param, get_logger
 
@@ -153,6 +153,7 @@ class PromptTrainer(TrainerX):
         log.info("Learned parameters: %s", f"{count_num_param(self.model):,}")
         self.approximations: list[str] = []  # for results.json
         self._classifier: Any = None
+        self._routing: Routing | None = None
         self._testing = False
         self.average: GaussianAverage | None = None
         if self.model.state_dict():
@@ -371,20 +372,27 @@ class PromptTrainer(TrainerX):
         finally:
             self._testing, self._classifier = False, None
 
-    def score_batch(self, inputs: Tensor, labels: Tensor) -> None:
+    def score_batch(self, inputs: Tensor, labels: Tensor) -> Tensor:
         """Give the evaluator the class scores and, where it ranks base against new pictures, the method's own base scores."""
         if not isinstance(self.evaluator, OpenWorld):
-            super().score_batch(inputs, labels)
-            return
+            return super().score_batch(inputs, labels)
         with self.precision.autocast():
             features = self.encode_images(inputs)
         logits = self.model_inference(features)
         with self.precision.autocast():
             self.evaluator.process(logits, labels, self.model.base_scores(features, self._classifier))
+        return logits
 
     def model_inference(self, input: Tensor) -> Tensor:
         """Return class scores (B, C) in float32 for images (B, 3, S, S)."""
         with self.precision.autocast():
             if self._classifier is None or not self._testing:
                 self._classifier = self.model.classifier()
-            return self.model.logits(self.encode_images(input), self._classifier).float()
+            features = self.encode_images(input)
+            self._routing = self.model.routing(features, self._classifier) if self._testing else None
+            return self.model.logits(features, self._classifier).float()
+
+    def kept_beside_scores(self) -> dict[str, Tensor]:
+        """Return the routing of the last batch: ``expert`` and ``expert_weight`` (B, K), ``router_logit`` (B, E)."""
+        found = self._routing
+        return {} if found is None else {"expert": found.experts, "expert_weight": found.weights, "router_logit": found.logits}

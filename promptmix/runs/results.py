@@ -63,6 +63,7 @@ NOT_A_SETTING = {
     "TEST.COMPUTE_CMAT",
     "TEST.EVALUATOR",
     "TEST.PER_CLASS_RESULT",
+    "TEST.PREDICTIONS",
     "TEST.SPLIT",
     "TRAIN.CHECKPOINT_FREQ",
     "TRAIN.PRINT_FREQ",
@@ -100,6 +101,7 @@ class RunResult:
         vocabulary: the data set's words: ``classnames``, ``all_classnames``, ``templates``, ``template_groups``.
         approximations: what this run did otherwise than the method says, to save time; empty = nothing.
         learned_parameters: number of scalars that the optimisers may change.
+        files: what else the run left of its test, by file name: SHA-256 of its bytes.
         protocol: the protocol of ``promptmix run`` that this run is part of; "" = by itself.
         title: what tables call the data set; "" = ``dataset``.
         trained_on: what tables call the data set that the evaluated prompts come from, where it is another one.
@@ -128,6 +130,7 @@ class RunResult:
     approximations: list[str] = field(default_factory=list)
     learned_parameters: int | None = None
     vocabulary: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
     protocol: str = ""
     title: str = ""
     trained_on: str = ""

@@ -24,7 +24,7 @@ from promptmix.errors import CheckpointError, ConfigError, UserError
 from promptmix.hookspecs import hookimpl
 from promptmix.plugin_manager import get_plugin_manager
 from promptmix.registry import TRAINER_REGISTRY
-from promptmix.runs import results
+from promptmix.runs import results, samples
 from promptmix.runs.from_run import take_from_run
 from promptmix.runs.output import Output
 from promptmix.runs.results import CONFIG_NAME, FILE_NAME, RunResult, plain
@@ -151,6 +151,7 @@ def running(
             result.approximations.append(f"RESUME: goes on from {cfg.RESUME}, whose settings are not known")
         elif getattr(trainer, "start_epoch", 0) and not getattr(trainer, "resumed_exactly", True):
             result.approximations.append(f"resumed at epoch {trainer.start_epoch} without the random states of that moment")
+        result.files = samples.keep(trainer, folder.path, cfg.DATASET.ROOT)
         get_logger().info("Results: %s", result.save(cfg.OUTPUT_DIR))
         folder.drop_progress()
 

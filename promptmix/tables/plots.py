@@ -15,7 +15,8 @@ from typing import Any
 
 from promptmix.errors import UserError
 from promptmix.files.text import harmless
-from promptmix.tables.tables import Cell, Row, spreads_in
+from promptmix.tables.rows import Cell, Row
+from promptmix.tables.tables import spreads_in
 
 #: Okabe and Ito's colours, told apart with any colour vision and in grey; with the markers, 40 methods differ.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#999999")

@@ -1,0 +1,79 @@
+"""The lines of a table and their cells."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from promptmix.runs.results import RunResult
+from promptmix.tables.spread import STD
+
+__all__ = ["Cell", "Row"]
+
+
+@dataclass
+class Cell:
+    """One number of a table.
+
+    Attributes:
+        mean: over the seeds.
+        spread: what stands behind its ±; None = there is none (an interval of one seed).
+        count: number of seeds.
+        spread_is: what kind of spread it is, in words.
+    """
+
+    mean: float
+    spread: float | None
+    count: int
+    spread_is: str = STD
+
+    @property
+    def bar(self) -> float:
+        """Half the length of an error bar; 0 where there is no spread."""
+        return self.spread or 0.0
+
+    def __str__(self) -> str:
+        return f"{self.mean:.2f} ± {self.bar:.2f}" if self.count > 1 else f"{self.mean:.2f}"
+
+
+@dataclass
+class Row:
+    """One line of a table: the runs of one method on one data set, protocol and setting.
+
+    Attributes:
+        method: trainer name.
+        dataset: data set name, with its domains where it has any, and the data set that the prompts were trained on.
+        protocol: ``base to new``, ``all classes``, ``cross data set`` or ``domain generalization``.
+        shots: training pictures per class, ``all`` below 1.
+        backbone: backbone name.
+        settings: keys in which this row's configs differ from its neighbours', empty where there is one setting only.
+        started: start of the earliest run.
+        seeds: seeds that stand in any cell.
+        cells: (metric, part) to number; parts are ``base``, ``new``, ``h`` or ``test``.
+        values: (metric, part) to the number of each seed.
+        trained_on: data set that the prompts were trained on, where this row is a target of a protocol.
+        averages: data sets that this row is the average of; empty for a row of one data set.
+        published: part to the number in the papers, in accuracy (see ``promptmix.tables.published``).
+        origin: where the published numbers were read.
+        learned: number of learned parameters.
+        train_seconds: seconds of training, over the runs that trained.
+        runs: ``base``, ``new`` or ``test`` to the run of each seed.
+    """
+
+    method: str
+    dataset: str
+    protocol: str
+    shots: str
+    backbone: str
+    settings: str
+    started: str = ""
+    seeds: list[int] = field(default_factory=list)
+    cells: dict[tuple[str, str], Cell] = field(default_factory=dict)
+    values: dict[tuple[str, str], dict[Any, float]] = field(default_factory=dict)
+    trained_on: str = ""
+    averages: tuple[str, ...] = ()
+    published: dict[str, float] = field(default_factory=dict)
+    origin: str = ""
+    learned: int | None = None
+    train_seconds: Cell | None = None
+    runs: dict[str, dict[Any, RunResult]] = field(default_factory=dict)
