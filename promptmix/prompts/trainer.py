@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -32,6 +32,7 @@ from promptmix.errors import CheckpointError, ConfigError, SettingError
 from promptmix.prompts.average import GaussianAverage
 from promptmix.prompts.learner import LossTerms, PromptLearner
 from promptmix.prompts.roles import LossSum, PromptBank, Routing, Task, build_component, build_losses
+from promptmix.prompts.stages import Stage, Stages
 from promptmix.prompts.step import Step
 from promptmix.utils import count_num_param, get_logger
 
@@ -123,6 +124,10 @@ class PromptTrainer(TrainerX):
             optim.MAX_EPOCH *= max(len(self.train_loader_x or ()), 1)
         return build_lr_scheduler(optimizer, optim)
 
+    def build_stages(self, model: PromptLearner) -> Sequence[Stage]:
+        """Return the stages of training, for methods that train one thing after another; () has all learn all along."""
+        return ()
+
     def weight_average(self, model: PromptLearner) -> GaussianAverage | None:
         """Return the average over epochs that is deployed after the last; None deploys the last weights."""
         return None
@@ -152,6 +157,7 @@ class PromptTrainer(TrainerX):
             load_pretrained_weights(self.model, cfg.MODEL.INIT_WEIGHTS)
         log.info("Learned parameters: %s", f"{count_num_param(self.model):,}")
         self.approximations: list[str] = []  # for results.json
+        self.stages = Stages(self.build_stages(self.model), self.max_epoch * len(self.train_loader_x or ()))
         self._classifier: Any = None
         self._routing: Routing | None = None
         self._testing = False
@@ -307,6 +313,7 @@ class PromptTrainer(TrainerX):
         """
         images, labels = self.parse_batch_train(batch)
         with self.precision.autocast():
+            self.stages.turn_to(self.epoch * self.num_batches + self.batch_idx)
             terms = self.model.loss(self.model.step(images, labels))
         optimizers = [optim for optim in self._optims.values() if optim is not None]
         self.precision.backward_and_update(

@@ -125,10 +125,11 @@ def toy_trainer(room: Path, trainer: str, *opts: object, classes: str = "base", 
     return build_trainer(cfg)
 
 
-def first_step(trainer) -> dict[str, torch.Tensor]:
-    """Learn from the first batch; the gradients stay where they are."""
+def first_step(trainer, stage: int = 0) -> dict[str, torch.Tensor]:
+    """Learn from the first batch of a stage; the gradients stay where they are."""
     trainer.set_model_mode("train")
-    trainer.epoch, trainer.batch_idx, trainer.num_batches = 0, 0, 2
+    trainer.num_batches = len(trainer.train_loader_x)
+    trainer.epoch, trainer.batch_idx = divmod(trainer.stages.bounds[stage], trainer.num_batches)
     return trainer.forward_backward(next(iter(trainer.train_loader_x)))
 
 
