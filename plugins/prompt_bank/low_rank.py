@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -15,15 +15,17 @@ from promptmix.clip import ImageTower, Weights
 from promptmix.clip.weights import Branch
 from promptmix.config.declare import Setting
 from promptmix.errors import ConfigError
-from promptmix.prompts.roles import PromptBank, Task
+from promptmix.prompts.changed import ENCODERS, ChangedTowers
+from promptmix.prompts.roles import Task
 from promptmix.registry import Registry
 
-ENCODERS = ("text", "vision", "both")
 POSITIONS = ("all", "top1", "top3", "bottom", "mid", "up", "half-up", "half-bottom")
+#: What the learned tensors call a tower.
+_IN_NAMES = {"text": "text", "image": "visual"}
 MATRICES = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "out_proj"}
 
 
-class LowRank(PromptBank):
+class LowRank(ChangedTowers):
     """W + s B A for the query, key and value matrices of chosen layers, s = alpha / sqrt(r); dropout in front of A in training.
 
     Args:
@@ -40,7 +42,7 @@ class LowRank(PromptBank):
     def __init__(
         self,
         task: Task,
-        encoder: Annotated[str, Setting("which tower is changed", choices=ENCODERS)] = "both",
+        encoder: Annotated[str, Setting("which tower is changed", choices=tuple(ENCODERS))] = "both",
         position: Annotated[str, Setting("which of its layers", choices=POSITIONS)] = "all",
         params: Annotated[str, Setting("which matrices of the attention: letters of qkvo")] = "qkv",
         r: Annotated[int, Setting("rank", low=1)] = 2,
@@ -48,16 +50,13 @@ class LowRank(PromptBank):
         dropout: Annotated[float, Setting("dropout in front of A", low=0, below=1)] = 0.25,
         templates: Annotated[Sequence[str], Setting("the hand-written prompt; () = the data set's first")] = (),
     ) -> None:
-        super().__init__()
+        super().__init__(task, encoder, templates)
         if not params or set(params) - set(MATRICES):
             raise ConfigError(f"PARAMS is {params!r}, but must be letters of qkvo, such as qkv")
-        self.task, self.template = task, (tuple(templates) or task.templates[:1])[0]
         self.alpha, self.dropout = alpha / math.sqrt(r), dropout
-        self.towers = {"text": ("text",), "vision": ("visual",), "both": ("text", "visual")}[encoder]
         self.factors = nn.ParameterDict()
-        for tower, module in (("text", task.clip.text), ("visual", task.clip.image)):
-            if tower not in self.towers:
-                continue
+        for name in self.towers:
+            tower, module = _IN_NAMES[name], getattr(task.clip, name)
             depth = _depth(module, task) if isinstance(module, ImageTower) else len(module.blocks)
             for layer in layers_of(position, depth):
                 for letter in params:
@@ -66,23 +65,13 @@ class LowRank(PromptBank):
                     self.factors[f"{tower}_{layer}_{letter}_A"] = nn.Parameter(down)
                     self.factors[f"{tower}_{layer}_{letter}_B"] = nn.Parameter(torch.zeros(module.width, r))
 
-    @property
-    def num_experts(self) -> int:
-        """Always 1."""
-        return 1
-
-    @property
-    def image_is_frozen(self) -> bool:
-        """Whether only the text tower is changed."""
-        return "visual" not in self.towers
-
     def weights(self, tower: str) -> Weights:
-        """Return the changes of ``text`` or ``visual``: added to the weights, or as branches where dropout is at work."""
+        """Return the changes of ``text`` or ``image``: added to the weights, or as branches where dropout is at work."""
         found: dict[str, Tensor | Branch] = {}
-        prefix = "visual." if tower == "visual" else ""
+        prefix = "visual." if tower == "image" else ""
         for name, down in self.factors.items():
             owner, layer, letter, side = name.split("_")
-            if owner != tower or side != "A":
+            if owner != _IN_NAMES[tower] or side != "A":
                 continue
             up = self.factors[f"{owner}_{layer}_{letter}_B"]
             key = f"{prefix}transformer.resblocks.{layer}.attn.{MATRICES[letter]}.weight"
@@ -92,21 +81,6 @@ class LowRank(PromptBank):
 
     def _branch(self, down: Tensor, up: Tensor) -> Branch:
         return lambda x: self.alpha * F.dropout(x, self.dropout) @ down.T.to(x.dtype) @ up.T.to(x.dtype)
-
-    def image_changes(self) -> dict[str, Any]:
-        """Return the changed weights of the image tower."""
-        return {} if self.image_is_frozen else {"weights": self.weights("visual")}
-
-    def forward(self, names: Sequence[str], image_features: Tensor | None = None, *, full_stop: bool | None = None) -> Tensor:
-        """Return normalised text features (1, C, D)."""
-        if "text" not in self.towers:
-            return self.references(names)
-        tower = self.task.clip.text
-        return F.normalize(tower(tower.compose_text(self.template, names), weights=self.weights("text")), dim=-1)
-
-    def references(self, names: Sequence[str]) -> Tensor:
-        """Return the hand-written prompt's features (1, C, D) through the unchanged tower."""
-        return self.task.clip.hard_features([self.template], names)
 
 
 def layers_of(position: str, depth: int) -> list[int]:

@@ -5,23 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from promptmix import hookimpl
 from promptmix.clip import ImageTower, Weights
 from promptmix.config.declare import Setting
 from promptmix.errors import ConfigError, SettingError
-from promptmix.prompts.roles import PromptBank, Task
+from promptmix.prompts.changed import ENCODERS, ChangedTowers
+from promptmix.prompts.roles import Task
 from promptmix.registry import Registry
 
-ENCODERS = ("text", "vision", "both")
 TENSORS = ("norms", "biases", "all")
 #: Where a tower ends: what stands behind its blocks, by the first part of a name (CLIP's own towers, timm's).
 _BEHIND = ("ln_post", "ln_final", "proj", "text_projection", "norm", "fc_norm", "head", "attn_pool")
 
 
-class TunedTowers(PromptBank):
+class TunedTowers(ChangedTowers):
     """Chosen tensors of the towers, with the values that training gives them, in front of a hand-written prompt.
 
     ``norms`` are weights and biases of the layer norms inside the blocks; ``biases`` those of every module that has one (norms,
@@ -41,32 +40,19 @@ class TunedTowers(PromptBank):
         self,
         task: Task,
         tensors: Annotated[str, Setting("what is learned", choices=TENSORS)] = "norms",
-        encoder: Annotated[str, Setting("which tower learns", choices=ENCODERS)] = "both",
+        encoder: Annotated[str, Setting("which tower learns", choices=tuple(ENCODERS))] = "both",
         vision_start: Annotated[int, Setting("first block of the image tower that learns, from 0", low=0)] = 0,
         text_start: Annotated[int, Setting("first block of the text tower that learns, from 0", low=0)] = 0,
         templates: Annotated[Sequence[str], Setting("the hand-written prompt; () = the data set's first")] = (),
     ) -> None:
-        super().__init__()
-        self.task, self.template = task, (tuple(templates) or task.templates[:1])[0]
-        self.towers = {"text": ("text",), "vision": ("image",), "both": ("text", "image")}[encoder]
+        super().__init__(task, encoder, templates)
         # By tower, names with slashes for dots, which a parameter's name can't have.
         self.values = nn.ModuleDict()
-        for name, start, setting in (("text", text_start, "text_start"), ("image", vision_start, "vision_start")):
-            if name in self.towers:
-                tower = getattr(task.clip, name)
-                chosen = _chosen(tower, tensors, start, task, setting)
-                copies = {key.replace(".", "/"): nn.Parameter(held.detach().clone()) for key, held in chosen}
-                self.values[name] = nn.ParameterDict(copies)
-
-    @property
-    def num_experts(self) -> int:
-        """Always 1."""
-        return 1
-
-    @property
-    def image_is_frozen(self) -> bool:
-        """Whether only the text tower learns."""
-        return "image" not in self.towers
+        starts = {"text": ("text_start", text_start), "image": ("vision_start", vision_start)}
+        for name in self.towers:
+            chosen = _chosen(getattr(task.clip, name), tensors, *starts[name], task)
+            copies = {key.replace(".", "/"): nn.Parameter(held.detach().clone()) for key, held in chosen}
+            self.values[name] = nn.ParameterDict(copies)
 
     def weights(self, tower: str) -> Weights:
         """Return how the learned values of ``text`` or ``image`` differ from the frozen ones, by their names in that tower."""
@@ -74,23 +60,8 @@ class TunedTowers(PromptBank):
         values = {name.replace("/", "."): value for name, value in self.values[tower].named_parameters()}
         return {name: value - held[name] for name, value in values.items()}
 
-    def image_changes(self) -> dict[str, Any]:
-        """Return the changed weights of the image tower."""
-        return {} if self.image_is_frozen else {"weights": self.weights("image")}
 
-    def forward(self, names: Sequence[str], image_features: Tensor | None = None, *, full_stop: bool | None = None) -> Tensor:
-        """Return normalised text features (1, C, D)."""
-        if "text" not in self.towers:
-            return self.references(names)
-        tower = self.task.clip.text
-        return F.normalize(tower(tower.compose_text(self.template, names), weights=self.weights("text")), dim=-1)
-
-    def references(self, names: Sequence[str]) -> Tensor:
-        """Return the hand-written prompt's features (1, C, D) through the unchanged tower."""
-        return self.task.clip.hard_features([self.template], names)
-
-
-def _chosen(tower: Any, tensors: str, start: int, task: Task, setting: str) -> Iterator[tuple[str, Tensor]]:  # noqa: ANN401
+def _chosen(tower: Any, tensors: str, setting: str, start: int, task: Task) -> Iterator[tuple[str, Tensor]]:  # noqa: ANN401
     """Yield the parameters of a tower, by name, that learn."""
     image = isinstance(tower, ImageTower)
     blocks = list(tower.layers.blocks if image else tower.blocks) if not image or tower.takes_prompts else []
