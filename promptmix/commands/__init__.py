@@ -11,6 +11,7 @@ COMMANDS: dict[str, str] = {
     "quickstart": "train and compare methods on the embedded pictures, offline",
     "fit": "train on your own pictures: one command, no config",
     "train": "train and test one method (all flags of CoOp's train.py)",
+    "eval": "test a run again, on its own data or on other data, with nothing retyped",
     "run": "a protocol over methods, data sets and seeds: few-shot, base-to-new, cross-dataset, domain-generalization",
     "sweep": "methods x data sets x seeds x protocols from one YAML file, on this machine, Ray or Slurm",
     "data": "list, check and download data sets",

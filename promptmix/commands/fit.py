@@ -89,8 +89,9 @@ def _run(cfg: CfgNode, wish: Wish, progress: Lines, command: list[str]) -> RunRe
     """Run one config, unless it has finished before; the first says what was chosen."""
     from promptmix.engine import build_trainer
     from promptmix.runs import fit
-    from promptmix.runs.run import finished
-    from promptmix.runs.run import run as run_one
+    from promptmix.runs.calibration import calibrate, in_words
+    from promptmix.runs.progress import warnings_to
+    from promptmix.runs.run import finished, running, train_or_test
 
     out = sys.stdout
     trained = wish.trainer == cfg.TRAINER.NAME
@@ -111,10 +112,15 @@ def _run(cfg: CfgNode, wish: Wish, progress: Lines, command: list[str]) -> RunRe
         if trained:
             out.write(f"  note: pictures that changed since are not looked at; remove {cfg.OUTPUT_DIR} to train anew\n")
         return before
-    with fit.warnings_to(out) if trained else fit.warnings_to(sys.stderr):
-        labels = {"title": wish.name}
-        result = run_one(cfg, quiet=True, build=build, on_epoch=progress.epoch, command=command, labels=labels)
+    with warnings_to(out) if trained else warnings_to(sys.stderr):
+        options: dict[str, Any] = {"quiet": True, "build": build, "on_epoch": progress.epoch, "command": command}
+        with running(cfg, labels={"title": wish.name}, plugins=wish.plugins, **options) as (trainer, result):
+            train_or_test(trainer)
+            calibratable = trained and trainer.val_loader is not None and hasattr(trainer, "scores")
+            found = calibrate(trainer, cfg.OUTPUT_DIR) if calibratable else None
     progress.end(result, skipped=False)
+    if found is not None:
+        out.write(f"  {in_words(found)}\n")
     return result
 
 

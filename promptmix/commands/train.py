@@ -7,7 +7,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from promptmix.config.flags import make_config
-from promptmix.errors import ConfigError
+from promptmix.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
     from yacs.config import CfgNode
@@ -44,6 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--transforms", nargs="+", metavar="NAME", help="augmentations")
     add("--config-file", default="", metavar="YAML", help="method's config; shipped ones are found from any folder")
     add("--dataset-config-file", default="", metavar="YAML", help="data set's config, merged before --config-file")
+    add(
+        "--from-run",
+        default="",
+        metavar="DIR",
+        help="config of an earlier run, in place of config files; it goes on, or is done again",
+    )
     add("--trainer", default="", help="name of the method, see `promptmix list trainers`")
     add("--backbone", default="", help="name of the CLIP model, see `promptmix list backbones`")
     add("--head", default="", help="name of a head (methods of Dassl)")
@@ -59,6 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--plugin", action="append", default=[], metavar="MODULE|FILE", help="load a plugin; may be repeated")
     add("--device", choices=("auto", "cpu", "cuda"), help="where to compute")
+    add("--threads", type=int, metavar="N", help="CPU threads; default: as PyTorch chooses")
     add("--quiet", action="store_true", help="print nothing but errors; log.txt has it all")
     add("--list", action="store_true", help="show what is registered, as `promptmix list` does")
     add("opts", nargs="*", metavar="KEY VALUE", help="config overrides at the end (OPTIM.MAX_EPOCH 5)")
@@ -121,7 +128,9 @@ def run(args: argparse.Namespace) -> int:
         "quiet": args.quiet,
         "arguments": {key: value for key, value in values.items() if key not in ("argv", "debug", "list", "quiet")},
         "command": ["promptmix", *args.argv],
+        "plugins": tuple(args.plugin),
     }
+    set_threads(args.threads)
     if args.coop_repo:
         from promptmix.config.flags import load_plugins
         from promptmix.dassl.checkout import run_checkout
@@ -130,12 +139,36 @@ def run(args: argparse.Namespace) -> int:
         run_checkout(args.coop_repo, args, **options)
         return 0
     flags = {flag: (key, values[flag[2:].replace("-", "_")]) for flag, key in FLAGS.items()}
-    cfg = make_config([args.dataset_config_file, args.config_file], flags, args.opts, args.plugin)
+    if args.from_run:
+        from promptmix.runs.from_run import read_config
+
+        _refuse_beside_run(args)
+        cfg = read_config(args.from_run, flags, args.opts, args.plugin, evaluates=args.eval_only)
+    else:
+        cfg = make_config([args.dataset_config_file, args.config_file], flags, args.opts, args.plugin)
     check_names(cfg)
     from promptmix.runs.run import run as run_one
 
     run_one(cfg, **options)
     return 0
+
+
+def _refuse_beside_run(args: argparse.Namespace) -> None:
+    """Refuse config files beside ``--from-run``, whose order would be anybody's guess."""
+    for flag, given in (("--config-file", args.config_file), ("--dataset-config-file", args.dataset_config_file)):
+        if given:
+            raise ConfigError(f"{flag} {given} beside --from-run {args.from_run}: leave one out; single keys go at the end")
+
+
+def set_threads(number: int | None) -> None:
+    """Set PyTorch's CPU threads, where a number is given."""
+    if number is None:
+        return
+    if number < 1:
+        raise UserError(f"--threads is {number}, but must be at least 1")
+    import torch
+
+    torch.set_num_threads(number)
 
 
 def check_names(cfg: CfgNode) -> None:

@@ -8,14 +8,12 @@ from pathlib import Path
 from yacs.config import CfgNode
 
 from promptmix.config.declare import all_defaults, shown
-from promptmix.config.tree import get_key, source_of
+from promptmix.config.tree import RECORDS, get_key, source_of
 from promptmix.errors import ConfigError
 from promptmix.files.places import is_own_place
 
 __all__ = ["PLACES", "RECORDS", "refuse_foreign_places"]
 
-#: What a run leaves behind that holds its config.
-RECORDS = ("run_config.yaml", "results.json")
 #: Keys that name files to open and folders to write to, and how a command line names each.
 PLACES = {
     "MODEL.BACKBONE.WEIGHTS": "MODEL.BACKBONE.WEIGHTS",

@@ -17,6 +17,8 @@ from promptmix.errors import ConfigError
 from promptmix.plugin_manager import TRIALS, get_plugin_manager
 from promptmix.registry import Registry, closest
 
+#: What a run leaves behind that holds its config. It states every key, so that a key at its default says nothing.
+RECORDS = ("run_config.yaml", "results.json")
 #: Files that build on each other; longer chains are circles.
 _MOST_BASES = 32
 
@@ -191,7 +193,8 @@ def _refuse_strangers(cfg: CN, group: str, *chosen: str) -> None:
         strangers = [key for key in keys if not key.startswith(own)]
         # A role's settings in a file belong to the trainer they are written beside, so any file may carry them.
         methods = {key.split(".")[1] for key in keys}
-        shared = source != "command line" and (len(strangers) < len(keys) or len(methods) > 1 or group != "TRAINER")
+        serves_several = len(strangers) < len(keys) or len(methods) > 1 or group != "TRAINER" or Path(source).name in RECORDS
+        shared = source != "command line" and serves_several
         if strangers and not shared:
             raise ConfigError(
                 f"{strangers[0]} (set by {source}) would be ignored: {cfg.TRAINER.NAME} reads "
@@ -233,7 +236,10 @@ def _set(cfg: CN, key: str, value: Any, source: str) -> None:  # noqa: ANN401
     old = node[leaf]
     if isinstance(old, CN):
         raise ConfigError(f"{source}: {key} is a group of keys ({', '.join(old)}), not a value; set one of them")
-    node[leaf] = _coerce(key, value, old, source)
+    new = _coerce(key, value, old, source)
+    if new == old and Path(source).name in RECORDS:
+        return
+    node[leaf] = new
     cfg.__dict__.setdefault("_sources", {})[key] = source
     cfg.__dict__.setdefault("_written", {}).setdefault(source, []).append(key)  # also what is overwritten later
 

@@ -372,10 +372,27 @@ class PromptTrainer(TrainerX):
 
     def test(self, split: str | None = None) -> float:
         """Evaluate, encoding the text side once."""
+        with self._evaluating(split):
+            return super().test(split)
+
+    @torch.no_grad()
+    def scores(self, split: str) -> tuple[Tensor, Tensor]:
+        """Return class scores (N, C) and labels (N,) of the part ``val`` or ``test``, in its order, on the CPU."""
+        self.set_model_mode("eval")
+        found: list[tuple[Tensor, Tensor]] = []
+        with self._evaluating(split):
+            for batch in self.val_loader if split == "val" and self.val_loader is not None else self.test_loader:
+                images, labels = self.parse_batch_test(batch)
+                found.append((self.model_inference(images).cpu(), labels.cpu()))
+        return torch.cat([scores for scores, _ in found]), torch.cat([labels for _, labels in found])
+
+    @contextmanager
+    def _evaluating(self, split: str | None) -> Iterator[None]:
+        """Encode the text side once, and read kept image features, in the context."""
         self._testing, self._classifier = True, None
         try:
             with self._features_of(split), explained(self):
-                return super().test(split)
+                yield
         finally:
             self._testing, self._classifier = False, None
 

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import os
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from promptmix.config.declare import all_keys
 from promptmix.config.flags import make_config
 from promptmix.errors import ConfigError, DataError
 from promptmix.files.text import harmless
-from promptmix.utils import get_logger
 
 if TYPE_CHECKING:
     from yacs.config import CfgNode
 
-__all__ = ["BASELINE", "Wish", "baseline_of", "config_of", "defaults", "recipe_of", "warnings_to"]
+__all__ = ["BASELINE", "Wish", "baseline_of", "config_of", "defaults", "recipe_of"]
 
 #: What the trained prompts are compared with.
 BASELINE = "ZeroshotCLIP"
@@ -235,20 +231,3 @@ def _templates(dataset: Any, groups: Any) -> str:  # noqa: ANN401
 def _some(names: list[str], most: int = 5) -> str:
     shown = ", ".join(harmless(name) for name in names[:most])
     return f"{shown}, ..." if len(names) > most else shown
-
-
-@contextlib.contextmanager
-def warnings_to(stream: TextIO) -> Iterator[None]:
-    """Show warnings on ``stream`` too, while a quiet run sends its lines to its log."""
-
-    def show(record: logging.LogRecord) -> bool:
-        if record.levelno >= logging.WARNING:
-            stream.write(f"  note: {harmless(record.getMessage())}\n")
-        return True
-
-    logger = get_logger()
-    logger.addFilter(show)
-    try:
-        yield
-    finally:
-        logger.removeFilter(show)

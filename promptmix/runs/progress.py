@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -26,6 +28,25 @@ def numbers(result: RunResult) -> str:
         return f"OpenworldAUC {shown['openworld_auc']:.1f}%"
     text = f"accuracy {shown['accuracy']:.1f}%" if "accuracy" in shown else "no test"
     return text + (f", class-balanced {shown['macro_accuracy']:.1f}%" if "macro_accuracy" in shown else "")
+
+
+@contextlib.contextmanager
+def warnings_to(stream: TextIO) -> Iterator[None]:
+    """Show warnings on ``stream`` too, while a quiet run sends its lines to its log."""
+
+    def show(record: logging.LogRecord) -> bool:
+        if record.levelno >= logging.WARNING:
+            stream.write(f"  note: {harmless(record.getMessage())}\n")
+        return True
+
+    from promptmix.utils import get_logger  # here, as progress of other processes needs no torch
+
+    logger = get_logger()
+    logger.addFilter(show)
+    try:
+        yield
+    finally:
+        logger.removeFilter(show)
 
 
 class Lines(Watcher):

@@ -371,7 +371,9 @@ def execute(job: Job, watcher: Watcher | None = None, command: Sequence[str] = (
                 options = {"eval_only": True, "model_dir": model_dir, "load_epoch": last}
                 if PROTOCOL_REGISTRY.get(job.protocol).targets is not None:
                     labels["trained_on"] = title(job.dataset)
-            result = run(cfg, quiet=True, on_epoch=watcher.epoch, command=list(command), labels=labels, **options)
+            result = run(
+                cfg, quiet=True, on_epoch=watcher.epoch, command=list(command), labels=labels, plugins=job.plugins, **options
+            )
             watcher.end(result, skipped=False)
             found.append(result)
     return found

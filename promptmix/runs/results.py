@@ -93,6 +93,7 @@ class RunResult:
         versions: python and the libraries that decide the numbers.
         commit: git commit of the checkout that the package lies in, with ``-dirty`` where files differ from it.
         command: the command line, without the interpreter.
+        replay: the command that does it again, bit for bit on the same machine with the same versions; empty where none can.
         checkpoint: folder and epoch that were evaluated, for evaluation-only runs.
         started: start of the run, ISO 8601 in UTC.
         finished: end of the run, ISO 8601 in UTC.
@@ -122,6 +123,7 @@ class RunResult:
     versions: dict[str, str] = field(default_factory=dict)
     commit: str | None = None
     command: list[str] = field(default_factory=list)
+    replay: list[str] = field(default_factory=list)
     checkpoint: dict[str, Any] | None = None
     started: str = ""
     finished: str = ""
@@ -233,7 +235,7 @@ def _check_types(result: RunResult) -> None:
         kind = {"checkpoint": dict, "learned_parameters": int, "commit": str}.get(entry.name, type(usual))
         if not optional and (not isinstance(value, kind) or isinstance(value, bool)):
             raise TypeError(f"{entry.name} is a {type(value).__name__}, not a {kind.__name__}")
-    for name in ("command", "source_domains", "target_domains", "approximations"):
+    for name in ("command", "replay", "source_domains", "target_domains", "approximations"):
         if not all(isinstance(item, str) for item in getattr(result, name)):
             raise TypeError(f"{name} holds something besides text")
     for split, numbers in result.metrics.items():

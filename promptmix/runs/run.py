@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from importlib.resources import files
@@ -25,7 +25,7 @@ from promptmix.hookspecs import hookimpl
 from promptmix.plugin_manager import get_plugin_manager
 from promptmix.registry import TRAINER_REGISTRY
 from promptmix.runs import results, samples
-from promptmix.runs.from_run import take_from_run
+from promptmix.runs.from_run import replay_of, take_from_run
 from promptmix.runs.output import Output
 from promptmix.runs.results import CONFIG_NAME, FILE_NAME, RunResult, plain
 from promptmix.utils import get_logger
@@ -51,11 +51,19 @@ def run(cfg: CN, *, eval_only: bool = False, no_train: bool = False, **options: 
     with running(cfg, eval_only=eval_only, no_train=no_train, **options) as (trainer, result):
         if no_train:
             pass
-        elif eval_only or has_nothing_to_train(trainer):
+        elif eval_only:
             trainer.test()
         else:
-            trainer.train()
+            train_or_test(trainer)
     return result
+
+
+def train_or_test(trainer: Any) -> None:  # noqa: ANN401  (a trainer with Dassl's interface)
+    """Train and test, or only test where there is nothing to train."""
+    if has_nothing_to_train(trainer):
+        trainer.test()
+    else:
+        trainer.train()
 
 
 @contextlib.contextmanager
@@ -75,6 +83,7 @@ def running(
     prints: bool = False,
     labels: dict[str, str] | None = None,
     new_classes: bool = False,
+    plugins: Sequence[str] = (),
 ) -> Iterator[tuple[Any, RunResult]]:
     """What stands around training and testing: checks, seed, log, building; the body trains, then ``results.json`` is written.
 
@@ -93,6 +102,7 @@ def running(
         prints: the log is whatever is printed, for programs that know no logger; trainers in Dassl's idiom always print.
         labels: ``protocol``, ``title`` and ``trained_on`` of the result, for tables.
         new_classes: what is trained will be evaluated on other classes too.
+        plugins: modules or files that were loaded for it.
 
     Yields:
         The trainer, and the result, whose numbers are there after the body.
@@ -152,6 +162,8 @@ def running(
         elif getattr(trainer, "start_epoch", 0) and not getattr(trainer, "resumed_exactly", True):
             result.approximations.append(f"resumed at epoch {trainer.start_epoch} without the random states of that moment")
         result.files = samples.keep(trainer, folder.path, cfg.DATASET.ROOT)
+        if (build is None or not prints) and not unknown and getattr(trainer, "resumed_exactly", True):
+            result.replay = replay_of(cfg, result.checkpoint, plugins)
         get_logger().info("Results: %s", result.save(cfg.OUTPUT_DIR))
         folder.drop_progress()
 
@@ -236,7 +248,16 @@ def _refuse_open_training(cfg: CN, trainer: Any, eval_only: bool) -> None:  # no
 
 
 def _refuse_choice_on_test(cfg: CN, trainer: Any) -> None:  # noqa: ANN401  (a trainer with Dassl's interface)
-    """Refuse to choose the best epoch on test pictures; where a benchmark's val part is its test part (ImageNet), say so."""
+    """Refuse to choose the best epoch on test pictures; where a benchmark's val part is its test part (ImageNet), say so.
+
+    Own pictures of which all are tested can't be trained on either.
+    """
+    own = getattr(getattr(trainer, "dm", None), "dataset", None)
+    if _count_learned(trainer) and getattr(own, "all_tested", False):
+        raise ConfigError(
+            f"DATASET.{cfg.DATASET.NAME.upper()}.SPLIT_RATIO is (0, 0, 1): all pictures are tested, so none are there to learn "
+            "from; give the shares of train, val and test, such as (0.5, 0.2, 0.3)"
+        )
     if cfg.TEST.FINAL_MODEL != "best_val" or cfg.TEST.NO_TEST or not _count_learned(trainer):
         return
     dataset = getattr(getattr(trainer, "dm", None), "dataset", None)

@@ -73,6 +73,7 @@ class _Own(AssembledDataset):
             splits = given | {"test": given["test"] or given["val"]}
         else:
             splits = self._split([datum(entry) for entry in found], node, where)
+        self.all_tested = splits["train"] is splits["test"]
         splits = self._choose_domains(cfg, splits)
         for part in ("train", "test"):
             if not splits[part]:
@@ -96,17 +97,22 @@ class _Own(AssembledDataset):
                 f"{where} has one class, {only!r}, so there is nothing to tell apart; add a folder or label for another"
             )
         used = {"train": self.train_x, "val": self.val or [], "test": self.test or []}
-        for finding in find_leaks(used):
+        for finding in [] if self.all_tested else find_leaks(used):
             get_logger().warning("%s: %s", where, finding)
 
     @staticmethod
     def _split(items: Iterable[Datum], node: CfgNode, where: Path) -> dict[str, list[Datum]]:
         """Split each class by ``SPLIT_RATIO`` with ``SPLIT_SEED``; every domain of a class has its own share.
 
+        With the shares (0, 0, 1) all pictures are tested, and the training part, which names the classes, is the same.
+
         Raises:
             ConfigError: the ratio is not three shares that add up to 1.
         """
         ratio = tuple(node.SPLIT_RATIO)
+        if ratio == (0, 0, 1):
+            whole = list(items)
+            return {"train": whole, "val": [], "test": whole}
         if len(ratio) != 3 or min(ratio) < 0 or abs(sum(ratio) - 1) > 1e-6 or not ratio[0] or not ratio[2]:
             raise ConfigError(
                 f"SPLIT_RATIO is {ratio}; give the shares of train, val and test, which add up to 1, such as (0.5, 0.2, 0.3)"
