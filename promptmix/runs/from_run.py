@@ -205,7 +205,8 @@ def replay_of(cfg: CfgNode, checkpoint: dict[str, Any] | None, plugins: Sequence
         epoch = checkpoint.get("epoch")
         command += ["--eval-only", "--model-dir", checkpoint["directory"]]
         command += [] if epoch is None else ["--load-epoch", str(epoch)]
-    defaults, pairs = all_defaults(cfg), []
+    defaults = all_defaults(cfg)
+    pairs: list[str] = []
     for key, word in PLACES.items():
         value = config.get_key(cfg, key)
         if key == "OUTPUT_DIR" or value in ("", defaults.get(key)) or is_own_place(value):
