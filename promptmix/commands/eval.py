@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
         )
     set_threads(args.threads)
     from promptmix.runs import calibration
-    from promptmix.runs.from_run import read_config
+    from promptmix.runs.again import read_config
     from promptmix.runs.progress import Lines, warnings_to
     from promptmix.runs.protocols import title
     from promptmix.runs.run import running

@@ -140,7 +140,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     flags = {flag: (key, values[flag[2:].replace("-", "_")]) for flag, key in FLAGS.items()}
     if args.from_run:
-        from promptmix.runs.from_run import read_config
+        from promptmix.runs.again import read_config
 
         _refuse_beside_run(args)
         cfg = read_config(args.from_run, flags, args.opts, args.plugin, evaluates=args.eval_only)
