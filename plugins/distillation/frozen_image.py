@@ -1,4 +1,4 @@
-"""Distillation by features: prompted image features are held near those of the frozen tower (PromptSRC, arXiv 2307.06948)."""
+"""Distillation by features: prompted image features are held near those of the frozen tower, by L1 (PromptSRC) or by cosine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from promptmix.registry import Registry
 
 
 class FrozenImageL1(Distiller):
-    """Mean absolute difference of prompted and frozen image features; where experts have image features of their own, of all.
+    """Mean absolute difference of prompted and frozen image features (PromptSRC, arXiv 2307.06948).
+
+    Where experts have image features of their own, of all.
 
     Args:
         task: unused.
@@ -24,11 +26,33 @@ class FrozenImageL1(Distiller):
 
     def forward(self, step: Step) -> Tensor:
         """Return the loss (scalar) of image features (B, D) or (B, E, D)."""
-        frozen = step.frozen_image.to(step.image.dtype)
-        return F.l1_loss(step.image, frozen if step.image.dim() == 2 else frozen[:, None].expand_as(step.image))
+        return F.l1_loss(step.image, _frozen(step))
+
+
+class FrozenImageCosine(Distiller):
+    """1 - mean cosine of prompted and frozen image features; where experts have image features of their own, of all.
+
+    Args:
+        task: unused.
+        bank: unused, the teacher is the frozen image tower.
+    """
+
+    def __init__(self, task: Task, bank: PromptBank) -> None:
+        super().__init__()
+
+    def forward(self, step: Step) -> Tensor:
+        """Return the loss (scalar) of image features (B, D) or (B, E, D)."""
+        return 1 - F.cosine_similarity(step.image.float(), _frozen(step).float(), dim=-1).mean()
+
+
+def _frozen(step: Step) -> Tensor:
+    """Return the frozen tower's features in the shape of the prompted ones."""
+    frozen = step.frozen_image.to(step.image.dtype)
+    return frozen if step.image.dim() == 2 else frozen[:, None].expand_as(step.image)
 
 
 @hookimpl
 def register_distillers(registry: Registry) -> None:
-    """Add the distiller."""
+    """Add both distillers."""
     registry.register(FrozenImageL1)
+    registry.register(FrozenImageCosine)

@@ -35,10 +35,12 @@ class PromptStep:
             function that makes them of the removed tokens (B, remove, W), (E, remove, W) or (E, C, remove, W). A function sees
             some of the classes at a time under ``MODEL.CLASS_CHUNK``. None adds nothing.
         remove: tokens taken away first.
+        behind_norm: at an image's input, tokens join behind the norm in front of the first layer, so that it leaves them alone.
     """
 
     tokens: Tensor | Callable[[Tensor], Tensor] | None
     remove: int = 0
+    behind_norm: bool = False
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ _PICTURES_PER_THREAD = 8
 VisualPrompts = Mapping[int, PromptStep]
 
 #: Which tokens' features are read beside the image's; see ``ImageTower.forward``.
-TokenKind = Literal["patches", "values", "values and prompts"]
+TokenKind = Literal["patches", "values", "values and prompts", "prompts"]
 
 
 class ImageTower(nn.Module):
@@ -125,7 +125,8 @@ class ImageTower(nn.Module):
             tokens: "patches" gives the patches' own features too: as they leave the last layer (of CLIP's ResNet: each place asks
                 in the attention pool; of other networks: the places of the last map), through norm and projection as if each
                 alone were the picture; "values" those without attention in the last layer (of CLIP's ResNet: in the pool), as
-                GalLoP reads them; "values and prompts" has the prompt tokens' behind (SurPL).
+                GalLoP reads them; "values and prompts" has the prompt tokens' behind (SurPL); "prompts"
+                gives those of the prompt tokens alone, as they leave the last layer (MMRL).
 
         Returns:
             Image features (B, D), not normalised; with ``tokens`` also those of the patches (B, M, D), row after row of the grid,
@@ -228,9 +229,10 @@ class ImageTower(nn.Module):
                 f"MODEL.BACKBONE.NAME: the image tower {type(self.visual).__name__} gives no patch features in the joint space; "
                 "choose a CLIP ViT or ResNet such as ViT-B/16 or RN50"
             )
-        x = self._run(images, changes, "all" if tokens == "patches" else "values")
-        end = None if tokens == "values and prompts" else layers.leading + layers.patches
-        patches = self.norm(x[:, layers.leading : end], changes.outside)
+        x = self._run(images, changes, "all" if tokens in ("patches", "prompts") else "values")
+        last = layers.leading + layers.patches
+        spans = {"values and prompts": slice(layers.leading, None), "prompts": slice(last, None)}
+        patches = self.norm(x[:, spans.get(tokens, slice(layers.leading, last))], changes.outside)
         return self._pooled(x, changes), self.project(patches, changes.outside)
 
     def _run(self, images: Tensor, changes: Changes, last: Literal["first", "all", "values"]) -> Tensor:

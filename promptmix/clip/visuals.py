@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -98,7 +98,7 @@ class ClipLayers(Layers):
         x = visual.conv1(images).flatten(2).transpose(1, 2)
         first = visual.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1)
         x = torch.cat([first, x], dim=1) + visual.positional_embedding.to(x.dtype)
-        return visual.ln_pre(apply_step(x, step)), None
+        return enter_first(visual.ln_pre, x, step), None
 
     @override
     def pooled(self, x: Tensor) -> Tensor:
@@ -153,7 +153,7 @@ class TimmLayers(Layers):
             x, about = x
         if getattr(trunk, "patch_drop", None) is not None:
             x = trunk.patch_drop(x)
-        return trunk.norm_pre(apply_step(x, step)), about
+        return enter_first(trunk.norm_pre, x, step), about
 
     @override
     def given(self, layer: int, x: Tensor, about: Tensor | None) -> Mapping[str, Tensor]:
@@ -246,6 +246,12 @@ def _timm_project(visual: Any, x: Tensor) -> Tensor:  # noqa: ANN401
     out = pool(single) if pool is not None else single[:, 0]
     projected: Tensor = visual.head(trunk.head(trunk.head_drop(trunk.fc_norm(out))))
     return projected.unflatten(0, shape)
+
+
+def enter_first(norm: Callable[[Tensor], Tensor], x: Tensor, step: PromptStep | None) -> Tensor:
+    """Return tokens (B, L, W) behind the norm in front of the first layer, with those of ``step`` in front of or behind it."""
+    behind = step is not None and step.behind_norm
+    return apply_step(norm(x), step) if behind else norm(apply_step(x, step))
 
 
 def apply_step(x: Tensor, step: PromptStep | None) -> Tensor:

@@ -37,6 +37,7 @@ class Setting:
         choices: the only values (of each item); empty = no such limit.
         length: number of items of a list; None = any.
         items: type of each item of a list, where the default has none that shows it.
+        at_test: whether an evaluation may take another value than the training that it evaluates.
     """
 
     comment: str
@@ -47,6 +48,7 @@ class Setting:
     choices: tuple[Any, ...] = ()
     length: int | None = None
     items: type | tuple[type, ...] | None = None
+    at_test: bool = False
 
     @property
     def allowed(self) -> str:

@@ -97,7 +97,8 @@ def to_ours(trainer: str, state: Mapping[str, Tensor], source: str) -> Learned:
             models.setdefault(model or LEARNER, {})[ours] = tensor.unsqueeze(0) if found[1] else tensor
         elif not (is_frozen or _BUFFERS.fullmatch(name) or any(re.fullmatch(unused, name) for unused in layout.unused)):
             strange.append(key)
-        if is_frozen and name.startswith("image_encoder.") and "VPT" not in name:
+        learned = found is not None and "/" not in found[0]
+        if is_frozen and name.startswith("image_encoder.") and not learned:
             frozen[name.removeprefix("image_encoder.")] = tensor
     if strange:
         more = f" and {len(strange) - 4} more" if len(strange) > 4 else ""

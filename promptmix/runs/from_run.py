@@ -10,7 +10,7 @@ import torch
 from yacs.config import CfgNode
 
 from promptmix import config
-from promptmix.config.declare import all_defaults
+from promptmix.config.declare import all_declared, all_defaults
 from promptmix.config.places import PLACES
 from promptmix.errors import ConfigError
 from promptmix.files.places import is_own_place
@@ -25,7 +25,7 @@ def take_from_run(cfg: CfgNode, model_dir: str) -> None:
     - ``DATASET.TEMPLATE_GROUPS``: experts keep the groups that they were trained with on another data set.
     - ``INPUT.READING``: pictures are read as the run was told to read them.
     - What the learned tensors were made with: the method's settings, backbone, input, precision, seed and shots. Where the
-      command or one of its files says otherwise, it is refused.
+      command or one of its files says otherwise, it is refused, unless the setting may differ at test (``Setting.at_test``).
     - How they were trained (``OPTIM``, ``TRAIN``, ``DATALOADER``): as it was, whatever is said now.
 
     Args:
@@ -68,6 +68,7 @@ def _settings_of(old: RunResult, cfg: CfgNode, model_dir: str) -> dict[str, obje
         ConfigError: somebody set one of them, and it matters to the evaluation.
     """
     found: dict[str, object] = {}
+    declared = all_declared(cfg)
     for key in (*old.settings(), *_IDENTITY):
         try:
             theirs, ours = _value(old.config, key), config.get_key(cfg, key)
@@ -76,6 +77,8 @@ def _settings_of(old: RunResult, cfg: CfgNode, model_dir: str) -> dict[str, obje
         if theirs == (list(ours) if isinstance(ours, tuple) else ours) or (key.startswith(_OWN) and not _counts(key)):
             continue
         source = config.source_of(cfg, key)
+        if source is not None and key in declared and declared[key].at_test:
+            continue
         if source is not None and not key.startswith(_TRAINING):
             raise ConfigError(
                 f"{key} is {ours!r} (set by {source}), but the run in {model_dir} was trained with {theirs!r}; "

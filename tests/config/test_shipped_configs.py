@@ -125,3 +125,27 @@ def test_mocoop_has_a_name_for_each_of_the_eleven():
         cfg = merged(f"MoCoOp/{name}")
         assert ((1, 10) if name == "imagenet" else (32, 50)) == (cfg.DATALOADER.TRAIN_X.BATCH_SIZE, cfg.OPTIM.MAX_EPOCH)
         assert cfg.DATASET.TEMPLATE_GROUPS == cfg.PROMPT_BANK.TEMPLATEGROUPS.TEMPLATES == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("MMRL/vit_b16", ("B2N", 1.0, 512, 1.0, 4, 10, 0.001)),
+        ("MMRL/eurosat", ("B2N", 0.01, 2048, 1.0, 4, 10, 0.001)),
+        ("MMRL/imagenet", ("B2N", 0.5, 512, 1.0, 32, 5, 0.001)),
+        ("MMRL/fs_imagenet", ("FS", 0.5, 512, 1.0, 32, 5, 0.001)),
+        ("MMRL/fs_stanford_cars", ("FS", 7.0, 512, 1.0, 32, 50, 0.001)),
+        ("MMRL/cross_dataset", ("CD", 0.2, 512, 1.0, 32, 1, 0.001)),
+        ("MMRLpp/food101", ("B2N", 1.0, 512, 0.1, 4, 10, 0.001)),
+        ("MMRLpp/fs_oxford_flowers", ("FS", 7.0, 512, 0.4, 32, 100, 0.002)),
+        ("MMRLpp/fs_imagenet", ("FS", 0.2, 512, 0.9, 32, 5, 0.001)),
+        ("MMRLpp/cd_imagenet_a", ("CD", 0.1, 512, 0.8, 32, 1, 0.001)),
+        ("MMRLpp/cd_eurosat", ("CD", 0.1, 512, 0.3, 32, 1, 0.001)),
+    ],
+)
+def test_mmrls_names_say_what_its_authors_files_and_table_say(name, expected):
+    cfg = merged(name)
+    node = cfg.TRAINER[cfg.TRAINER.NAME.upper()]
+    optim = (cfg.DATALOADER.TRAIN_X.BATCH_SIZE, cfg.OPTIM.MAX_EPOCH, cfg.OPTIM.LR)
+    assert expected == (node.TASK, node.REG_WEIGHT, node.REP_DIM, node.get("BETA", 1.0), *optim)
+    assert (cfg.OPTIM.NAME, cfg.INPUT.RRCROP_SCALE, node.ALPHA) == ("adamw", (0.5, 1.0), 0.7)

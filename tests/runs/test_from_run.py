@@ -88,3 +88,15 @@ def test_how_it_was_trained_is_not_the_evaluations_to_say(tuned):
     cfg = config("OPTIM.LR", 0.1, "TRAIN.CLIP_GRAD_NORM", 1.0)
     take_from_run(cfg, tuned)
     assert (cfg.OPTIM.LR, cfg.TRAIN.CLIP_GRAD_NORM) == (0.5, 0.0)
+
+
+def test_a_setting_that_may_differ_at_test_is_the_commands(tmp_path):
+    opts = ("TRAINER.NAME", "MMRLpp", "DATASET.NAME", "ImageNet", "TRAINER.MMRLPP.TASK", "CD")
+    old = RunResult.from_config(json.loads(json.dumps(config(*opts, "TRAINER.MMRLPP.REG_WEIGHT", 0.1))))
+    old.metrics, old.learned_parameters, old.vocabulary = {"test": {"accuracy": 50.0}}, 10, {"classnames": ["a", "b"]}
+    old.save(tmp_path)
+    cfg = config("TRAINER.NAME", "MMRLpp", "TRAINER.MMRLPP.BETA", 0.3)
+    take_from_run(cfg, str(tmp_path))
+    assert (cfg.TRAINER.MMRLPP.BETA, cfg.TRAINER.MMRLPP.TASK, cfg.TRAINER.MMRLPP.REG_WEIGHT) == (0.3, "CD", 0.1)
+    with pytest.raises(ConfigError, match=r"TRAINER.MMRLPP.REG_WEIGHT is 2.0 .* was trained with 0.1"):
+        take_from_run(config("TRAINER.NAME", "MMRLpp", "TRAINER.MMRLPP.REG_WEIGHT", 2.0), str(tmp_path))
