@@ -496,3 +496,18 @@ def test_list_keys(name, words, capsys):
 def test_list_keys_of_nothing(capsys):
     fails(capsys, ["list", "keys", "OPTIMM"], "did you mean 'OPTIM'")
     fails(capsys, ["list", "trainers", "CoOp"], "list keys CoOp")
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+def test_completion_knows_every_command_and_flag(capsys, shell):
+    assert main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    assert all(name in script for name in COMMANDS)
+    assert "dataset-config-file" in script
+
+
+def test_bash_completes_a_flag(tmp_path):
+    script = subprocess.run([sys.executable, "-m", "promptmix.cli", "completion", "bash"], capture_output=True, text=True).stdout
+    ask = script + "\nCOMP_WORDS=(promptmix train --dataset-c) COMP_CWORD=2; _shtab_promptmix; echo ${COMPREPLY[@]}"
+    done = subprocess.run(["bash", "-c", ask], capture_output=True, text=True)
+    assert "--dataset-config-file" in done.stdout

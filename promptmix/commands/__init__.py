@@ -22,5 +22,6 @@ COMMANDS: dict[str, str] = {
     "estimate": "expected memory and time of a run, before it runs",
     "cache": "list or clear the image features that are kept on disk",
     "new-plugin": "write a package of your own that adds a router, another part, or a trainer",
+    "completion": "print a script by which bash, zsh or tcsh completes commands and flags",
     "list": "show what is registered: trainers, data sets, backbones, plugins, ...",
 }

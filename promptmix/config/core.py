@@ -60,6 +60,7 @@ def _add_run(cfg: CN) -> None:
     _key(cfg, "SEED", -1, "of all random numbers; negative: not seeded", high=2**32 - 1)  # numpy takes 32 bits
     _key(cfg, "USE_CUDA", True, "False keeps everything on the CPU (Dassl's key; DEVICE is finer)")
     _key(cfg, "DEVICE", "auto", "ours: where to compute; auto: CUDA where there is a GPU", choices=DEVICES)
+    cfg.LOGGER = CN()  # logger plugins add their nodes
     _key(cfg, "VERBOSE", True, "print the data set table and parameter counts")
 
 

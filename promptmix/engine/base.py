@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -222,7 +223,8 @@ class TrainerBase:
     def init_writer(self, log_dir: str) -> None:
         """Make the TensorBoard writer of this run, unless there is one."""
         if self._writer is None:
-            get_logger().info("Initialize tensorboard (log_dir=%s)", log_dir)
+            if find_spec("tensorboard"):
+                get_logger().info("Initialize tensorboard (log_dir=%s)", log_dir)
             self._writer = LazyWriter(log_dir)
 
     def close_writer(self) -> None:

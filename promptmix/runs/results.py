@@ -169,7 +169,7 @@ class RunResult:
         return {
             key: json.dumps(value)
             for key, value in _leaves(self.config)
-            if key not in NOT_A_SETTING and not key.startswith(others)
+            if key not in NOT_A_SETTING and not key.startswith(("LOGGER.", *others))
         }
 
     def save(self, directory: str | Path) -> Path:

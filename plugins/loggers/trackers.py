@@ -1,0 +1,137 @@
+"""Trackers of experiments: Weights & Biases and MLflow, each an extra (``pip install 'promptmix[wandb]'``, ``[mlflow]``).
+
+Both get the whole config and every scalar of a training, and both stay on this machine unless they are told otherwise.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+from weakref import WeakKeyDictionary
+
+from yacs.config import CfgNode
+
+from promptmix import hookimpl
+from promptmix.config import get_key
+from promptmix.config.declare import Setting, all_keys, declare
+from promptmix.errors import ConfigError
+from promptmix.plugins.loggers import is_on
+
+if TYPE_CHECKING:
+    from promptmix.engine import TrainerBase
+
+
+class Tracker(Protocol):
+    """A run in somebody else's records."""
+
+    def log(self, tag: str, value: float, step: int) -> None:
+        """Add a number; ``step`` counts batches or epochs, by tag."""
+
+    def close(self) -> None:
+        """End the run."""
+
+
+class Wandb:
+    """A run of Weights & Biases, below ``<OUTPUT_DIR>/wandb``."""
+
+    def __init__(self, cfg: CfgNode, name: str, values: dict[str, Any]) -> None:
+        import wandb
+
+        node, folder = cfg.LOGGER.WANDB, str(Path(cfg.OUTPUT_DIR).absolute())
+        options = {"project": node.PROJECT, "entity": node.ENTITY or None, "mode": node.MODE, "name": name}
+        self._run = wandb.init(dir=folder, config=values, reinit="create_new", **options)
+
+    def log(self, tag: str, value: float, step: int) -> None:
+        """Add a number, over a count of its own: W&B's one counter does not go back, but epochs are fewer than batches."""
+        axis = f"{tag.partition('/')[0]}/step"
+        self._run.define_metric(tag, step_metric=axis)
+        self._run.log({tag: value, axis: step})
+
+    def close(self) -> None:
+        """End the run."""
+        self._run.finish()
+
+
+class MLflow:
+    """A run of MLflow, by default in ``<OUTPUT_DIR>/mlflow.db``."""
+
+    def __init__(self, cfg: CfgNode, name: str, values: dict[str, Any]) -> None:
+        from mlflow.tracking import MlflowClient
+
+        node = cfg.LOGGER.MLFLOW
+        uri = node.URI or f"sqlite:///{Path(cfg.OUTPUT_DIR, 'mlflow.db').absolute()}"
+        self._client = MlflowClient(tracking_uri=uri)
+        found = self._client.get_experiment_by_name(node.EXPERIMENT)
+        experiment = self._client.create_experiment(node.EXPERIMENT) if found is None else found.experiment_id
+        self._id = self._client.create_run(experiment, run_name=name).info.run_id
+        for key, value in values.items():
+            self._client.log_param(self._id, key, str(value)[:500])
+
+    def log(self, tag: str, value: float, step: int) -> None:
+        """Add a number."""
+        self._client.log_metric(self._id, tag, value, step=step)
+
+    def close(self) -> None:
+        """End the run."""
+        self._client.set_terminated(self._id)
+
+
+#: Node below LOGGER, the module that it needs, and the tracker.
+TRACKERS = {"WANDB": ("wandb", Wandb), "MLFLOW": ("mlflow", MLflow)}
+_open: WeakKeyDictionary[Any, list[Tracker]] = WeakKeyDictionary()
+
+
+@hookimpl
+def extend_config(cfg: CfgNode) -> None:
+    """Declare the nodes of both."""
+    wandb, mlflow = CfgNode(), CfgNode()
+    cfg.LOGGER.WANDB, cfg.LOGGER.MLFLOW = wandb, mlflow
+    declare(wandb, "ENABLED", False, Setting("track trainings with Weights & Biases (extra wandb)"))
+    declare(wandb, "PROJECT", "promptmix", Setting("its project"))
+    declare(wandb, "ENTITY", "", Setting('user or team; "" = your own'))
+    modes = ("offline", "online", "disabled")
+    declare(wandb, "MODE", "offline", Setting("offline keeps it on this machine until `wandb sync`", choices=modes))
+    declare(mlflow, "ENABLED", False, Setting("track trainings with MLflow (extra mlflow)"))
+    declare(mlflow, "URI", "", Setting('tracking server or store; "" = <OUTPUT_DIR>/mlflow.db'))
+    declare(mlflow, "EXPERIMENT", "promptmix", Setting("its experiment"))
+
+
+@hookimpl
+def validate_config(cfg: CfgNode) -> None:
+    """Refuse a tracker that is not installed.
+
+    Raises:
+        ConfigError: the message names the extra.
+    """
+    for node, (module, _) in TRACKERS.items():
+        if is_on(cfg, node) and find_spec(module) is None:
+            raise ConfigError(
+                f"LOGGER.{node}.ENABLED is True, but {module} is not installed; pip install 'promptmix[{module}]', or set it False"
+            )
+
+
+@hookimpl
+def before_train(trainer: TrainerBase) -> None:
+    """Begin a run in each tracker that is on."""
+    cfg = trainer.cfg
+    chosen = [make for node, (_, make) in TRACKERS.items() if is_on(cfg, node)]
+    if not chosen:
+        return
+    values = {key: get_key(cfg, key) for key in all_keys(cfg)}
+    name = f"{cfg.TRAINER.NAME}-{cfg.DATASET.NAME}-seed{cfg.SEED}"
+    _open[trainer] = [make(cfg, name, values) for make in chosen]
+
+
+@hookimpl
+def log_scalar(trainer: TrainerBase, tag: str, value: float, step: int | None) -> None:
+    """Pass the number on."""
+    for tracker in _open.get(trainer, ()):
+        tracker.log(tag, value, step or 0)
+
+
+@hookimpl
+def after_train(trainer: TrainerBase) -> None:
+    """End what was begun."""
+    for tracker in _open.pop(trainer, ()):
+        tracker.close()
