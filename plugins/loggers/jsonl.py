@@ -13,8 +13,8 @@ from yacs.config import CfgNode
 
 from promptmix import hookimpl
 from promptmix.config.declare import Setting, declare
+from promptmix.engine.log import logger_is_on
 from promptmix.files.links import open_own
-from promptmix.plugins.loggers import is_on
 
 if TYPE_CHECKING:
     from promptmix.engine import TrainerBase
@@ -30,6 +30,6 @@ def extend_config(cfg: CfgNode) -> None:
 @hookimpl
 def log_scalar(trainer: TrainerBase, tag: str, value: float, step: int | None) -> None:
     """Add a line."""
-    if is_on(trainer.cfg, "JSONL") and trainer._writer is not None:
+    if logger_is_on(trainer.cfg, "JSONL") and trainer._writer is not None:
         with open_own(Path(trainer.output_dir, "scalars.jsonl"), append=True) as file:
             file.write(json.dumps({"tag": tag, "step": step, "value": value}) + "\n")

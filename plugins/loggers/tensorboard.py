@@ -12,7 +12,7 @@ from yacs.config import CfgNode
 
 from promptmix import hookimpl
 from promptmix.config.declare import Setting, declare
-from promptmix.plugins.loggers import is_on
+from promptmix.engine.log import logger_is_on
 
 if TYPE_CHECKING:
     from promptmix.engine import TrainerBase
@@ -28,6 +28,6 @@ def extend_config(cfg: CfgNode) -> None:
 @hookimpl
 def log_scalar(trainer: TrainerBase, tag: str, value: float, step: int | None) -> None:
     """Add the number to the event file; before training opens one (an evaluation alone) there is nothing to add to."""
-    wanted = is_on(trainer.cfg, "TENSORBOARD", default=True)  # programs of Dassl's expect it
+    wanted = logger_is_on(trainer.cfg, "TENSORBOARD", default=True)  # programs of Dassl's expect it
     if trainer._writer is not None and wanted and find_spec("tensorboard"):
         trainer._writer.add_scalar(tag, value, step)

@@ -15,8 +15,8 @@ from yacs.config import CfgNode
 from promptmix import hookimpl
 from promptmix.config import get_key
 from promptmix.config.declare import Setting, all_keys, declare
+from promptmix.engine.log import logger_is_on
 from promptmix.errors import ConfigError
-from promptmix.plugins.loggers import is_on
 
 if TYPE_CHECKING:
     from promptmix.engine import TrainerBase
@@ -105,17 +105,15 @@ def validate_config(cfg: CfgNode) -> None:
         ConfigError: the message names the extra.
     """
     for node, (module, _) in TRACKERS.items():
-        if is_on(cfg, node) and find_spec(module) is None:
-            raise ConfigError(
-                f"LOGGER.{node}.ENABLED is True, but {module} is not installed; pip install 'promptmix[{module}]', or set it False"
-            )
+        if logger_is_on(cfg, node) and find_spec(module) is None:
+            raise ConfigError(f"LOGGER.{node}.ENABLED is True, but {module} is not installed; pip install 'promptmix[{module}]'")
 
 
 @hookimpl
 def before_train(trainer: TrainerBase) -> None:
     """Begin a run in each tracker that is on."""
     cfg = trainer.cfg
-    chosen = [make for node, (_, make) in TRACKERS.items() if is_on(cfg, node)]
+    chosen = [make for node, (_, make) in TRACKERS.items() if logger_is_on(cfg, node)]
     if not chosen:
         return
     values = {key: get_key(cfg, key) for key in all_keys(cfg)}

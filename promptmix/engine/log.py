@@ -14,12 +14,13 @@ from types import TracebackType
 from typing import Any, TextIO, TypeVar, cast
 
 from tqdm import tqdm
+from yacs.config import CfgNode
 
 from promptmix.errors import OutputError
 from promptmix.files.links import open_own
 from promptmix.utils import LineFormatter, get_logger, mkdir_if_missing
 
-__all__ = ["LazyWriter", "Logger", "RunLog", "get_logger", "log_file", "progress", "setup_logger"]
+__all__ = ["LazyWriter", "Logger", "RunLog", "get_logger", "log_file", "logger_is_on", "progress", "setup_logger"]
 
 T = TypeVar("T")
 
@@ -171,6 +172,11 @@ def progress(items: Iterable[T], desc: str = "", total: int | None = None) -> It
             sys.stderr.write(f"{desc or 'progress'}: {done}{of_all} after {now - start:.0f} s\n")
             last = now
         yield item
+
+
+def logger_is_on(cfg: CfgNode, name: str, default: bool = False) -> bool:
+    """Tell whether ``LOGGER.<name>.ENABLED`` is True; ``default`` where the tree, of another program, has no such key."""
+    return bool(cfg.get("LOGGER", {}).get(name, {}).get("ENABLED", default))
 
 
 class LazyWriter:
