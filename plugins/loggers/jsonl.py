@@ -17,7 +17,7 @@ from promptmix.engine.log import logger_is_on
 from promptmix.files.links import open_own
 
 if TYPE_CHECKING:
-    from promptmix.engine import TrainerBase
+    from promptmix.engine import SimpleTrainer
 
 
 @hookimpl
@@ -28,7 +28,7 @@ def extend_config(cfg: CfgNode) -> None:
 
 
 @hookimpl
-def log_scalar(trainer: TrainerBase, tag: str, value: float, step: int | None) -> None:
+def log_scalar(trainer: SimpleTrainer, tag: str, value: float, step: int | None) -> None:
     """Add a line."""
     if logger_is_on(trainer.cfg, "JSONL") and trainer._writer is not None:
         with open_own(Path(trainer.output_dir, "scalars.jsonl"), append=True) as file:

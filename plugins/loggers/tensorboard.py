@@ -15,7 +15,7 @@ from promptmix.config.declare import Setting, declare
 from promptmix.engine.log import logger_is_on
 
 if TYPE_CHECKING:
-    from promptmix.engine import TrainerBase
+    from promptmix.engine import SimpleTrainer
 
 
 @hookimpl
@@ -26,7 +26,7 @@ def extend_config(cfg: CfgNode) -> None:
 
 
 @hookimpl
-def log_scalar(trainer: TrainerBase, tag: str, value: float, step: int | None) -> None:
+def log_scalar(trainer: SimpleTrainer, tag: str, value: float, step: int | None) -> None:
     """Add the number to the event file; before training opens one (an evaluation alone) there is nothing to add to."""
     wanted = logger_is_on(trainer.cfg, "TENSORBOARD", default=True)  # programs of Dassl's expect it
     if trainer._writer is not None and wanted and find_spec("tensorboard"):

@@ -5,6 +5,7 @@ Both get the whole config and every scalar of a training, and both stay on this 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -19,7 +20,7 @@ from promptmix.engine.log import logger_is_on
 from promptmix.errors import ConfigError
 
 if TYPE_CHECKING:
-    from promptmix.engine import TrainerBase
+    from promptmix.engine import SimpleTrainer
 
 
 class Tracker(Protocol):
@@ -78,7 +79,7 @@ class MLflow:
 
 
 #: Node below LOGGER, the module that it needs, and the tracker.
-TRACKERS = {"WANDB": ("wandb", Wandb), "MLFLOW": ("mlflow", MLflow)}
+TRACKERS: dict[str, tuple[str, Callable[..., Tracker]]] = {"WANDB": ("wandb", Wandb), "MLFLOW": ("mlflow", MLflow)}
 _open: WeakKeyDictionary[Any, list[Tracker]] = WeakKeyDictionary()
 
 
@@ -110,7 +111,7 @@ def validate_config(cfg: CfgNode) -> None:
 
 
 @hookimpl
-def before_train(trainer: TrainerBase) -> None:
+def before_train(trainer: SimpleTrainer) -> None:
     """Begin a run in each tracker that is on."""
     cfg = trainer.cfg
     chosen = [make for node, (_, make) in TRACKERS.items() if logger_is_on(cfg, node)]
@@ -122,14 +123,14 @@ def before_train(trainer: TrainerBase) -> None:
 
 
 @hookimpl
-def log_scalar(trainer: TrainerBase, tag: str, value: float, step: int | None) -> None:
+def log_scalar(trainer: SimpleTrainer, tag: str, value: float, step: int | None) -> None:
     """Pass the number on."""
     for tracker in _open.get(trainer, ()):
         tracker.log(tag, value, step or 0)
 
 
 @hookimpl
-def after_train(trainer: TrainerBase) -> None:
+def after_train(trainer: SimpleTrainer) -> None:
     """End what was begun."""
     for tracker in _open.pop(trainer, ()):
         tracker.close()
