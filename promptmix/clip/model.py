@@ -162,6 +162,19 @@ class CLIP(nn.Module):
         """
         return self.encode_frozen(lambda: self._raw_features(templates, names, verbatim))
 
+    def text_features(self, texts: Sequence[str], at_once: int = 256) -> Tensor:
+        """Return the normalised features (N, D) of N whole texts, without gradient, a number of them at a time.
+
+        Raises:
+            ConfigError: a text does not fit the tower's context length.
+        """
+
+        def encode() -> Tensor:
+            parts = (texts[i : i + at_once] for i in range(0, len(texts), at_once))
+            return torch.cat([F.normalize(self.text(self.text.compose_texts(part, part))[0], dim=-1) for part in parts])
+
+        return self.encode_frozen(encode)
+
     def _raw_features(self, templates: Sequence[str], names: Sequence[str], verbatim: bool = False) -> Tensor:
         return torch.stack([self.text(self.text.compose_text(template, names, verbatim))[0] for template in templates])
 

@@ -159,6 +159,7 @@ def validate(cfg: CN) -> None:
     DATASET_REGISTRY.get(cfg.DATASET.NAME)
     EVALUATOR_REGISTRY.get(cfg.TEST.EVALUATOR)
     _refuse_unread(cfg, getattr(trainer, "ignores", ()))
+    _check_views(cfg, getattr(trainer, "views", cfg.DATALOADER.K_TRANSFORMS))
     _refuse_strangers(cfg, "TRAINER", cfg.TRAINER.NAME)
     own = getattr(trainer, "roles", {})
     for role, registry in ROLES.items():
@@ -183,6 +184,15 @@ def _refuse_unread(cfg: CN, keys: Sequence[str]) -> None:
         if value != defaults[key]:
             by = source_of(cfg, key) or "config"
             raise ConfigError(f"{key} is {shown(value)} (set by {by}), which {cfg.TRAINER.NAME} does not read; leave it out")
+
+
+def _check_views(cfg: CN, readable: int) -> None:
+    """Refuse more augmented views of a picture than the trainer reads."""
+    key, wanted = "DATALOADER.K_TRANSFORMS", cfg.DATALOADER.K_TRANSFORMS
+    if wanted > readable:
+        by = source_of(cfg, key) or "config"
+        reads = "one view of a picture" if readable == 1 else f"at most {readable} views of a picture"
+        raise ConfigError(f"{key} is {wanted} (set by {by}), but {cfg.TRAINER.NAME} reads {reads}; set it to {readable}")
 
 
 def _refuse_strangers(cfg: CN, group: str, *chosen: str) -> None:

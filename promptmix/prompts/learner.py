@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from promptmix.clip import CLIP
 from promptmix.clip.projection import unprojected
-from promptmix.data.features.views import are_pictures
+from promptmix.data.features.views import are_pictures, are_views
 from promptmix.engine.layout import today
 from promptmix.errors import ConfigError, PluginError
 from promptmix.prompts.heads import WeightedScores
@@ -93,7 +93,14 @@ class PromptLearner(nn.Module, ABC):
         return images
 
     def step(self, images: Tensor, labels: Tensor | None = None) -> Step:
-        """Return the step of a batch of images (B, 3, S, S), or of kept features, with labels (B,)."""
+        """Return the step of a batch of images (B, 3, S, S), of V views of each (V, B, 3, S, S), or of kept features.
+
+        Args:
+            images: pictures or features; the first view is the one that is learned from.
+            labels: (B,).
+        """
+        if are_views(images):
+            return Step(self, images[0], labels, views=images)
         if are_pictures(images):
             return Step(self, images, labels)
         return Step(self, None, labels, features=images)
@@ -126,6 +133,9 @@ class PromptLearner(nn.Module, ABC):
     def needs_preparing(self) -> bool:
         """Whether ``prepare`` wants to see the training pictures."""
         return False
+
+    def before_training(self) -> None:
+        """Take what only training reads (see ``Component.before_training``)."""
 
     def fit_state(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return a checkpoint's tensors by today's names, and take the sizes of those that follow from its training data."""
@@ -280,6 +290,11 @@ class Learner(PromptLearner):
         for component in self.components:
             if component.needs_preparing:
                 component.prepare(look)
+
+    def before_training(self) -> None:
+        """Let every part take what only training reads."""
+        for component in self.components:
+            component.before_training()
 
     @property
     def needs_preparing(self) -> bool:

@@ -67,6 +67,12 @@ class Component(nn.Module):
                 called), and gives their steps without a graph.
         """
 
+    def before_training(self) -> None:
+        """Take what only training reads, such as sentences about the classes, so that evaluation does without.
+
+        It is called before the first step of a training, also of a resumed one.
+        """
+
 
 class PromptBank(Component, ABC):
     """What stands at both towers: the prompts of E experts, in the text tower, the image tower, or both."""

@@ -85,6 +85,7 @@ class Step:
         labels: (B,); None in evaluation.
         features: what ``learner.encode_images`` gave for the images, where it was computed or kept before.
         text: the bank's text features, where they were computed before.
+        views: (V, B, 3, S, S), several augmented views of each picture, of which ``images`` is the first.
     """
 
     def __init__(
@@ -95,8 +96,9 @@ class Step:
         *,
         features: Tensor | None = None,
         text: Tensor | None = None,
+        views: Tensor | None = None,
     ) -> None:
-        self.learner, self.images = learner, images
+        self.learner, self.images, self.views = learner, images, views
         self._labels, self._features, self._text = labels, features, text
 
         self._made: dict[Any, Any] = {}
@@ -221,6 +223,18 @@ class Step:
             raise ValueError("frozen image features need the pictures, and this step has prompted features only")
         images, clip = self.images, self.task.clip
         return clip.encode_frozen(lambda: clip.encode_image(images))
+
+    @cached_property
+    def frozen_view(self) -> Tensor:
+        """Features (B, D) of the frozen image tower for the last of several augmented views; ``frozen_image`` where there is one.
+
+        Raises:
+            ValueError: the image tower is prompted, and the pictures are not at hand.
+        """
+        if self.views is None or len(self.views) == 1:
+            return self.frozen_image
+        other, clip = self.views[-1], self.task.clip
+        return clip.encode_frozen(lambda: clip.encode_image(other))
 
     @cached_property
     def query(self) -> Tensor:

@@ -45,13 +45,15 @@ class PromptTrainer(TrainerX):
         layout: how the authors' code saves the method, for ``--model-dir`` and ``promptmix convert``; None = not known.
         schedule_unit: what one step of the learning-rate schedule is, ``epoch`` or ``step`` (then MAX_EPOCH counts epochs still,
             and the schedule spans all their batches).
+        views: augmented views of each training picture that the method can read (``DATALOADER.K_TRANSFORMS``).
         ignores: keys of the core tree that these trainers do not read; other values than the default are refused.
     """
 
     roles: ClassVar[dict[str, str]] = {}
     layout: ClassVar[Layout | None] = None
     schedule_unit: ClassVar[str] = "epoch"
-    ignores: ClassVar[tuple[str, ...]] = ("MODEL.HEAD.NAME", "INPUT.NO_TRANSFORM", "DATALOADER.K_TRANSFORMS")
+    views: ClassVar[int] = 1
+    ignores: ClassVar[tuple[str, ...]] = ("MODEL.HEAD.NAME", "INPUT.NO_TRANSFORM")
 
     model: PromptLearner  # made by build_model()
 
@@ -207,6 +209,7 @@ class PromptTrainer(TrainerX):
             ConfigError: views are to be cached, but the method changes the image features while it trains.
         """
         super().before_train()
+        self.model.before_training()
         if self.model.needs_preparing and self.start_epoch == 0:
             self.model.prepare(self._look)
             self.first_streams = get_streams()
@@ -341,8 +344,14 @@ class PromptTrainer(TrainerX):
         return self.model.features(images)
 
     def parse_batch_train(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Return images (B, 3, S, S), or cached features (B, D), and labels (B,) on the device."""
-        return batch["img"].to(self.device, non_blocking=True), batch["label"].to(self.device, non_blocking=True)
+        """Return images and labels (B,) on the device.
+
+        Images are (B, 3, S, S), with several views of each (V, B, 3, S, S), or cached features (B, D).
+        """
+        given = batch["img"]
+        views = [view.to(self.device, non_blocking=True) for view in (given if isinstance(given, list) else [given])]
+        images = views[0] if len(views) == 1 else torch.stack(views)
+        return images, batch["label"].to(self.device, non_blocking=True)
 
     def load_model(self, directory: str, epoch: int | None = None) -> None:
         """Load learned tensors from a run's output folder: ours, converted, or written by the authors' code of this method.

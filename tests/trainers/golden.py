@@ -91,14 +91,22 @@ def close(ours: Tensor | float, theirs: np.ndarray, scale: float | None = None) 
 
 
 def compare(
-    case: str, learner: PromptLearner, names: dict[str, str], classes: int = 5, starts: tuple[str, ...] = ()
+    case: str,
+    learner: PromptLearner,
+    names: dict[str, str],
+    classes: int = 5,
+    starts: tuple[str, ...] = (),
+    pictures: Tensor | None = None,
 ) -> LossTerms:
-    """Assert that logits, loss and every gradient are the authors'; return the loss terms for further checks."""
+    """Assert that logits, loss and every gradient are the authors'; return the loss terms for further checks.
+
+    ``pictures`` are those that the loss takes, where these are not the golden ones alone.
+    """
     parameters = set_learned(case, learner, names, starts)
     expected = numbers(case)
     with torch.no_grad():
         close(learner.logits(learner.features(images()), learner.classifier()), expected["logits"])
-    terms = learner.loss(learner.step(images(), labels(classes)))
+    terms = learner.loss(learner.step(images() if pictures is None else pictures, labels(classes)))
     close(terms.total, expected["loss"])
     terms.total.backward()
     for theirs, parameter in parameters.items():

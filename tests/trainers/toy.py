@@ -41,6 +41,7 @@ class ToyPictures(DatasetBase):
         self.templates = ["a photo of a {}.", "a drawing of a {}.", "a picture of the {}."]
         self.template_groups = [["a photo of a {}."], ["a drawing of a {}.", "a drawing of the {}."], ["a {} seen from afar."]]
         self.all_classnames = list(CLASSES)
+        self.descriptions = {name: [f"A {name} in the morning.", f"This is how a {name} looks at night."] for name in CLASSES}
 
 
 def draw(folder: Path) -> None:

@@ -37,6 +37,11 @@ def are_pictures(batch: Tensor) -> bool:
     return batch.dim() == 4 and batch.shape[1] == 3
 
 
+def are_views(batch: Tensor) -> bool:
+    """Tell several augmented views of each picture (V, B, 3, height, width) from pictures and features."""
+    return batch.dim() == 5 and batch.shape[2] == 3
+
+
 class CachedViews(Dataset[dict[str, Any]]):
     """Items whose ``img`` is the feature of one of K precomputed views; ``view`` says of which.
 
