@@ -141,7 +141,7 @@ class Predictor:
             self._trainer = _without_data(cfg, self.result.vocabulary)
             self._load(folder, epoch)
             self._trainer.set_model_mode("eval")
-            transform = build_transform(cfg, is_train=False)
+            transform = self._trainer.test_transform() or build_transform(cfg, is_train=False)
         if transform is None:
             raise ConfigError(
                 f"the run in {folder} was made with INPUT.NO_TRANSFORM, so its method can't be given plain pictures"

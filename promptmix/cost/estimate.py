@@ -61,9 +61,11 @@ def estimate(trainer: Counted) -> Estimate:
     """Return what training is expected to need. The trainer has no numbers afterwards and can't be used.
 
     Raises:
-        UserError: the method computes something that can't be counted by shapes.
+        UserError: the method learns nothing by steps, or computes something that can't be counted by shapes.
     """
     cfg, loader = trainer.cfg, trainer.train_loader_x
+    if not any(parameter.requires_grad for parameter in trainer.model.parameters()):
+        raise UserError(f"{cfg.TRAINER.NAME} learns nothing by steps of a training, so there is no step to estimate")
     reading = _reading(loader)
     speed = _speed(trainer)
     learned = sum(p.numel() for p in trainer.model.parameters()) * 4

@@ -292,12 +292,13 @@ def _schedule_state(scheduler: Any, checkpoint: Mapping[str, Any]) -> Any:  # no
 
 
 def load_pretrained_weights(model: nn.Module, weight_path: StrPath) -> None:
-    """Load the tensors of a checkpoint that fit ``model`` in name and shape, and say which don't.
+    """Load the tensors of a checkpoint, or of an export, that fit ``model`` in name and shape, and say which don't.
 
     Raises:
         CheckpointError: the file can't be read, or not one tensor fits.
     """
-    checkpoint = load_checkpoint(weight_path)
+    path = Path(weight_path)
+    checkpoint = read_export(path.parent) if path.name == EXPORT_FILE else load_checkpoint(path)
     found = checkpoint.get("state_dict", checkpoint)
     if not isinstance(found, Mapping) or not all(isinstance(key, str) for key in found):
         raise CheckpointError(f"{weight_path} holds no state_dict of named tensors; name a checkpoint")

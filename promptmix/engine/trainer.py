@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,7 @@ class SimpleTrainer(TrainerBase):
 
     def build_data_loader(self) -> None:
         """Make the data attributes; an override must make the same ones (``dm`` is optional)."""
-        dm = DataManager(self.cfg)
+        dm = DataManager(self.cfg, custom_tfm_test=self.test_transform())
         self.train_loader_x: DataLoader[Any] = dm.train_loader_x
         self.train_loader_u: DataLoader[Any] | None = dm.train_loader_u
         self.val_loader: DataLoader[Any] | None = dm.val_loader
@@ -88,6 +88,10 @@ class SimpleTrainer(TrainerBase):
         self.num_source_domains: int = dm.num_source_domains
         self.lab2cname: dict[int, str] = dm.lab2cname
         self.dm = dm
+
+    def test_transform(self) -> Callable[[Any], Any] | None:
+        """Return what is done to the pictures of an evaluation; None = what the config says."""
+        return None
 
     def build_model(self) -> None:
         """Make the model, its optimizer and its schedule, and register them."""

@@ -17,7 +17,7 @@ from tests.trainers.toy import CLASSES, LAYERS, first_step, scores, toy_cfg, toy
 get_plugin_manager()
 BUILT_IN = "promptmix.trainers."  # what is installed or loaded besides has tests of its own
 TRAINERS = [name for name in TRAINER_REGISTRY if TRAINER_REGISTRY.get(name).__module__.startswith(BUILT_IN)]
-LEARNED = [name for name in TRAINERS if name not in ("ZeroshotCLIP", "TipAdapter", "LinearProbe")]
+LEARNED = [name for name in TRAINERS if name not in ("ZeroshotCLIP", "TipAdapter", "LinearProbe", "TPT")]
 #: What they learn belongs to each class.
 CLASS_SPECIFIC = {"CLAP", "CrossModal", "LPPlusPlus", "TaskRes", "TipAdapterF"}
 BASE, NEW = 3, 2

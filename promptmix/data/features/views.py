@@ -33,8 +33,8 @@ STEADY = frozenset({"center_crop", "normalize", "instance_norm"})
 
 
 def are_pictures(batch: Tensor) -> bool:
-    """Tell pictures (B, 3, height, width) from features (B, ...) of a cache."""
-    return batch.dim() == 4 and batch.shape[1] == 3
+    """Tell pictures (B, 3, height, width), or views of each (B, V, 3, height, width), from features (B, ...) of a cache."""
+    return batch.dim() in (4, 5) and batch.shape[-3] == 3
 
 
 def are_views(batch: Tensor) -> bool:

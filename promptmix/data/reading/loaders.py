@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-__all__ = ["TrainLoader", "end_quietly"]
+__all__ = ["TrainLoader", "end_quietly", "seed_streams", "streams_kept"]
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ class _Seeded(Dataset[Any]):
 
     def __getitems__(self, batch: _Batch) -> Sequence[Any]:
         if get_worker_info() is None:
-            with _streams_kept() if self.sample_streams else contextlib.nullcontext():
+            with streams_kept() if self.sample_streams else contextlib.nullcontext():
                 return self._read(batch)
         if batch.number != self.number:
             self.number = batch.number
@@ -221,12 +221,12 @@ class _Seeded(Dataset[Any]):
         together: Callable[[list[int]], Sequence[Any]] | None = getattr(self.dataset, "__getitems__", None)
         if together:
             if self.sample_streams:
-                _seed(batch.seed, batch.place)
+                seed_streams(batch.seed, batch.place)
             return together(batch.indices)
         items = []
         for place, index in enumerate(batch.indices, start=batch.place):
             if self.sample_streams:
-                _seed(batch.seed, place)
+                seed_streams(batch.seed, place)
             items.append(self.dataset[index])
         return items
 
@@ -251,7 +251,7 @@ def end_quietly(_worker: int = 0) -> None:
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
 
 
-def _seed(seed: int, place: int) -> None:
+def seed_streams(seed: int, place: int | str) -> None:
     """Begin the streams of python, numpy and torch (CPU) that belong to ``place`` in the pass of ``seed``."""
     digest = hashlib.blake2b(f"{seed} {place}".encode(), digest_size=24).digest()
     random.seed(digest[:8])
@@ -261,7 +261,7 @@ def _seed(seed: int, place: int) -> None:
 
 
 @contextlib.contextmanager
-def _streams_kept() -> Iterator[None]:
+def streams_kept() -> Iterator[None]:
     """Leave the streams of this process as they were: without workers, pictures are read where the training draws."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:

@@ -28,6 +28,7 @@ __all__ = [
     "InstanceNormalization",
     "Random2DTranslation",
     "build_transform",
+    "tensor_steps",
 ]
 
 Transform = Callable[[Any], Any]
@@ -155,7 +156,7 @@ def build_transform(cfg: CfgNode, is_train: bool = True, choices: Sequence[str] 
         known = ", ".join(INTERPOLATION_MODES)
         raise ConfigError(f"INPUT.INTERPOLATION is {cfg.INPUT.INTERPOLATION!r}, but must be one of: {known}")
     steps = _train_steps(cfg.INPUT, names) if is_train else _test_steps(cfg.INPUT)
-    steps += _tensor_steps(cfg.INPUT, names, is_train)
+    steps += tensor_steps(cfg.INPUT, names, is_train)
     title = "Building transform_train" if is_train else "Building transform_test"
     get_logger().info("\n+ ".join([title, *(text for text, _ in steps)]))
     return T.Compose([step for _, step in steps])
@@ -217,7 +218,7 @@ def _train_steps(node: CfgNode, names: Sequence[str]) -> Steps:
     return steps
 
 
-def _tensor_steps(node: CfgNode, names: Sequence[str], is_train: bool) -> Steps:
+def tensor_steps(node: CfgNode, names: Sequence[str], is_train: bool) -> Steps:
     """Return what is done from the conversion to a tensor on."""
     steps: Steps = [("to torch tensor of range [0, 1]", T.ToTensor())]
     if is_train and "cutout" in names:
