@@ -97,6 +97,19 @@ def estimate(trainer: Counted) -> Estimate:
     )
 
 
+def step_gflops(trainer: Any) -> float | None:  # noqa: ANN401  (any class with Dassl's interface)
+    """Return the operations of a training step in 10^9; None where they can't be counted. The trainer has no numbers afterwards."""
+    loader = getattr(trainer, "train_loader_x", None)
+    if not hasattr(trainer, "clip") or loader is None or trainer.cfg.MODEL.COMPILE:
+        return None
+    try:
+        on_meta(trainer)
+        return round(step_count(trainer, min(loader.batch_size or 1, len(loader.dataset))).gflops, 3)
+    except (RuntimeError, NotImplementedError, ValueError, AttributeError):
+        get_logger().debug("The step can't be counted", exc_info=True)
+        return None
+
+
 def on_meta(trainer: Counted) -> None:
     """Take the numbers away from a trainer's models, so that its steps can be counted at no cost."""
     trainer.clip.to("meta")

@@ -25,6 +25,7 @@ from promptmix.engine import TrainerX, build_lr_scheduler, build_optimizer, conv
 from promptmix.engine.checkpoint import load_pretrained_weights, load_state_dict_strict, read_model
 from promptmix.engine.evaluator import compute_accuracy
 from promptmix.engine.layout import Layout
+from promptmix.engine.league import LABELLED
 from promptmix.engine.openworld import OpenWorld
 from promptmix.engine.precision import Precision
 from promptmix.engine.resume import from_streams
@@ -56,6 +57,8 @@ class PromptTrainer(TrainerX):
     ignores: ClassVar[tuple[str, ...]] = ("MODEL.HEAD.NAME", "INPUT.NO_TRANSFORM")
 
     model: PromptLearner  # made by build_model()
+    #: What the method sees beside labelled pictures (``promptmix.engine.league``).
+    league: str = LABELLED
 
     def compose(self, task: Task) -> PromptLearner:
         """Return the method's learned part for ``task``.

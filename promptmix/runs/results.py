@@ -17,6 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from promptmix.engine.league import LABELLED
 from promptmix.errors import DataError, UserError
 from promptmix.version import __version__
 
@@ -102,6 +103,8 @@ class RunResult:
         vocabulary: the data set's words: ``classnames``, ``all_classnames``, ``templates``, ``template_groups``.
         approximations: what this run did otherwise than the method says, to save time; empty = nothing.
         learned_parameters: number of scalars that the optimisers may change.
+        step_gflops: operations of a training step, in 10^9, counted by shapes; None where they can't be.
+        league: what the method sees beside labelled pictures, see ``promptmix.engine.league``.
         files: what else the run left of its test, by file name: SHA-256 of its bytes.
         protocol: the protocol of ``promptmix run`` that this run is part of; "" = by itself.
         title: what tables call the data set; "" = ``dataset``.
@@ -131,6 +134,8 @@ class RunResult:
     peak_memory_mb: dict[str, float | None] = field(default_factory=dict)
     approximations: list[str] = field(default_factory=list)
     learned_parameters: int | None = None
+    step_gflops: float | None = None
+    league: str = LABELLED
     vocabulary: dict[str, Any] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
     protocol: str = ""
@@ -232,7 +237,7 @@ def _check_types(result: RunResult) -> None:
     for entry in fields(RunResult):
         value, usual = getattr(result, entry.name), getattr(plain, entry.name)
         optional = value is None and "None" in str(entry.type)
-        kind = {"checkpoint": dict, "learned_parameters": int, "commit": str}.get(entry.name, type(usual))
+        kind = {"checkpoint": dict, "learned_parameters": int, "step_gflops": float, "commit": str}.get(entry.name, type(usual))
         if not optional and (not isinstance(value, kind) or isinstance(value, bool)):
             raise TypeError(f"{entry.name} is a {type(value).__name__}, not a {kind.__name__}")
     for name in ("command", "replay", "source_domains", "target_domains", "approximations"):

@@ -17,7 +17,9 @@ from yacs.config import CfgNode as CN
 
 from promptmix import config
 from promptmix.cost import memory
+from promptmix.cost.estimate import step_gflops
 from promptmix.engine import SimpleTrainer, build_trainer, collect_env_info, set_random_seed
+from promptmix.engine.league import LABELLED, league_of
 from promptmix.engine.log import log_file
 from promptmix.engine.run_folder import RunFolder
 from promptmix.errors import CheckpointError, ConfigError, UserError
@@ -55,6 +57,7 @@ def run(cfg: CN, *, eval_only: bool = False, no_train: bool = False, **options: 
             trainer.test()
         else:
             train_or_test(trainer)
+            result.step_gflops = step_gflops(trainer)
     return result
 
 
@@ -140,6 +143,7 @@ def running(
         _refuse_open_training(cfg, trainer, eval_only)
         result.learned_parameters = _count_learned(trainer)
         result.vocabulary = _vocabulary(trainer)
+        result.league = league_of(cfg, getattr(trainer, "league", LABELLED))
         if eval_only:
             _refuse_other_method(result, model_dir, getattr(trainer, "model", None))
             if load:

@@ -12,10 +12,11 @@ from collections.abc import Iterable
 from functools import cache
 from importlib.resources import files
 
-from promptmix.tables.tables import Row
+from promptmix.engine.league import LEAGUES
+from promptmix.tables.rows import Row
 
 #: Our name to the papers', where they differ.
-_METHODS = {"ZeroshotCLIP": "CLIP", "VPT": "Deep Vision Prompting"}
+_METHODS = {"ZeroshotCLIP": "CLIP", "VPT": "Deep Vision Prompting", "TwoSFS": "2SFS"}
 _DATASETS = {"OxfordFlowers": "Flowers102", "DescribableTextures": "DTD"}
 #: What the papers' average is over, in our names.
 _ELEVEN = (
@@ -29,6 +30,13 @@ Key = tuple[str, ...]
 
 
 @cache
+def _records() -> list[dict[str, str]]:
+    """Return the best published averages, each with its league."""
+    text = files("promptmix").joinpath("data/published_records.csv").read_text(encoding="utf-8")
+    return list(csv.DictReader(text.splitlines()))
+
+
+@cache
 def _table() -> dict[Key, list[dict[str, str]]]:
     """Return the published rows by method, protocol, data set, backbone and shots, in the order of the file."""
     found: dict[Key, list[dict[str, str]]] = defaultdict(list)
@@ -36,6 +44,9 @@ def _table() -> dict[Key, list[dict[str, str]]]:
     for row in csv.DictReader(text.splitlines()):
         if row["backbone"] and row["shots"]:
             found[row["method"], row["protocol"], row["dataset"], row["backbone"], row["shots"]].append(row)
+    for row in _records():
+        if row["protocol"] == "base-to-new":
+            found[row["method"], row["protocol"], "average", "ViT-B/16", "16"].append(row)
     return dict(found)
 
 
@@ -65,7 +76,19 @@ def add(rows: Iterable[Row]) -> list[str]:
     compared = sorted({row.origin for row in rows if row.origin})
     if not compared:
         return ["--published: no published number for these methods, data sets, shots and backbones"]
-    return [*(f"published numbers: {origin}" for origin in compared), *notes]
+    whole = any(_key(row)[1:] == ("base-to-new", "average", "ViT-B/16", "16") for row in rows)
+    return [*(f"published numbers: {origin}" for origin in compared), *notes, *(best_by_league() if whole else [])]
+
+
+def best_by_league() -> list[str]:
+    """Return a line for each league with its best published H over the 11 data sets (base to new, ViT-B/16, 16 shots)."""
+    lines = []
+    for league in LEAGUES:
+        rows = [row for row in _records() if row["league"] == league and row["protocol"] == "base-to-new" and row["hmean"]]
+        if rows:
+            best = max(rows, key=lambda row: float(row["hmean"]))
+            lines.append(f"best published H, {league}: {best['hmean']} ({best['method']}, {best['source']})")
+    return lines
 
 
 def _key(row: Row) -> Key:

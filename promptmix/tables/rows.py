@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from promptmix.engine.league import LABELLED
 from promptmix.runs.results import RunResult
 from promptmix.tables.spread import STD
 
@@ -57,6 +58,8 @@ class Row:
         origin: where the published numbers were read.
         learned: number of learned parameters.
         train_seconds: seconds of training, over the runs that trained.
+        gflops: operations of a training step, in 10^9.
+        league: what the method sees, see ``promptmix.engine.league``.
         runs: ``base``, ``new`` or ``test`` to the run of each seed.
     """
 
@@ -76,4 +79,6 @@ class Row:
     origin: str = ""
     learned: int | None = None
     train_seconds: Cell | None = None
+    gflops: float | None = None
+    league: str = LABELLED
     runs: dict[str, dict[Any, RunResult]] = field(default_factory=dict)

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from tabulate import tabulate, tabulate_formats
 
+from promptmix.engine.league import note_on, rank
 from promptmix.errors import UserError
 from promptmix.files.text import csv_cell, json_text, table_cell
 from promptmix.registry import closest
@@ -65,10 +66,10 @@ def aggregate(
         for settings, same in _by_settings(members).items():
             protocol, dataset, shots, method, backbone = key
             row = Row(method, dataset, protocol, shots, backbone, settings, started=min(run.started for run in same))
-            row.trained_on = same[0].trained_on
+            row.trained_on, row.league = same[0].trained_on, same[0].league
             notes += _fill(row, same, [*chosen, *_more(protocol, metrics)], split, ci95)
             rows.append(row)
-    return rows, chosen, notes
+    return rows, chosen, [*notes, *note_on(row.league for row in rows)]
 
 
 def averages(rows: list[Row], metrics: list[str], ci95: bool = False) -> list[Row]:
@@ -94,7 +95,7 @@ def averages(rows: list[Row], metrics: list[str], ci95: bool = False) -> list[Ro
             continue
         label = f"{trained_on} → average of {len(names)}" if trained_on else f"average of {len(names)}"
         mean = Row(method, label, protocol, shots, backbone, settings, min(row.started for row in same))
-        mean.trained_on, mean.averages = trained_on, names
+        mean.trained_on, mean.averages, mean.league = trained_on, names, same[0].league
         mean.seeds = sorted(set.intersection(*(set(row.seeds) for row in same)))
         for metric in metrics:
             _average(mean, same, metric, ci95)
@@ -128,7 +129,7 @@ def render(rows: list[Row], metrics: list[str], fmt: str = "github", sort: str =
         metrics: the metrics that stand in them.
         fmt: one of ``FORMATS``.
         sort: one of ``SORTS``.
-        cost: also show learned parameters and seconds of training.
+        cost: also show learned parameters, operations of a step and seconds of training.
 
     Raises:
         UserError: a format or an order that does not exist.
@@ -258,6 +259,7 @@ def _fill(row: Row, runs: list[RunResult], metrics: list[str], split: str, ci95:
     row.runs = dict(by_part)
     row.seeds = sorted({run.seed for part in by_part.values() for run in part.values()})
     row.learned = runs[0].learned_parameters
+    row.gflops = next((run.step_gflops for run in runs if run.step_gflops is not None), None)
     trained = [run.seconds["train"] for part in by_part.values() for run in part.values() if run.seconds.get("train")]
     row.train_seconds = _cell(trained, ci95) if trained else None
     for metric in metrics:
@@ -293,7 +295,7 @@ def _h_cell(values: dict[str, dict[Any, float]], seeds: list[Any], ci95: bool) -
 
 
 def _order(row: Row, sort: str, metrics: list[str]) -> tuple[Any, ...]:
-    place = (row.protocol, bool(row.averages), row.dataset, row.shots.rjust(6))
+    place = (row.protocol, bool(row.averages), row.dataset, row.shots.rjust(6), rank(row.league))
     if sort == "time":
         return (*place, row.started)
     if sort == "name":
@@ -304,7 +306,8 @@ def _order(row: Row, sort: str, metrics: list[str]) -> tuple[Any, ...]:
 
 def _table(rows: list[Row], metrics: list[str], parts: tuple[str, ...], fmt: str, cost: bool) -> str:
     columns: dict[str, list[str]] = {"Method": [row.method for row in rows], "Data set": [row.dataset for row in rows]}
-    for title, values in (("Backbone", [row.backbone for row in rows]), ("Settings", [row.settings for row in rows])):
+    several = {"Backbone": "backbone", "League": "league", "Settings": "settings"}
+    for title, values in ((title, [getattr(row, name) for row in rows]) for title, name in several.items()):
         if len(set(values)) > 1:
             columns[title] = values
     columns["Shots"] = [row.shots for row in rows]
@@ -322,6 +325,7 @@ def _table(rows: list[Row], metrics: list[str], parts: tuple[str, ...], fmt: str
             columns[title] = [str(row.cells.get((metric, part), "-")) for row in rows]
     if cost:
         columns["Learned"] = ["-" if row.learned is None else f"{row.learned:,}" for row in rows]
+        columns["GFLOP a step"] = ["-" if row.gflops is None else f"{row.gflops:,.1f}" for row in rows]
         columns["Train s"] = ["-" if row.train_seconds is None else f"{row.train_seconds.mean:.1f}" for row in rows]
     align = ("left",) * words + ("right",) * (len(columns) - words)
     safe = {table_cell(name, fmt): [table_cell(cell, fmt) for cell in cells] for name, cells in columns.items()}
@@ -338,7 +342,7 @@ def _published(row: Row, part: str) -> str:
 
 
 def _long(rows: list[Row]) -> list[dict[str, Any]]:
-    keys = ("method", "dataset", "protocol", "shots", "backbone", "settings", "seeds")
+    keys = ("method", "dataset", "protocol", "shots", "backbone", "league", "settings", "seeds")
     compared = any(row.published for row in rows)
 
     def papers(row: Row, metric: str, part: str, cell: Cell) -> dict[str, Any]:

@@ -90,6 +90,9 @@ def test_average_over_the_eleven_is_compared_and_disagreement_told():
     average = next(row for row in rows if row.averages)
     assert average.published == {"base": 82.69, "new": 63.22, "h": 71.66}
     assert any("KgCoOp" in note and "82.63" in note for note in notes)
+    best = [note for note in notes if note.startswith("best published H")]
+    assert best[0] == "best published H, labelled pictures: 81.51 (SpecPL, abstract arXiv 2605.04504)"
+    assert best[-1].startswith("best published H, unlabelled pictures and teacher: 84.35 (ATPrompt + PromptKD")
     fewer, _ = table([run(dataset=dataset) for dataset in ELEVEN[1:]])
     published.add(fewer)
     assert not next(row for row in fewer if row.averages).published
