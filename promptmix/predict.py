@@ -126,10 +126,10 @@ class Predictor:
         if epoch is not None and (type(epoch) is not int or epoch < 1):
             raise ConfigError(f"epoch is {shown(epoch)}; give a whole number from 1 on, or leave it out")
         folder = Path(run)
-        self.result = _read(folder)
+        self.result = read_result(folder)
         cfg = config.get_cfg()
         config.merge_tree(cfg, self.result.config, str(folder / FILE_NAME))
-        _forget_places(cfg, folder, str(weights), str(descriptions))
+        forget_places(cfg, folder, str(weights), str(descriptions))
         cfg.VERBOSE = False
         cfg.DEVICE = device or cfg.DEVICE
         config.check_values(cfg)
@@ -137,7 +137,7 @@ class Predictor:
         self._folder = folder
         self.reading = reading or (cfg.INPUT.READING if cfg.INPUT.READING != "auto" else "upright")
         self.classnames: tuple[str, ...] = tuple(self.result.vocabulary["classnames"])
-        with _quiet():
+        with quiet():
             self._trainer = _without_data(cfg, self.result.vocabulary)
             self._load(folder, epoch)
             self._trainer.set_model_mode("eval")
@@ -148,6 +148,12 @@ class Predictor:
             )
         self._transform = transform
         self._learner_of = lru_cache(maxsize=8)(self._build_learner)
+
+    @property
+    def trainer(self) -> PromptTrainer:
+        """The run's trainer with its learned tensors, without loaders."""
+        found: PromptTrainer = self._trainer
+        return found
 
     def predict(
         self,
@@ -179,7 +185,7 @@ class Predictor:
             raise ConfigError(f"class names {list(names)} must be one or more, each once")
         given = [images] if isinstance(images, Picture) else _listed(images)
         found: list[Prediction] = []
-        with torch.no_grad(), _quiet():
+        with torch.no_grad(), quiet():
             learner = self._learner_of(names)
             with self._trainer.precision.autocast():
                 classifier = learner.classifier()
@@ -246,7 +252,7 @@ class Predictor:
         return learner.to(self._trainer.device).eval()
 
 
-def _forget_places(cfg: CfgNode, folder: Path, weights: str, descriptions: str) -> None:
+def forget_places(cfg: CfgNode, folder: Path, weights: str, descriptions: str) -> None:
     """Take the files and folders out of a run's config: nothing is opened, and nothing written, since a run says so.
 
     Raises:
@@ -303,7 +309,7 @@ def _listed(images: Any) -> list[Picture]:  # noqa: ANN401
     return found
 
 
-def _read(folder: Path) -> RunResult:
+def read_result(folder: Path) -> RunResult:
     path = folder / FILE_NAME
     if not path.is_file():
         raise DataError(f"no {path}; name the output folder of a run that finished")
@@ -333,7 +339,7 @@ def _without_data(cfg: CfgNode, vocabulary: dict[str, Any]) -> Any:  # noqa: ANN
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep the trainer's progress messages off the output, but not its warnings."""
     logger = get_logger()
     before = logger.level

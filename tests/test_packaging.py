@@ -69,6 +69,7 @@ FLOORS = (
     {"prompts"},
     {"runs"},
     {"tables", "predict", "dassl"},
+    {"interpret"},
     {"bench"},
     {"commands"},
     {"cli"},

@@ -156,6 +156,16 @@ class TokenMixture(PromptLearner):
         weights, experts = image_features[:, -len(self.bank) :].sort(dim=1, descending=True)
         return Routing(experts, weights, image_features[:, -len(self.bank) :].clamp_min(1e-12).log())
 
+    @property
+    def expert_names(self) -> tuple[str, ...]:
+        """Numbers of the prompts."""
+        return tuple(map(str, range(1, len(self.bank) + 1)))
+
+    def weighed(self, image_features: Tensor, classifier: None, weights: Tensor) -> Tensor:
+        """Return class scores (B, C) with weights (B, E) in place of those of the tokens."""
+        image = image_features[:, : self.clip.embed_dim]
+        return self.logits(torch.cat([image, weights.to(image.dtype), weights.to(image.dtype)], dim=1), classifier)
+
     def logits(self, image_features: Tensor, classifier: None) -> Tensor:
         """Return class scores (B, C)."""
         experts = len(self.bank)

@@ -52,6 +52,7 @@ class GatedHardPrompts(Distiller):
         templates = templates or task.templates
         if not 1 <= k <= len(templates):
             raise SettingError("k", k, f"but must be from 1 to the number of hard templates, {len(templates)}")
+        self.templates = tuple(templates)
         self.scale, self.k, self.t = task.clip.scale.item(), k, t
         self.mpd_weight, self.mps_weight = mpd_weight, mps_weight
         self.register_buffer("teachers", task.clip.hard_features(templates, task.classnames), persistent=False)  # (P, C, D)

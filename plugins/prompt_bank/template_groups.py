@@ -59,6 +59,11 @@ class TemplateGroups(PromptBank):
         """Number of groups E."""
         return len(self.groups)
 
+    @property
+    def expert_names(self) -> tuple[str, ...]:
+        """The template that each expert started from, behind its number."""
+        return tuple(f"{i} {group[0]}" for i, group in enumerate(self.groups, start=1))
+
     def forward(
         self,
         names: Sequence[str],

@@ -47,6 +47,11 @@ class Tokenizer:
         """Return the ids of ``text``; empty for empty text."""
         return self._encode(text)
 
+    def word(self, token: int) -> str:
+        """Return what a token stands for; a piece that goes on into the next one ends with a hyphen."""
+        text: str = self._simple.decode([token])
+        return text.rstrip() if text.endswith(" ") else f"{text}-"
+
     def class_tokens(self, names: Sequence[str]) -> ClassTokens:
         """Return the tokens of class names, underscores read as spaces.
 
@@ -82,6 +87,10 @@ class PretrainedTokenizer(Tokenizer):
     def _ids(self, text: str, *, special: bool) -> tuple[int, ...]:
         cleaned = self._source.clean_fn(text)
         return tuple(self._source.tokenizer(cleaned, add_special_tokens=special)["input_ids"]) if cleaned or special else ()
+
+    def word(self, token: int) -> str:
+        """Return what a token stands for, as its own vocabulary writes it."""
+        return str(self._source.tokenizer.convert_ids_to_tokens(token))
 
     def _encode_uncached(self, text: str) -> tuple[int, ...]:
         if text.strip()[:1].isalnum():

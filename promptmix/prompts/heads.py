@@ -27,6 +27,8 @@ class WeightedScores(Head):
         scale: s.
     """
 
+    mixes = True
+
     def __init__(
         self, task: Task, bank: PromptBank, scale: Annotated[float, Setting("s; 0 = the model's temperature", low=0)] = 0.0
     ) -> None:

@@ -121,6 +121,19 @@ class PromptLearner(nn.Module, ABC):
         """Return which experts images go to in ``logits``, which takes the same arguments; None without a router."""
         return None
 
+    @property
+    def expert_names(self) -> tuple[str, ...]:
+        """What tables call the experts whose weights ``weighed`` takes; empty where there are none."""
+        return ()
+
+    def weighed(self, image_features: Tensor, classifier: Any, weights: Tensor) -> Tensor:  # noqa: ANN401
+        """Return class scores (B, C) as ``logits`` does, with given weights of the experts (B, E), which sum to 1.
+
+        Raises:
+            NotImplementedError: there are no experts that are weighed.
+        """
+        raise NotImplementedError(f"{type(self).__name__} weighs no experts")
+
     def loss(self, step: Step) -> LossTerms:
         """Return the loss of a batch; the default is the cross-entropy of the logits."""
         logits = self.logits(step.features, self.classifier())
@@ -274,6 +287,18 @@ class Learner(PromptLearner):
     def routing(self, image_features: Tensor, classifier: Tensor | None) -> Routing | None:
         """Return which experts images go to; None without a router."""
         return None if self.router is None else Step(self, None, features=image_features, text=classifier).routing
+
+    @property
+    def expert_names(self) -> tuple[str, ...]:
+        """The bank's names of its experts, where the head weighs several."""
+        return self.bank.expert_names if self.head.mixes and self.bank.num_experts > 1 else ()
+
+    def weighed(self, image_features: Tensor, classifier: Tensor | None, weights: Tensor) -> Tensor:
+        """Return scores (B, C) with weights (B, E) in place of the router's."""
+        step = Step(self, None, features=image_features, text=classifier)
+        experts = torch.arange(weights.shape[1], device=weights.device).expand_as(weights)
+        step.routing = Routing(experts, weights, weights.clamp_min(1e-12).log())
+        return step.logits
 
     def loss(self, step: Step) -> LossTerms:
         """Return the weighted sum of the losses for a batch."""

@@ -87,6 +87,11 @@ class PromptBank(Component, ABC):
     def num_experts(self) -> int:
         """Number of experts E."""
 
+    @property
+    def expert_names(self) -> tuple[str, ...]:
+        """What tables call the experts."""
+        return tuple(map(str, range(1, self.num_experts + 1)))
+
     @abstractmethod
     def forward(
         self,
@@ -166,6 +171,8 @@ class Head(Component, ABC):
 
     #: Whether it reads ``step.tokens``, the patches' features.
     needs_tokens: ClassVar[bool] = False
+    #: Whether it weighs the experts by ``step.routing``, all equally without one.
+    mixes: ClassVar[bool] = False
     #: Which: the patches as they leave the last layer, or its ``values``, where no attention has mixed them.
     token_kind: ClassVar[TokenKind] = "patches"
 

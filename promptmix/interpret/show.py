@@ -1,0 +1,153 @@
+"""An insight as tables: for one run, and over several runs of one method."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+from tabulate import tabulate
+
+from promptmix.files.text import harmless, table_cell
+from promptmix.interpret.look import Insight
+from promptmix.interpret.mixture import Mixture
+from promptmix.interpret.words import Position
+from promptmix.tables.paired import shown_p
+
+__all__ = ["over_runs", "sections"]
+
+
+def sections(found: Insight, fmt: str = "github") -> list[tuple[str, str]]:
+    """Return title and table of everything that was found."""
+    parts: list[tuple[str, str]] = []
+    if found.words:
+        usual = {one.layer: one.usual for one in found.words}
+        title = "Nearest words, with distances (a word's nearest other word is at " + ", ".join(
+            f"{value:.2f}" + (f" in layer {layer}" if len(usual) > 1 else "") for layer, value in usual.items()
+        )
+        parts.append((f"{title})", _table(("Expert", "Layer", "Place", "Nearest words"), _words(found), fmt)))
+    if found.templates:
+        likeness: list[tuple[str, ...]] = [
+            (name, ", ".join(f"{template} {value:.3f}" for template, value in best))
+            for name, best in zip(found.experts, found.templates, strict=True)
+        ]
+        parts.append(
+            (
+                "Hard templates that each expert is most like (mean cosine over the classes)",
+                _table(("Expert", "Templates"), likeness, fmt),
+            )
+        )
+    if found.moved:
+        ordered = sorted(found.moved, key=lambda one: -one.degrees)
+        lines = [(one.classname, f"{one.degrees:.1f}", f"{one.least:.1f}", f"{one.most:.1f}") for one in ordered]
+        title = f"How far each class's text feature is from {found.template!r}, in degrees"
+        parts.append((title, _table(("Class", "Mean", "Nearest expert", "Furthest expert"), lines, fmt, 1)))
+    for mixture in found.mixtures:
+        parts += _of_mixture(found, mixture, fmt)
+    return parts
+
+
+def _of_mixture(found: Insight, mixture: Mixture, fmt: str) -> list[tuple[str, str]]:
+    lines = [
+        (name, f"{100 * share:.1f}%", f"{100 * first:.1f}%", f"{weight:.3f}")
+        for name, share, first, weight in zip(mixture.experts, mixture.share, mixture.first, mixture.weight, strict=True)
+    ]
+    title = f"Routing of {mixture.title}, {mixture.pictures} test pictures"
+    if mixture.routed:
+        title += f"; entropy of the router's scores {100 * mixture.entropy:.1f}% of uniform"
+    if mixture.weight_entropy is not None:
+        title += f", of the weights in use {100 * mixture.weight_entropy:.1f}%"
+    headers = ("Expert", "Chosen for", "Largest weight for", "Mean weight")
+    parts = [(title if mixture.routed else f"{title}: no router, all equally", _table(headers, lines, fmt, 1))]
+    parts.append(
+        (
+            f"Who does it ({mixture.title})",
+            _table(("Experts", "Accuracy", "p", "Only this : only trained"), _ways(mixture), fmt, 1),
+        )
+    )
+    if mixture.routed:
+        rows = [
+            (name, *(f"{value:.2f}" for value in own))
+            for name, own in zip(found.classnames, mixture.by_class, strict=True)
+            if own
+        ]
+        parts.append(
+            (f"Mean weight of each expert by class ({mixture.title})", _table(("Class", *mixture.experts), rows, fmt, 1))
+        )
+    for title, matrix in (
+        ("Same answer of two experts alone", mixture.agreement),
+        ("Cosine of two experts' text features", mixture.text_cosine),
+    ):
+        if matrix:
+            rows = [(name, *(f"{value:.2f}" for value in own)) for name, own in zip(mixture.experts, matrix, strict=True)]
+            parts.append((f"{title} ({mixture.title})", _table(("", *mixture.experts), rows, fmt, 1)))
+    return parts
+
+
+def _ways(mixture: Mixture) -> list[tuple[str, ...]]:
+    return [
+        (
+            way.name,
+            f"{way.accuracy:.2f}" + ("" if way.spread is None else f" ± {way.spread:.2f}"),
+            "" if way.p is None else shown_p(way.p),
+            "" if way.only_this is None else f"{way.only_this} : {way.only_trained}",
+        )
+        for way in mixture.ways
+    ]
+
+
+def _words(found: Insight) -> list[tuple[str, ...]]:
+    def key(one: Position) -> tuple[str, int, int]:
+        return one.classname, one.expert, one.layer
+
+    lines: list[tuple[str, ...]] = []
+    for (classname, expert, layer), positions in groupby(found.words, key):
+        for one in positions:
+            name = found.experts[expert] if expert < len(found.experts) else str(expert + 1)
+            place = str(one.place) if one.place > 0 else f"end {one.place}"
+            lines.append((f"{name} {classname}".strip(), str(layer), place, ", ".join(f"{w} {d:.2f}" for w, d in one.words)))
+    return lines
+
+
+def over_runs(found: Sequence[Insight], fmt: str = "github") -> list[tuple[str, str]]:
+    """Return the accuracies of each way of choosing the experts over several runs, for each method and part of the classes."""
+    groups: dict[tuple[str, str, str], list[Mixture]] = {}
+    for one in found:
+        for mixture in one.mixtures:
+            groups.setdefault((one.trainer, one.dataset, mixture.title), []).append(mixture)
+    parts = []
+    for (trainer, dataset, title), mixtures in groups.items():
+        if len(mixtures) < 2 or len({tuple(mixture.experts) for mixture in mixtures}) > 1:
+            continue
+        lines = []
+        for position, way in enumerate(mixtures[0].ways):
+            values = [mixture.ways[position].accuracy for mixture in mixtures]
+            apart = [mixture.ways[position].accuracy - mixture.ways[0].accuracy for mixture in mixtures]
+            lines.append((way.name, *(f"{np.mean(v):{sign}.2f} ± {np.std(v):.2f}" for v, sign in ((values, ""), (apart, "+")))))
+        entropy = np.mean([mixture.entropy for mixture in mixtures])
+        shares = ", ".join(
+            f"{name} {min(values):.0f}-{max(values):.0f}%"
+            for name, values in zip(
+                mixtures[0].experts, np.transpose([[100 * v for v in m.share] for m in mixtures]), strict=True
+            )
+        )
+        head = f"{trainer} on {dataset}, {title}, {len(mixtures)} runs"
+        head += f": router's entropy {100 * entropy:.1f}% of uniform; chosen for: {shares}"
+        parts.append((head, _table(("Experts", "Accuracy", "Minus as trained"), lines, fmt, 1)))
+    return parts
+
+
+def _table(headers: Sequence[str], rows: Iterable[Sequence[Any]], fmt: str, words: int = 0) -> str:
+    """Return a table whose columns behind the first ``words`` are numbers, all words where it is 0."""
+    safe = [[table_cell(cell, fmt) for cell in row] for row in rows]
+    align = ["left"] * (words or len(headers)) + ["right"] * (len(headers) - (words or len(headers)))
+    return harmless(
+        tabulate(
+            safe,
+            headers=[table_cell(h, fmt) for h in headers],
+            tablefmt=fmt,
+            disable_numparse=True,
+            colalign=align if safe else None,
+        )
+    )
