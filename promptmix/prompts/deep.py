@@ -114,10 +114,17 @@ class TextPrompts(nn.Module):
         """Return normalised text features (E, C, D) of C class names; prompts end with a full stop unless it is False."""
         return F.normalize(self.encode(names, full_stop=full_stop, experts=experts), dim=-1)
 
-    def encode(self, names: Sequence[str], *, full_stop: bool | None = None, experts: Tensor | None = None) -> Tensor:
-        """Return text features (E, C, D) as they come from the tower."""
-        tower = self.task.clip.text
-        context, *deeper = (_with_experts(layer) if experts is None else _with_experts(layer)[experts] for layer in self.layers)
+    def encode(
+        self,
+        names: Sequence[str],
+        *,
+        full_stop: bool | None = None,
+        experts: Tensor | None = None,
+        layers: Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        """Return text features (E, C, D) as they come from the tower; ``layers`` stand in for the prompts' own."""
+        tower, given = self.task.clip.text, self.layers if layers is None else layers
+        context, *deeper = (_with_experts(layer) if experts is None else _with_experts(layer)[experts] for layer in given)
         stop = tower.tokenizer.encode("." if full_stop in (None, True) else "")
         fixed, end = (tower.embed(ids)[None] for ids in (self.words, stop))
         prompts = tower.compose(context, fixed, tower.tokenizer.class_tokens(names), end)

@@ -210,8 +210,10 @@ class Learner(PromptLearner):
         with torch.no_grad():
             #: Whether each expert has image features of its own.
             self.image_per_expert = not bank.image_is_frozen and len(bank.visual()) > 1
-        #: Whether the frozen tower's features stand in front of the experts' own, by which images are routed.
-        self.keeps_frozen = router is not None or bank.per_image
+        #: Whether the frozen tower's features stand in front of the experts' own, which route images or are mixed with them.
+        self.keeps_frozen = router is not None or bank.per_image or bank.needs_frozen_image
+        #: Whether several features of an image are kept side by side: (B, 1 + E, D), (B, E, D) or (B, 2, D).
+        self.stacks_images = self.image_per_expert or bank.needs_frozen_image
         self._frozen_text: Tensor | None = None
 
     @property
@@ -238,21 +240,23 @@ class Learner(PromptLearner):
 
         Returns:
             (B, D), by ``image_level`` normalised, raw, or before the last linear map; (B, E, D) where each expert prompts the
-            image tower in its own way, with a router (B, 1 + E, D), the frozen tower's features by which images are routed first;
+            image tower in its own way, with a router (B, 1 + E, D), the frozen tower's features by which images are routed first,
+            (B, 2, D) where the bank mixes the frozen features with its own;
             (B, 1 + M, D) with the patches' features behind the image's for heads with ``needs_tokens``.
         """
         encode = self._encoder
         schedules, changes = self.bank.visual(), self.bank.image_changes()
         if self.head.needs_tokens:
-            if len(schedules) > 1:
+            if self.stacks_images:
                 raise ConfigError(
-                    "a head over patches takes one set of visual prompts; choose another head or a bank of one expert"
+                    "a head over patches takes one set of image features; choose another head, or a bank of one expert that "
+                    "does not mix them with frozen ones"
                 )
             image, tokens = encode(images, *schedules, **changes, tokens=self.head.token_kind)
             return torch.cat([image[:, None], tokens], dim=1)
-        if len(schedules) > 1:
+        if self.stacks_images:
             frozen = [self.clip.encode_frozen(lambda: encode(images))] if self.keeps_frozen else []
-            return torch.stack([*frozen, *(encode(images, schedule, **changes) for schedule in schedules)], dim=1)
+            return torch.stack([*frozen, *(encode(images, schedule, **changes) for schedule in schedules or [{}])], dim=1)
         features: Tensor = encode(images, *schedules, **changes)
         return features
 

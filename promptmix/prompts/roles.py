@@ -82,6 +82,9 @@ class PromptBank(Component, ABC):
     #: Whether ``forward`` takes ``experts``, a tensor of indices, and then gives features (len(experts), C, D) of those alone.
     takes_experts: bool = False
 
+    #: Whether image features are mixed with those of the frozen tower (``join``), which then also runs in evaluation.
+    needs_frozen_image: ClassVar[bool] = False
+
     @property
     @abstractmethod
     def num_experts(self) -> int:
@@ -144,6 +147,18 @@ class PromptBank(Component, ABC):
 
         Returns:
             Normalised features (B, D).
+        """
+        return image
+
+    def join(self, image: Tensor, frozen: Tensor) -> Tensor:
+        """Mix the features that ``adapt`` gave with the frozen tower's, for banks with ``needs_frozen_image``.
+
+        Args:
+            image: normalised features (B, D), or (B, E, D) where each expert prompts the image tower in its own way.
+            frozen: normalised features (B, D).
+
+        Returns:
+            Normalised features in the shape of ``image``.
         """
         return image
 

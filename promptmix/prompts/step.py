@@ -144,7 +144,8 @@ class Step:
     def image(self) -> Tensor:
         """Image features (B, D), or (B, E, D) where each expert prompts the image tower in its own way."""
         read = {"unit": lambda: self.unit_image, "raw": lambda: self.raw_image, "unprojected": lambda: self.unprojected_image}
-        return self.bank.adapt(read[self.bank.image_level]())
+        image = self.bank.adapt(read[self.bank.image_level]())
+        return self.bank.join(image, self.frozen_image) if self.bank.needs_frozen_image else image
 
     @cached_property
     def unit_image(self) -> Tensor:
@@ -199,10 +200,11 @@ class Step:
 
     @cached_property
     def _split(self) -> tuple[Tensor, Tensor | None]:
-        """Image features and patches; or, where experts have image features of their own, these and the frozen ones."""
-        if self.learner.image_per_expert:
+        """Image features and patches; or, where several features are kept side by side, the bank's own and the frozen ones."""
+        if self.learner.stacks_images:
             begin = int(self.learner.keeps_frozen)
-            return self.features[:, begin:], self.features[:, 0] if begin else None
+            own = self.features[:, begin:] if self.learner.image_per_expert else self.features[:, begin]
+            return own, self.features[:, 0] if begin else None
         if self.learner.head.needs_tokens:
             return self.features[:, 0], self.features[:, 1:]
         return self.features, None
@@ -214,7 +216,7 @@ class Step:
         Raises:
             ValueError: the image tower is prompted, and the pictures are not at hand.
         """
-        kept = self._split[1] if self.learner.image_per_expert else None
+        kept = self._split[1] if self.learner.stacks_images else None
         if kept is not None:
             return kept if self.learner.image_level == "unit" else F.normalize(kept, dim=-1)
         if self.learner.image_is_frozen:

@@ -18,12 +18,12 @@ def trained(room, folder, name, *settings, stop_after=0, epochs=3):
     trainer = toy_trainer(room, name, *always, *settings)
     if stop_after:
 
-        def interrupted(after_epoch=trainer.after_epoch):
-            after_epoch()
+        def interrupted(save_progress=trainer.save_progress):
+            save_progress()
             if trainer.epoch + 1 == stop_after:
                 raise KeyboardInterrupt
 
-        trainer.after_epoch = interrupted
+        trainer.save_progress = interrupted
         with pytest.raises(KeyboardInterrupt):
             trainer.train()
         trainer = toy_trainer(room, name, *always, *settings)
@@ -50,6 +50,43 @@ def test_the_second_view_is_the_frozen_towers(room):
     with torch.no_grad():
         assert torch.allclose(step.frozen_view, trainer.clip.encode_image(images[1]), atol=1e-6)
         assert torch.equal(trainer.model.step(images[0]).frozen_view, step.frozen_image)
+
+
+def test_hicropl_resumes_bitwise_in_both_readings(room, tmp_path):
+    small = [f"TRAINER.HICROPL.{key}" for key in ("N_CTX", "PROMPT_DEPTH", "CROSS_LAYER")]
+    small = [part for pair in zip(small, (2, 4, 2), strict=True) for part in pair]
+    ends = {}
+    for mapping in ("learned", "written"):
+        settings = (*small, "TRAINER.HICROPL.MAPPING", mapping, "TEST.FINAL_MODEL", "best_val", "TEST.NO_TEST", False)
+        ends[mapping] = trained(room, tmp_path / mapping, "HiCroPL", *settings)
+        assert same(ends[mapping], trained(room, tmp_path / f"{mapping}-2", "HiCroPL", *settings, stop_after=1))
+    assert not same(*ends.values())
+
+
+@pytest.mark.parametrize("mapping", ["learned", "written"])
+def test_hicropl_is_changed_by_evaluation_as_published_alone(room, mapping):
+    trainer = toy_trainer(room, "HiCroPL", "TRAINER.HICROPL.MAPPING", mapping)
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    first, second = scores(trainer), scores(trainer)
+    assert same(trainer.model.state_dict(), before) == torch.equal(first, second) == (mapping == "learned")
+
+
+def test_hicropl_counts_as_learned_what_learns(room):
+    learned, written = (toy_trainer(room, "HiCroPL", "TRAINER.HICROPL.MAPPING", mapping) for mapping in ("learned", "written"))
+    numbers = [sum(p.numel() for p in trainer.model.parameters() if p.requires_grad) for trainer in (learned, written)]
+    assert numbers[1] == 2 * 12 * 16 * 64 < numbers[0]
+    assert learned.model.state_dict().keys() == written.model.state_dict().keys()
+
+
+def test_hicropl_needs_sentences_about_every_class_it_tells_apart(room, tmp_path):
+    file = tmp_path / "few.json"
+    file.write_text('{"barn owl": ["A pale owl.", "An owl."], "pine_tree": ["A tree."], "red double decker bus": ["A bus."]}')
+    settings = ("DATASET.DESCRIPTIONS", str(file))
+    assert scores(toy_trainer(room, "HiCroPL", *settings)).isfinite().all()
+    with pytest.raises(DataError, match=r"no sentences for 2 of 2 classes"):
+        toy_trainer(room, "HiCroPL", *settings, classes="new")
+    with pytest.raises(ConfigError, match=r"TRAINER.HICROPL.CROSS_LAYER is 12, .* below PROMPT_DEPTH 12"):
+        toy_trainer(room, "HiCroPL", "TRAINER.HICROPL.CROSS_LAYER", 12)
 
 
 @pytest.mark.parametrize(("name", "views", "said"), [("MaPLe", 2, "reads one view"), ("CoPrompt", 3, "at most 2 views")])
