@@ -76,6 +76,11 @@ def register_sweep_backends(registry: Registry) -> None:
 
 
 @hookspec
+def register_selectors(registry: Registry) -> None:
+    """Fires once per plugin at loading: add ``promptmix.runs.selection.Selector`` classes by name, for protocol ``active``."""
+
+
+@hookspec
 def before_plugin(name: str) -> None:
     """Fires before the module of ``--plugin`` is imported: make what it may import importable."""
 

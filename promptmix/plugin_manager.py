@@ -39,6 +39,8 @@ _ROOMS = (
     "promptmix.engine.evaluator",
     "promptmix.engine.openworld",
     "promptmix.runs.protocols",
+    "promptmix.runs.active",
+    "promptmix.runs.federated",
     "promptmix.runs.backends",
     "promptmix.dassl.importing",
 )

@@ -133,6 +133,7 @@ EVALUATOR_REGISTRY = Registry("evaluator")
 HEAD_REGISTRY = Registry("head")
 PROTOCOL_REGISTRY = Registry("protocol")
 SWEEP_BACKEND_REGISTRY = Registry("sweep backend")
+SELECTOR_REGISTRY = Registry("selector")
 
 #: Every registry by the plural that ``promptmix list`` and the ``register_*`` hooks use.
 REGISTRIES: dict[str, Registry] = {
@@ -147,6 +148,7 @@ REGISTRIES: dict[str, Registry] = {
     "heads": HEAD_REGISTRY,
     "protocols": PROTOCOL_REGISTRY,
     "sweep_backends": SWEEP_BACKEND_REGISTRY,
+    "selectors": SELECTOR_REGISTRY,
 }
 
 #: Config node of each role, and the registry of the parts that can take it.

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from promptmix.commands.train import split_arguments
 from promptmix.errors import ConfigError
 from promptmix.registry import PROTOCOL_REGISTRY
+from promptmix.runs.active import ACTIVE
+from promptmix.runs.federated import FEDERATED
 from promptmix.runs.protocols import PROTOCOLS, Job
 
 if TYPE_CHECKING:
@@ -21,13 +23,14 @@ __all__ = ["add_arguments", "run", "run_all", "split_arguments"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
     add = parser.add_argument
-    about = "; ".join(f"{name}: {protocol.summary}" for name, protocol in PROTOCOLS.items())
+    built_in = PROTOCOLS | {"active": ACTIVE, "federated": FEDERATED}
+    about = "; ".join(f"{name}: {protocol.summary}" for name, protocol in built_in.items())
     add("protocol", metavar="PROTOCOL", help=f"{about}; `promptmix list protocols` shows those of plugins too")
     add("--trainer", "--trainers", dest="trainers", nargs="+", required=True, metavar="NAME", help="methods")
     add("--datasets", nargs="+", required=True, metavar="NAME|YAML", help="data sets to train on, by name or config file")
     add("--targets", nargs="+", default=[], metavar="NAME", help="data sets or domains to test on; default: those of the papers")
     add("--seeds", type=int, nargs="+", default=[1, 2, 3], metavar="N", help="default: 1 2 3")
-    add("--shots", type=int, nargs="+", default=[16], metavar="N", help="training pictures per class; default: 16")
+    add("--shots", type=int, nargs="+", metavar="N", help="training pictures per class; default: 16, for protocols in rounds all")
     add(
         "--config-file",
         default="",
@@ -54,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     if len(args.opts) % 2:
         raise ConfigError(f"command line: overrides come as KEY VALUE pairs, but {args.opts[-1]!r} has no value")
     load_plugins(args.plugin)
-    PROTOCOL_REGISTRY.get(args.protocol)
+    shots_of_all = args.shots or [PROTOCOL_REGISTRY.get(args.protocol).shots]
     jobs = [
         Job(
             protocol=args.protocol,
@@ -72,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
         )
         for dataset in args.datasets
         for trainer in args.trainers
-        for shots in args.shots
+        for shots in shots_of_all
         for seed in args.seeds
     ]
     run_all(jobs, args, sort="name")
@@ -91,8 +94,9 @@ def run_all(jobs: list[Job], args: argparse.Namespace, sort: str) -> list[RunRes
         UserError: a job that can't be done.
     """
     from promptmix.runs import results
+    from promptmix.runs.execute import execute
     from promptmix.runs.progress import Lines
-    from promptmix.runs.protocols import check, execute, parts
+    from promptmix.runs.protocols import check, parts
     from promptmix.tables import tables
 
     started = time.monotonic()

@@ -102,6 +102,7 @@ def _run_all(jobs: list[Job], options: Options, backend: Backend, output: Path) 
     from promptmix.runs.backends import Outcome
     from promptmix.runs.progress import Grid
     from promptmix.runs.protocols import is_done
+    from promptmix.runs.waves import in_waves
 
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -120,7 +121,8 @@ def _run_all(jobs: list[Job], options: Options, backend: Backend, output: Path) 
                     left.append(index)
             grid.say(f"{len(left)} of {len(jobs)} to run, {options.jobs} at a time with {options.threads} thread(s) each")
             # Closing the generator ends what still runs when this is interrupted.
-            with contextlib.closing(backend([jobs[i] for i in left], options, lambda i: grid.started(left[i]))) as outcomes:
+            running = in_waves(backend, [jobs[i] for i in left], options, lambda i: grid.started(left[i]))
+            with contextlib.closing(running) as outcomes:
                 for place, outcome in outcomes:
                     grid.ended(left[place], outcome)
                     if outcome.error:

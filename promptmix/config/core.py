@@ -115,6 +115,8 @@ def _add_data(cfg: CN) -> None:
     _key(cfg, "DATASET.TEMPLATE_GROUPS", (), comment, items=(list, tuple))
     comment = 'ours: JSON file of sentences about each class, or a folder with <data set>.json; "" = the data set\'s own, if any'
     _key(cfg, "DATASET.DESCRIPTIONS", "", comment)
+    comment = 'ours: JSON file, {"train": [...], "test": [...]}: numbers of the pictures to use; "" = all'
+    _key(cfg, "DATASET.SUBSET", "", comment)
     comment = "ours: seeded: class order drawn from SEED, so that base and new differ by seed"
     _key(cfg, "DATASET.CLASS_ORDER", "sorted", comment, choices=("sorted", "seeded"))
 

@@ -21,6 +21,7 @@ PLACES = {
     "RESUME": "--resume",
     "OUTPUT_DIR": "--output-dir",
     "DATASET.DESCRIPTIONS": "DATASET.DESCRIPTIONS",
+    "DATASET.SUBSET": "DATASET.SUBSET",
     "INPUT.FEATURE_CACHE_DIR": "INPUT.FEATURE_CACHE_DIR",
 }
 
@@ -29,7 +30,8 @@ def refuse_foreign_places(cfg: CfgNode) -> None:
     """Refuse files and folders that a run's record names and the caller does not.
 
     What a record says of a method is wanted; which files are opened, and where is written, is for the caller to say. A record
-    may name its own folder as the output, so that a run can be repeated, and weights that promptmix ships or downloaded.
+    may name its own folder as the output and a list of pictures in it, so that a run can be repeated, and weights that
+    promptmix ships or downloaded.
 
     Raises:
         ConfigError: there is such a key; the message says what to type.
@@ -39,7 +41,9 @@ def refuse_foreign_places(cfg: CfgNode) -> None:
         value, source = get_key(cfg, key), source_of(cfg, key) or ""
         if value in ("", defaults.get(key)) or Path(source).name not in RECORDS:
             continue
-        repeated = key == "OUTPUT_DIR" and Path(value).resolve() == Path(source).resolve().parent
+        own = Path(source).resolve().parent
+        repeated = key == "OUTPUT_DIR" and Path(value).resolve() == own
+        repeated |= key == "DATASET.SUBSET" and Path(value).resolve().parent == own
         if not repeated and not ("WEIGHTS" in key and is_own_place(value)):
             raise ConfigError(
                 f"{key} is {shown(value)}, which only the record of a run names ({source}); it may be somebody else's, so name "

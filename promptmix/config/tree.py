@@ -25,7 +25,7 @@ _MOST_BASES = 32
 
 def get_cfg() -> CN:
     """Return a new config tree with the nodes of every registered trainer and component, and of plugins' ``extend_config``."""
-    from promptmix.registry import ROLES, TRAINER_REGISTRY
+    from promptmix.registry import PROTOCOL_REGISTRY, ROLES, TRAINER_REGISTRY
 
     plugins = get_plugin_manager()
     cfg = get_cfg_default()
@@ -34,6 +34,11 @@ def get_cfg() -> CN:
         declare(cfg[role], "NAME", "", Setting('a component; "" = the trainer\'s own choice; none = do without'))
         _add_nodes(cfg[role], registry)
     _add_nodes(cfg.TRAINER, TRAINER_REGISTRY)
+    cfg.PROTOCOL = CN()
+    declare(cfg.PROTOCOL, "NAME", "", Setting("protocol that the run is part of; the protocol sets it"))
+    for name in PROTOCOL_REGISTRY:
+        if hasattr(PROTOCOL_REGISTRY.get(name), "add_config"):  # those with settings
+            _add_node(cfg.PROTOCOL, PROTOCOL_REGISTRY, name)
     plugins.hook.extend_config(cfg=cfg)
     return cfg
 
@@ -43,9 +48,12 @@ TRIALS.append(get_cfg)  # a plugin whose settings fail says so when it is loaded
 
 def _add_nodes(parent: CN, registry: Registry) -> None:
     for name in registry:
-        node = CN()
-        getattr(registry.get(name), "add_config", lambda node: None)(node)
-        parent[name.upper()] = node
+        _add_node(parent, registry, name)
+
+
+def _add_node(parent: CN, registry: Registry, name: str) -> None:
+    parent[name.upper()] = node = CN()
+    getattr(registry.get(name), "add_config", lambda node: None)(node)
 
 
 def merge_file(cfg: CN, path: str | Path) -> None:
@@ -161,6 +169,8 @@ def validate(cfg: CN) -> None:
     _refuse_unread(cfg, getattr(trainer, "ignores", ()))
     _check_views(cfg, getattr(trainer, "views", cfg.DATALOADER.K_TRANSFORMS))
     _refuse_strangers(cfg, "TRAINER", cfg.TRAINER.NAME)
+    if "PROTOCOL" in cfg:  # a tree of Dassl's form has none
+        _refuse_strangers(cfg, "PROTOCOL", *filter(None, [cfg.PROTOCOL.NAME]))
     own = getattr(trainer, "roles", {})
     for role, registry in ROLES.items():
         if role not in cfg:
@@ -206,10 +216,12 @@ def _refuse_strangers(cfg: CN, group: str, *chosen: str) -> None:
         serves_several = len(strangers) < len(keys) or len(methods) > 1 or group != "TRAINER" or Path(source).name in RECORDS
         shared = source != "command line" and serves_several
         if strangers and not shared:
+            kind = "protocol" if group == "PROTOCOL" else "trainer"
+            reader = (cfg.PROTOCOL.NAME or "a run outside of protocols") if group == "PROTOCOL" else cfg.TRAINER.NAME
             raise ConfigError(
-                f"{strangers[0]} (set by {source}) would be ignored: {cfg.TRAINER.NAME} reads "
+                f"{strangers[0]} (set by {source}) would be ignored: {reader} reads "
                 + (" and ".join(f"{prefix}*" for prefix in own) if own else f"no key under {group}")
-                + "; remove it or choose the trainer it belongs to"
+                + f"; remove it or choose the {kind} it belongs to"
             )
 
 

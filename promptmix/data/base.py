@@ -15,7 +15,7 @@ from promptmix.data.fewshot import generate_fewshot, split_by
 from promptmix.errors import ConfigError, DataError
 from promptmix.plugin_manager import get_plugin_manager
 from promptmix.registry import DATASET_REGISTRY
-from promptmix.utils import get_logger
+from promptmix.utils import get_logger, read_json
 
 __all__ = ["DATASET_REGISTRY", "DatasetBase", "build_dataset", "reading_of", "require_folder"]
 
@@ -234,4 +234,30 @@ def build_dataset(cfg: CfgNode) -> DatasetBase:
     if cfg.VERBOSE:
         get_logger().info("Loading dataset: %s", cfg.DATASET.NAME)
     dataset: DatasetBase = dataset_class(cfg)
+    if cfg.DATASET.get("SUBSET", ""):  # a real Dassl's tree lacks it
+        keep_subset(dataset, cfg.DATASET.SUBSET)
     return dataset
+
+
+def keep_subset(dataset: DatasetBase, file: str) -> None:
+    """Leave those pictures in a data set that ``file`` numbers; its classes stay, also those without a picture left.
+
+    Args:
+        dataset: whose training and test pictures are taken.
+        file: JSON, ``{"train": [0, 5, ...], "test": [...]}``, places in the data set's lists; a part left out stays whole.
+
+    Raises:
+        DataError: no such file, or it numbers pictures that aren't there.
+    """
+    content = read_json(file)
+    for part, attribute in (("train", "_train_x"), ("test", "_test")):
+        places = content.get(part) if isinstance(content, dict) else 0
+        items = getattr(dataset, attribute) or []
+        if places is None:
+            continue
+        if not isinstance(places, list) or not places or any(type(p) is not int or not 0 <= p < len(items) for p in places):
+            raise DataError(
+                f"DATASET.SUBSET {file}: {part} must be a list of whole numbers from 0 to {len(items) - 1}, the places of "
+                "pictures; mend the file, or leave the key out"
+            )
+        setattr(dataset, attribute, [items[place] for place in places])

@@ -87,7 +87,7 @@ class EpochSchedule(LRScheduler):
     Its state is the epoch alone. After a resume the learning rate is what the present config gives at that epoch.
 
     Args:
-        optimizer: each of its groups keeps its own base rate.
+        optimizer: each of its groups keeps its own base rate; a group with ``constant`` True has it in every epoch.
         factor: epoch -> multiple of the base rate, used once the warm-up is over.
         warmup_epoch: epochs of warm-up; 0 for none.
         warmup_lr: (epoch, base rate) -> rate during the warm-up.
@@ -107,10 +107,14 @@ class EpochSchedule(LRScheduler):
 
     def get_lr(self) -> list[float | torch.Tensor]:
         """Return the rate of each parameter group at the present epoch."""
+        bases = [float(base) for base in self.base_lrs]
         if self.warmup_lr is not None and self.last_epoch < self.warmup_epoch:
-            return [self.warmup_lr(self.last_epoch, float(base)) for base in self.base_lrs]
-        factor = self.factor(self.last_epoch)
-        return [float(base) * factor for base in self.base_lrs]
+            rates = [self.warmup_lr(self.last_epoch, base) for base in bases]
+        else:
+            factor = self.factor(self.last_epoch)
+            rates = [base * factor for base in bases]
+        groups = zip(self.optimizer.param_groups, bases, rates, strict=True)
+        return [base if group.get("constant") else rate for group, base, rate in groups]
 
     # torch takes the rate from here where it is given an epoch: step(epoch).
     _get_closed_form_lr = get_lr

@@ -47,6 +47,10 @@ class Component(nn.Module):
     image_level: ImageLevel = "unit"
     #: Whether it reads ``step.raw_text``, text features as they come from the tower.
     needs_raw_text: ClassVar[bool] = False
+    #: Protocol ``federated``: whether what it learned stays with a client; otherwise the server averages it.
+    stays_local: ClassVar[bool] = False
+    #: Protocol ``federated``: its tensors that hold other clients' tensors, one after another, and the name of those.
+    borrows: ClassVar[dict[str, str]] = {}
 
     @classmethod
     def add_config(cls, node: CfgNode) -> None:

@@ -28,10 +28,10 @@ from promptmix.errors import UserError
 from promptmix.files.links import open_own
 from promptmix.hookspecs import hookimpl
 from promptmix.registry import Registry
-from promptmix.runs.protocols import Job, execute
+from promptmix.runs.protocols import Job
 
 #: Imported once by the process that local jobs are forked from: a job then starts in a fraction of a second.
-_PRELOAD = ["open_clip", "torch.utils.tensorboard", "promptmix.runs.run", "promptmix.prompts.trainer"]
+_PRELOAD = ["open_clip", "torch.utils.tensorboard", "promptmix.runs.execute", "promptmix.prompts.trainer"]
 _POLL_SECONDS = 2.0  # between two looks at Slurm's queue
 
 
@@ -94,6 +94,8 @@ def work(job: Job, threads: int, command: Sequence[str] = (), directory: str = "
     """
     import torch
 
+    from promptmix.runs.execute import execute
+
     begin = time.monotonic()
     try:
         if directory:
@@ -103,13 +105,13 @@ def work(job: Job, threads: int, command: Sequence[str] = (), directory: str = "
     except UserError as error:
         return Outcome(" ".join(str(error).split()), seconds=time.monotonic() - begin)
     except Exception as error:
-        report = Path(job.folder, "error.txt")
+        report = job.place / "error.txt"
         with contextlib.suppress(OSError):
             report.parent.mkdir(parents=True, exist_ok=True)
             report.write_text(traceback.format_exc(), encoding="utf-8")
         text = " ".join(f"{type(error).__name__}: {error}".split())
         return Outcome(f"{text[:2000]} (traceback in {report})", seconds=time.monotonic() - begin)
-    Path(job.folder, "error.txt").unlink(missing_ok=True)
+    (job.place / "error.txt").unlink(missing_ok=True)
     numbers = {Path(run.config["OUTPUT_DIR"]).name: run.metrics.get("test", {}).get("accuracy", float("nan")) for run in parts}
     return Outcome(numbers=numbers, seconds=time.monotonic() - begin)
 
@@ -171,7 +173,7 @@ def _child(job: Job, options: Options, gpu: int | None, sender: connection.Conne
         visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
         os.environ["CUDA_VISIBLE_DEVICES"] = visible[gpu] if visible else str(gpu)  # CUDA starts later
     # What a run prints is in its log; what libraries print around it, or while they crash, is kept beside it.
-    console = Path(job.folder, "console.txt")
+    console = job.place / "console.txt"
     console.parent.mkdir(parents=True, exist_ok=True)
     with open_own(console) as file:
         for stream in (sys.stdout, sys.stderr):

@@ -7,7 +7,7 @@ finished with the same config is skipped, and a training that was cut off goes o
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -31,12 +31,16 @@ if TYPE_CHECKING:
 class Protocol:
     """What is trained, and what is evaluated with the same learned tensors.
 
+    One that does more (rounds) is a subclass.
+
     Attributes:
         summary: one line for the help.
         part: folder of the run that trains and is tested on the classes it trained on.
         classes: classes that it trains on: all or base.
         new: also evaluate the new classes of the same data set.
         open: also evaluate base and new classes together, by OpenworldAUC.
+        shots: training pictures per class if nobody says otherwise; below 1 = all.
+        parallel: parts of one wave may run side by side, as pieces of the job.
         targets: source -> what is evaluated beside it if nobody says otherwise; data sets, or domains of the source.
             None = the protocol has no targets.
     """
@@ -47,6 +51,41 @@ class Protocol:
     new: bool = False
     targets: dict[str, tuple[str, ...]] | None = None
     open: bool = False
+    shots: int = 16
+    parallel: bool = False
+
+    def parts(self, job: Job) -> list[Part]:
+        """Return the runs of a job."""
+        found = [Part(self.part, job.dataset, self.classes, trains=True, wave=0)]
+        if self.new:
+            found.append(Part("new", job.dataset, "new"))
+        if self.open:
+            found.append(Part("open", job.dataset, "open", settings=("TEST.EVALUATOR", "OpenWorld")))
+        if self.targets is None:
+            if job.targets:
+                raise ConfigError(f"--targets {' '.join(job.targets)}: {job.protocol} has no targets; leave them out")
+            return found
+        source = registry_name(job.dataset)
+        targets = job.targets or self.targets.get(source, ())
+        if not targets:
+            known = ", ".join(self.targets)
+            raise ConfigError(f"{job.protocol} from {source}: give --targets; there are defaults for {known} only")
+        return [*found, *(_target(job, source, target) for target in targets)]
+
+    def check(self, job: Job) -> None:
+        """Refuse a job that can't be done, beyond what the config of each part shows."""
+
+    def counts(self, job: Job, part: Part, result: RunResult, before: Sequence[RunResult]) -> bool:
+        """Tell whether a result stands, seen those of the wave before: an evaluation must be younger than its training."""
+        return all(result.started >= other.finished for other in before)
+
+    def prepare(self, job: Job, part: Part, cfg: CfgNode, before: Sequence[RunResult]) -> bool:
+        """Make what a part needs before it runs; return whether a result that is there stands after all."""
+        return False
+
+    def options(self, job: Job, part: Part, before: Sequence[RunResult]) -> dict[str, Any]:
+        """Return what else ``promptmix.runs.run.running`` takes for a part."""
+        return {}
 
 
 _TEN = (
@@ -89,6 +128,8 @@ _FIXED = {
     "SEED": "--seeds",
     "OUTPUT_DIR": "--output-dir",
     "RESUME": "the output folder",
+    "PROTOCOL.NAME": "the protocol",
+    "DATASET.SUBSET": "the protocol",
 }
 
 
@@ -110,6 +151,7 @@ class Job:
         plugins: modules or files to load.
         root: folder of the data sets.
         device: auto, cpu or cuda; "" = as configured.
+        piece: the one part to run, where a protocol's parts don't wait for each other; "" = all.
     """
 
     protocol: str
@@ -125,13 +167,19 @@ class Job:
     plugins: tuple[str, ...] = ()
     root: str = ""
     device: str = ""
+    piece: str = ""
+
+    @property
+    def place(self) -> Path:
+        """Folder that is this job's alone."""
+        return Path(self.folder, self.piece)
 
     @property
     def name(self) -> str:
         """Return a line that tells this job from its neighbours."""
         shots = "" if self.shots is None else f"{self.shots} shots"
         data = title(self.dataset) if self.dataset else ""
-        return " ".join(filter(None, (self.trainer, self.variant, data, shots, f"seed {self.seed}")))
+        return " ".join(filter(None, (self.trainer, self.variant, data, shots, f"seed {self.seed}", self.piece)))
 
 
 @dataclass(frozen=True)
@@ -144,6 +192,8 @@ class Part:
         classes: all, base, new or open.
         domains: domains to test on; empty = as configured.
         settings: ``KEY VALUE`` pairs that make it this part.
+        trains: it trains, and is no evaluation of what was trained.
+        wave: it waits for the parts of all smaller waves.
     """
 
     name: str
@@ -151,6 +201,8 @@ class Part:
     classes: str
     domains: tuple[str, ...] = ()
     settings: tuple[Any, ...] = ()
+    trains: bool = False
+    wave: int = 1
 
 
 @cache
@@ -190,27 +242,13 @@ def registry_name(dataset: str) -> str:
 
 
 def parts(job: Job) -> list[Part]:
-    """Return the runs of a job: the training first, then what is evaluated from it.
+    """Return the runs of a job: those that train first, then what is evaluated from them.
 
     Raises:
         UserError: targets for a protocol that has none, no targets for one that needs some, or an unknown one.
     """
     protocol: Protocol = PROTOCOL_REGISTRY.get(job.protocol)
-    found = [Part(protocol.part, job.dataset, protocol.classes)]
-    if protocol.new:
-        found.append(Part("new", job.dataset, "new"))
-    if protocol.open:
-        found.append(Part("open", job.dataset, "open", settings=("TEST.EVALUATOR", "OpenWorld")))
-    if protocol.targets is None:
-        if job.targets:
-            raise ConfigError(f"--targets {' '.join(job.targets)}: {job.protocol} has no targets; leave them out")
-        return found
-    source = registry_name(job.dataset)
-    targets = job.targets or protocol.targets.get(source, ())
-    if not targets:
-        known = ", ".join(protocol.targets)
-        raise ConfigError(f"{job.protocol} from {source}: give --targets; there are defaults for {known} only")
-    return [*found, *(_target(job, source, target) for target in targets)]
+    return protocol.parts(job)
 
 
 def _target(job: Job, source: str, target: str) -> Part:
@@ -263,6 +301,7 @@ def make_part_config(job: Job, part: Part, more: Sequence[Any] = ()) -> CfgNode:
         "--shots": ("DATASET.NUM_SHOTS", job.shots),
         "--device": ("DEVICE", job.device),
         job.protocol: ("DATASET.SUBSAMPLE_CLASSES", part.classes),
+        "run": ("PROTOCOL.NAME", job.protocol),
         "--targets": ("DATASET.TARGET_DOMAINS", part.domains or None),
         "--output-dir": ("OUTPUT_DIR", str(Path(job.folder, part.name))),
     }
@@ -280,34 +319,58 @@ def check(job: Job) -> None:
     from promptmix import config
 
     load_plugins(job.plugins)
+    protocol: Protocol = PROTOCOL_REGISTRY.get(job.protocol)
+    protocol.check(job)
+    seen: set[tuple[Any, ...]] = set()
     for part in parts(job):
-        config.validate(make_part_config(job, part))
+        kind = (part.dataset, part.classes, part.domains, part.settings)
+        if kind not in seen:  # rounds differ in nothing that a config says
+            config.validate(make_part_config(job, part))
+        seen.add(kind)
 
 
-def done_parts(job: Job) -> Iterator[tuple[Part, CfgNode, RunResult | None]]:
-    """Yield each part with its config and, where it has finished with that config, its result.
+def done_parts(job: Job) -> Iterator[tuple[Part, CfgNode, RunResult | None, list[RunResult]]]:
+    """Yield each part with its config, where it has finished with that config its result, and the results of the wave before.
 
-    An evaluation counts only if it began after the training that it evaluates had ended, so consume this lazily: a part's
-    result is looked up when it is asked for.
+    A part counts only if it follows from what the wave before has now, so consume this lazily: a part's result is looked up when
+    it is asked for.
     """
     from promptmix.runs import results
     from promptmix.runs.run import finished
 
+    protocol: Protocol = PROTOCOL_REGISTRY.get(job.protocol)
     trained: RunResult | None = None
-    for number, part in enumerate(parts(job)):
-        cfg = make_part_config(job, part, _groups(trained, part, job))
-        result = finished(cfg)
-        if number and (trained is None or (result is not None and result.started < trained.finished)):
-            result = None
-        yield part, cfg, result
-        if number == 0:
-            path = Path(cfg.OUTPUT_DIR, results.FILE_NAME)
-            trained = results.load(path) if path.is_file() else None
+    waves: dict[int, list[RunResult | None]] = {}
+    for part in parts(job):
+        last = waves.get(part.wave - 1, [])
+        before = [result for result in last if result is not None]
+        if job.piece in ("", part.name):
+            cfg = make_part_config(job, part, _groups(trained, part, job))
+            result = finished(cfg)
+            if result is not None and not (len(before) == len(last) and protocol.counts(job, part, result, before)):
+                result = None
+            yield part, cfg, result, before
+        path = Path(job.folder, part.name, results.FILE_NAME)
+        now = results.load(path) if path.is_file() else None
+        waves.setdefault(part.wave, []).append(now)
+        trained = trained or now
 
 
 def is_done(job: Job) -> bool:
     """Tell whether every part has finished."""
-    return all(result is not None for _, _, result in done_parts(job))
+    return all(result is not None for _, _, result, _ in done_parts(job))
+
+
+def pieces(job: Job) -> list[Job]:
+    """Return what of a job can run now, side by side: itself, or the missing parts of its first unfinished wave; [] = done."""
+    missing: list[Part] = []
+    for part, _, result, _ in done_parts(job):
+        if missing and part.wave > missing[0].wave:
+            break
+        missing += [part] if result is None else []
+    if not missing or not PROTOCOL_REGISTRY.get(job.protocol).parallel:
+        return [job] if missing else []
+    return [replace(job, piece=part.name) for part in missing]
 
 
 def _groups(trained: RunResult | None, part: Part, job: Job) -> list[Any]:
@@ -330,53 +393,6 @@ class Watcher:
 
     def end(self, result: RunResult, skipped: bool) -> None:
         """A part has its result, now or from before."""
-
-
-def execute(job: Job, watcher: Watcher | None = None, command: Sequence[str] = ()) -> list[RunResult]:
-    """Run what is missing of a job, in this process.
-
-    Args:
-        job: what to run.
-        watcher: told of every part and epoch.
-        command: command line, kept in ``results.json``.
-
-    Returns:
-        The result of every part.
-
-    Raises:
-        UserError: a run that can't be done.
-    """
-    from promptmix.engine.run_folder import RunFolder  # here, as `run`: what is said of protocols needs no torch
-    from promptmix.runs.run import run
-
-    load_plugins(job.plugins)
-    watcher = watcher or Watcher()
-    found: list[RunResult] = []
-    with RunFolder(job.folder).alone(wait=True):  # for one that outlived its driver, or a second sweep into the same tree
-        for part, cfg, result in done_parts(job):
-            watcher.begin(job, part)
-            if result is not None:
-                folder = RunFolder(cfg.OUTPUT_DIR)
-                with folder.alone():  # its process may have been killed after its last word
-                    folder.tidy()
-                    folder.drop_progress()
-                watcher.end(result, skipped=True)
-                found.append(result)
-                continue
-            labels = {"protocol": job.protocol, "title": title(part.dataset)}
-            options: dict[str, Any] = {"new_classes": any(other.classes != part.classes for other in parts(job))}
-            if found:
-                last = None if cfg.TEST.FINAL_MODEL == "best_val" else cfg.OPTIM.MAX_EPOCH
-                model_dir = found[0].config["OUTPUT_DIR"] if found[0].learned_parameters else ""
-                options = {"eval_only": True, "model_dir": model_dir, "load_epoch": last}
-                if PROTOCOL_REGISTRY.get(job.protocol).targets is not None:
-                    labels["trained_on"] = title(job.dataset)
-            result = run(
-                cfg, quiet=True, on_epoch=watcher.epoch, command=list(command), labels=labels, plugins=job.plugins, **options
-            )
-            watcher.end(result, skipped=False)
-            found.append(result)
-    return found
 
 
 def folder_of(output: str, protocol: str, dataset: str, trainer: str, variant: str, shots: int | None, seed: int) -> str:

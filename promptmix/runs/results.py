@@ -48,6 +48,7 @@ NOT_A_SETTING = {
     "DATASET.ROOT",
     "DATASET.SOURCE_DOMAINS",
     "DATASET.SUBSAMPLE_CLASSES",
+    "DATASET.SUBSET",
     "DATASET.TARGET_DOMAINS",
     "DEVICE",
     "INPUT.FEATURE_CACHE",
@@ -59,6 +60,7 @@ NOT_A_SETTING = {
     "MODEL.PLAIN_TOWERS",
     "MODEL.SPARSE_EXPERTS",
     "OUTPUT_DIR",
+    "PROTOCOL.NAME",
     "RESUME",
     "SEED",
     "TEST.COMPUTE_CMAT",
@@ -107,6 +109,7 @@ class RunResult:
         league: what the method sees beside labelled pictures, see ``promptmix.engine.league``.
         files: what else the run left of its test, by file name: SHA-256 of its bytes.
         protocol: the protocol of ``promptmix run`` that this run is part of; "" = by itself.
+        part: which part of that protocol (``new``, ``round3/client0``).
         title: what tables call the data set; "" = ``dataset``.
         trained_on: what tables call the data set that the evaluated prompts come from, where it is another one.
         source: file that this was read from (not written).
@@ -139,6 +142,7 @@ class RunResult:
     vocabulary: dict[str, Any] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
     protocol: str = ""
+    part: str = ""
     title: str = ""
     trained_on: str = ""
     source: str = ""

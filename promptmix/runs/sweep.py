@@ -6,7 +6,7 @@ protocols: [base-to-new]
 trainers: [ZeroshotCLIP, CoOp, {name: MoCoOp, set: {OPTIM.LR: 0.004}}]
 datasets: [EmojiFamilies, my_pictures.yaml]
 seeds: [1, 2, 3]
-shots: [16]                           # default 16
+shots: [16]                           # default 16; protocols in rounds: all (-1)
 config: configs/trainers/{trainer}/tiny.yaml
 targets: {cross-dataset: [...]}       # default: those of the papers
 set: {OPTIM.MAX_EPOCH: 10}            # for every run
@@ -102,7 +102,7 @@ def _jobs(tree: dict[str, Any], file: Path, plugins: tuple[str, ...]) -> Iterabl
     for name in targets:
         if name not in tree["protocols"]:
             raise ConfigError(f"{where}: targets.{name} would be ignored; protocols: {', '.join(tree['protocols'])}")
-    seeds, shots = (_integers(tree.get(key, [16]), f"{where}: {key}") for key in ("seeds", "shots"))
+    seeds, shots = (_integers(tree.get(key, []), f"{where}: {key}") for key in ("seeds", "shots"))
     trainers = [_entry(value, _TRAINER_KEYS, f"{where}: trainers") for value in tree["trainers"]]
     datasets = [_entry(value, _DATASET_KEYS, f"{where}: datasets") for value in tree["datasets"]]
     if not all(isinstance(name, str) for name in tree.get("variants", {})):
@@ -128,8 +128,9 @@ def _jobs(tree: dict[str, Any], file: Path, plugins: tuple[str, ...]) -> Iterabl
                 for variant, values in variants.items():
                     label = "-".join(filter(None, (method.get("label", ""), variant)))
                     own = (_flat(entry.get("set", {}), f"{where}: set of {entry['name']}") for entry in (data, method))
-                    settings = tuple(item for pairs in (shared, *own, values) for pair in pairs.items() for item in pair)
-                    for shot in shots:
+                    every = [pair for pairs in (shared, *own, values) for pair in pairs.items()]
+                    settings = tuple(item for key, value in every if _is_read(key, protocol, tree) for item in (key, value))
+                    for shot in shots or [PROTOCOL_REGISTRY.get(protocol).shots]:
                         for seed in seeds:
                             yield Job(
                                 protocol=protocol,
@@ -146,6 +147,12 @@ def _jobs(tree: dict[str, Any], file: Path, plugins: tuple[str, ...]) -> Iterabl
                                 root=root,
                                 device=tree.get("device", ""),
                             )
+
+
+def _is_read(key: str, protocol: str, tree: dict[str, Any]) -> bool:
+    """Tell whether a setting is not one of another protocol of the same sweep."""
+    others = tuple(f"PROTOCOL.{name.upper()}." for name in tree["protocols"] if name != protocol)
+    return not key.startswith(others)
 
 
 def _check(tree: Any, keys: Mapping[str, Any], needed: Iterable[str], where: str) -> None:  # noqa: ANN401

@@ -28,7 +28,7 @@ from promptmix.files.text import csv_cell, json_text, table_cell
 from promptmix.registry import closest
 from promptmix.runs.results import RunResult
 from promptmix.tables import origins
-from promptmix.tables.groups import MORE, PARTS, TRANSFER, group_of, part_of
+from promptmix.tables.groups import MORE, PARTS, TRANSFER, columns_of, group_of, joined, part_of, title_of
 from promptmix.tables.rows import Cell, Row
 from promptmix.tables.spread import CI95, STD, spread_of
 
@@ -55,7 +55,7 @@ def aggregate(
     Raises:
         UserError: no run has an evaluation of this split, or a metric of this name.
     """
-    runs = origins.resolve(runs)
+    runs = joined(origins.resolve(runs))
     chosen = _known_metrics(runs, metrics, split)
     groups: dict[tuple[str, ...], list[RunResult]] = defaultdict(list)
     for run in runs:
@@ -106,7 +106,7 @@ def averages(rows: list[Row], metrics: list[str], ci95: bool = False) -> list[Ro
 def _average(mean: Row, rows: list[Row], metric: str, ci95: bool) -> None:
     """Fill one metric of an average row."""
     each: dict[str, dict[Any, float]] = {}
-    for part in ("base", "new", "test"):
+    for part in sorted({part for row in rows for _, part in row.cells if part != "h"}):
         if all((metric, part) in row.cells for row in rows):
             values = [row.values[metric, part] for row in rows]
             each[part] = {
@@ -142,10 +142,11 @@ def render(rows: list[Row], metrics: list[str], fmt: str = "github", sort: str =
     if fmt == "csv":
         return _csv(_long(rows))
     tables = []
-    for protocol, parts in PARTS.items():
+    for protocol in PARTS:
         mine = [row for row in rows if row.protocol == protocol]
-        if mine:
-            tables.append(_table(mine, metrics, parts, fmt, cost))
+        parts = columns_of(protocol, (part for row in mine for _, part in row.cells))
+        if mine:  # a column for each round is enough for one metric
+            tables.append(_table(mine, metrics[:1] if protocol == "active" else metrics, parts, fmt, cost))
     return "\n\n".join([*tables, *_legend(rows, fmt)])
 
 
@@ -315,7 +316,7 @@ def _table(rows: list[Row], metrics: list[str], parts: tuple[str, ...], fmt: str
     words = len(columns)
     for metric in metrics:
         for part in parts:
-            label = "H" if part == "h" else part.capitalize()
+            label = title_of(part)
             title = label + _LABELS.get(metric, f" ({metric})")
             columns[title] = [str(row.cells.get((metric, part), "-")) for row in rows]
             if metric == "accuracy" and any(part in row.published for row in rows):

@@ -1,0 +1,75 @@
+"""A client's own soft prompt beside the prompts of others, which stay as they are (pFedMoAP, arXiv 2410.10114)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from promptmix import hookimpl
+from promptmix.clip import TextTower
+from promptmix.config.declare import Setting
+from promptmix.prompts.context import initial_context
+from promptmix.prompts.roles import PromptBank, Task
+from promptmix.registry import Registry
+
+
+class LocalAndOthers(PromptBank):
+    """One learned context, and K - 1 contexts of other clients, frozen; without a server there are none.
+
+    Args:
+        task: what the prompts are for.
+        n_ctx: M, context vectors.
+        ctx_init: words that the learned context starts from; "" draws from N(0, 0.02).
+    """
+
+    sized_by_data: ClassVar[tuple[str, ...]] = ("others",)
+    borrows: ClassVar[dict[str, str]] = {"others": "ctx"}
+
+    def __init__(
+        self,
+        task: Task,
+        n_ctx: Annotated[int, Setting("M: context vectors", low=1)] = 16,
+        ctx_init: Annotated[str, Setting('words to start from, such as "a photo of a"; then M is their number of tokens')] = "",
+    ) -> None:
+        super().__init__()
+        self.task = task
+        self.ctx = nn.Parameter(initial_context(task.clip.text, n_ctx, ctx_init, 1))
+        self.others = nn.Parameter(self.ctx.detach()[:0].clone(), requires_grad=False)
+        self._kept: tuple[tuple[object, ...], Tensor] | None = None
+
+    @property
+    def num_experts(self) -> int:
+        """Number of prompts: the own one and the others'."""
+        return 1 + len(self.others)
+
+    def forward(self, names: Sequence[str], image_features: Tensor | None = None, *, full_stop: bool | None = None) -> Tensor:
+        """Return normalised text features (E, C, D), the own prompt's first."""
+        own = self._encode(self.ctx, names, full_stop)
+        return torch.cat([own, self._of_others(names, full_stop).to(own.dtype)]) if len(self.others) else own
+
+    def _of_others(self, names: Sequence[str], full_stop: bool | None) -> Tensor:
+        """Return the others' features (E - 1, C, D), which change only when other prompts come in."""
+        state = (tuple(names), full_stop, self.others.data_ptr(), self.others._version)
+        if self._kept is None or self._kept[0] != state:
+            with torch.no_grad():
+                self._kept = state, self._encode(self.others, names, full_stop)
+        return self._kept[1]
+
+    def _encode(self, contexts: Tensor, names: Sequence[str], full_stop: bool | None) -> Tensor:
+        tower: TextTower = self.task.clip.text
+        stop = tower.embed(tower.tokenizer.encode("." if full_stop in (None, True) else ""))[None]
+        return F.normalize(tower(tower.compose(contexts, tower.tokenizer.class_tokens(names), stop)), dim=-1)
+
+    def references(self, names: Sequence[str]) -> Tensor:
+        """Return the features of the data set's first template, the same for every prompt: (E, C, D)."""
+        return self.task.clip.hard_features(self.task.templates[:1], names).expand(self.num_experts, -1, -1)
+
+
+@hookimpl
+def register_prompt_banks(registry: Registry) -> None:
+    """Add the bank."""
+    registry.register(LocalAndOthers)

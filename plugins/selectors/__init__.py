@@ -1,0 +1,1 @@
+"""Selectors of the protocol ``active``: which pictures are labelled next."""

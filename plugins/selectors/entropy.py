@@ -1,0 +1,25 @@
+"""Pictures that the model is least sure of."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from promptmix import hookimpl
+from promptmix.registry import Registry
+from promptmix.runs.selection import Draws, Pool, Selector
+
+
+class Entropy(Selector):
+    """Largest entropy of the class probabilities first."""
+
+    def select(self, pool: Pool, count: int, draws: Draws) -> list[int]:
+        """Return the ``count`` most uncertain pictures."""
+        probabilities = pool.probabilities[pool.unlabelled]
+        negative = (probabilities * np.log(probabilities + 1e-6)).sum(axis=1)
+        return [pool.unlabelled[place] for place in np.argsort(negative, kind="stable")[:count]]
+
+
+@hookimpl
+def register_selectors(registry: Registry) -> None:
+    """Add the selector."""
+    registry.register(Entropy, name="entropy")

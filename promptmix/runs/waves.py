@@ -1,0 +1,59 @@
+"""Jobs through a backend, wave after wave: what comes in pieces (clients of a federated round) is spread like any other job."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Generator, Sequence
+from functools import partial
+from statistics import fmean
+
+from promptmix.runs.backends import Backend, Options, Outcome, Started
+from promptmix.runs.protocols import Job, pieces
+
+Wave = list[tuple[int, Job]]
+
+
+def in_waves(
+    backend: Backend, jobs: Sequence[Job], options: Options, started: Started
+) -> Generator[tuple[int, Outcome], None, None]:
+    """Run jobs; those in pieces take part in each wave with what can run now, the others end with the first.
+
+    Args:
+        backend: runs the jobs and pieces of a wave.
+        jobs: what to run.
+        options: how jobs are spread.
+        started: told of each job when it, or the first of its pieces in a wave, was given to the backend.
+
+    Yields:
+        Index and outcome of each job; of one in pieces after its last wave, with the mean of that wave's numbers.
+    """
+    left, ran = list(range(len(jobs))), set[tuple[int, str]]()
+    sums = dict.fromkeys(left, 0.0)
+    last: dict[int, dict[str, float]] = {}
+    while left:
+        wave = [(index, piece) for index in left for piece in pieces(jobs[index])]
+        for index in set(left) - {index for index, _ in wave}:
+            yield index, Outcome(numbers=last.get(index, {}), seconds=sums[index])
+        left = sorted({index for index, piece in wave if piece.piece})
+        found: dict[int, list[float]] = {index: [] for index in left}
+        errors = {i: f"{p.piece} ran, but does not count; remove its folder" for i, p in wave if (i, p.piece) in ran}
+        wave = [(index, piece) for index, piece in wave if index not in errors]
+        with contextlib.closing(backend([piece for _, piece in wave], options, partial(_tell, started, wave))) as outcomes:
+            for place, outcome in outcomes:
+                index, piece = wave[place]
+                if not piece.piece:
+                    yield index, outcome
+                    continue
+                ran.add((index, piece.piece))
+                sums[index] += outcome.seconds
+                found[index] += outcome.numbers.values()
+                if outcome.error:
+                    errors.setdefault(index, f"{piece.piece}: {outcome.error}")
+        for index, error in errors.items():
+            yield index, Outcome(error, seconds=sums[index])
+        left = [index for index in left if index not in errors]
+        last = {index: {"mean of the last round": fmean(found[index])} for index in left if found[index]}
+
+
+def _tell(started: Started, wave: Wave, place: int) -> None:
+    started(wave[place][0])
