@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from promptmix.config import get_cfg, get_cfg_default, merge_file, merge_opts, source_of, validate
+from promptmix.config import get_cfg, get_cfg_default, merge_file, merge_opts, merge_tree, source_of, validate
 from promptmix.errors import ConfigError, RegistryError
 
 
@@ -110,3 +110,14 @@ def test_a_file_for_another_method_is_refused(cfg, tmp_path):
     merge_file(cfg, tmp_path / "run.yaml")
     with pytest.raises(ConfigError, match="would be ignored"):
         validate(cfg)
+
+
+@pytest.mark.parametrize("source", ["results.json", "mine.yaml"])
+def test_a_key_that_is_gone_says_what_to_write_instead(source):
+    """Old records hold it at its default, where it said nothing."""
+    cfg, old = get_cfg(), {"PROMPT_BANK": {"TEMPLATEGROUPS": {"TEMPLATES": [], "GROUPS": []}}}
+    if source == "results.json":
+        merge_tree(cfg, old, source)
+        old["PROMPT_BANK"]["TEMPLATEGROUPS"]["TEMPLATES"] = ["a photo of a {}."]
+    with pytest.raises(ConfigError, match=r"TEMPLATEGROUPS.TEMPLATES is gone: .*DATASET.TEMPLATE_GROUPS"):
+        merge_tree(cfg, old, source)

@@ -12,8 +12,8 @@ Yu Du, Tong Niu, Rong Zhao. Frontiers in Artificial Intelligence 2025. https://a
 
 Deviations from the authors' code, each where theirs does not do what it says: context lengths are counted in tokens, not words;
 all class names keep the data set's order, base first (theirs pass through a set, so the loss depends on the hash seed);
-GROUPS and the templates are declared keys; the joint width may differ from the token width. Their noise on hard features
-touches nothing that is used and is left out.
+groups of templates are ``DATASET.TEMPLATE_GROUPS``, or the data set's; the joint width may differ from the token width. Their
+noise on hard features touches nothing that is used and is left out.
 """
 
 from __future__ import annotations

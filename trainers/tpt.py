@@ -30,6 +30,7 @@ from torch import Tensor
 from promptmix import hookimpl
 from promptmix.config.declare import Setting, inherits
 from promptmix.data.reading.views import KINDS, Views
+from promptmix.engine.league import TEST_TIME
 from promptmix.errors import SettingError
 from promptmix.prompts.at_test import TestTimeLearner
 from promptmix.prompts.heads import Cosine
@@ -60,6 +61,8 @@ def confident(step: Step, keep: float) -> Tensor:
 
 class TPT(PromptTrainer):
     """A soft prompt, tuned anew on the views of each test picture."""
+
+    league = TEST_TIME
 
     @inherits(Soft, without=["csc", "n_prompts"], n_ctx=4, ctx_init="a photo of a")
     def compose(

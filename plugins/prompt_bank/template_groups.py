@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import islice
 from typing import Annotated
 
 import torch
@@ -13,7 +12,6 @@ from torch import Tensor, nn
 from promptmix import hookimpl
 from promptmix.clip import split_template
 from promptmix.config.declare import Setting
-from promptmix.errors import ConfigError
 from promptmix.prompts.roles import PromptBank, Task
 from promptmix.registry import Registry
 
@@ -22,27 +20,24 @@ class TemplateGroups(PromptBank):
     """Soft prompts that start from the first template of each group, with context before and after the class name.
 
     Args:
-        task: what the prompts are for.
-        templates: hard templates, group after group; () takes the data set's own groups.
-        groups: sizes of consecutive groups of ``templates`` (GROUPS in the authors' configs).
+        task: what the prompts are for; its groups are ``DATASET.TEMPLATE_GROUPS``, or else the data set's own.
         correction: learn a vector w (1, D), shared by all experts, that is added to the text features before normalisation.
-
-    Raises:
-        ConfigError: the sizes don't add up to the number of templates, or only one of the two is given.
     """
 
     takes_experts = True
+    retired = {
+        "TEMPLATES": "write them group by group into DATASET.TEMPLATE_GROUPS: [[a photo of a {}., ...], [...]]",
+        "GROUPS": "DATASET.TEMPLATE_GROUPS holds the templates group by group",
+    }
 
     def __init__(
         self,
         task: Task,
-        templates: Annotated[Sequence[str], Setting("hard templates, group after group; () = the data set's own groups")] = (),
-        groups: Annotated[Sequence[int], Setting("sizes of consecutive groups of TEMPLATES", low=1)] = (),
         correction: Annotated[bool, Setting("learn the shared correction vector w")] = True,
     ) -> None:
         super().__init__()
         self.task = task
-        self.groups = _grouped(templates, groups) if templates or groups else task.template_groups
+        self.groups = task.template_groups
         tower = task.clip.text
         before, after = [], []
         for group in self.groups:
@@ -107,16 +102,6 @@ class TemplateGroups(PromptBank):
         for i, pair in enumerate(zip(self.before, self.after, strict=True)):
             found.setdefault((len(pair[0]), len(pair[1])), []).append(i)
         return found
-
-
-def _grouped(templates: Sequence[str], groups: Sequence[int]) -> tuple[tuple[str, ...], ...]:
-    if sum(groups) != len(templates) or any(size < 1 for size in groups):
-        raise ConfigError(
-            f"PROMPT_BANK.TEMPLATEGROUPS.GROUPS {tuple(groups)} must be sizes >= 1 that add up to the number of TEMPLATES, "
-            f"which is {len(templates)}; leave both empty for the data set's own groups"
-        )
-    rest = iter(templates)
-    return tuple(tuple(islice(rest, size)) for size in groups)
 
 
 def _with_stop(template: str) -> str:

@@ -22,6 +22,7 @@ from promptmix.registry import closest
 #: Where a config tree keeps the declarations of its own keys, by name.
 _DECLARED = "_declared"
 _DEFAULTS = "_defaults"
+_RETIRED = "_retired"
 
 
 @dataclass(frozen=True)
@@ -221,6 +222,16 @@ def declare_all(node: CfgNode, function: Callable[..., Any]) -> None:
     """Add every setting of ``function`` to ``node``, in upper case."""
     for name, found in settings_of(function).items():
         declare(node, key_of(name), found.default, found.setting)
+
+
+def retire(node: CfgNode, keys: dict[str, str]) -> None:
+    """Remember keys that ``node`` no longer has, each with what to write instead."""
+    node.__dict__.setdefault(_RETIRED, {}).update(keys)
+
+
+def retired_from(node: CfgNode) -> dict[str, str]:
+    """Return the keys that ``node`` no longer has."""
+    return node.__dict__.get(_RETIRED, {})
 
 
 def declared_in(node: CfgNode) -> dict[str, Setting]:

@@ -10,7 +10,7 @@ from typing import Any
 from yacs.config import CfgNode as CN
 
 from promptmix.config.core import get_cfg_default
-from promptmix.config.declare import Setting, all_declared, all_defaults, all_keys, declare, parse_sum, shown
+from promptmix.config.declare import Setting, all_declared, all_defaults, all_keys, declare, parse_sum, retired_from, shown
 from promptmix.config.names import named_tree
 from promptmix.config.yamlfile import read_yaml
 from promptmix.errors import ConfigError
@@ -252,6 +252,11 @@ def _set(cfg: CN, key: str, value: Any, source: str) -> None:  # noqa: ANN401
     for depth, part in enumerate([*parents, leaf]):
         names = list(node) if isinstance(node, CN) else []
         if part not in names:
+            instead = retired_from(node).get(part, "") if isinstance(node, CN) else ""
+            if instead and not value and Path(source).name in RECORDS:
+                return  # at its default, where it said nothing
+            if instead:
+                raise ConfigError(f"{source}: {key} is gone: {instead}")
             raise ConfigError(f"{source}: unknown config key {shown(str(key))}{_hint(parents, leaf, depth, names)}")
         if depth < len(parents):
             node = node[part]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from promptmix.clip.vision import TokenKind, VisualPrompts
-from promptmix.config.declare import declare_all, parse_sum
+from promptmix.config.declare import declare_all, parse_sum, retire
 from promptmix.errors import ConfigError, PluginError, SettingError
 from promptmix.prompts.step import Routing as Routing
 from promptmix.prompts.step import Step
@@ -51,11 +51,14 @@ class Component(nn.Module):
     stays_local: ClassVar[bool] = False
     #: Protocol ``federated``: its tensors that hold other clients' tensors, one after another, and the name of those.
     borrows: ClassVar[dict[str, str]] = {}
+    #: Keys of the part's node that are gone, each with what to write instead; old records may hold them at their defaults.
+    retired: ClassVar[dict[str, str]] = {}
 
     @classmethod
     def add_config(cls, node: CfgNode) -> None:
         """Declare the constructor's settings in ``node``."""
         declare_all(node, cls)
+        retire(node, cls.retired)
 
     @classmethod
     def check_settings(cls, cfg: CfgNode, node: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from promptmix.plugins.prompt_bank.soft import Soft
@@ -29,8 +31,8 @@ def coop(case: str, clip=None) -> Learner:
 
 
 def mocoop(classes: int, clip=None, chosen_only: bool = False) -> Learner:
-    task = golden_task(clip, classes)
-    bank = TemplateGroups(task, TEMPLATES, (1, 2, 2))
+    task = replace(golden_task(clip, classes), template_groups=(TEMPLATES[:1], TEMPLATES[1:3], TEMPLATES[3:]))
+    bank = TemplateGroups(task)
     router = HardPromptTopK(task, bank)
     text = GroupedContrastive(task, bank, chosen_only)
     return Learner(task, bank, router, loss=CrossEntropy() + RouterLoss(router) + 5.0 * text)
