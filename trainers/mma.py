@@ -21,7 +21,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -30,24 +29,12 @@ from promptmix.clip import ImageTower, LayerAction, TextTower
 from promptmix.config.declare import Setting, inherits
 from promptmix.engine.layout import Layout, linear
 from promptmix.prompts.deep import check_depth
+from promptmix.prompts.gradients import scaled
 from promptmix.prompts.heads import Cosine
 from promptmix.prompts.learner import Learner
 from promptmix.prompts.roles import PromptBank, Task
 from promptmix.prompts.trainer import PromptTrainer
 from promptmix.registry import Registry
-
-
-class _ScaledGradient(torch.autograd.Function):
-    """The identity, whose gradient is multiplied by a factor."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:  # noqa: ANN401
-        ctx.factor = factor
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401
-        return ctx.factor * gradient, None
 
 
 class Adapter(nn.Module):
@@ -106,9 +93,7 @@ class SharedAdapters(PromptBank):
             norm, shared = tower.first_norm(int(layer) - 1), self.shared[layer]
 
             def after(x: Tensor, out: Tensor) -> Tensor:
-                inside = _ScaledGradient.apply(norm(x), self.scale)
-                y = adapter.up(F.relu(shared(F.relu(adapter.down(inside)))))
-                return out + self.scale * _ScaledGradient.apply(y, 1 / self.scale)
+                return out + scaled(lambda h: adapter.up(F.relu(shared(F.relu(adapter.down(h))))), norm(x), self.scale)
 
             return LayerAction(after=after, per_token=True)
 

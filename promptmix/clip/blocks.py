@@ -9,6 +9,7 @@ A layer takes what a method changes in it (``LayerChanges``); None is the frozen
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TypeGuard
 
 import torch
@@ -68,7 +69,12 @@ def layer(
 
 def first_token_layer(block: nn.Module, x: Tensor, own: LayerChanges | None = None) -> Tensor:
     """``layer`` where only the first token's state (B, 1, W) is read."""
-    if not is_standard(block) or not _alone(own):
+    if own is not None and own.action is not None:
+        action = own.action.for_first
+        if action is None or not is_standard(block):
+            return layer(block, x, own)[:, :1]
+        own = replace(own, action=action)
+    if not is_standard(block):
         return layer(block, x, own)[:, :1]
     x, normed = enter(block, x, own)
     parts = project_some(block, normed[:, :1], normed, own)

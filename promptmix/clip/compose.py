@@ -116,18 +116,19 @@ class PromptReader(nn.Module):
         rest = ClassTokens(tuple(names), tuple(tuple(row[shared:]) for row in ids))
         return self.compose(self.embed(ids[0][:shared])[None], rest)
 
-    def pad(self, prompts: Prompts, *, trim: bool = False) -> tuple[Tensor, Tensor]:
+    def pad(self, prompts: Prompts, *, trim: bool = False, room: int = 0) -> tuple[Tensor, Tensor]:
         """Lay prompts out at one length.
 
         Args:
             prompts: E prompts over C classes.
             trim: as long as the longest; otherwise as long as the tower reads.
+            room: padding that is left behind the longest.
 
         Returns:
             Embeddings (E, C, L, W), padded as the tokenizer does, and the position of EOT in each class (C,).
         """
         experts, start, _ = prompts.prefix.shape
-        length = start + max(prompts.lengths) if trim else self.context_length
+        length = min(start + max(prompts.lengths) + room, self.context_length) if trim else self.context_length
         padding = self.embed([self.tokenizer.pad]).expand(experts, length, -1)
         rows = []
         for tail in prompts.tail.split(prompts.lengths, dim=1):

@@ -12,7 +12,7 @@ The towers know no method; they are handed tensors and functions of three kinds,
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
@@ -48,7 +48,7 @@ class LayerAction:
     """Functions at the joints of one residual attention block; None leaves a joint as it is.
 
     Tokens are (B, L, W) in the image tower, class token first, then patches, then prompts. In the text tower they are
-    (E, C, L, W), at full length and with its padding, unless ``per_token``.
+    (E, C, L, W), at full length and with its padding, unless ``per_token`` or ``ahead``.
 
     Attributes:
         before: tokens that enter the block to those that enter instead.
@@ -59,6 +59,10 @@ class LayerAction:
         after: (tokens that entered, tokens that leave) to the tokens that leave instead.
         per_token: whether the functions change each token on its own, whatever stands beside it: then ``...`` in (..., W) is
             any shape, tokens that nobody reads are left out, and the text tower stays prefix-shared.
+        ahead: how many tokens behind itself a token looks at through all functions of the layer together, where they take no
+            account of where the text ends: then padding that can't reach the token that is read is left out. None = any number.
+        spares_first: whether ``hidden`` and ``after`` leave the first token of an image as it is, so that they needn't run where
+            it alone is read.
     """
 
     before: Callable[[Tensor], Tensor] | None = None
@@ -67,6 +71,15 @@ class LayerAction:
     hidden: Callable[[Tensor], Tensor] | None = None
     after: Callable[[Tensor, Tensor], Tensor] | None = None
     per_token: bool = False
+    ahead: int | None = None
+    spares_first: bool = False
+
+    @property
+    def for_first(self) -> LayerAction | None:
+        """What is left of the action where the first token alone is read; None where all tokens must be computed."""
+        if self.alone:
+            return self
+        return None if self.attention is not None or not self.spares_first else replace(self, hidden=None, after=None)
 
     @property
     def alone(self) -> bool:
@@ -122,6 +135,12 @@ class Changes:
     def is_shared(self) -> bool:
         """Whether every action changes each token on its own, so that a text's shared prefix stays shared."""
         return all(action.alone for action in self.actions.values())
+
+    @property
+    def ahead(self) -> int | None:
+        """How many tokens behind itself a text's token looks at through all layers together; None where that is not known."""
+        each = [0 if action.alone else action.ahead for action in self.actions.values()]
+        return None if None in each else sum(filter(None, each))
 
     def check(self, module: nn.Module, depth: int, tower: str) -> None:
         """Refuse what would be ignored.

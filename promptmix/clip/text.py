@@ -121,8 +121,8 @@ class TextTower(PromptReader):
 
         The prefix-shared way serves deep prompts, weights and actions that change each token on its own. It is left, for
         layers at full length, where an action looks across tokens, and where the tower has no causal mask or layers that are
-        not CLIP's. A branch that draws random numbers draws them once for what classes share (and, under ``class_chunk``, once
-        for each chunk).
+        not CLIP's; padding that can't reach EOT through the actions (``LayerAction.ahead``) is left out there. A branch that
+        draws random numbers draws them once for what classes share (and, under ``class_chunk``, once for each chunk).
 
         Args:
             prompts: E prompts over C classes.
@@ -210,7 +210,7 @@ class TextTower(PromptReader):
             ConfigError: the tower's layers are not a plain stack, so that changes have no place.
         """
         whole = merged(self, changes.outside)
-        x, ends = self._padded(prompts, whole)
+        x, ends = self._padded(prompts, whole, self._room(changes))
         experts, classes = x.shape[:2]
         filled = ends + 1 == self.context_length
         if not (changes.steps or changes.actions or len(whole) < len(changes.weights)):
@@ -234,9 +234,15 @@ class TextTower(PromptReader):
                 x = layer(block, x, own, mask)
         return self._read(self._pick(x, ends), whole)
 
-    def _padded(self, prompts: Prompts, whole: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def _room(self, changes: Changes) -> int | None:
+        """Return how much padding can reach the token that is read, through functions across tokens; None for all of it."""
+        causal = self.shares_prefix and self.cls_emb is None and all(map(is_standard, self.blocks))
+        return changes.ahead if changes.actions and causal else None
+
+    def _padded(self, prompts: Prompts, whole: Mapping[str, Tensor], room: int | None) -> tuple[Tensor, Tensor]:
         """Return prompts with padding and positions (E, C, L, W), and where EOT stands in each class (C,)."""
-        x, ends = self.pad(prompts, trim=not self.sees_padding and self.attn_mask is None)
+        trim = room is not None or not self.sees_padding and self.attn_mask is None
+        x, ends = self.pad(prompts, trim=trim, room=room or 0)
         if self.cls_emb is not None:
             token = whole.get("cls_emb", self.cls_emb).expand(*x.shape[:2], 1, -1)
             x = torch.cat([x, token], dim=2)

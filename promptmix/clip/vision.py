@@ -59,6 +59,11 @@ class ImageTower(nn.Module):
         """
         return self._transformer().width
 
+    @property
+    def patches(self) -> int:
+        """Number of patches M; raises ``ConfigError`` as ``width`` does."""
+        return self._transformer().patches
+
     def first_norm(self, layer: int) -> nn.Module:
         """Return the norm in front of the attention of ``layer``, counted from 0; raises ``ConfigError`` as ``width`` does."""
         return self._transformer().first_norm(layer)

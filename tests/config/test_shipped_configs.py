@@ -75,6 +75,7 @@ def test_coops_names_say_what_coops_files_say(name, expected):
         ("PromptSRC/vit_b16_c2_ep50_batch4_4+4ctx_few_shot", "PromptSRC/few_shot"),
         ("IVLP/vit_b16_c2_ep5_batch4_4ctx_language_only", "IVLP/language_only"),
         ("MPL/vit_b4_c1_add2_rm1_cross_datasets", "MPL/cross_dataset"),
+        ("LwEIB/x2d", "LwEIB/cross_dataset"),
     ],
 )
 def test_the_authors_names_stand_for_ours(name, same):

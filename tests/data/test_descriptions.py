@@ -72,6 +72,10 @@ def test_methods_may_ask_for_the_same_number_of_sentences():
         Descriptions(GOOD, "d.json").of(["red fox", "barn owl"], same_number=True)
 
 
+def test_a_data_set_may_bring_its_own(room):
+    assert toy_trainer(room, "CoOp").model.task.descriptions.of(CLASSES)[0][0] == "A barn owl in the morning."
+
+
 def test_a_file_that_nobody_reads_is_refused(room, tmp_path):
     path = write(tmp_path / "toy.json", {name: ["It is one."] for name in CLASSES})
     with pytest.raises(ConfigError, match=r"DATASET.DESCRIPTIONS is .*toy.json', which nothing in CoOp reads"):

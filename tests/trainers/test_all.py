@@ -18,8 +18,8 @@ get_plugin_manager()
 BUILT_IN = "promptmix.trainers."  # what is installed or loaded besides has tests of its own
 TRAINERS = [name for name in TRAINER_REGISTRY if TRAINER_REGISTRY.get(name).__module__.startswith(BUILT_IN)]
 LEARNED = [name for name in TRAINERS if name not in ("ZeroshotCLIP", "TipAdapter", "LinearProbe", "TPT")]
-#: What waits for others: pFedMoAP's gate without prompts of other clients.
-WAITS = {"PFedMoAP": "prompt_learner.head."}
+#: What waits for others: pFedMoAP's gate without prompts of other clients, and what nobody reads: LwEIB's last convolution.
+WAITS = {"PFedMoAP": "prompt_learner.head.", "LwEIB": "prompt_learner.bank.image.12.mlp."}
 #: What they learn belongs to each class.
 CLASS_SPECIFIC = {"CLAP", "PCB", "CrossModal", "LPPlusPlus", "TaskRes", "TipAdapterF"}
 BASE, NEW = 3, 2

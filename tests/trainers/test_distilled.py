@@ -41,6 +41,13 @@ def test_two_views_and_drawn_sentences_resume_bitwise(room, tmp_path):
     assert not same(through, trained(room, tmp_path / "one", "CoPrompt", *VIEWS[2:]))
 
 
+@pytest.mark.parametrize("name", ["LwEIB", "MMRL", "MMRLpp"])
+def test_an_interrupted_training_ends_with_the_same_tensors(room, tmp_path, name):
+    small = ("TRAINER.LWEIB.NEG_SAMPLING_RATIO", 1, "DATALOADER.TRAIN_X.BATCH_SIZE", 2) if name == "LwEIB" else ()
+    through = trained(room, tmp_path / "through", name, *small)
+    assert same(through, trained(room, tmp_path / "resumed", name, *small, stop_after=2))
+
+
 def test_the_second_view_is_the_frozen_towers(room):
     trainer = toy_trainer(room, "CoPrompt", *VIEWS)
     images, labels = trainer.parse_batch_train(next(iter(trainer.train_loader_x)))
