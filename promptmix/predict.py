@@ -22,6 +22,7 @@ from yacs.config import CfgNode
 
 from promptmix import config
 from promptmix.config.declare import shown
+from promptmix.config.places import places_of_parts
 from promptmix.data.reading.images import READINGS, as_rgb, read_image
 from promptmix.data.reading.transforms import build_transform
 from promptmix.engine.checkpoint import load_state_dict_strict
@@ -273,6 +274,8 @@ def forget_places(cfg: CfgNode, folder: Path, weights: str, descriptions: str) -
             f'is opened only since it says so: name it yourself, with --descriptions {sentences} (in Python descriptions="...")'
         )
     cfg.DATASET.DESCRIPTIONS = descriptions
+    for key in places_of_parts(cfg):
+        config.merge_opts(cfg, [key, ""], source="predict")
     cfg.MODEL.INIT_WEIGHTS = cfg.RESUME = cfg.DATASET.ROOT = ""  # the checkpoint holds every learned tensor
     cfg.OUTPUT_DIR = str(folder)
     cfg.INPUT.FEATURE_CACHE, cfg.INPUT.FEATURE_CACHE_DIR = False, ""

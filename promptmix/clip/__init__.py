@@ -5,7 +5,7 @@ from __future__ import annotations
 from promptmix.clip.load import load_clip
 from promptmix.clip.model import CLIP
 from promptmix.clip.packed import Prompts
-from promptmix.clip.places import LayerAction, PromptStep
+from promptmix.clip.places import LayerAction, Memory, PromptStep
 from promptmix.clip.text import TextTower
 from promptmix.clip.tokens import ClassTokens, Tokenizer, split_template
 from promptmix.clip.vision import ImageStates, ImageTower
@@ -17,6 +17,7 @@ __all__ = [
     "ImageStates",
     "ImageTower",
     "LayerAction",
+    "Memory",
     "PromptStep",
     "Prompts",
     "TextTower",

@@ -18,6 +18,7 @@ from open_clip.transformer import QuickGELU, ResidualAttentionBlock
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from promptmix.clip.memory import Recalled, recall
 from promptmix.clip.places import LayerChanges
 from promptmix.clip.weights import Branch, beside, merged, run_changed
 from promptmix.errors import ConfigError
@@ -78,7 +79,7 @@ def first_token_layer(block: nn.Module, x: Tensor, own: LayerChanges | None = No
         return layer(block, x, own)[:, :1]
     x, normed = enter(block, x, own)
     parts = project_some(block, normed[:, :1], normed, own)
-    return finish(block, x[:, :1], attention(*parts, block.attn.num_heads), own)
+    return finish(block, x[:, :1], attention(*parts, block.attn.num_heads, memory=recalled(block, own)), own)
 
 
 def values_layer(block: nn.Module, x: Tensor, own: LayerChanges | None = None) -> Tensor:
@@ -94,7 +95,7 @@ def values_layer(block: nn.Module, x: Tensor, own: LayerChanges | None = None) -
         )
     x, normed = enter(block, x, own)
     query, key, value = project_some(block, normed[:, :1], normed, own)
-    first = attention(query, key, value, block.attn.num_heads)
+    first = attention(query, key, value, block.attn.num_heads, memory=recalled(block, own))
     return finish(block, x, torch.cat([first, value[:, 1:]], dim=1), own)
 
 
@@ -160,10 +161,30 @@ def finish(block: ResidualAttentionBlock, x: Tensor, heads: Tensor, own: LayerCh
     return x if action is None or action.after is None else action.after(entered, x)
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
-    """Attention of (..., Q, W) over (..., L, W), all projected already; heads are joined again."""
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, heads: int, mask: Tensor | None = None, memory: Recalled | None = None
+) -> Tensor:
+    """Attention of (..., Q, W) over (..., L, W) and over a memory, all projected already; heads are joined again.
+
+    Without a memory, ``mask`` is what torch's attention takes; with one it is (Q, L) or (..., 1, Q, L), added to the logits.
+    """
     query, key, value = (split_heads(part, heads) for part in (query, key, value))
-    return join_heads(F.scaled_dot_product_attention(query, key, value, attn_mask=mask))
+    if memory is None:
+        return join_heads(F.scaled_dot_product_attention(query, key, value, attn_mask=mask))
+    query = query * query.shape[-1] ** -0.5
+    logits = query @ key.transpose(-1, -2)
+    logits = logits if mask is None else logits + mask
+    return join_heads(recall(query, logits, lambda weights: weights @ value, memory))
+
+
+def recalled(block: ResidualAttentionBlock, own: LayerChanges | None) -> Recalled | None:
+    """Return the keys and values of the memory in a layer, or None where it has none."""
+    if own is None or own.action is None or own.action.memory is None:
+        return None
+    memory, heads = own.action.memory, block.attn.num_heads
+    tokens = _call(block.ln_1, memory.tokens.to(block.attn.in_proj_weight.dtype), own, "ln_1")
+    _, key, value = project(block, tokens, own).chunk(3, dim=-1)
+    return Recalled(split_heads(key, heads), split_heads(value, heads), memory.sizes, memory.shares)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -188,7 +209,8 @@ def _attend(
             for part, new in zip((key, value), more[1:], strict=True)
         )
         mask = mask if mask is None else F.pad(mask, (0, extra.shape[-2]))
-    return attention(query, key, value, block.attn.num_heads, mask if mask is None else mask.to(normed.dtype))
+    memory = recalled(block, own)
+    return attention(query, key, value, block.attn.num_heads, mask if mask is None else mask.to(normed.dtype), memory)
 
 
 def _alone(own: LayerChanges | None) -> bool:
@@ -226,10 +248,10 @@ def _foreign_layer(block: nn.Module, x: Tensor, own: LayerChanges | None, given:
         plain: Tensor = block(flat, **given)
         return plain.view_as(x)
     action = own.action
-    for joint in ("normed", "attention", "hidden"):
+    for joint in ("normed", "attention", "memory", "hidden"):
         if getattr(action, joint, None) is not None:
             raise ConfigError(
-                f"this tower's layers ({type(block).__name__}) are not CLIP's own, so {joint} can't be changed by a function; "
+                f"this tower's layers ({type(block).__name__}) are not CLIP's own, so {joint} can't be changed; "
                 "use before and after, or choose a backbone such as ViT-B/16"
             )
     if action is not None and action.before is not None:

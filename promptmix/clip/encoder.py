@@ -144,7 +144,7 @@ class EncoderTower(PromptReader):
 
 def _check_joints(changes: Changes) -> None:
     for layer, action in changes.actions.items():
-        for joint in ("normed", "attention", "hidden"):
+        for joint in ("normed", "attention", "memory", "hidden"):
             if getattr(action, joint) is not None:
                 raise ConfigError(
                     f"this text tower is an encoder of Hugging Face, so layer {layer} can't be changed at {joint!r}; use before "

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from open_clip.transformer import ResidualAttentionBlock
 from torch import Tensor
 
-from promptmix.clip.blocks import enter, finish, join_heads, project, project_some, split_heads
+from promptmix.clip.blocks import enter, finish, join_heads, project, project_some, recalled, split_heads
+from promptmix.clip.memory import Recalled, recall
 from promptmix.clip.places import LayerChanges, PromptStep
 
 
@@ -201,7 +202,7 @@ def shared_block(
     block: ResidualAttentionBlock, x: Tensor, start: int, layout: Layout, own: LayerChanges | None = None, *, last: bool
 ) -> Tensor:
     """One transformer layer on packed tokens (E, P + N, W); the last layer gives EOT states (E, C, W) only."""
-    heads = block.attn.num_heads
+    heads, memory = block.attn.num_heads, recalled(block, own)
     x, normed = enter(block, x, own)
     # Prefix and tail are split, not sliced: the gradient of a split is put together in one go. The prefix is copied, since what
     # is kept of it for the backward pass would otherwise keep the tail's memory too.
@@ -212,30 +213,43 @@ def shared_block(
         query, *pairs = project_some(block, normed[:, ends], normed, own)
         (k_front, k_tail), (v_front, v_tail) = (part.split(sizes, dim=1) for part in pairs)
         k_front, v_front = k_front.clone(), v_front.clone()
-        mixed = _attend_tail(query.unsqueeze(2), (k_front, v_front), (k_tail, v_tail), layout, layout.reach, heads)
+        mixed = _attend_tail(query.unsqueeze(2), (k_front, v_front), (k_tail, v_tail), layout.padded, layout.reach, heads, memory)
         return finish(block, x[:, ends], mixed.squeeze(2), own)
     front, tail = project(block, normed, own).split(sizes, dim=1)
     q_front, k_front, v_front = front.clone().chunk(3, dim=-1)
     q_tail, k_tail, v_tail = tail.chunk(3, dim=-1)
     grid = q_tail[:, layout.padded]  # (E, C, T, W)
-    tail = _attend_tail(grid, (k_front, v_front), (k_tail, v_tail), layout, layout.causal, heads).flatten(1, 2)
+    tail = _attend_tail(grid, (k_front, v_front), (k_tail, v_tail), layout.padded, layout.causal, heads, memory).flatten(1, 2)
     query, key, value = (split_heads(part, heads) for part in (q_front, k_front, v_front))
-    front = join_heads(F.scaled_dot_product_attention(query, key, value, is_causal=True))
+    if memory is None:
+        front = join_heads(F.scaled_dot_product_attention(query, key, value, is_causal=True))
+    else:
+        query = query * query.shape[-1] ** -0.5
+        logits = query @ key.transpose(-1, -2)
+        ahead = torch.ones(start, start, dtype=torch.bool, device=x.device).triu_(1)
+        front = join_heads(recall(query, logits.masked_fill(ahead, float("-inf")), lambda weights: weights @ value, memory))
     return finish(block, x, torch.cat([front, tail[:, layout.packed]], dim=1), own)
 
 
 def _attend_tail(
-    query: Tensor, shared: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor], layout: Layout, allowed: Tensor, heads: int
+    query: Tensor,
+    shared: tuple[Tensor, Tensor],
+    own: tuple[Tensor, Tensor],
+    padded: Tensor,
+    allowed: Tensor,
+    heads: int,
+    memory: Recalled | None = None,
 ) -> Tensor:
-    """Attention of tail tokens over the shared prefix and their own class's tail.
+    """Attention of tail tokens over the shared prefix, their own class's tail, and a memory.
 
     Args:
         query: (E, C, Q, W), already projected; Q is T, or 1 for EOT alone.
         shared: keys and values (E, P, W) of the prefix.
         own: keys and values (E, N, W) of the tail, packed.
-        layout: where the tail's tokens stand.
+        padded: (C, T), the row of the packed tail for each class and place.
         allowed: bool, broadcast to (C, Q, T): which places of its own tail a query may see.
         heads: number of heads H.
+        memory: keys and values that all of them see.
 
     Returns:
         (E, C, Q, W), heads joined, not yet projected.
@@ -244,16 +258,24 @@ def _attend_tail(
     size = width // heads
     k_shared, v_shared = (split_heads(part, heads) for part in shared)  # (E, H, P, d)
     k_own, v_own = (
-        part[:, layout.padded].view(experts, classes, -1, heads, size).permute(0, 3, 1, 2, 4) for part in own
+        part[:, padded].view(experts, classes, -1, heads, size).permute(0, 3, 1, 2, 4) for part in own
     )  # (E, H, C, T, d)
     q = query.view(experts, classes, queries, heads, size).permute(0, 3, 1, 2, 4).contiguous() * size**-0.5  # (E, H, C, Q, d)
     flat = q.view(experts, heads, classes * queries, size)
     to_shared = (flat @ k_shared.transpose(-1, -2)).view(experts, heads, classes, queries, -1)
     to_own = (q @ k_own.transpose(-1, -2)).masked_fill(~allowed, float("-inf"))
-    weights = torch.cat([to_shared, to_own], dim=-1).softmax(dim=-1).to(query.dtype)
-    on_shared, on_own = weights.split([to_shared.shape[-1], to_own.shape[-1]], dim=-1)
-    front = on_shared.reshape(experts, heads, classes * queries, -1) @ v_shared
-    mixed = front.view(experts, heads, classes, queries, size) + on_own @ v_own
+    logits = torch.cat([to_shared, to_own], dim=-1)
+
+    def read(weights: Tensor) -> Tensor:
+        on_shared, on_own = weights.split([to_shared.shape[-1], to_own.shape[-1]], dim=-1)
+        front = on_shared.reshape(experts, heads, classes * queries, -1) @ v_shared
+        return front.view(experts, heads, classes, queries, size) + on_own @ v_own
+
+    if memory is None:
+        mixed = read(logits.softmax(dim=-1).to(query.dtype))
+    else:
+        for_classes = memory._replace(key=memory.key[:, None], value=memory.value[:, None])
+        mixed = recall(q, logits, read, for_classes)
     return mixed.permute(0, 2, 3, 1, 4).reshape(experts, classes, queries, width)
 
 

@@ -44,6 +44,24 @@ class PromptStep:
 
 
 @dataclass(frozen=True)
+class Memory:
+    """Tokens that a layer's tokens see as keys and values only: they stand nowhere, ask nothing, and are gone after the layer.
+
+    Several groups are a weighted choice: the heads' outputs with each group alone, summed by ``shares``. What the tokens
+    give each other is computed once for all groups.
+
+    Attributes:
+        tokens: (J, W), group after group; they go through the layer's first norm as its tokens do.
+        sizes: tokens of each of the G groups; a group of 0 is attention without any.
+        shares: (G,), summing to 1; None for a single group.
+    """
+
+    tokens: Tensor
+    sizes: tuple[int, ...]
+    shares: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class LayerAction:
     """Functions at the joints of one residual attention block; None leaves a joint as it is.
 
@@ -55,6 +73,7 @@ class LayerAction:
         normed: the output of ``ln_1`` to what attention reads instead.
         attention: given ``attend(extra)``, the joined heads (..., L, W) that go into the output projection. ``extra`` (n, W) are
             tokens that every token sees and that are gone after the layer; ``attend(None)`` is the block's own attention.
+        memory: tokens that every token sees as keys and values; the text tower stays prefix-shared with them.
         hidden: what the MLP's first layer gives to what its activation reads instead.
         after: (tokens that entered, tokens that leave) to the tokens that leave instead.
         per_token: whether the functions change each token on its own, whatever stands beside it: then ``...`` in (..., W) is
@@ -68,6 +87,7 @@ class LayerAction:
     before: Callable[[Tensor], Tensor] | None = None
     normed: Callable[[Tensor], Tensor] | None = None
     attention: Callable[[Attend], Tensor] | None = None
+    memory: Memory | None = None
     hidden: Callable[[Tensor], Tensor] | None = None
     after: Callable[[Tensor, Tensor], Tensor] | None = None
     per_token: bool = False
@@ -83,8 +103,13 @@ class LayerAction:
 
     @property
     def alone(self) -> bool:
-        """Whether each token is changed on its own."""
-        return self.per_token and self.attention is None
+        """Whether no function looks across tokens."""
+        return self.attention is None and (self.per_token or not self.has_functions)
+
+    @property
+    def has_functions(self) -> bool:
+        """Whether there is any function."""
+        return any((self.before, self.normed, self.attention, self.hidden, self.after))
 
 
 @dataclass(frozen=True)
@@ -129,11 +154,12 @@ class Changes:
     @property
     def has_functions(self) -> bool:
         """Whether random numbers may be drawn inside of a layer, or experts told apart there."""
-        return bool(self.actions) or any(not isinstance(delta, Tensor) for delta in self.weights.values())
+        acts = any(action.has_functions for action in self.actions.values())
+        return acts or any(not isinstance(delta, Tensor) for delta in self.weights.values())
 
     @property
     def is_shared(self) -> bool:
-        """Whether every action changes each token on its own, so that a text's shared prefix stays shared."""
+        """Whether no action looks from a token at others, so that a text's shared prefix stays shared."""
         return all(action.alone for action in self.actions.values())
 
     @property

@@ -39,6 +39,8 @@ class Setting:
         length: number of items of a list; None = any.
         items: type of each item of a list, where the default has none that shows it.
         at_test: whether an evaluation may take another value than the training that it evaluates.
+        place: whether it names a file or folder that is opened, which only the caller may name, not a run's record; what was read
+            there is in the checkpoint.
     """
 
     comment: str
@@ -50,6 +52,7 @@ class Setting:
     length: int | None = None
     items: type | tuple[type, ...] | None = None
     at_test: bool = False
+    place: bool = False
 
     @property
     def allowed(self) -> str:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from yacs.config import CfgNode
 
-from promptmix.config.declare import all_defaults, shown
+from promptmix.config.declare import all_declared, all_defaults, shown
 from promptmix.config.tree import RECORDS, get_key, source_of
 from promptmix.errors import ConfigError
 from promptmix.files.places import is_own_place
 
-__all__ = ["PLACES", "RECORDS", "refuse_foreign_places"]
+__all__ = ["PLACES", "RECORDS", "places_of_parts", "refuse_foreign_places"]
 
 #: Keys that name files to open and folders to write to, and how a command line names each.
 PLACES = {
@@ -26,6 +26,11 @@ PLACES = {
 }
 
 
+def places_of_parts(cfg: CfgNode) -> list[str]:
+    """Return the keys of methods and parts that name files or folders (``Setting.place``)."""
+    return [key for key, setting in all_declared(cfg).items() if setting.place]
+
+
 def refuse_foreign_places(cfg: CfgNode) -> None:
     """Refuse files and folders that a run's record names and the caller does not.
 
@@ -37,7 +42,7 @@ def refuse_foreign_places(cfg: CfgNode) -> None:
         ConfigError: there is such a key; the message says what to type.
     """
     defaults = all_defaults(cfg)
-    for key, word in PLACES.items():
+    for key, word in (PLACES | {key: key for key in places_of_parts(cfg)}).items():
         value, source = get_key(cfg, key), source_of(cfg, key) or ""
         if value in ("", defaults.get(key)) or Path(source).name not in RECORDS:
             continue

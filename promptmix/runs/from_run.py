@@ -77,7 +77,7 @@ def _settings_of(old: RunResult, cfg: CfgNode, model_dir: str) -> dict[str, obje
         if theirs == (list(ours) if isinstance(ours, tuple) else ours) or (key.startswith(_OWN) and not _counts(key)):
             continue
         source = config.source_of(cfg, key)
-        if source is not None and key in declared and declared[key].at_test:
+        if key in declared and (declared[key].place or source is not None and declared[key].at_test):
             continue
         if source is not None and not key.startswith(_TRAINING):
             raise ConfigError(
