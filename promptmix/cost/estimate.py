@@ -75,6 +75,8 @@ def estimate(trainer: Counted) -> Estimate:
     on_meta(trainer)
     try:
         step = step_count(trainer, size)
+        second: int = getattr(trainer, "outer_batch", 0)  # pictures of another loss in each step (bilevel training)
+        outer = step_count(trainer, second).gflops if second else 0.0
         image = count(lambda: trainer.clip.encode_image(_images(trainer, size))).gflops if views else 0.0
     except (RuntimeError, NotImplementedError) as error:
         reason = str(error).splitlines()[0][:120]
@@ -84,10 +86,11 @@ def estimate(trainer: Counted) -> Estimate:
     batches, epochs = len(loader), max(cfg.OPTIM.MAX_EPOCH, 1)
     # Cached views: pictures are read and encoded for K epochs only.
     share = min(views / epochs, 1.0) if views else 1.0
-    seconds = batches * (step.gflops - image * (1 - share)) / speed
+    gflops = step.gflops + outer
+    seconds = batches * (gflops - image * (1 - share)) / speed
     reading_seconds = batches * size * reading * share / max(loader.num_workers, 1)
     return Estimate(
-        step.gflops,
+        gflops,
         step.live_mb,
         (frozen + 4 * learned) / 2**20,
         batches,

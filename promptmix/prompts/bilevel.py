@@ -42,6 +42,11 @@ class BilevelTrainer(PromptTrainer):
         self.outer_optimizer = self.build_outer_optimizer(self.outer_parameters(self.model))
         self._batches: Iterator[dict[str, Any]] | None = None
 
+    @property
+    def outer_batch(self) -> int:
+        """Pictures of an outer step, for ``promptmix estimate``."""
+        return min(self.cfg.DATALOADER.TEST.BATCH_SIZE, len(self.dm.dataset.val or ()))
+
     def before_train(self) -> None:
         """Resume if there is something to resume.
 
