@@ -9,7 +9,20 @@ from setuptools import find_packages, setup
 ROOMS = ("trainers", "plugins", "configs")
 
 # What is not Python and must come along, by suffix: YAML trees, model descriptions and weights, pictures, splits, licences.
-DATA = ["*.yaml", "*.json", "*.csv", "*.safetensors", "*.zip", "*.gz", "*.txt", "*.md", "LICENSE*", "NOTICE*", "py.typed"]
+DATA = [
+    "*.yaml",
+    "*.html",
+    "*.json",
+    "*.csv",
+    "*.safetensors",
+    "*.zip",
+    "*.gz",
+    "*.txt",
+    "*.md",
+    "LICENSE*",
+    "NOTICE*",
+    "py.typed",
+]
 
 
 def room_packages() -> list[str]:

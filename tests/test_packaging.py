@@ -70,6 +70,7 @@ FLOORS = (
     {"runs"},
     {"tables", "predict", "dassl"},
     {"interpret"},
+    {"report"},
     {"bench"},
     {"commands"},
     {"cli"},

@@ -85,7 +85,9 @@ def _heat_map(found: Insight, mixture: Mixture) -> Any:  # noqa: ANN401  (matplo
     size = (2.6 + 0.62 * len(mixture.experts), 1.3 + 0.21 * len(rows))
     figure, ax = pyplot.subplots(figsize=size, layout="constrained")
     most = max(1e-9, *(max(own) for _, own in rows))
-    ax.imshow([own for _, own in rows], cmap="Blues", vmin=0, vmax=most, aspect="auto")
+    edges = [[at - 0.5 for at in range(count + 1)] for count in (len(mixture.experts), len(rows))]
+    ax.pcolormesh(*edges, [own for _, own in rows], cmap="Blues", vmin=0, vmax=most)  # no raster, so that SVG stays sharp
+    ax.invert_yaxis()
     ax.set_yticks(range(len(rows)), [_short(name, 28) for name, _ in rows])
     ax.set_xticks(range(len(mixture.experts)), [_short(name, 24) for name in mixture.experts], rotation=40, ha="left")
     ax.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False, length=0)
@@ -111,7 +113,7 @@ def _accuracies(found: Insight, mixture: Mixture) -> Any:  # noqa: ANN401
     ax.barh(range(len(ways)), [way.accuracy for way in ways], xerr=errors, color=faint, height=0.7, error_kw={"elinewidth": 1})
     ax.axvline(trained, color=BLUE, linewidth=1, linestyle="--")
     for y, way in enumerate(ways):
-        box = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}  # over the line
+        box = {"facecolor": pyplot.rcParams["figure.facecolor"], "edgecolor": "none", "pad": 0.8}  # over the line
         ax.text(way.accuracy + (way.spread or 0) + 0.6, y, f"{way.accuracy:.1f}", va="center", fontsize=8, bbox=box)
     ax.set_yticks(range(len(ways)), [_short(way.name, 48) for way in ways])
     ax.set_xlim(0, min(112.0, 1.12 * max(way.accuracy for way in ways) + 1))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import groupby
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 from tabulate import tabulate
@@ -15,41 +15,51 @@ from promptmix.interpret.mixture import Mixture
 from promptmix.interpret.words import Position
 from promptmix.tables.paired import shown_p
 
-__all__ = ["over_runs", "sections"]
+__all__ = ["Grid", "grids", "over_runs", "sections"]
+
+
+class Grid(NamedTuple):
+    """A table before it is written: ``lead`` columns of words in front of numbers, 0 where all are words."""
+
+    title: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    lead: int = 0
 
 
 def sections(found: Insight, fmt: str = "github") -> list[tuple[str, str]]:
     """Return title and table of everything that was found."""
-    parts: list[tuple[str, str]] = []
+    return [(grid.title, _table(grid, fmt)) for grid in grids(found)]
+
+
+def grids(found: Insight) -> list[Grid]:
+    """Return everything that was found as tables yet to be written."""
+    parts: list[Grid] = []
     if found.words:
         usual = {one.layer: one.usual for one in found.words}
-        title = "Nearest words, with distances (a word's nearest other word is at " + ", ".join(
-            f"{value:.2f}" + (f" in layer {layer}" if len(usual) > 1 else "") for layer, value in usual.items()
-        )
-        parts.append((f"{title})", _table(("Expert", "Layer", "Place", "Nearest words"), _words(found), fmt)))
+        apart = (f"{value:.2f}" + (f" in layer {layer}" if len(usual) > 1 else "") for layer, value in usual.items())
+        title = f"Nearest words, with distances (a word's nearest other word is at {', '.join(apart)})"
+        parts.append(Grid(title, ("Expert", "Layer", "Place", "Nearest words"), _words(found)))
     if found.templates:
-        likeness: list[tuple[str, ...]] = [
+        rows = [
             (name, ", ".join(f"{template} {value:.3f}" for template, value in best))
             for name, best in zip(found.experts, found.templates, strict=True)
         ]
         parts.append(
-            (
-                "Hard templates that each expert is most like (mean cosine over the classes)",
-                _table(("Expert", "Templates"), likeness, fmt),
-            )
+            Grid("Hard templates that each expert is most like (mean cosine over the classes)", ("Expert", "Templates"), rows)
         )
     if found.moved:
         ordered = sorted(found.moved, key=lambda one: -one.degrees)
-        lines = [(one.classname, f"{one.degrees:.1f}", f"{one.least:.1f}", f"{one.most:.1f}") for one in ordered]
+        angles = [(one.classname, f"{one.degrees:.1f}", f"{one.least:.1f}", f"{one.most:.1f}") for one in ordered]
         title = f"How far each class's text feature is from {found.template!r}, in degrees"
-        parts.append((title, _table(("Class", "Mean", "Nearest expert", "Furthest expert"), lines, fmt, 1)))
+        parts.append(Grid(title, ("Class", "Mean", "Nearest expert", "Furthest expert"), angles, 1))
     for mixture in found.mixtures:
-        parts += _of_mixture(found, mixture, fmt)
+        parts += _of_mixture(found, mixture)
     return parts
 
 
-def _of_mixture(found: Insight, mixture: Mixture, fmt: str) -> list[tuple[str, str]]:
-    lines = [
+def _of_mixture(found: Insight, mixture: Mixture) -> list[Grid]:
+    rows: list[tuple[str, ...]] = [
         (name, f"{100 * share:.1f}%", f"{100 * first:.1f}%", f"{weight:.3f}")
         for name, share, first, weight in zip(mixture.experts, mixture.share, mixture.first, mixture.weight, strict=True)
     ]
@@ -58,30 +68,25 @@ def _of_mixture(found: Insight, mixture: Mixture, fmt: str) -> list[tuple[str, s
         title += f"; entropy of the router's scores {100 * mixture.entropy:.1f}% of uniform"
     if mixture.weight_entropy is not None:
         title += f", of the weights in use {100 * mixture.weight_entropy:.1f}%"
-    headers = ("Expert", "Chosen for", "Largest weight for", "Mean weight")
-    parts = [(title if mixture.routed else f"{title}: no router, all equally", _table(headers, lines, fmt, 1))]
-    parts.append(
-        (
-            f"Who does it ({mixture.title})",
-            _table(("Experts", "Accuracy", "p", "Only this : only trained"), _ways(mixture), fmt, 1),
-        )
-    )
+    title = title if mixture.routed else f"{title}: no router, all equally"
+    parts = [Grid(title, ("Expert", "Chosen for", "Largest weight for", "Mean weight"), rows, 1)]
+    head = ("Experts", "Accuracy", "p", "Only this : only trained")
+    parts.append(Grid(f"Who does it ({mixture.title})", head, _ways(mixture), 1))
     if mixture.routed:
         rows = [
             (name, *(f"{value:.2f}" for value in own))
             for name, own in zip(found.classnames, mixture.by_class, strict=True)
             if own
         ]
-        parts.append(
-            (f"Mean weight of each expert by class ({mixture.title})", _table(("Class", *mixture.experts), rows, fmt, 1))
-        )
-    for title, matrix in (
-        ("Same answer of two experts alone", mixture.agreement),
-        ("Cosine of two experts' text features", mixture.text_cosine),
-    ):
+        parts.append(Grid(f"Mean weight of each expert by class ({mixture.title})", ("Class", *mixture.experts), rows, 1))
+    matrices = {
+        "Same answer of two experts alone": mixture.agreement,
+        "Cosine of two experts' text features": mixture.text_cosine,
+    }
+    for title, matrix in matrices.items():
         if matrix:
             rows = [(name, *(f"{value:.2f}" for value in own)) for name, own in zip(mixture.experts, matrix, strict=True)]
-            parts.append((f"{title} ({mixture.title})", _table(("", *mixture.experts), rows, fmt, 1)))
+            parts.append(Grid(f"{title} ({mixture.title})", ("", *mixture.experts), rows, 1))
     return parts
 
 
@@ -134,20 +139,12 @@ def over_runs(found: Sequence[Insight], fmt: str = "github") -> list[tuple[str, 
         )
         head = f"{trainer} on {dataset}, {title}, {len(mixtures)} runs"
         head += f": router's entropy {100 * entropy:.1f}% of uniform; chosen for: {shares}"
-        parts.append((head, _table(("Experts", "Accuracy", "Minus as trained"), lines, fmt, 1)))
+        parts.append((head, _table(Grid(head, ("Experts", "Accuracy", "Minus as trained"), lines, 1), fmt)))
     return parts
 
 
-def _table(headers: Sequence[str], rows: Iterable[Sequence[Any]], fmt: str, words: int = 0) -> str:
-    """Return a table whose columns behind the first ``words`` are numbers, all words where it is 0."""
-    safe = [[table_cell(cell, fmt) for cell in row] for row in rows]
-    align = ["left"] * (words or len(headers)) + ["right"] * (len(headers) - (words or len(headers)))
-    return harmless(
-        tabulate(
-            safe,
-            headers=[table_cell(h, fmt) for h in headers],
-            tablefmt=fmt,
-            disable_numparse=True,
-            colalign=align if safe else None,
-        )
-    )
+def _table(grid: Grid, fmt: str) -> str:
+    head, *safe = ([table_cell(cell, fmt) for cell in row] for row in (grid.head, *grid.rows))
+    lead = grid.lead or len(head)
+    align = ["left"] * lead + ["right"] * (len(head) - lead)
+    return harmless(tabulate(safe, headers=head, tablefmt=fmt, disable_numparse=True, colalign=align if safe else None))

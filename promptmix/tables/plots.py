@@ -73,7 +73,7 @@ def write(rows: list[Row], metric: str, folder: Path) -> list[Path]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with pyplot.rc_context(_STYLE):
-            for name, figure in _figures(rows, metric):
+            for name, figure in figures(rows, metric):
                 path = folder / f"{name}.png"
                 figure.savefig(path)
                 pyplot.close(figure)
@@ -83,7 +83,8 @@ def write(rows: list[Row], metric: str, folder: Path) -> list[Path]:
     return found
 
 
-def _figures(rows: list[Row], metric: str) -> Iterator[tuple[str, Any]]:
+def figures(rows: list[Row], metric: str) -> Iterator[tuple[str, Any]]:
+    """Yield name and matplotlib figure of each picture that the rows give."""
     styles = _styles(rows)
     for protocol in dict.fromkeys(row.protocol for row in rows):
         mine = [row for row in rows if row.protocol == protocol]

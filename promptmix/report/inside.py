@@ -1,0 +1,43 @@
+"""What was learned, for a page: one run of each method that learned something, the first seed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from promptmix.errors import UserError
+from promptmix.interpret.look import Insight, look
+from promptmix.interpret.opened import open_run
+from promptmix.runs.results import RunResult
+
+__all__ = ["insights"]
+
+MOST = 6
+
+
+def insights(runs: list[RunResult], notes: list[str], **options: Any) -> dict[str, Insight]:
+    """Look into the first run of each method that trained.
+
+    Args:
+        runs: of any methods.
+        notes: gets what could not be looked into, and why.
+        options: what ``open_run`` takes.
+
+    Returns:
+        What was found, by what the run is called.
+    """
+    first: dict[str, RunResult] = {}
+    for run in sorted(runs, key=lambda run: (run.checkpoint is not None, run.seed)):
+        if run.learned_parameters and run.source.endswith("results.json"):
+            first.setdefault(run.trainer, run)
+    found = {}
+    for name, run in list(first.items())[:MOST]:
+        try:
+            insight = look(open_run(Path(run.source).parent, **options))
+        except UserError as error:
+            notes.append(f"{name}: what it learned is not told: {error}")
+            continue
+        found[f"{name}, {run.dataset}, {run.subsample_classes} classes, seed {run.seed}"] = insight
+    if len(first) > MOST:
+        notes.append(f"what was learned is told of {MOST} of {len(first)} methods; `promptmix interpret RUN` tells of any")
+    return found
