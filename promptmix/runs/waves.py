@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Generator, Sequence
-from functools import partial
 from statistics import fmean
 
 from promptmix.runs.backends import Backend, Options, Outcome, Started
@@ -22,7 +21,7 @@ def in_waves(
         backend: runs the jobs and pieces of a wave.
         jobs: what to run.
         options: how jobs are spread.
-        started: told of each job when it, or the first of its pieces in a wave, was given to the backend.
+        started: told of a job whenever it, or a piece of it, was given to the backend.
 
     Yields:
         Index and outcome of each job; of one in pieces after its last wave, with the mean of that wave's numbers.
@@ -38,7 +37,7 @@ def in_waves(
         found: dict[int, list[float]] = {index: [] for index in left}
         errors = {i: f"{p.piece} ran, but does not count; remove its folder" for i, p in wave if (i, p.piece) in ran}
         wave = [(index, piece) for index, piece in wave if index not in errors]
-        with contextlib.closing(backend([piece for _, piece in wave], options, partial(_tell, started, wave))) as outcomes:
+        with contextlib.closing(_run(backend, wave, options, started)) as outcomes:
             for place, outcome in outcomes:
                 index, piece = wave[place]
                 if not piece.piece:
@@ -55,5 +54,7 @@ def in_waves(
         last = {index: {"mean of the last round": fmean(found[index])} for index in left if found[index]}
 
 
-def _tell(started: Started, wave: Wave, place: int) -> None:
-    started(wave[place][0])
+def _run(backend: Backend, wave: Wave, options: Options, started: Started) -> Generator[tuple[int, Outcome], None, None]:
+    """Give a wave to the backend; an empty one to nobody, since some start a cluster first."""
+    if wave:
+        yield from backend([piece for _, piece in wave], options, lambda place: started(wave[place][0]))

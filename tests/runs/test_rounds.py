@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,9 +12,12 @@ import pytest
 import torch
 
 from promptmix.cli import main
+from promptmix.engine import TrainerBase
 from promptmix.errors import ConfigError
-from promptmix.runs import results
+from promptmix.runs import results, waves
+from promptmix.runs.backends import Options, Outcome
 from promptmix.runs.federated import Plan, participants, shuffled_clients, split_pictures
+from promptmix.runs.protocols import Job
 from promptmix.runs.server import choose_others, weighted_average
 from tests.runs import made
 from tests.trainers.golden import close, numbers, seeded
@@ -276,6 +280,47 @@ def test_clients_are_jobs_of_a_backend_with_the_same_numbers(backend, shared, fo
     assert tree(folder / backend / "federated") == shared
     again = made.sweep(path, "--jobs", "2", "--backend", backend)
     assert again.stdout.count("finished before") == 2
+
+
+def test_a_client_cut_off_in_its_training_goes_on_bit_for_bit(shared, folder, tmp_path, monkeypatch):
+    save = TrainerBase.save_progress
+
+    def cut(trainer):
+        save(trainer)
+        if "round1/client1" in trainer.output_dir and trainer.epoch == 0:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(TrainerBase, "save_progress", cut)
+    assert federated(folder, tmp_path / "cut") == 130
+    monkeypatch.undo()
+    assert next((tmp_path / "cut").rglob("round1/client1/progress.pth"))
+    assert federated(folder, tmp_path / "cut") == 0
+    assert tree(tmp_path / "cut") == shared
+    for part in shared:
+        ours, theirs = learned(tmp_path / "cut", part), learned(folder / "federated", part)
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_waves_spread_pieces_and_end_what_cannot_go_on(monkeypatch):
+    left = {"a": [["0"], ["1", "2"], []], "b": [["0"], []], "c": [["0"], ["0"]]}
+
+    def pieces(job):
+        return [replace(job, piece=name) for name in left[job.trainer].pop(0)]
+
+    def backend(jobs, options, started):
+        seen.append([(job.trainer, job.piece) for job in jobs])
+        for place, job in enumerate(jobs):
+            started(place)
+            failed = "no memory" if (job.trainer, job.piece) == ("b", "0") else ""
+            yield place, Outcome(failed, {} if failed else {"part": float(job.piece)}, 1.0)
+
+    monkeypatch.setattr(waves, "pieces", pieces)
+    seen = []
+    jobs = [Job("federated", name, "", name, 1) for name in left]
+    found = dict(waves.in_waves(backend, jobs, Options(), lambda index: None))
+    assert seen == [[("a", "0"), ("b", "0"), ("c", "0")], [("a", "1"), ("a", "2")]]
+    assert found[0] == Outcome(numbers={"mean of the last round": 1.5}, seconds=3.0)
+    assert found[1].error == "0: no memory" and "does not count" in found[2].error
 
 
 def test_a_client_that_fails_is_told_and_the_others_stand(folder, tmp_path):
