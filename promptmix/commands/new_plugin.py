@@ -34,6 +34,7 @@ class Kind:
 
 _TRAIN = "train --config-file configs/quickstart.yaml --seed 1 --output-dir runs/my_part"
 _RUN = "--config-file configs/trainers/CoOp/tiny.yaml --trainer CoOp --seeds 1 --shots 4 --output-dir runs/my_part"
+_SELECT = "PROTOCOL.ACTIVE.SELECTOR MyPart PROTOCOL.ACTIVE.ROUNDS 3"
 
 KINDS = {
     "router": Kind("routers", f"{_TRAIN} --trainer MoCoOp ROUTER.NAME MyPart"),
@@ -46,6 +47,7 @@ KINDS = {
     "backbone": Kind("backbones", f"{_TRAIN} --trainer CoOp MODEL.BACKBONE.NAME MyPart INPUT.SIZE '[32, 32]'"),
     "logger": Kind("", f"{_TRAIN} --trainer CoOp"),
     "protocol": Kind("protocols", f"run MyPart --datasets EmojiConcepts {_RUN}"),
+    "selector": Kind("selectors", f"run active --datasets EmojiFamilies {_RUN} {_SELECT}"),
 }
 
 

@@ -337,3 +337,18 @@ def test_any_method_with_a_learner_can_be_averaged(folder, tmp_path, capsys):
     run = words(folder, "federated", tmp_path / "zero", trainer="ZeroshotCLIP", opts=FEDERATED)
     fails(capsys, lambda: main(run), "ZeroshotCLIP", "learns nothing")
     assert not (tmp_path / "zero").exists()
+
+
+def test_hook_register_selectors(folder, tmp_path):
+    plugin = tmp_path / "last.py"
+    plugin.write_text(
+        "from promptmix import hookimpl\nfrom promptmix.runs.selection import Selector\n"
+        "class Last(Selector):\n    def select(self, pool, count, draws):\n        return pool.unlabelled[-count:]\n"
+        "@hookimpl\ndef register_selectors(registry): registry.register(Last, name='last')\n"
+    )
+    opts = ["PROTOCOL.ACTIVE.SELECTOR", "last", "PROTOCOL.ACTIVE.BALANCE", "False", "PROTOCOL.ACTIVE.ROUNDS", "2"]
+    run = words(folder, "active", tmp_path / "out", "--plugin", str(plugin), trainer="CoOp", opts=opts)
+    assert main(run) == 0
+    found = tree(tmp_path / "out")
+    first = found["round0"][0]["picked"]
+    assert found["round1"][0]["picked"] == [place for place in range(12) if place not in first][-4:]
