@@ -21,7 +21,7 @@ LEARNED = [name for name in TRAINERS if name not in ("ZeroshotCLIP", "TipAdapter
 #: What waits for others: pFedMoAP's gate without prompts of other clients, and what nobody reads: LwEIB's last convolution.
 WAITS = {"PFedMoAP": "prompt_learner.head.", "LwEIB": "prompt_learner.bank.image.12.mlp."}
 #: What they learn belongs to each class.
-CLASS_SPECIFIC = {"CLAP", "PCB", "CrossModal", "LPPlusPlus", "TaskRes", "TipAdapterF"}
+CLASS_SPECIFIC = {"CLAP", "PCB", "CrossModal", "FullFineTune", "LPPlusPlus", "TaskRes", "TipAdapterF"}
 BASE, NEW = 3, 2
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 #: Files that start with "_" are parts of others; sweeps are plans over configs, read by their own command.
