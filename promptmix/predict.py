@@ -196,6 +196,15 @@ class Predictor:
                     found += self._batch(learner, classifier, batch, inputs.to(self._trainer.device), names)
         return found
 
+    def learner(self, names: Sequence[str]) -> PromptLearner:
+        """Return the run's method for class names.
+
+        Raises:
+            CheckpointError: the run's prompts belong to its own classes.
+        """
+        with torch.no_grad(), quiet():
+            return self._learner_of(tuple(names))
+
     def _read_batch(self, images: list[Picture], unreadable: list[str] | None) -> tuple[list[Picture], Tensor]:
         """Return those pictures that can be read, with their pixels (B, 3, H, W)."""
         batch: list[Picture] = []

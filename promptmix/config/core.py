@@ -117,6 +117,8 @@ def _add_data(cfg: CN) -> None:
     _key(cfg, "DATASET.DESCRIPTIONS", "", comment)
     comment = 'ours: JSON file, {"train": [...], "test": [...]}: numbers of the pictures to use; "" = all'
     _key(cfg, "DATASET.SUBSET", "", comment)
+    comment = "ours: training pictures without labels: all shots of the run's classes, or of all classes, new ones too"
+    _key(cfg, "DATASET.UNLABELED", "none", comment, choices=("none", "classes", "all"))
     comment = "ours: seeded: class order drawn from SEED, so that base and new differ by seed"
     _key(cfg, "DATASET.CLASS_ORDER", "sorted", comment, choices=("sorted", "seeded"))
 

@@ -9,7 +9,7 @@ from yacs.config import CfgNode
 
 from promptmix.data.base import DatasetBase
 from promptmix.data.datum import Datum
-from promptmix.data.fewshot import generate_fewshot, say_fewer, subsample_classes
+from promptmix.data.fewshot import generate_fewshot, say_fewer, subsample_classes, unlabeled
 from promptmix.data.reading.pictures import without_bad
 from promptmix.data.records import kept_fewshot
 from promptmix.utils import get_logger
@@ -44,7 +44,7 @@ class AssembledDataset(DatasetBase):
     ) -> None:
         names = {item.label: item.classname for part in ("test", "train") for item in splits[part]}
         order = sorted(names)
-        same = splits["val"] is splits["test"]
+        same, whole = splits["val"] is splits["test"], splits["train"]
         shots = cfg.DATASET.NUM_SHOTS
         if shots >= 1 and fewshot:
             get_logger().info("Creating a %d-shot dataset", shots)
@@ -57,11 +57,13 @@ class AssembledDataset(DatasetBase):
             random.Random(cfg.SEED).shuffle(order)
             places = {label: place for place, label in enumerate(order)}
             splits = {part: renumbered(items, places) for part, items in splits.items()}
+            whole = renumbered(whole, places)
+        without = unlabeled(cfg, whole)
         parts = [splits["train"], splits["test"]] + ([] if same else [splits["val"]])
         parts = subsample_classes(*parts, subsample=cfg.DATASET.SUBSAMPLE_CLASSES)
-        parts = without_bad(cfg.DATASET.NAME, parts, cfg.DATASET.SKIP_BAD, remedy)
-        train, test, val = parts[0], parts[1], parts[-1]
-        super().__init__(train_x=train, val=val or None, test=test)
+        several = without_bad(cfg.DATASET.NAME, [*parts, without or []], cfg.DATASET.SKIP_BAD, remedy)
+        train, test, val = several[0], several[1], several[len(parts) - 1]
+        super().__init__(train_x=train, train_u=several[-1] or None, val=val or None, test=test)
         self.all_classnames = [names[label] for label in order]
 
 

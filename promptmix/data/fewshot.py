@@ -9,12 +9,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from yacs.config import CfgNode
+
 from promptmix.config.core import CLASSES
 from promptmix.data.datum import Datum
 from promptmix.errors import ConfigError, DataError
 from promptmix.utils import get_logger, read_json, write_json
 
-__all__ = ["generate_fewshot", "load_split", "num_base", "save_split", "say_fewer", "split_by", "subsample_classes"]
+__all__ = ["generate_fewshot", "load_split", "num_base", "save_split", "say_fewer", "split_by", "subsample_classes", "unlabeled"]
 
 StrPath = str | os.PathLike[str]
 
@@ -140,3 +142,17 @@ def _relative(impath: str, root: StrPath) -> str:
         return Path(impath).relative_to(root).as_posix()
     except ValueError:
         return impath
+
+
+def unlabeled(cfg: CfgNode, train: Sequence[Datum]) -> list[Datum] | None:
+    """Return the training pictures without labels that ``DATASET.UNLABELED`` asks for; None for none.
+
+    Args:
+        cfg: the whole config tree.
+        train: the whole training part, before shots are drawn and classes left out.
+    """
+    chosen = cfg.DATASET.UNLABELED
+    if chosen == "none":
+        return None
+    kept = train if chosen == "all" else subsample_classes(train, subsample=cfg.DATASET.SUBSAMPLE_CLASSES)[0]
+    return [Datum(item.impath, -1, item.domain, "") for item in kept]

@@ -341,6 +341,9 @@ class Learner(PromptLearner):
         """Return a checkpoint's tensors by today's names, and take the sizes of those that follow from its training data."""
         state = {today(name): tensor for name, tensor in state.items()}
         for prefix, module in self.named_modules():
+            if isinstance(module, Component):
+                start = f"{prefix}."
+                module.take_sizes({key.removeprefix(start): value for key, value in state.items() if key.startswith(start)})
             for name in module.training_only if isinstance(module, Component) else ():
                 state.setdefault(f"{prefix}.{name}", getattr(module, name))
             for name in module.sized_by_data if isinstance(module, Component) else ():

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -72,6 +72,13 @@ class Component(nn.Module):
         Args:
             look: goes once through the training pictures in the data set's order, augmented as configured (anew each time it is
                 called), and gives their steps without a graph.
+        """
+
+    def take_sizes(self, state: Mapping[str, Tensor]) -> None:
+        """Take sizes that ``sized_by_data`` can't say from a checkpoint that is about to be loaded.
+
+        Args:
+            state: the checkpoint's tensors of this part, by their names in it.
         """
 
     def before_training(self) -> None:

@@ -47,6 +47,7 @@ class PromptTrainer(TrainerX):
         schedule_unit: what one step of the learning-rate schedule is, ``epoch`` or ``step`` (then MAX_EPOCH counts epochs still,
             and the schedule spans all their batches).
         views: augmented views of each training picture that the method can read (``DATALOADER.K_TRANSFORMS``).
+        unlabeled: it learns from pictures alone: its steps have no labels, and ``DATASET.UNLABELED`` gives it more pictures.
         ignores: keys of the core tree that these trainers do not read; other values than the default are refused.
     """
 
@@ -54,11 +55,28 @@ class PromptTrainer(TrainerX):
     layout: ClassVar[Layout | None] = None
     schedule_unit: ClassVar[str] = "epoch"
     views: ClassVar[int] = 1
-    ignores: ClassVar[tuple[str, ...]] = ("MODEL.HEAD.NAME", "INPUT.NO_TRANSFORM")
+    unlabeled: ClassVar[bool] = False
+    ignores: ClassVar[tuple[str, ...]] = ("MODEL.HEAD.NAME", "INPUT.NO_TRANSFORM", "DATASET.UNLABELED")
 
     model: PromptLearner  # made by build_model()
     #: What the method sees beside labelled pictures (``promptmix.engine.league``).
     league: str = LABELLED
+
+    def build_data_loader(self) -> None:
+        """Make the loaders; a method that learns from pictures alone gets those without labels.
+
+        Raises:
+            ConfigError: such pictures are asked for, and the data set gives none.
+        """
+        super().build_data_loader()
+        if self.cfg.DATASET.UNLABELED == "none":
+            return
+        if self.train_loader_u is None:
+            asked, name = self.cfg.DATASET.UNLABELED, self.cfg.DATASET.NAME
+            raise ConfigError(
+                f"DATASET.UNLABELED is {asked!r}, but data set {name} gives no pictures without labels; set it to none"
+            )
+        self.train_loader_x = self.train_loader_u
 
     def compose(self, task: Task) -> PromptLearner:
         """Return the method's learned part for ``task``.
@@ -315,12 +333,12 @@ class PromptTrainer(TrainerX):
         """Learn from one batch.
 
         Returns:
-            What the log line shows: loss, accuracy of the batch in percent, and the parts of the loss.
+            What the log line shows: loss, accuracy of the batch in percent (where there are labels), and the parts of the loss.
         """
         images, labels = self.parse_batch_train(batch)
         with self.precision.autocast():
             self.stages.turn_to(self.epoch * self.num_batches + self.batch_idx)
-            terms = self.model.loss(self.model.step(images, labels))
+            terms = self.model.loss(self.model.step(images, None if self.unlabeled else labels))
         optimizers = [optim for optim in self._optims.values() if optim is not None]
         self.precision.backward_and_update(
             terms.total,
@@ -331,7 +349,8 @@ class PromptTrainer(TrainerX):
         if self.schedule_unit == "step" or self.batch_idx + 1 == self.num_batches:
             self.update_lr()
         parts = {name: value.detach() for name, value in terms.parts.items()}
-        return {"loss": terms.total.detach(), "acc": compute_accuracy(terms.logits, labels)[0], **parts}
+        accuracy = {} if self.unlabeled else {"acc": compute_accuracy(terms.logits, labels)[0]}
+        return {"loss": terms.total.detach(), **accuracy, **parts}
 
     def take_gradients(self, loss: Tensor, terms: LossTerms) -> None:
         """Put gradients into the learned tensors.

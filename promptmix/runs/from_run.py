@@ -11,7 +11,7 @@ from yacs.config import CfgNode
 
 from promptmix import config
 from promptmix.config.declare import all_declared, all_defaults
-from promptmix.config.places import PLACES
+from promptmix.config.places import PLACES, places_of_parts
 from promptmix.errors import ConfigError
 from promptmix.files.places import is_own_place
 from promptmix.runs import results
@@ -26,6 +26,7 @@ def take_from_run(cfg: CfgNode, model_dir: str) -> None:
     - ``INPUT.READING``: pictures are read as the run was told to read them.
     - What the learned tensors were made with: the method's settings, backbone, input, precision, seed and shots. Where the
       command or one of its files says otherwise, it is refused, unless the setting may differ at test (``Setting.at_test``).
+      Files and folders (``Setting.place``) are the command's to name.
     - How they were trained (``OPTIM``, ``TRAIN``, ``DATALOADER``): as it was, whatever is said now.
 
     Args:
@@ -116,7 +117,7 @@ def replay_of(cfg: CfgNode, checkpoint: dict[str, Any] | None, plugins: Sequence
         command += [] if epoch is None else ["--load-epoch", str(epoch)]
     defaults = all_defaults(cfg)
     pairs: list[str] = []
-    for key, word in PLACES.items():
+    for key, word in (PLACES | {key: key for key in places_of_parts(cfg)}).items():
         value = config.get_key(cfg, key)
         if key == "OUTPUT_DIR" or value in ("", defaults.get(key)) or is_own_place(value):
             continue

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
+import promptmix
 from promptmix.config import validate
-from promptmix.errors import ConfigError, DataError
-from tests.trainers.toy import CLASSES, first_step, scores, toy_cfg, toy_trainer
+from promptmix.cost.estimate import estimate
+from promptmix.errors import CheckpointError, ConfigError, DataError
+from promptmix.prompts.teachers import ClassVectors
+from promptmix.runs.run import run
+from tests.dassl.test_model_dir import write_theirs
+from tests.trainers.toy import CLASSES, first_step, scores, toy_cfg, toy_trainer, write_backbone
 
 VIEWS = ("DATALOADER.K_TRANSFORMS", 2, "INPUT.TRANSFORMS", ("randaugment", "normalize"))
 
@@ -114,3 +121,116 @@ def test_sentences_are_for_training_alone(room, tmp_path):
     file.write_text(str(uneven).replace("'", '"'))
     with pytest.raises(DataError, match=r"2 sentences for 'barn owl' but 1 for 'pine_tree'"):
         first_step(toy_trainer(room, "CoPrompt", "DATASET.DESCRIPTIONS", str(file)))
+
+
+@pytest.fixture(scope="module")
+def teacher(room, tmp_path_factory):
+    """A finished run of IVLP on a backbone of another width, all classes."""
+    folder = tmp_path_factory.mktemp("teacher")
+    weights = write_backbone(folder / "clip.safetensors", width=96)
+    depth = ("TRAINER.IVLP.PROMPT_DEPTH_VISION", 2, "TRAINER.IVLP.PROMPT_DEPTH_TEXT", 2)
+    settings = ("OUTPUT_DIR", str(folder / "run"), "OPTIM.MAX_EPOCH", 1, "MODEL.BACKBONE.WEIGHTS", str(weights), *depth)
+    run(toy_cfg(room, "IVLP", *settings, classes="all"), quiet=True)
+    key = "TRAINER.PROMPTKD.TEACHER"
+    return (key, str(folder / "run"), f"{key}_WEIGHTS", str(weights))
+
+
+SMALL = ("TRAINER.PROMPTKD.PROMPT_DEPTH_VISION", 2, "DATASET.UNLABELED", "all")
+
+
+def test_pictures_without_labels_are_of_the_classes_that_are_asked_for(room):
+    sizes = {}
+    for kind in ("none", "classes", "all"):
+        trainer = toy_trainer(room, "PromptKD", "DATASET.UNLABELED", kind)
+        items = trainer.train_loader_x.dataset.data_source
+        sizes[kind] = len(items)
+        assert kind == "none" or {(item.label, item.classname) for item in items} == {(-1, "")}
+    assert sizes == {"none": 12, "classes": 12, "all": 20}
+    assert "acc" not in first_step(trainer)
+    with pytest.raises(ConfigError, match=r"DATASET.UNLABELED is 'all' .*CoOp does not read"):
+        validate(toy_cfg(room, "CoOp", "DATASET.UNLABELED", "all"))
+
+
+def test_a_student_of_a_run_resumes_bitwise_and_needs_no_teacher_afterwards(room, tmp_path, teacher):
+    best = ("TEST.FINAL_MODEL", "best_val", "TEST.NO_TEST", False)
+    through = trained(room, tmp_path / "through", "PromptKD", *SMALL, *teacher, *best)
+    assert same(through, trained(room, tmp_path / "resumed", "PromptKD", *SMALL, *teacher, *best, stop_after=1))
+    assert through["bank.vectors"].shape == (5, 96) and through["bank.projector.conv1.1.running_mean"].any()
+    vectors = ClassVectors.read(str(tmp_path / "through" / "class_vectors.safetensors"))
+    assert vectors.names == CLASSES and vectors.teacher == "IVLP on ViT-B/16"
+    assert torch.equal(vectors.vectors, through["bank.vectors"])
+
+    for classes in ("base", "new"):
+        alone = toy_trainer(room, "PromptKD", *SMALL[:2], classes=classes)  # no teacher is named
+        alone.load_model(str(tmp_path / "through"))
+        taught = toy_trainer(room, "PromptKD", *SMALL[:2], *teacher, classes=classes)
+        taught.load_model(str(tmp_path / "through"))
+        assert torch.allclose(scores(alone), scores(taught), atol=1e-5)
+    task = alone._task()
+    with pytest.raises(DataError, match=r"no class vectors for all of \['zebra'\].*TEACHER"):
+        alone.model.bank(["zebra"])
+    assert taught.model.bank(["zebra"]).shape == (1, 1, 96) and "zebra" not in task.all_classnames
+
+
+def test_a_finished_student_is_evaluated_and_predicts_without_its_teacher(room, tmp_path, teacher):
+    base = tmp_path / "base"
+    cfg = toy_cfg(room, "PromptKD", *SMALL, *teacher, "OUTPUT_DIR", str(base), "OPTIM.MAX_EPOCH", 1)
+    result = run(cfg, quiet=True)
+    assert result.league == "unlabelled pictures and teacher"
+    new = toy_cfg(room, "PromptKD", *SMALL[:2], "OUTPUT_DIR", str(tmp_path / "new"), "OPTIM.MAX_EPOCH", 1, classes="new")
+    found = run(new, quiet=True, eval_only=True, model_dir=str(base))
+    assert found.config["TRAINER"]["PROMPTKD"]["TEACHER"] == ""
+    predictor = promptmix.load(base, weights=room / "clip.safetensors")
+    picture = str(room / "toy" / "test-0-0.png")
+    assert {*predictor.predict(picture)[0].classnames} == set(CLASSES[:3])
+    assert {*predictor.predict(picture, ["cat", "lighthouse"])[0].classnames} == {"cat", "lighthouse"}
+    with pytest.raises(DataError, match=r"no class vectors for all of \['cat', 'zebra'\]"):
+        predictor.predict(picture, ["cat", "zebra"])
+
+
+def test_class_vectors_come_from_a_file_of_the_same_teacher(room, tmp_path, teacher):
+    trained(room, tmp_path / "first", "PromptKD", *SMALL, *teacher, epochs=1)
+    file = ("TRAINER.PROMPTKD.CLASS_VECTORS", str(tmp_path / "first" / "class_vectors.safetensors"))
+    again = toy_trainer(room, "PromptKD", *SMALL, *teacher, *file)
+    monkey = again.model.bank.teacher
+    monkey.vectors = lambda names: pytest.fail("the text tower of the teacher ran")
+    assert first_step(again)["loss"].isfinite()
+    with pytest.raises(ConfigError, match=r"those of IVLP on ViT-B/16, but the teacher is ZeroshotCLIP"):
+        toy_trainer(room, "PromptKD", *SMALL, *file, "OUTPUT_DIR", str(tmp_path / "other")).train()
+    Path(file[1]).write_bytes(b"no tensors")
+    with pytest.raises(CheckpointError, match="holds no class vectors"):
+        ClassVectors.read(file[1])
+    with pytest.raises(CheckpointError, match="no class vectors .*missing"):
+        ClassVectors.read(str(tmp_path / "missing"))
+
+
+def test_a_checkpoint_of_the_authors_brings_no_class_vectors(room, tmp_path, teacher):
+    before = toy_trainer(room, "PromptKD", *SMALL, *teacher)
+    first_step(before)
+    write_theirs(before, "PromptKD", tmp_path)
+    for more in (teacher, ()):
+        after = toy_trainer(room, "PromptKD", *SMALL, *more, seed=2)
+        after.load_model(str(tmp_path), epoch=3)
+        if more:
+            assert torch.equal(scores(after), scores(before))
+        else:
+            with pytest.raises(DataError, match=r"vectors have width 64, but the student learned 96; name the teacher's run"):
+                scores(after)
+
+
+def test_teachers_that_can_not_teach_are_refused(room, tmp_path, teacher):
+    with pytest.raises(ConfigError, match=r"INPUT.PIXEL_MEAN is \[0.1"):
+        toy_trainer(room, "PromptKD", *teacher, "INPUT.PIXEL_MEAN", [0.1, 0.1, 0.1])
+    run(toy_cfg(room, "CoCoOp", "OUTPUT_DIR", str(tmp_path / "cocoop"), "OPTIM.MAX_EPOCH", 1), quiet=True)
+    key, weights = "TRAINER.PROMPTKD.TEACHER", str(room / "clip.safetensors")
+    with pytest.raises(ConfigError, match="does not score by one vector for each class"):
+        toy_trainer(room, "PromptKD", key, str(tmp_path / "cocoop"), f"{key}_WEIGHTS", weights)
+    with pytest.raises(DataError, match=r"no .*results.json"):
+        toy_trainer(room, "PromptKD", key, str(tmp_path / "nothing"))
+    with pytest.raises(ConfigError, match=r"BATCH_SIZE is 1"):
+        validate(toy_cfg(room, "PromptKD", "DATALOADER.TRAIN_X.BATCH_SIZE", 1))
+
+
+def test_a_students_step_is_counted_with_its_teacher(room, teacher):
+    plain, taught = (estimate(toy_trainer(room, "PromptKD", *SMALL, *more)).step_gflops for more in ((), teacher))
+    assert taught > 1.2 * plain

@@ -1,4 +1,4 @@
-"""Methods that learn from sentences, frozen features or teachers, against their authors' numbers: CoPrompt, HiCroPL."""
+"""Methods that learn from sentences, frozen features or teachers, against their authors' numbers: CoPrompt, HiCroPL, PromptKD."""
 
 from __future__ import annotations
 
@@ -10,15 +10,19 @@ import pytest
 import torch
 from promptmix.plugins.distillation.frozen_image import FrozenImageCosine
 from promptmix.plugins.prompt_bank.hierarchical import Hierarchical
+from promptmix.plugins.prompt_bank.independent_deep import IndependentDeep
+from promptmix.plugins.prompt_bank.student import Student
 from promptmix.plugins.text_supervision.hard_prompts import CosineToHard
 from promptmix.trainers.coprompt import AdaptedCoupled, SentenceConsistency, ViewConsistency
 from promptmix.trainers.hicropl import HiCroPL, Rewriting
+from promptmix.trainers.promptkd import PromptKD, TeacherKL
 
 from promptmix.data.descriptions import Descriptions
-from promptmix.engine.layout import rename
+from promptmix.engine.layout import INDEPENDENT, rename
 from promptmix.prompts.heads import Cosine
 from promptmix.prompts.learner import Learner
 from promptmix.prompts.losses import CrossEntropy
+from promptmix.prompts.teachers import Teacher
 from tests.trainers.golden import FOLDER, close, compare, golden_clip, golden_task, images, labels, numbers, seeded, set_learned
 
 
@@ -135,3 +139,60 @@ def test_hicropl_as_published_overwrites_its_prompts_in_each_pass():
         close(parameters[key.removeprefix("mapped:")][:, :96], expected[key])
     with torch.no_grad():
         close(learner.logits(learner.features(images()), learner.classifier()), expected["logits_second_forward"])
+
+
+class GoldenTeacher(Teacher):
+    """PromptKD's teacher: IVLP's prompts on a larger CLIP."""
+
+    def __init__(self):
+        note = json.loads((FOLDER / "promptkd.json").read_text())
+        clip = golden_clip(**note["teacher_spec"])
+        task = golden_task(clip)
+        self.bank = IndependentDeep(task, n_ctx_vision=4, n_ctx_text=4, prompt_depth_vision=3, prompt_depth_text=3)
+        self.learner = Learner(task, self.bank, head=Cosine(task, self.bank))
+        tensors = dict(self.learner.named_parameters())
+        with torch.no_grad():
+            for theirs, shape in note["frozen"].items():
+                name = theirs.removeprefix("teacher.").removeprefix("prompt_learner.")
+                value = seeded().learned("promptkd", theirs, tuple(shape))
+                tensors[rename(INDEPENDENT, name)[0]].copy_(torch.from_numpy(value))
+        self.name, self.width, self.scale = "golden", clip.embed_dim, clip.scale.item()
+
+    def vectors(self, names):
+        with torch.no_grad():
+            return self.bank(names)[0]
+
+    def image(self, images):
+        with torch.no_grad():
+            return self.learner.step(images).image
+
+
+def test_promptkd():
+    task = golden_task()
+    teacher = GoldenTeacher()
+    bank = Student(task, teacher, None, 4, 3, True)
+    learner = Learner(task, bank, head=Cosine(task, bank), loss=1000.0 * TeacherKL(1.0))
+    shapes = json.loads((FOLDER / "promptkd.json").read_text())["learned"]
+    names = {name: rename(PromptKD.layout.rules, name)[0] for name in shapes}
+    set_learned("promptkd", learner, names, starts=("VPT_image_trans.conv1.1.weight",))
+    expected = numbers("promptkd")
+    learner.train()
+    terms = learner.loss(learner.step(images()))
+    close(terms.logits, expected["logits"])
+    close(terms.total, expected["loss"])
+    close(teacher.scale * teacher.image(images()) @ bank.class_vectors(task.classnames).T, expected["teacher_logits"])
+    close(bank.class_vectors(task.classnames)[:, :64], expected["teacher_text_head"])
+    terms.total.backward()
+    ours = dict(learner.named_parameters())
+    for theirs in names:
+        if f"gradnorm:{theirs}" in expected:  # the bias in front of the batch norm has none
+            gradient, norm = ours[names[theirs]].grad, float(expected[f"gradnorm:{theirs}"])
+            # Batch norm over three pictures amplifies rounding.
+            assert gradient.double().norm().item() == pytest.approx(norm, rel=5e-4)
+            head = expected[f"gradhead:{theirs}"]
+            assert abs(gradient.flatten()[: len(head)].double().numpy() - head).max() <= 5e-4 * norm
+    norm = bank.projector.conv1[1]
+    close(norm.running_mean[:64], expected["bn_running_mean_head"])
+    close(norm.running_var[:64], expected["bn_running_var_head"])
+    with torch.no_grad():
+        close(learner.eval().step(images()).logits, expected["logits_eval"])

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from promptmix.config import get_cfg, merge_opts, validate
 from promptmix.data import DatasetBase, Datum
-from promptmix.data.fewshot import subsample_classes
+from promptmix.data.fewshot import subsample_classes, unlabeled
 from promptmix.engine import build_trainer, set_random_seed
 
 #: Of five classes three are base and two are new, so that a tensor with a class axis can't pass for one without.
@@ -37,7 +37,7 @@ class ToyPictures(DatasetBase):
             for split, n in (("train", 4), ("val", 1), ("test", 2))
         }
         train, val, test = subsample_classes(*items.values(), subsample=cfg.DATASET.SUBSAMPLE_CLASSES)
-        super().__init__(train_x=train, val=val, test=test)
+        super().__init__(train_x=train, train_u=unlabeled(cfg, items["train"]), val=val, test=test)
         self.templates = ["a photo of a {}.", "a drawing of a {}.", "a picture of the {}."]
         self.template_groups = [["a photo of a {}."], ["a drawing of a {}.", "a drawing of the {}."], ["a {} seen from afar."]]
         self.all_classnames = list(CLASSES)

@@ -15,7 +15,7 @@ from promptmix.assets import asset_path
 from promptmix.config.declare import Setting, declare
 from promptmix.data.base import DatasetBase
 from promptmix.data.datum import Datum
-from promptmix.data.fewshot import say_fewer, subsample_classes
+from promptmix.data.fewshot import say_fewer, subsample_classes, unlabeled
 from promptmix.data.reading.images import open_member
 from promptmix.errors import ConfigError
 from promptmix.hookspecs import hookimpl
@@ -61,13 +61,13 @@ class _EmojiBase(DatasetBase):
             val: Validation pictures.
             test: Test pictures.
         """
-        shots = cfg.DATASET.NUM_SHOTS
+        shots, without = cfg.DATASET.NUM_SHOTS, unlabeled(cfg, train)
         if shots >= 1:
             say_fewer(train, shots)
             train = self.generate_fewshot_dataset(train, num_shots=shots)  # type: ignore[assignment]
             val = self.generate_fewshot_dataset(val, num_shots=min(shots, 4))  # type: ignore[assignment]
         train, test, val = subsample_classes(train, test, val, subsample=cfg.DATASET.SUBSAMPLE_CLASSES)
-        super().__init__(train_x=train, val=val or None, test=test)
+        super().__init__(train_x=train, train_u=without, val=val or None, test=test)
         self.all_classnames = list(classes)
         # Made from templates, so that methods which read sentences run; they know nothing of the classes.
         self.descriptions = {name: [template.format(name) for template in self.templates] for name in classes}
