@@ -33,6 +33,7 @@ from promptmix.prompts.learner import PromptLearner
 from promptmix.prompts.trainer import PromptTrainer
 from promptmix.registry import TRAINER_REGISTRY
 from promptmix.runs import results
+from promptmix.runs.hub import place_of
 from promptmix.runs.results import FILE_NAME, RunResult
 from promptmix.utils import get_logger
 
@@ -126,7 +127,7 @@ class Predictor:
             raise ConfigError(f"the run is {shown(run)}; give the output folder of a run")
         if epoch is not None and (type(epoch) is not int or epoch < 1):
             raise ConfigError(f"epoch is {shown(epoch)}; give a whole number from 1 on, or leave it out")
-        folder = Path(run)
+        folder = place_of(run)
         self.result = read_result(folder)
         cfg = config.get_cfg()
         config.merge_tree(cfg, self.result.config, str(folder / FILE_NAME))

@@ -45,10 +45,12 @@ def run(args: argparse.Namespace) -> int:
     set_threads(args.threads)
     from promptmix.runs import calibration
     from promptmix.runs.again import read_config
+    from promptmix.runs.hub import place_of
     from promptmix.runs.progress import Lines, warnings_to
     from promptmix.runs.protocols import title
     from promptmix.runs.run import running
 
+    args.run = str(place_of(args.run))
     what = title(args.on.rstrip("/")).rpartition("/")[2] or args.on if args.on else args.split or "test"
     folder = args.output_dir or str(Path(args.run, "eval", Path(what).stem or "data"))
     flags: dict[str, tuple[str, Any]] = {

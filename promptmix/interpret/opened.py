@@ -16,6 +16,7 @@ from promptmix.plugin_manager import check_plugins, load_plugin
 from promptmix.predict import Predictor, forget_places, quiet, read_result
 from promptmix.prompts.trainer import PromptTrainer
 from promptmix.registry import TRAINER_REGISTRY
+from promptmix.runs.hub import place_of
 from promptmix.runs.results import FILE_NAME, RunResult
 
 __all__ = ["Opened", "open_run"]
@@ -68,7 +69,7 @@ def open_run(
     check_plugins()
     for plugin in plugins:
         load_plugin(plugin)
-    folder = Path(run)
+    folder = place_of(run)
     result = read_result(folder)
     trainer_class = TRAINER_REGISTRY.get(result.trainer)
     if not issubclass(trainer_class, PromptTrainer):

@@ -191,7 +191,8 @@ def provenance(runs: Iterable[RunResult]) -> list[dict[str, Any]]:
     lines = []
     for run in runs:
         folder = str(Path(run.source).parent)
-        again = f"promptmix eval {shlex.quote(folder)}" if run.checkpoint else f"promptmix train --from-run {shlex.quote(folder)}"
+        known = f"promptmix eval {shlex.quote(folder)}" if run.checkpoint else ""
+        again = shlex.join(run.replay) or known or f"promptmix train --from-run {shlex.quote(folder)} --output-dir NEW"
         lines.append(
             {
                 "folder": folder,
@@ -201,7 +202,7 @@ def provenance(runs: Iterable[RunResult]) -> list[dict[str, Any]]:
                 "finished": run.finished[:16].replace("T", " "),
                 "commit": (run.commit or "")[:12] + ("-dirty" if (run.commit or "").endswith("-dirty") else ""),
                 "versions": ", ".join(f"{name} {value}" for name, value in run.versions.items()),
-                "again": harmless(again + ("" if run.checkpoint else f" --output-dir {shlex.quote(folder + '-again')}")),
+                "again": harmless(again),
                 "approximations": "; ".join(run.approximations),
             }
         )

@@ -28,6 +28,7 @@ from promptmix.plugin_manager import get_plugin_manager
 from promptmix.registry import TRAINER_REGISTRY
 from promptmix.runs import results, samples
 from promptmix.runs.from_run import replay_of, take_from_run
+from promptmix.runs.hub import place_of
 from promptmix.runs.output import Output
 from promptmix.runs.results import CONFIG_NAME, FILE_NAME, RunResult, plain
 from promptmix.utils import get_logger
@@ -113,6 +114,7 @@ def running(
     Raises:
         UserError: see ``run``.
     """
+    model_dir = str(place_of(model_dir)) if model_dir else ""
     if eval_only:
         take_from_run(cfg, model_dir)
     config.validate(cfg)

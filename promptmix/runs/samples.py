@@ -6,7 +6,6 @@ assets, so that runs of two machines compare.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import zipfile
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ import numpy as np
 
 from promptmix.assets import asset_path
 from promptmix.errors import DataError
+from promptmix.files.sums import file_digest
 from promptmix.runs.results import RunResult
 
 __all__ = ["FILE_NAME", "Samples", "keep", "of_run", "read"]
@@ -105,7 +105,7 @@ def keep(trainer: Any, folder: Path, root: str) -> dict[str, str]:  # noqa: ANN4
         return {}
     arrays["path"] = np.array([_below(name, root) for name in arrays["path"].tolist()])
     atomic_write(path, lambda temporary: _write(temporary, arrays))
-    return {FILE_NAME: _digest(path)}
+    return {FILE_NAME: file_digest(path)}
 
 
 def _write(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
@@ -122,14 +122,6 @@ def _below(path: str, root: str) -> str:
         if not inside.startswith(os.pardir):
             return inside.replace(os.sep, "/")
     return path
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        for block in iter(lambda: file.read(1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def of_run(run: RunResult) -> Samples | None:
@@ -153,7 +145,7 @@ def read(path: Path, digest: str = "") -> Samples:
     """
     remedy = "test that run again with --eval-only"
     try:
-        if digest and _digest(path) != digest:
+        if digest and file_digest(path) != digest:
             raise DataError(f"{path} is not the file that the run beside it wrote (another SHA-256); {remedy}")
         with zipfile.ZipFile(path) as pack:
             if sum(member.file_size for member in pack.infolist()) > _MOST_BYTES:

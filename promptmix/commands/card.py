@@ -1,0 +1,41 @@
+"""``promptmix card RUN``: a model card for what a run learned."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags."""
+    add = parser.add_argument
+    add("runs", nargs="+", metavar="RUN", help="output folder of a run that trained, then those of its evaluations")
+    add("--out", default="", metavar="FILE", help="default: print it")
+    add("--name", default="", help="what the prompts are called; default: method and data set")
+    add("--license", default="", metavar="ID", help="of the learned numbers, such as mit; default: none is stated")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the card.
+
+    Raises:
+        UserError: a folder holds no run, or the file can't be written.
+    """
+    from promptmix.errors import DataError
+    from promptmix.runs.card import card_of
+    from promptmix.runs.results import read_run
+    from promptmix.utils import atomic_write
+
+    found = []
+    for folder in args.runs:
+        one = read_run(folder)
+        if one is None:
+            raise DataError(f"{folder}: no finished run; name the output folder of one")
+        found.append(one)
+    text = card_of(found, name=args.name, licence=args.license)
+    if args.out:
+        atomic_write(Path(args.out), lambda path: path.write_text(text, encoding="utf-8", errors="backslashreplace"))
+    else:
+        sys.stdout.write(text)
+    return 0

@@ -1,0 +1,143 @@
+"""Packed prompts predict what the run predicts, say nothing of the machine, and are refused once changed; cards are text."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import yaml
+
+import promptmix
+from promptmix.assets import asset_path
+from promptmix.cli import main
+from promptmix.errors import DataError, UserError
+from promptmix.runs import hub, results
+from promptmix.runs.card import card_of
+
+QUICK = ["--config-file", "configs/quickstart.yaml", "--seed", "1", "OPTIM.MAX_EPOCH", "1", "DATASET.NUM_SHOTS", "1"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("secret-place") / "run"
+    flags = ["train", "--trainer", "MoCoOp", "--output-dir", str(folder), *QUICK, "DATASET.SUBSAMPLE_CLASSES", "base"]
+    assert main(flags) == 0
+    return folder
+
+
+@pytest.fixture
+def packed(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("PROMPTMIX_HUB", str(tmp_path / "hub"))
+    assert main(["hub", "pack", str(run), "--as", "anna/emoji", "--license", "mit"]) == 0
+    return tmp_path / "hub" / "anna" / "emoji"
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory):
+    import zipfile
+
+    path = tmp_path_factory.mktemp("pictures") / "cat.webp"
+    with zipfile.ZipFile(asset_path("emoji/openmoji_color.zip")) as pack:
+        path.write_bytes(pack.read("1f408.webp"))
+    return str(path)
+
+
+def test_packed_prompts_predict_what_the_run_predicts(run, packed, picture):
+    expected = promptmix.load(run).predict(picture)[0]
+    for place in (str(packed), "hub:anna/emoji"):
+        found = promptmix.load(place).predict(picture)[0]
+        assert found.classnames == expected.classnames
+        assert np.allclose(found.probabilities, expected.probabilities)
+    other = promptmix.load("hub:anna/emoji").predict(picture, ["cat", "dog"])[0]
+    assert set(other.classnames) == {"cat", "dog"}
+
+
+def test_it_serves_evaluation_and_interpretation(packed, tmp_path, capsys):
+    flags = ["train", "--trainer", "MoCoOp", "--eval-only", "--model-dir", "hub:anna/emoji"]
+    flags += ["--output-dir", str(tmp_path / "new")]
+    assert main([*flags, *QUICK, "DATASET.SUBSAMPLE_CLASSES", "new"]) == 0
+    assert results.load(tmp_path / "new" / "results.json").metrics["test"]["accuracy"] > 0
+    capsys.readouterr()
+    assert main(["interpret", "hub:anna/emoji", "--format", "json"]) == 0
+    assert json.loads(capsys.readouterr().out)["mixtures"][0]["pictures"] == 290
+
+
+def test_it_says_nothing_of_the_machine(run, packed):
+    assert sorted(path.name for path in packed.iterdir()) == ["README.md", "hub.json", "prompt_learner", "results.json"]
+    for path in packed.rglob("*"):
+        if path.is_file():
+            assert b"secret-place" not in path.read_bytes()
+    record = results.load(packed / "results.json")
+    assert record.command == [] and record.config["OUTPUT_DIR"] == ""
+    assert record.metrics == results.load(run / "results.json").metrics
+
+
+def test_a_changed_file_is_refused(packed, tmp_path, picture):
+    tensors = packed / "prompt_learner" / "model.safetensors"
+    whole = tensors.read_bytes()
+    tensors.write_bytes(whole[:-4] + b"\1\2\3\4")
+    with pytest.raises(DataError, match="not what was packed"):
+        promptmix.load("hub:anna/emoji")
+    tensors.write_bytes(whole)
+    (packed / "prompt_learner" / "model.pth.tar-1").write_bytes(b"another")
+    with pytest.raises(DataError, match="was not packed"):
+        promptmix.load(packed)
+    (packed / "prompt_learner" / "model.pth.tar-1").unlink()
+    shutil.copytree(packed, tmp_path / "copy")  # a folder that travelled
+    assert promptmix.load(tmp_path / "copy").predict(picture)
+
+
+@pytest.mark.parametrize("change", ["{}", "[]", "x", '{"format": 9, "files": {}}', '{"format": 1, "files": {"../x": "0"}}'])
+def test_a_bad_note_is_one_line(packed, change, capsys):
+    (packed / "hub.json").write_text(change)
+    assert main(["hub", "check", str(packed)]) == 2
+    err = capsys.readouterr().err.strip()
+    assert "hub.json" in err and len(err.splitlines()) == 1
+    assert main(["hub", "list"]) == 1 and "damaged" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b/c", "/etc", "", ".hidden", "a\0b", "a b", "a/../b"])
+def test_names_stay_below_the_hub(run, tmp_path, name):
+    with pytest.raises(UserError, match="must be NAME or OWNER/NAME"):
+        hub.pack(run, name, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_can_not_be_packed_is_one_line(run, packed, tmp_path, capsys):
+    zero = tmp_path / "zero"
+    assert main(["train", "--trainer", "ZeroshotCLIP", "--output-dir", str(zero), *QUICK]) == 0
+    for flags, words in {
+        ("pack", str(run), "--as", "anna/emoji"): "is there already",
+        ("pack", str(tmp_path), "--as", "x"): "name the output folder of a run",
+        ("pack", str(zero), "--as", "x"): "checkpoint",
+        ("pack", str(run)): "--as NAME",
+        ("pack",): "needs the output folder",
+        ("list", "x"): "takes no folder",
+        ("check", "hub:anna/emojy"): "did you mean 'anna/emoji'",
+    }.items():
+        capsys.readouterr()
+        assert main(["hub", *flags]) == 2
+        assert words in capsys.readouterr().err
+    capsys.readouterr()
+    assert main(["hub", "list"]) == 0 and capsys.readouterr().out == "anna/emoji: MoCoOp for tiny-en\n"
+
+
+def test_the_card_is_markdown_with_a_head(run, packed, tmp_path):
+    text = (packed / "README.md").read_text(encoding="utf-8")
+    _, head, body = text.split("---\n", 2)
+    tree = yaml.safe_load(head)
+    assert tree["library_name"] == "promptmix" and tree["license"] == "mit" and tree["base_model"] == "tiny-en"
+    record = results.load(run / "results.json")
+    assert f"{record.metrics['test']['accuracy']:.2f}" in body and "anna/emoji" in body and "ball or sports equipment" in body
+    record.vocabulary = {"classnames": ["<script>alert(1)</script>", "a|b\n# c", "[x](http://y)"]}
+    shown = card_of([record], name="`x`")
+    assert "<script>" not in shown and "\n# c" not in shown and "&lt;script&gt;" in shown and "None is stated" in shown
+    assert main(["card", str(run), "--out", str(tmp_path / "CARD.md")]) == 0
+    assert (tmp_path / "CARD.md").read_text(encoding="utf-8").startswith("---\nlibrary_name")
+
+
+def test_the_citation_is_of_this_version():
+    from pathlib import Path
+
+    tree = yaml.safe_load((Path(__file__).resolve().parent.parent / "CITATION.cff").read_text(encoding="utf-8"))
+    assert tree["version"] == promptmix.__version__ and tree["license"] == "MIT" and tree["cff-version"] == "1.2.0"
