@@ -171,7 +171,7 @@ def test_the_method_is_told_by_names_or_log(tmp_path):
     assert convert.read(save(tmp_path / "maple", "maple")).trainer == "MaPLe"
     assert convert.read(save(tmp_path / "mopd", "mopd", best=False)).trainer == "MoPD"
     coop = save(tmp_path / "coop", "coop_end")
-    with pytest.raises(CheckpointError, match=r"it could be of CoOp, KgCoOp, PLOT, ProDA, ProGrad; say it with --trainer"):
+    with pytest.raises(CheckpointError, match=r"it could be of CoOp, KgCoOp, PCB, PLOT, ProDA, ProGrad; say it with --trainer"):
         convert.read(coop)
     assert convert.read(coop, trainer="ProGrad").trainer == "ProGrad"
 
