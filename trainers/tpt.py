@@ -68,18 +68,21 @@ class TPT(PromptTrainer):
     def compose(
         self,
         task: Task,
-        views: Annotated[int, Setting("N: views of a test picture, itself included", low=2)] = 64,
+        views: Annotated[int, Setting("N: views of a test picture, itself included", low=2, at_test=True)] = 64,
         view_kind: Annotated[
             str,
             Setting(
                 "random-resized crops with flips, or AugMix of those; auto = crops for ImageNet and its variants",
                 choices=("auto", *KINDS),
+                at_test=True,
             ),
         ] = "auto",
-        keep: Annotated[float, Setting("rho: share of the views that counts, those of lowest entropy", above=0, high=1)] = 0.1,
-        steps: Annotated[int, Setting("steps on a picture", low=0)] = 1,
-        lr: Annotated[float, Setting("learning rate of AdamW", low=0)] = 0.005,
-        weight_decay: Annotated[float, Setting("weight decay of AdamW", low=0)] = 0.01,
+        keep: Annotated[
+            float, Setting("rho: share of the views that counts, those of lowest entropy", above=0, high=1, at_test=True)
+        ] = 0.1,
+        steps: Annotated[int, Setting("steps on a picture", low=0, at_test=True)] = 1,
+        lr: Annotated[float, Setting("learning rate of AdamW", low=0, at_test=True)] = 0.005,
+        weight_decay: Annotated[float, Setting("weight decay of AdamW", low=0, at_test=True)] = 0.01,
         **soft: Any,
     ) -> TestTimeLearner:
         """Return the prompt that each test picture tunes."""

@@ -30,6 +30,7 @@ class ChangedTowers(PromptBank):
         super().__init__()
         self.task, self.template = task, (tuple(templates) or task.templates[:1])[0]
         self.towers = ENCODERS[encoder]
+        self._unchanged: dict[tuple[str, ...], Tensor] = {}
 
     @abstractmethod
     def weights(self, tower: str) -> Weights:
@@ -57,5 +58,8 @@ class ChangedTowers(PromptBank):
         return F.normalize(tower(tower.compose_text(self.template, names), weights=self.weights("text")), dim=-1)
 
     def references(self, names: Sequence[str]) -> Tensor:
-        """Return the hand-written prompt's features (1, C, D) through the unchanged tower."""
-        return self.task.clip.hard_features([self.template], names)
+        """Return the hand-written prompt's features (1, C, D) through the unchanged tower, encoded once for a set of names."""
+        key = (*names, str(self.task.clip.scale.device))
+        if key not in self._unchanged:
+            self._unchanged[key] = self.task.clip.hard_features([self.template], names)
+        return self._unchanged[key]

@@ -59,6 +59,13 @@ def test_starts_as_the_zero_shot_model_whatever_the_head(room):
     assert not torch.allclose(scores(random), zero, atol=0.1)
 
 
+def test_text_of_an_unchanged_tower_is_encoded_once(room, monkeypatch):
+    subject = toy_trainer(room, "FullFineTune", "TRAINER.FULLFINETUNE.HEAD", "text")
+    first_step(subject)
+    monkeypatch.setattr(subject.clip.text, "forward", None)
+    assert first_step(subject)["loss"].isfinite()
+
+
 def test_later_blocks_alone(room):
     subject = toy_trainer(room, "FullFineTune", "TRAINER.FULLFINETUNE.VISION_START", 10)
     names = [name.replace("/", ".") for name in subject.model.bank.values["image"]]

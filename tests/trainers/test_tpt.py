@@ -141,6 +141,9 @@ def test_a_run_tests_and_keeps_the_start(room, tmp_path):
     assert 0 <= result.metrics["test"]["accuracy"] <= 100 and result.learned_parameters == 0
     again = run(toy_cfg(room, "TPT", *FEW, "OUTPUT_DIR", str(tmp_path / "other"), "DATALOADER.TEST.BATCH_SIZE", 1))
     assert again.metrics == result.metrics
+    more = toy_cfg(room, "TPT", *FEW, "OUTPUT_DIR", str(tmp_path / "more"), "TRAINER.TPT.STEPS", 2)
+    later = run(more, eval_only=True, model_dir=str(tmp_path / "run"))  # how a test learns is the evaluation's to say
+    assert later.config["TRAINER"]["TPT"]["STEPS"] == 2
     predictor = load(tmp_path / "run", weights=room / "clip.safetensors")
     path = next((room / "toy").glob("test-*.png"))
     (found,) = predictor.predict(str(path), ["owl", "bus", "tree", "cat"])
