@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from promptmix import hookimpl
 from promptmix.prompts.roles import PromptBank, Router, Routing, Task
@@ -28,6 +28,10 @@ class SoftGate(Router):
         logits = self.gate(step.query)
         return Routing.top_k(logits, logits.shape[-1])
 
+    def as_linear(self) -> tuple[Tensor, Tensor, int]:
+        """Return the gate's weight, its bias, and E."""
+        return self.gate.weight, self.gate.bias, len(self.gate.bias)
+
 
 class Uniform(Router):
     """Equal weights 1 / E; nothing is learned. The same numbers as without a router, by a name for tables.
@@ -39,11 +43,15 @@ class Uniform(Router):
 
     def __init__(self, task: Task, bank: PromptBank) -> None:
         super().__init__()
-        self.experts = bank.num_experts
+        self.experts, self.width = bank.num_experts, task.clip.embed_dim
 
     def forward(self, step: Step) -> Routing:
         """Route a batch."""
         return Routing.top_k(torch.zeros_like(step.query[:, :1]).expand(-1, self.experts), self.experts)
+
+    def as_linear(self) -> tuple[Tensor, Tensor, int]:
+        """Return zeros, zeros, and E."""
+        return torch.zeros(self.experts, self.width), torch.zeros(self.experts), self.experts
 
 
 @hookimpl

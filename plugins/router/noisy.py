@@ -76,6 +76,10 @@ class NoisyTopK(Router):
         kept = Routing.top_k(logits, self.k)
         return NoisyRouting(kept.experts, kept.weights, logits, clean, spread)
 
+    def as_linear(self) -> tuple[Tensor, Tensor, int]:
+        """Return the weight without noise, no bias, and k."""
+        return self.gate.T, torch.zeros(self.gate.shape[1]), self.k
+
     def loss(self, step: Step) -> Tensor:
         """Return L_importance + L_load (scalar)."""
         routing = step.routing

@@ -38,6 +38,10 @@ class TopK(Router):
         """Route a batch by its image features."""
         return Routing.top_k(self.gate(step.query), self.k)
 
+    def as_linear(self) -> tuple[Tensor, Tensor, int]:
+        """Return the gate's weight, its bias, and k."""
+        return self.gate.weight, self.gate.bias, self.k
+
 
 class HardPromptTopK(TopK):
     """``TopK`` whose choice is taught by hard prompts: an image should go where its class's prototype is nearest.

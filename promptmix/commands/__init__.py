@@ -16,6 +16,7 @@ COMMANDS: dict[str, str] = {
     "sweep": "methods x data sets x seeds x protocols from one YAML file, on this machine, Ray or Slurm",
     "data": "list, check and download data sets",
     "predict": "classify any picture with what a run learned",
+    "export": "zero-shot weights, or an ONNX graph, of what a run learned, for other programs",
     "parse": "make tables from the results of several runs, ours and CoOp's logs alike",
     "interpret": "what a run learned: nearest words, routing, each expert alone, how far classes moved",
     "report": "one self-contained page about runs: tables, tests, pictures that were told wrong, reliability, what was learned",

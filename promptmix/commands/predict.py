@@ -8,8 +8,9 @@ import csv
 import json
 import os
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from promptmix.errors import DataError, UserError
 from promptmix.files.text import csv_cell, harmless, json_text
@@ -27,6 +28,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--classnames", default="", metavar="A,B,C", help="names to choose from, or a file with one a line; default: the run's")
     add("--format", choices=("table", "jsonl", "csv"), default="table", help="default: table")
     add("--top", type=int, default=1, metavar="K", help="classes per picture, the most probable first; default: 1")
+    add("--threshold", type=float, default=0.0, metavar="P", help="leave out classes below this probability, from 0 to 1")
+    add(
+        "--temperature",
+        default="auto",
+        metavar="T",
+        help="scores are divided by it; default: what `eval --calibrate` or fit found",
+    )
+    add("--embeddings", default="", metavar="FILE", help="also write image features to this .npz or .safetensors file")
     add("--batch-size", type=int, default=32, metavar="N", help="pictures at a time; default: 32")
     add("--device", choices=("auto", "cpu", "cuda"), default="", help="where to compute; default: as the run")
     add(
@@ -53,25 +62,54 @@ def run(args: argparse.Namespace) -> int:
     for flag, number in (("--top", args.top), ("--batch-size", args.batch_size)):
         if number < 1:
             raise UserError(f"{flag} is {number}, but must be at least 1")
-    names = _names(args.classnames)
-    images = [path for name in args.images for path in _pictures(name)]
+    if not 0 <= args.threshold <= 1:
+        raise UserError(f"--threshold is {args.threshold}, but must be a probability from 0 to 1")
+    names, temperature = class_names(args.classnames), _temperature(args.temperature)
+    if args.embeddings and Path(args.embeddings).suffix not in (".npz", ".safetensors"):
+        raise UserError(f"--embeddings {args.embeddings}: give a file name that ends with .npz or .safetensors")
+    for name in args.images:
+        if Path(name).is_dir() and next(_pictures(name), None) is None:
+            raise DataError(f"no pictures below {name}; name pictures or a folder that holds some")
     from promptmix.predict import load
 
     # Warnings while loading are no part of a table or of JSON lines.
     with contextlib.redirect_stdout(sys.stderr):
         options = {"plugins": args.plugin, "reading": args.reading, "weights": args.weights, "descriptions": args.descriptions}
-        predictor = load(args.model_dir, epoch=args.load_epoch, device=args.device, **options)
-        unreadable: list[str] = []
-        predictions = predictor.predict(images, names or None, batch_size=args.batch_size, unreadable=unreadable)
-    if unreadable and not predictions:
+        predictor = load(args.model_dir, epoch=args.load_epoch, device=args.device, temperature=temperature, **options)
+    unreadable: list[str] = []
+    images = _with_progress(path for name in args.images for path in _pictures(name))
+    found = predictor.stream(
+        images, names or None, batch_size=args.batch_size, unreadable=unreadable, embeddings=bool(args.embeddings)
+    )
+    kept: list[tuple[str, Any]] = []
+    count = 0
+    writer = WRITERS[args.format](args.top, args.threshold)
+    for prediction in found:
+        count += 1
+        writer.add(prediction)
+        if args.embeddings:
+            kept.append((prediction.image, prediction.embedding))
+    if unreadable and not count:
         raise DataError(unreadable[0] + (f" (and {len(unreadable) - 1} more)" if len(unreadable) > 1 else ""))
-    _write(predictions, args.format, args.top)
+    writer.end()
     sys.stdout.flush()
+    if args.embeddings:
+        _write_embeddings(kept, Path(args.embeddings))
     sys.stderr.writelines(f"promptmix: left out: {line}\n" for line in unreadable)
     return 1 if unreadable and not args.skip_bad else 0
 
 
-def _names(text: str) -> list[str]:
+def _temperature(text: str) -> float | None:
+    """Return the number that ``--temperature`` gives; None = what was fitted."""
+    if text == "auto":
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        raise UserError(f"--temperature is {text!r}; give a positive number, or auto") from None
+
+
+def class_names(text: str) -> list[str]:
     """Return class names from ``a,b,c`` or from the lines of a file."""
     from promptmix.utils import read_text
 
@@ -86,40 +124,102 @@ def _names(text: str) -> list[str]:
     return names
 
 
-def _pictures(name: str) -> list[str]:
-    """Return ``name``, or the pictures below it if it is a folder, sorted."""
+def _pictures(name: str) -> Iterator[str]:
+    """Yield ``name``, or the pictures below it if it is a folder: a folder's own first, then those of its folders, by name."""
     if not Path(name).is_dir():
-        return [name]
+        yield name
+        return
     from PIL import Image
 
     known = Image.registered_extensions()
-    found = sorted(str(path) for path in Path(name).rglob("*") if path.suffix.lower() in known and path.is_file())
-    if not found:
-        raise DataError(f"no pictures below {name}; name pictures or a folder that holds some")
-    return found
+    for folder, inside, files in os.walk(name):
+        inside.sort()
+        for file in sorted(files):
+            path = os.path.join(folder, file)
+            if os.path.splitext(file)[1].lower() in known and os.path.isfile(path):
+                yield path
 
 
-def _write(predictions: list[Prediction], form: str, top: int) -> None:
-    best = [
-        (prediction.image, list(zip(prediction.classnames[:top], prediction.probabilities[:top], strict=True)))
-        for prediction in predictions
-    ]
-    if form == "csv":
-        writer = csv.writer(sys.stdout, lineterminator="\n")
-        writer.writerow(("image", "rank", "classname", "probability"))
-        for image, ranks in best:
-            rows = ((image, rank, name, f"{value:.6f}") for rank, (name, value) in enumerate(ranks, start=1))
-            writer.writerows(map(csv_cell, row) for row in rows)
-    elif form == "jsonl":
-        for image, ranks in best:
-            found = [{"classname": name, "probability": round(value, 6)} for name, value in ranks]
-            sys.stdout.write(json_text(json.dumps({"image": image, "predictions": found}, ensure_ascii=False)) + "\n")
-    else:
+def _with_progress(images: Iterable[str]) -> Iterator[str]:
+    """Yield pictures, counted on standard error where that is a terminal; how many there will be is not known beforehand."""
+    from tqdm import tqdm
+
+    yield from tqdm(images, unit=" pictures", disable=not sys.stderr.isatty(), leave=False)
+
+
+def _write_embeddings(kept: list[tuple[str, Any]], path: Path) -> None:
+    """Write features (N, D) in order, with the pictures' paths."""
+    import torch
+
+    from promptmix.predict.arrays import write_arrays
+
+    features = torch.stack([feature for _, feature in kept]).numpy()
+    write_arrays(path, {"embedding": features}, {"image": [image for image, _ in kept]})
+
+
+class _Writer:
+    """Writes predictions as they come.
+
+    Args:
+        top: classes per picture.
+        threshold: least probability of a class that is written.
+    """
+
+    def __init__(self, top: int, threshold: float) -> None:
+        self._top, self._threshold = top, threshold
+
+    def add(self, prediction: Prediction) -> None:
+        """Write or keep one picture's classes."""
+        pairs = zip(prediction.classnames[: self._top], prediction.probabilities, strict=False)
+        self._take(prediction.image, [pair for pair in pairs if pair[1] >= self._threshold])
+
+    def _take(self, image: str, ranks: list[tuple[str, float]]) -> None:
+        raise NotImplementedError
+
+    def end(self) -> None:
+        """Write what was kept."""
+
+
+class _Csv(_Writer):
+    """A line for each class; one with rank 0 for a picture of which none is probable enough."""
+
+    def __init__(self, top: int, threshold: float) -> None:
+        super().__init__(top, threshold)
+        self._writer = csv.writer(sys.stdout, lineterminator="\n")
+        self._begun = False
+
+    def _take(self, image: str, ranks: list[tuple[str, float]]) -> None:
+        if not self._begun:
+            self._writer.writerow(("image", "rank", "classname", "probability"))
+            self._begun = True
+        rows: list[tuple[Any, ...]] = [(image, rank, name, f"{value:.6f}") for rank, (name, value) in enumerate(ranks, start=1)]
+        self._writer.writerows(map(csv_cell, row) for row in rows or [(image, 0, "", "")])
+
+
+class _Lines(_Writer):
+    """A line of JSON for each picture."""
+
+    def _take(self, image: str, ranks: list[tuple[str, float]]) -> None:
+        found = [{"classname": name, "probability": round(value, 6)} for name, value in ranks]
+        sys.stdout.write(json_text(json.dumps({"image": image, "predictions": found}, ensure_ascii=False)) + "\n")
+
+
+class _Table(_Writer):
+    """A table for people, at the end."""
+
+    def __init__(self, top: int, threshold: float) -> None:
+        super().__init__(top, threshold)
+        self._rows: list[tuple[str, str, str]] = []
+
+    def _take(self, image: str, ranks: list[tuple[str, float]]) -> None:
+        shown = [(harmless(name), f"{100 * value:.1f}%") for name, value in ranks] or [("-", f"< {100 * self._threshold:g}%")]
+        self._rows += [(harmless(image) if rank == 0 else "", *cells) for rank, cells in enumerate(shown)]
+
+    def end(self) -> None:
+        """Write the table."""
         from tabulate import tabulate
 
-        shown = [
-            (harmless(image) if rank == 0 else "", harmless(name), f"{100 * value:.1f}%")
-            for image, ranks in best
-            for rank, (name, value) in enumerate(ranks)
-        ]
-        sys.stdout.write(tabulate(shown, headers=("Image", "Class", "Probability"), disable_numparse=True) + "\n")
+        sys.stdout.write(tabulate(self._rows, headers=("Image", "Class", "Probability"), disable_numparse=True) + "\n")
+
+
+WRITERS: dict[str, type[_Writer]] = {"table": _Table, "jsonl": _Lines, "csv": _Csv}

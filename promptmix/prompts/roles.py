@@ -194,6 +194,13 @@ class Router(Component, ABC):
         """Return the router's own loss (scalar) for a batch with labels, or None where it has none."""
         return None
 
+    def as_linear(self) -> tuple[Tensor, Tensor, int] | None:
+        """Return (weight (E, D), bias (E,), k) where in evaluation the k largest of weight q + bias are weighed by their softmax.
+
+        That is what other programs get of a router (``promptmix export``); None where it is something else.
+        """
+        return None
+
 
 class Head(Component, ABC):
     """How image and text features become class scores."""

@@ -9,18 +9,19 @@ frame of what moves and take CMYK and palettes as Pillow converts them; colour p
 
 from __future__ import annotations
 
+import io
 import os
 import zipfile
 from functools import lru_cache
 from typing import IO
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from promptmix.config.core import READINGS
 from promptmix.errors import DataError
 
-__all__ = ["READINGS", "as_rgb", "member_size", "open_member", "read_image"]
+__all__ = ["READINGS", "as_rgb", "member_size", "open_member", "read_bytes", "read_image"]
 
 _ORIENTATION = 0x0112  # EXIF's tag
 #: What undoes each orientation but 1.
@@ -62,6 +63,26 @@ def read_image(path: str, reading: str = "benchmark") -> Image.Image:
         raise
     except Exception as error:  # decoders raise many kinds, also for more pixels than Pillow takes for harmless
         raise DataError(f"can't read picture {path} ({error}); it is damaged or no picture") from error
+
+
+def read_bytes(content: bytes, reading: str = "benchmark") -> Image.Image:
+    """Read a picture as RGB from the content of its file, as a web page gets it.
+
+    Args:
+        content: JPEG, PNG or whatever else Pillow reads.
+        reading: ``benchmark`` or ``upright``, see above.
+
+    Raises:
+        DataError: it is no picture, a damaged one, or one with more pixels than Pillow takes for harmless.
+    """
+    try:
+        with Image.open(io.BytesIO(content)) as img:
+            return as_rgb(img, reading)
+    except MemoryError:
+        raise
+    except Exception as error:  # as above
+        said = "no format that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
+        raise DataError(f"can't read a picture of {len(content):,} bytes ({said}); it is damaged or no picture") from error
 
 
 def as_rgb(image: Image.Image, reading: str = "benchmark") -> Image.Image:

@@ -1,16 +1,18 @@
 """Classifies any picture with what a run learned, also among class names that it never saw.
 
 ``promptmix.load("output/run").predict(["cat.jpg"], classnames=["cat", "dog"])``. The data set of the run is not needed: its words
-(class names, templates) are in ``results.json``.
+(class names, templates) are in ``results.json``. A predictor may be called from several threads, as web servers do.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,23 +25,23 @@ from yacs.config import CfgNode
 from promptmix import config
 from promptmix.config.declare import shown
 from promptmix.config.places import places_of_parts
-from promptmix.data.reading.images import READINGS, as_rgb, read_image
+from promptmix.data.reading.images import READINGS, as_rgb, read_bytes, read_image
 from promptmix.data.reading.transforms import build_transform
 from promptmix.engine.checkpoint import load_state_dict_strict
 from promptmix.errors import CheckpointError, ConfigError, DataError, WeightsError
 from promptmix.files.places import is_own_place
 from promptmix.plugin_manager import check_plugins, load_plugin
-from promptmix.prompts.learner import PromptLearner
+from promptmix.predict.given import Picture, listed, texts
+from promptmix.prompts.learner import Learner, PromptLearner
+from promptmix.prompts.step import Step
 from promptmix.prompts.trainer import PromptTrainer
 from promptmix.registry import TRAINER_REGISTRY
-from promptmix.runs import results
+from promptmix.runs import calibration, results
 from promptmix.runs.hub import place_of
 from promptmix.runs.results import FILE_NAME, RunResult
 from promptmix.utils import get_logger
 
-__all__ = ["Prediction", "Predictor", "load"]
-
-Picture = str | Path | Image.Image
+__all__ = ["Picture", "Prediction", "Predictor", "forget_places", "load", "quiet", "read_result"]
 
 
 @dataclass(frozen=True)
@@ -47,14 +49,16 @@ class Prediction:
     """What a picture shows.
 
     Attributes:
-        image: its path, or "" for one that was given as a picture.
+        image: its path, or "" for one that was given as a picture or as bytes.
         classnames: class names, the most probable first.
         probabilities: their probabilities.
+        embedding: normalised image feature (D,), or (E, D) where experts prompt the image tower; None unless asked for.
     """
 
     image: str
     classnames: tuple[str, ...]
     probabilities: tuple[float, ...]
+    embedding: Tensor | None = field(default=None, compare=False, repr=False)
 
     @property
     def classname(self) -> str:
@@ -76,6 +80,7 @@ def load(
     reading: str = "",
     weights: str | Path = "",
     descriptions: str | Path = "",
+    temperature: float | None = None,
 ) -> Predictor:
     """Load the learned prompts of a run for predictions.
 
@@ -90,12 +95,14 @@ def load(
             else's, so that no file is opened only since a run names it.
         descriptions: file or folder of sentences about the classes, for methods that read them (``DATASET.DESCRIPTIONS``), where
             the run had one of its own or class names are new to it.
+        temperature: scores are divided by it before they become probabilities; None = the one that was fitted on the run's val
+            pictures (`promptmix eval RUN --calibrate`, and `fit`), 1 where there is none.
 
     Raises:
         UserError: the folder holds no run, its checkpoint is missing, its method can't be rebuilt, or it names a file.
     """
     files = {"weights": weights, "descriptions": descriptions}
-    return Predictor(run, epoch=epoch, device=device, plugins=plugins, reading=reading, **files)
+    return Predictor(run, epoch=epoch, device=device, plugins=plugins, reading=reading, temperature=temperature, **files)
 
 
 class Predictor:
@@ -105,6 +112,8 @@ class Predictor:
         result: the run's ``results.json``.
         classnames: names of the classes that the run told apart.
         reading: how pictures are read, ``upright`` or ``benchmark``.
+        temperature: what scores are divided by.
+        config: the run's config, without the files and folders that it names.
     """
 
     def __init__(
@@ -117,6 +126,7 @@ class Predictor:
         reading: str = "",
         weights: str | Path = "",
         descriptions: str | Path = "",
+        temperature: float | None = None,
     ) -> None:
         if reading not in ("", *READINGS):
             raise ConfigError(f"reading is {reading!r}; choose from {', '.join(map(repr, READINGS))}, or leave it out")
@@ -136,7 +146,9 @@ class Predictor:
         cfg.DEVICE = device or cfg.DEVICE
         config.check_values(cfg)
         cfg.freeze()
-        self._folder = folder
+        self._folder, self.config = folder, cfg
+        self.temperature = _temperature(folder, self.result, epoch, temperature)
+        self._lock = threading.RLock()
         self.reading = reading or (cfg.INPUT.READING if cfg.INPUT.READING != "auto" else "upright")
         self.classnames: tuple[str, ...] = tuple(self.result.vocabulary["classnames"])
         with quiet():
@@ -149,7 +161,7 @@ class Predictor:
                 f"the run in {folder} was made with INPUT.NO_TRANSFORM, so its method can't be given plain pictures"
             )
         self._transform = transform
-        self._learner_of = lru_cache(maxsize=8)(self._build_learner)
+        self._classifier_of = lru_cache(maxsize=8)(self._build_classifier)
 
     @property
     def trainer(self) -> PromptTrainer:
@@ -164,38 +176,80 @@ class Predictor:
         *,
         batch_size: int = 32,
         unreadable: list[str] | None = None,
+        embeddings: bool = False,
     ) -> list[Prediction]:
         """Classify pictures.
 
         Args:
-            images: paths (``pack.zip::member`` too) or pictures; one, or several.
+            images: paths (``pack.zip::member`` too), pictures, or contents of picture files as bytes; one, or several.
             classnames: names to choose from; None = the run's own.
             batch_size: pictures at a time.
             unreadable: gets a line for each picture that can't be read, which is then left out; None = stop at the first.
+            embeddings: also give each picture's feature.
 
         Raises:
             DataError: a picture can't be read.
             ConfigError: the names are no list of texts, fewer than one, or one is twice there; a picture is none.
             CheckpointError: the run's prompts belong to its own classes.
         """
+        given = [images] if isinstance(images, Picture) else listed(images)
+        options: dict[str, Any] = {"batch_size": batch_size, "unreadable": unreadable, "embeddings": embeddings}
+        return list(self.stream(given, classnames, **options))
+
+    def stream(
+        self,
+        images: Iterable[Picture],
+        classnames: Sequence[str] | None = None,
+        *,
+        batch_size: int = 32,
+        unreadable: list[str] | None = None,
+        embeddings: bool = False,
+    ) -> Iterator[Prediction]:
+        """Classify pictures as they come, a batch at a time; arguments and errors as for ``predict``.
+
+        Yields:
+            Predictions in the order of the pictures.
+        """
         if type(batch_size) is not int or batch_size < 1:
             raise ConfigError(f"batch_size is {shown(batch_size)}; give a whole number from 1 on")
+        names = self._names(classnames)
+        learner, classifier = self.classifier(names)
+        given = iter(images)
+        while batch := list(islice(given, batch_size)):
+            readable, inputs = self._read_batch(batch, unreadable)
+            if readable:
+                yield from self._batch(learner, classifier, readable, inputs, names, embeddings)
+
+    def _names(self, classnames: Sequence[str] | None) -> tuple[str, ...]:
+        """Return the names to choose from."""
         if isinstance(classnames, (str, bytes)):
             raise ConfigError(f"classnames is {shown(classnames)}; give a list of names, such as [{shown(classnames)}]")
-        names = self.classnames if classnames is None else _texts(classnames)
+        names = self.classnames if classnames is None else texts(classnames)
         if not names or len(set(names)) < len(names) and classnames is not None:
             raise ConfigError(f"class names {list(names)} must be one or more, each once")
-        given = [images] if isinstance(images, Picture) else _listed(images)
-        found: list[Prediction] = []
+        return names
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        device: torch.device = self._trainer.device
+        return device
+
+    def classifier(self, classnames: Sequence[str] | None = None) -> tuple[PromptLearner, Any]:
+        """Return the method with its learned tensors for class names (None = the run's own), and what its ``logits`` needs.
+
+        Raises:
+            ConfigError: the names are no list of texts, fewer than one, or one is twice there.
+            CheckpointError: the run's prompts belong to its own classes.
+        """
+        with self._lock:
+            return self._classifier_of(self._names(classnames))
+
+    def _build_classifier(self, names: tuple[str, ...]) -> tuple[PromptLearner, Any]:
         with torch.no_grad(), quiet():
-            learner = self._learner_of(names)
+            learner = self._build_learner(names)
             with self._trainer.precision.autocast():
-                classifier = learner.classifier()
-            for start in range(0, len(given), batch_size):
-                batch, inputs = self._read_batch(given[start : start + batch_size], unreadable)
-                if batch:
-                    found += self._batch(learner, classifier, batch, inputs.to(self._trainer.device), names)
-        return found
+                return learner, learner.classifier()
 
     def learner(self, names: Sequence[str]) -> PromptLearner:
         """Return the run's method for class names.
@@ -203,8 +257,7 @@ class Predictor:
         Raises:
             CheckpointError: the run's prompts belong to its own classes.
         """
-        with torch.no_grad(), quiet():
-            return self._learner_of(tuple(names))
+        return self.classifier(names)[0]
 
     def _read_batch(self, images: list[Picture], unreadable: list[str] | None) -> tuple[list[Picture], Tensor]:
         """Return those pictures that can be read, with their pixels (B, 3, H, W)."""
@@ -212,16 +265,21 @@ class Predictor:
         inputs: list[Tensor] = []
         for image in images:
             try:
-                picture = as_rgb(image, self.reading) if isinstance(image, Image.Image) else read_image(str(image), self.reading)
+                inputs.append(self._transform(self._picture(image)))
+                batch.append(image)
             except DataError as error:
                 if unreadable is None:
                     raise
                 unreadable.append(str(error))
-            else:
-                batch.append(image)
-                inputs.append(self._transform(picture))
         return batch, torch.stack(inputs) if inputs else torch.empty(0)
 
+    def _picture(self, image: Picture) -> Image.Image:
+        """Return a picture as RGB."""
+        if isinstance(image, bytes):
+            return read_bytes(image, self.reading)
+        return as_rgb(image, self.reading) if isinstance(image, Image.Image) else read_image(str(image), self.reading)
+
+    @torch.no_grad()
     def _batch(
         self,
         learner: PromptLearner,
@@ -229,13 +287,22 @@ class Predictor:
         batch: list[Picture],
         inputs: Tensor,
         names: tuple[str, ...],
+        embeddings: bool,
     ) -> list[Prediction]:
-        with self._trainer.precision.autocast():
-            logits: Tensor = learner.logits(learner.encode_images(inputs), classifier)
-        probabilities, order = logits.float().softmax(dim=-1).cpu().sort(dim=-1, descending=True, stable=True)
+        with self._lock, self._trainer.precision.autocast():
+            features = learner.encode_images(inputs.to(self._trainer.device))
+            logits: Tensor = learner.logits(features, classifier)
+            seen = embedding_of(learner, features).float().cpu() if embeddings else None
+        probabilities = (logits.float() / self.temperature).softmax(dim=-1).cpu()
+        ranked, order = probabilities.sort(dim=-1, descending=True, stable=True)
         return [
-            Prediction("" if isinstance(image, Image.Image) else str(image), tuple(names[i] for i in ranks), tuple(values))
-            for image, ranks, values in zip(batch, order.tolist(), probabilities.tolist(), strict=True)
+            Prediction(
+                str(image) if isinstance(image, (str, Path)) else "",
+                tuple(names[i] for i in ranks),
+                tuple(values),
+                None if seen is None else seen[row],
+            )
+            for row, (image, ranks, values) in enumerate(zip(batch, order.tolist(), ranked.tolist(), strict=True))
         ]
 
     def _load(self, folder: Path, epoch: int | None) -> None:
@@ -261,6 +328,39 @@ class Predictor:
         learner: PromptLearner = self._trainer.build_learner(replace(task, classnames=names, all_classnames=known))
         load_state_dict_strict(learner, learned.state_dict(), str(self._folder))
         return learner.to(self._trainer.device).eval()
+
+
+def embedding_of(learner: PromptLearner, features: Tensor) -> Tensor:
+    """Return normalised image features (B, D), or (B, E, D), of what ``learner.encode_images`` gave."""
+    return Step(learner, None, features=features).image if isinstance(learner, Learner) else features
+
+
+def _temperature(folder: Path, result: RunResult, epoch: int | None, given: float | None) -> float:
+    """Return what scores are divided by: what the caller says, or what was fitted for this checkpoint.
+
+    Raises:
+        ConfigError: the caller's is no positive number.
+    """
+    if given is not None:
+        if isinstance(given, bool) or not isinstance(given, (int, float)) or not 0 < given < float("inf"):
+            raise ConfigError(f"temperature is {shown(given)}; give a positive number, or leave it out")
+        return float(given)
+    found = calibration.read(folder)
+    if found is None:
+        return 1.0
+    last = result.config.get("OPTIM", {}).get("MAX_EPOCH")
+    best = result.config.get("TEST", {}).get("FINAL_MODEL") == "best_val"
+    tested = None if best else last
+    if (epoch or tested) != (found.epoch or tested):
+        get_logger().warning(
+            "%s was fitted for another checkpoint, so probabilities are not calibrated; run `promptmix eval %s --calibrate "
+            "--load-epoch %s`",
+            folder / calibration.FILE,
+            folder,
+            epoch,
+        )
+        return 1.0
+    return found.temperature
 
 
 def forget_places(cfg: CfgNode, folder: Path, weights: str, descriptions: str) -> None:
@@ -291,38 +391,12 @@ def forget_places(cfg: CfgNode, folder: Path, weights: str, descriptions: str) -
     cfg.INPUT.FEATURE_CACHE, cfg.INPUT.FEATURE_CACHE_DIR = False, ""
 
 
-def _texts(names: Any) -> tuple[str, ...]:  # noqa: ANN401  (whatever the caller gave)
-    """Return class names as a tuple.
-
-    Raises:
-        ConfigError: they are no names.
-    """
-    try:
-        found = tuple(names)
-    except TypeError:
-        found = ()
-    if not found or not all(isinstance(name, str) and name.strip() for name in found):
-        raise ConfigError(f"classnames is {shown(names)}; give a list of one or more names, each once")
-    return found
-
-
-def _listed(images: Any) -> list[Picture]:  # noqa: ANN401
-    """Return pictures as a list.
-
-    Raises:
-        ConfigError: one of them is neither a path nor a picture.
-    """
-    try:
-        found = list(images)
-    except TypeError:
-        found = [images]
-    for image in found:
-        if not isinstance(image, Picture):
-            raise ConfigError(f"image is {shown(image)}; give paths or PIL pictures")
-    return found
-
-
 def read_result(folder: Path) -> RunResult:
+    """Return the result in a run's folder, with its class names.
+
+    Raises:
+        DataError: there is none, or an older promptmix wrote it without.
+    """
     path = folder / FILE_NAME
     if not path.is_file():
         raise DataError(f"no {path}; name the output folder of a run that finished")
