@@ -176,3 +176,30 @@ def test_training_stops_at_bad_pictures_or_skips_them(pictures, tmp_path, capsys
     assert f"{bad}: damaged" in captured.err and "--skip-bad" in captured.err and not (tmp_path / "out").exists()
     assert main([*command, "--skip-bad", *opts]) == 0
     assert "1 pictures are left out" in capsys.readouterr().out
+
+
+def test_sentences_about_classes_are_named_again_by_whoever_predicts(pictures, tmp_path, capsys):
+    for path in pictures.iterdir():
+        for part in ("train", "test"):
+            (tmp_path / "data" / part / path.name.split("-")[0]).mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, tmp_path / "data" / part / path.name.split("-")[0])
+    sentences, more = tmp_path / "ImageFolder.json", tmp_path / "more.json"
+    known = {name: [f"A {name} makes a sound."] for name in PICTURES}
+    sentences.write_text(json.dumps(known))
+    more.write_text(json.dumps(known | {"red panda": ["It eats bamboo."]}))
+    cfg, out = get_cfg(), str(tmp_path / "run")
+    small = {"TRAINER.LWEIB.ADAPTER_END": 1, "OPTIM.MAX_EPOCH": 1, "MODEL.BACKBONE.NAME": "tiny-vit", "INPUT.SIZE": (64, 64)}
+    own = {"TRAINER.NAME": "LwEIB", "OUTPUT_DIR": out, "DATASET.ROOT": str(tmp_path / "data")}
+    described = {"DATASET.DESCRIPTIONS": str(tmp_path)}  # a folder, which holds a file for each data set
+    merge_opts(cfg, [part for pair in (OPTS | small | own | described).items() for part in pair])
+    run(cfg, quiet=True)
+    picture = str(next(pictures.iterdir()))
+    with pytest.raises(DataError, match="--descriptions"):
+        promptmix.load(out)
+    assert promptmix.load(out, descriptions=sentences).predict(picture)[0].classname in PICTURES
+    assert main(["predict", "--model-dir", out, picture, "--classnames", "cat,red_panda", "--descriptions", str(sentences)]) == 2
+    assert "no sentences for 1 of 2 classes: 'red_panda'" in capsys.readouterr().err
+    assert main(["predict", "--model-dir", out, picture, "--classnames", "cat,red_panda", "--descriptions", str(more)]) == 0
+    assert main(["eval", out]) == 2
+    assert "DATASET.DESCRIPTIONS is" in capsys.readouterr().err
+    assert main(["eval", out, "DATASET.DESCRIPTIONS", str(sentences)]) == 0
