@@ -14,7 +14,8 @@ u in front of its activation: along the positions of a text, over the grid of an
 sentence, drawn anew each step; at test its feature is the mean over all sentences.
 
 The convolutions of a text look one token ahead, so that a class's words reach back into what stands in front of them: nothing is
-shared between classes. Two tokens a block is how far they look, so prompts are cut that far behind the longest of them.
+shared between classes. Two tokens a block is how far they look, so prompts, classes of similar length together, are cut that far
+behind the longest of them.
 
 Deviations from the authors' code (github.com/ZjjConan/VLM-LwEIB, trainers/lweib.py): sentences come from a JSON file instead of
 Python modules; text features are never kept from one evaluation to the next; token ids are never rounded to fp16. Draws are

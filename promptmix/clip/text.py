@@ -29,6 +29,9 @@ from promptmix.errors import ConfigError
 #: Tokens per CPU thread whose states between two layers of a ViT-B/16 stay in the caches; more at once are slower, not faster.
 _TOKENS_PER_THREAD = 1024
 
+#: Where prompts are padded: parts of classes of similar length, and the least classes of one, since small ones cost more.
+_PARTS, _PART = 4, 16
+
 #: open_clip's names for the token that is read.
 _READ_AT = {"argmax": "eot", "eos": "eot", "last": "last", "first": "first"}
 
@@ -144,6 +147,8 @@ class TextTower(PromptReader):
         standard = all(map(is_standard, self.blocks))  # adapters may come at any time
         if standard and changes.is_shared and self._can_share and not self.shares_prefix:
             return self._encode_full(prompts, changes)  # the plain way was asked for
+        if self._room(changes) is not None and not changes.steps:
+            return self._encode_by_length(prompts, changes)
         if not (self.shares_prefix and standard and changes.is_shared):
             return self.encode_chunks(prompts, changes, self.class_chunk, self._encode_full)
         if not torch.is_grad_enabled() and prompts.prefix.device.type == "cpu" and not changes.has_functions:
@@ -160,6 +165,19 @@ class TextTower(PromptReader):
             own = cut(changes, partial(portion_of, size=experts, index=i, dims=(3, 4), dim=0))
             features.append(self.encode_chunks(replace(prompts, prefix=prefix, tail=tail), own, chunk, self._encode_shared))
         return torch.cat(features)
+
+    def _encode_by_length(self, prompts: Prompts, changes: Changes) -> Tensor:
+        """Encode with as much padding as is reached, classes of similar length together, in a few parts."""
+        order = sorted(range(len(prompts.lengths)), key=prompts.lengths.__getitem__)
+        size, tails = max(len(order) // _PARTS, _PART), prompts.tail.split(prompts.lengths, dim=1)
+        features = []
+        for start in range(0, len(order), size):
+            part = order[start : start + size]
+            tail, lengths = torch.cat([tails[i] for i in part], dim=1), tuple(prompts.lengths[i] for i in part)
+            some = replace(prompts, tail=tail, lengths=lengths)
+            features.append(self.encode_chunks(some, changes, self.class_chunk, self._encode_full))
+        back = torch.tensor(order, device=prompts.tail.device).argsort()
+        return torch.cat(features, dim=1)[:, back]
 
     def _encode_shared(self, prompts: Prompts, changes: Changes) -> Tensor:
         start, lengths, device = prompts.prefix.shape[1], prompts.lengths, str(prompts.prefix.device)
@@ -237,7 +255,7 @@ class TextTower(PromptReader):
     def _room(self, changes: Changes) -> int | None:
         """Return how much padding can reach the token that is read, through functions across tokens; None for all of it."""
         causal = self.shares_prefix and self.cls_emb is None and all(map(is_standard, self.blocks))
-        return changes.ahead if changes.actions and causal else None
+        return changes.ahead if causal and not changes.is_shared else None
 
     def _padded(self, prompts: Prompts, whole: Mapping[str, Tensor], room: int | None) -> tuple[Tensor, Tensor]:
         """Return prompts with padding and positions (E, C, L, W), and where EOT stands in each class (C,)."""

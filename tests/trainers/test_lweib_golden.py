@@ -121,6 +121,30 @@ def test_padding_beyond_the_convolutions_reach_is_left_out_exactly(monkeypatch):
     assert lengths[:3] == [longest + 6, 77, longest]
 
 
+def test_classes_of_similar_length_go_together_and_come_back_in_order(monkeypatch):
+    ours = learner().eval()
+    set_learned("lweib", ours, NAMES)
+    tower, bank = frozen().text, ours.bank
+    names = [f"{'very ' * (5 * i % 7)}small thing {i}" for i in range(9)]
+    prompts = bank.prompts(names, ["It is one."] * 9)
+    monkeypatch.setattr("promptmix.clip.text._PART", 2)
+    parts, pad = [], tower.pad
+
+    def watched(*args, **kwargs):
+        x, ends = pad(*args, **kwargs)
+        parts.append(x.shape[1:3])
+        return x, ends
+
+    monkeypatch.setattr(tower, "pad", watched)
+    known, unknown = (bank.actions(bank.text, bank.over_positions, 3, ahead=ahead) for ahead in (2, None))
+    with torch.no_grad():
+        assert torch.allclose(tower(prompts, actions=known), tower(prompts, actions=unknown), atol=1e-5)
+    start = prompts.prefix.shape[1]
+    ordered = sorted(prompts.lengths)
+    expected = [(len(part), start + part[-1] + 6) for part in (ordered[i : i + 2] for i in range(0, 9, 2))]
+    assert [tuple(part) for part in parts] == [*expected, (9, 77)]
+
+
 def test_last_image_block_runs_for_the_class_token_alone():
     ours = learner().eval()
     set_learned("lweib", ours, NAMES)
