@@ -9,8 +9,8 @@ Yuncheng Guo, Xiaodong Gu. IJCV 2026. https://arxiv.org/abs/2505.10088
 | PRC: beta F_i(R) + (1 - beta) (tokens that leave layer i - 1) | ``Representations`` with ``BETA`` |
 | P_v^r = P_v^c + A B, rank r | ``LowRankBeside``, ``PROJ_LORA_DIM`` |
 
-Any layer may be evaluated with another BETA: the authors' cross-data-set numbers take one for each target, which is a choice that
-looks at the targets; say so beside any figure made that way.
+A run may be evaluated with another BETA. The authors' cross-data-set numbers take one for each target, a choice that looks at the
+targets; say so beside any figure made that way.
 
 Deviations from the authors' code (github.com/yunncheng/MMRL, trainers/mmrlpp.py): as in ``trainers/mmrl.py``.
 """
