@@ -193,3 +193,17 @@ def test_a_browser_shows_it(room, text, tmp_path, width):
     ink = np.abs(pixels - pixels[2, 2]) > 60
     assert 0.005 < ink.mean() < 0.5
     assert not ink[:, : width // 100].any() and not ink[:, -width // 100 :].any()  # nothing runs over the edges
+
+
+def test_shots_are_told_apart(room, tmp_path):
+    for shots in (1, 2):
+        for trainer in ("CoOp", "KgCoOp"):
+            flags = ["train", "--trainer", trainer, "--config-file", "configs/quickstart.yaml", "--root", str(room / "data")]
+            flags += ["--seed", "1", "--output-dir", str(tmp_path / trainer / str(shots)), "DATASET.NUM_SHOTS", str(shots)]
+            assert main([*flags, "DATASET.NAME", "ImageFolder", "DATASET.SOURCE_DOMAINS", "()", "OPTIM.MAX_EPOCH", "2"]) == 0
+    assert main(["report", str(tmp_path), "--out", str(tmp_path / "r.html"), "--no-interpret"]) == 0
+    text = (tmp_path / "r.html").read_text(encoding="utf-8")
+    for name in ("CoOp, 1 shots", "KgCoOp, 2 shots", "test, 1 shots", "test, 2 shots", "shots all classes test"):
+        assert name in text
+    curves = text.split('<section id="learning">')[1].split("</section>")[0]
+    assert curves.count("CoOp, 1 shots") == 4  # two methods, loss and accuracy

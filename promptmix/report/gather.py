@@ -21,7 +21,18 @@ from promptmix.runs.samples import Samples
 from promptmix.tables.rows import Row
 from promptmix.utils import read_text
 
-__all__ = ["Detail", "details", "differences", "find", "learning", "per_class", "pictures", "provenance", "top_confusions"]
+__all__ = [
+    "Detail",
+    "details",
+    "differences",
+    "find",
+    "learning",
+    "name_of",
+    "per_class",
+    "pictures",
+    "provenance",
+    "top_confusions",
+]
 
 _EPOCH = re.compile(r"^epoch \[(\d+)/\d+\] batch .*? loss \S+ \(([\d.einf+-]+)\)(?: acc \S+ \(([\d.]+)\))?")
 
@@ -68,11 +79,17 @@ def find(folders: Sequence[str]) -> tuple[list[RunResult], list[str]]:
     return list(found.values()), notes
 
 
-def details(rows: Iterable[Row], notes: list[str]) -> list[Detail]:
+def name_of(row: Row, rows: Sequence[Row]) -> str:
+    """Return what a row is called among others: its method, with settings and shots where they tell it from them."""
+    shots = f", {row.shots} shots" if len({other.shots for other in rows}) > 1 else ""
+    return row.method + (f" ({row.settings})" if row.settings else "") + shots
+
+
+def details(rows: Sequence[Row], notes: list[str]) -> list[Detail]:
     """Return what can be told picture by picture; what can't is noted."""
     found = []
     for row in rows:
-        name = row.method + (f" ({row.settings})" if row.settings else "") + (f" {row.shots} shots" if row.shots != "16" else "")
+        name = name_of(row, rows)
         for part, runs in row.runs.items() if not row.averages else ():
             tests = []
             for run in runs.values():
@@ -137,7 +154,7 @@ def pictures(detail: Detail, album: Album, most: int = 8) -> dict[str, list[dict
     return {"worst": [told(int(i)) for i in worst], "doubtful": [told(int(i)) for i in doubtful]}
 
 
-def learning(rows: Iterable[Row]) -> dict[str, dict[str, tuple[list[float], list[float]]]]:
+def learning(rows: Sequence[Row]) -> dict[str, dict[str, tuple[list[float], list[float]]]]:
     """Return loss over that of the first epoch, and training accuracy, by epoch for each method that trained, by data set."""
     found: dict[str, dict[str, Any]] = defaultdict(dict)
     for row in rows:
@@ -146,7 +163,7 @@ def learning(rows: Iterable[Row]) -> dict[str, dict[str, tuple[list[float], list
         if row.averages or not read:
             continue
         epochs = sorted(set.intersection(*(set(one) for one in read)))
-        name = row.method + (f" ({row.settings})" if row.settings else "")
+        name = name_of(row, rows)
         losses = [float(np.mean([one[epoch][0] for one in read])) for epoch in epochs]
         if losses and losses[0] > 0:
             found[f"loss: {row.dataset}"][name] = (list(map(float, epochs)), [loss / losses[0] for loss in losses])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -67,6 +68,7 @@ def page(runs: list[RunResult], wish: Wish, notes: list[str]) -> str:
     known = {name for run in runs for name in run.metrics.get("test", {})}
     rows, metrics, more = tables.aggregate(runs, [name for name in metrics if name in known] or None)
     rows += tables.averages(rows, metrics)
+    rows.sort(key=lambda row: (row.dataset, math.inf if row.shots == "all" else float(row.shots)))
     notes += more
     with figures.drawing():
         sections = [section for section in _sections(rows, metrics, runs, wish, notes) if section.blocks]
@@ -164,11 +166,11 @@ def _tests(rows: list[Row], wish: Wish, notes: list[str]) -> list[Block]:
     notes += more
     if not found:
         return []
-    several = len({one.dataset for one in found}) > 1
+    several, shots = len({one.dataset for one in found}) > 1, len({one.shots for one in found}) > 1
     lines = [
         [
             f"{one.first} − {one.second}",
-            (f"{one.dataset}, " if several else "") + _LABELS[one.part],
+            (f"{one.dataset}, " if several else "") + _LABELS[one.part] + (f", {one.shots} shots" if shots else ""),
             Cell(f"{one.difference:+.2f}", best=one.holm < 0.05),
             f"{one.low:+.2f} to {one.high:+.2f}",
             *(paired.shown_p(one.p), paired.shown_p(one.holm)),

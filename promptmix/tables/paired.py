@@ -41,6 +41,7 @@ class Comparison:
 
     Attributes:
         dataset: where.
+        shots: training pictures per class, as tables say it.
         part: ``base``, ``new``, ``h`` or ``test``.
         first: a method, with backbone and settings where those differ.
         second: the other.
@@ -57,6 +58,7 @@ class Comparison:
     """
 
     dataset: str
+    shots: str
     part: str
     first: str
     second: str
@@ -201,10 +203,10 @@ def _of_pair(
     exact = {part: np.mean([one[i].means for one in places], axis=0) for i, part in enumerate(parts)}
     drawn = {part: np.mean([one[i] for one in replicates], axis=0) for i, part in enumerate(parts)}
     for i, part in enumerate(parts):
-        found.append(_comparison(first.dataset, part, names, exact[part], drawn[part], [one[i] for one in places]))
+        found.append(_comparison(first, part, names, exact[part], drawn[part], [one[i] for one in places]))
     if "base" in parts and "new" in parts:
         h = [_harmonic(values["base"], values["new"]) for values in (exact, drawn)]
-        found.append(_comparison(first.dataset, "h", names, h[0], h[1], [place for one in places for place in one]))
+        found.append(_comparison(first, "h", names, h[0], h[1], [place for one in places for place in one]))
     return found
 
 
@@ -243,13 +245,14 @@ def _weights(seeds: int, draw: np.random.Generator) -> np.ndarray:
 
 
 def _comparison(
-    dataset: str, part: str, names: tuple[str, str], exact: np.ndarray, drawn: np.ndarray, places: list[_Place]
+    row: Row, part: str, names: tuple[str, str], exact: np.ndarray, drawn: np.ndarray, places: list[_Place]
 ) -> Comparison:
     differences = drawn[0] - drawn[1]
     low, high = np.quantile(differences, (0.025, 0.975))
     below, above = (differences <= 0).sum(), (differences >= 0).sum()
     one = Comparison(
-        dataset,
+        row.dataset,
+        row.shots,
         part,
         *names,
         difference=100 * float(exact[0] - exact[1]),
@@ -288,10 +291,10 @@ def render(found: list[Comparison], fmt: str) -> str:
         return text.getvalue().rstrip("\n")
     if not found:
         return "nothing to compare: two methods with their predictions on the same test pictures are needed"
-    titles = ("Data set", "Part", "A", "B", "A - B", "95% interval", "p", "p (Holm)", "Pictures", "Test")
+    titles = ("Data set", "Shots", "Part", "A", "B", "A - B", "95% interval", "p", "p (Holm)", "Pictures", "Test")
     cells = [
         (
-            *(one.dataset, _LABELS[one.part], one.first, one.second, f"{one.difference:+.2f}"),
+            *(one.dataset, one.shots, _LABELS[one.part], one.first, one.second, f"{one.difference:+.2f}"),
             f"{one.low:+.2f} to {one.high:+.2f}",
             *(shown_p(one.p), shown_p(one.holm), str(one.pictures)),
             one.test + (f" ({one.only_first}:{one.only_second})" if one.only_first is not None else ""),
@@ -299,7 +302,7 @@ def render(found: list[Comparison], fmt: str) -> str:
         for one in found
     ]
     safe = [[table_cell(cell, fmt) for cell in line] for line in cells]
-    align = ("left",) * 4 + ("right",) * 5 + ("left",)
+    align = ("left",) * 5 + ("right",) * 5 + ("left",)
     return tabulate(safe, headers=titles, tablefmt=fmt, disable_numparse=True, colalign=align)
 
 

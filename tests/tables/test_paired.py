@@ -94,6 +94,7 @@ def test_h_and_averages_are_compared(tmp_path):
                     run_with(tmp_path, trainer, draw.random(500) < share, seed, part, dataset)
     rows = rows_of(tmp_path)
     found, _ = paired.compare(rows, "B")
+    assert {one.shots for one in found} == {"16"}
     by_place = {(one.dataset, one.part): one for one in found}
     assert len(by_place) == 9 and all((one.first, one.second) == ("A", "B") for one in found)
     cells = {row.method: row.cells for row in rows if row.averages}
