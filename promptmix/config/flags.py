@@ -40,8 +40,11 @@ def resolve_config(path: str) -> Path:
     found = [file.relative_to(shipped).as_posix() for file in shipped.rglob("[!_]*.yaml")]
     names = sorted(f"configs/{name}" for name in (*found, *named_configs(shipped)))
     folders = sorted({str(PurePath(name).parent) for name in names})
+    # Settings of another method, or a data set in place of a method, are nobody's misspelling.
+    folder = PurePath(path).parent.name
+    same = [name for name in names if PurePath(name).parent.name == folder] if folder else names
     raise ConfigError(
-        f"config file {path}: no such file here or among the shipped ones{closest(path, names)} "
+        f"config file {path}: no such file here or among the shipped ones{closest(path, same)} "
         f"(folders of shipped files: {', '.join(folders)})"
     )
 

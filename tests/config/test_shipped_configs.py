@@ -150,3 +150,48 @@ def test_mmrls_names_say_what_its_authors_files_and_table_say(name, expected):
     optim = (cfg.DATALOADER.TRAIN_X.BATCH_SIZE, cfg.OPTIM.MAX_EPOCH, cfg.OPTIM.LR)
     assert expected == (node.TASK, node.REG_WEIGHT, node.REP_DIM, node.get("BETA", 1.0), *optim)
     assert (cfg.OPTIM.NAME, cfg.INPUT.RRCROP_SCALE, node.ALPHA) == ("adamw", (0.5, 1.0), 0.7)
+
+
+#: What the authors' scripts type (scripts/ of KaiyangZhou/CoOp, muzairkhattak/multimodal-prompt-learning 904dbd7 and PromptSRC
+#: 8be7dcf): trainer, config, what stands at the end.
+SCRIPTS = [
+    (
+        "CoOp",
+        "CoOp/rn50",
+        "TRAINER.COOP.N_CTX 16 TRAINER.COOP.CSC False TRAINER.COOP.CLASS_TOKEN_POSITION end DATASET.NUM_SHOTS 16",
+    ),
+    ("CoOp", "CoOp/rn50_val", "TRAINER.COOP.N_CTX 16 TRAINER.COOP.CSC False TRAINER.COOP.CLASS_TOKEN_POSITION end"),
+    ("CoOp", "CoOp/vit_b16_ep50_ctxv1", "DATASET.NUM_SHOTS 16 DATASET.SUBSAMPLE_CLASSES base"),
+    ("ZeroshotCLIP", "CoOp/rn101", ""),
+    ("ZeroshotCLIP", "CoOp/vit_b16", "DATASET.SUBSAMPLE_CLASSES new"),
+    ("CoCoOp", "CoCoOp/vit_b16_c4_ep10_batch1_ctxv1", "DATASET.NUM_SHOTS 16 DATASET.SUBSAMPLE_CLASSES base"),
+    ("MaPLe", "MaPLe/vit_b16_c2_ep5_batch4_2ctx", "DATASET.NUM_SHOTS 16 DATASET.SUBSAMPLE_CLASSES base"),
+    ("MaPLe", "MaPLe/vit_b16_c2_ep5_batch4_2ctx_cross_datasets", "DATASET.NUM_SHOTS 16"),
+    ("IVLP", "IVLP/vit_b16_c2_ep5_batch4_2+2ctx", "DATASET.NUM_SHOTS 16 DATASET.SUBSAMPLE_CLASSES base"),
+    ("IVLP", "IVLP/vit_b16_c2_ep5_batch4_4ctx_language_only", "DATASET.NUM_SHOTS 16 DATASET.SUBSAMPLE_CLASSES base"),
+    ("IVLP", "IVLP/vit_b16_c2_ep20_batch4_4+4ctx", "DATASET.NUM_SHOTS 16 DATASET.SUBSAMPLE_CLASSES base"),
+    ("VPT", "VPT/vit_b16_c2_ep5_batch4_4", "DATASET.NUM_SHOTS 16 DATASET.SUBSAMPLE_CLASSES base"),
+    ("PromptSRC", "PromptSRC/vit_b16_c2_ep20_batch4_4+4ctx", "DATASET.NUM_SHOTS 16 DATASET.SUBSAMPLE_CLASSES base"),
+    ("PromptSRC", "PromptSRC/vit_b16_c2_ep20_batch4_4+4ctx_cross_datasets", "DATASET.NUM_SHOTS 16"),
+    ("PromptSRC", "PromptSRC/vit_b16_c2_ep50_batch4_4+4ctx_few_shot", "DATASET.NUM_SHOTS 4"),
+    ("MPL", "MPL/vit_b4_c1_add2_rm1", "DATASET.NUM_SHOTS 16 DATASET.SUBSAMPLE_CLASSES base"),
+]
+
+
+@pytest.mark.parametrize(("trainer", "config", "opts"), SCRIPTS, ids=lambda value: str(value)[:40])
+def test_the_authors_command_lines_merge_and_validate(trainer, config, opts):
+    files = ["configs/datasets/caltech101.yaml", f"configs/trainers/{config}.yaml"]
+    flags = {"--root": ("DATASET.ROOT", "/path/to/datasets"), "--seed": ("SEED", 1), "--trainer": ("TRAINER.NAME", trainer)}
+    cfg = make_config(files, flags, opts.split())
+    validate(cfg)
+    assert trainer == cfg.TRAINER.NAME and cfg.DATASET.NAME == "Caltech101" and cfg.INPUT.SIZE == (224, 224)
+
+
+@pytest.mark.parametrize(
+    "name", ["MaPLe/vit_b16_c2_ep5_batch4_4ctx", "VPT/vit_b16_c2_ep5_batch4_4ctx_language_only", "CoCoOp/rn50_ep50"]
+)
+def test_a_suggestion_never_crosses_methods(name):
+    with pytest.raises(ConfigError) as error:
+        resolve_config(f"configs/trainers/{name}.yaml")
+    meant = str(error.value).partition("did you mean '")[2].partition("'")[0]
+    assert not meant or Path(meant).parent.name == name.split("/")[0]
