@@ -8,18 +8,18 @@ from typing import Any
 
 from promptmix.bench.world import World, learn, minimum
 from promptmix.clip.reference import plain
-from promptmix.cost.count import Count, count
+from promptmix.cost.count import Count, count, count_operations
 from promptmix.errors import UserError
 from promptmix.utils import read_json
 
 #: What CI looks at: method, batch, classes.
-CASES = ("CoOp:4:100", "CoOp:32:100", "CoOp:4:1000", "CoCoOp:4:50", "MoCoOp:4:100", "MaPLe:4:100")
+CASES = ("CoOp:4:100", "CoOp:32:100", "CoOp:4:1000", "CoCoOp:4:50", "MoCoOp:4:100", "MaPLe:4:100", "PromptSRC:4:100")
 #: Growth of a count that fails.
 TOLERANCE = 0.05
 
 
 def count_step(world: World, name: str, batch: int, classes: int, *opts: object, experts: int = 5) -> dict[str, float]:
-    """Count a step of a method: GFLOP, live MiB, and the least GFLOP any way needs, ours and plain."""
+    """Count a step of a method: GFLOP, live MiB, operations, and the least GFLOP any way needs, ours and plain."""
     trainer = world.trainer(name, classes, *opts, experts=experts)
     images = world.batch(trainer, batch)
 
@@ -27,12 +27,14 @@ def count_step(world: World, name: str, batch: int, classes: int, *opts: object,
         learn(trainer, images)
 
     step()  # references are built once, in the first step
-    ours, least = count(step), minimum(trainer, step)
+    ours, least, operations = count(step), minimum(trainer, step), count_operations(step)
     with plain(trainer.clip):
         full: Count = count(step)
     return {
         "gflops": round(ours.gflops, 3),
         "live_mb": round(ours.live_mb, 1),
+        "operations": operations.all,
+        "launches": operations.launches,
         "minimum_gflops": round(least, 3),
         "plain_gflops": round(full.gflops, 3),
         "plain_live_mb": round(full.live_mb, 1),
@@ -60,7 +62,7 @@ def regressions(now: Mapping[str, Mapping[str, float]], recorded: str | Path) ->
     for case, counts in now.items():
         if case not in before:
             raise UserError(f"{recorded} has no case {case}; record it with `promptmix bench ci --update`")
-        for key in ("gflops", "live_mb"):
+        for key in ("gflops", "live_mb", "operations", "launches"):
             old, new = before[case][key], counts[key]
             if new > old * (1 + TOLERANCE):
                 lines.append(f"{case}: {key} {new:.1f}, recorded {old:.1f} ({100 * (new / old - 1):+.1f}%)")

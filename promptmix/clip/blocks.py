@@ -41,6 +41,11 @@ def is_standard(block: nn.Module) -> TypeGuard[ResidualAttentionBlock]:
     return linear and not any(part._forward_hooks or part._forward_pre_hooks for part in watched)
 
 
+def fits_caches(x: Tensor) -> bool:
+    """Tell whether work on ``x`` gains by being done in portions: without a graph, on a CPU, and not by a compiler."""
+    return x.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
 def layer(
     block: nn.Module,
     x: Tensor,
@@ -149,8 +154,10 @@ def project_some(
 def finish(block: ResidualAttentionBlock, x: Tensor, heads: Tensor, own: LayerChanges | None = None) -> Tensor:
     """The rest of a layer: attention's output projection and the MLP, added to ``x``."""
     if own is None:
-        x = x + block.ls_1(block.attn.out_proj(heads))
-        return x + block.ls_2(_mlp(block, block.ln_2(x)))
+        # As rows (n, W): a linear layer on more axes is one on rows with views around it, forward and backward.
+        rows = x.flatten(0, -2)
+        rows = rows + block.ls_1(block.attn.out_proj(heads.flatten(0, -2)))
+        return (rows + block.ls_2(_mlp(block, block.ln_2(rows)))).view(x.shape)
     entered = x
     x = x + _call(block.ls_1, _call(block.attn.out_proj, heads, own, "attn.out_proj"), own, "ls_1")
     hidden = _call(block.mlp.c_fc, _call(block.ln_2, x, own, "ln_2"), own, "mlp.c_fc")
@@ -192,6 +199,12 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(-1, (heads, -1)).transpose(-3, -2)
 
 
+def split_thirds(x: Tensor, heads: int) -> Tensor:
+    """Queries, keys and values (..., L, 3W) to (3, ..., H, L, W / H)."""
+    at = x.dim() - 2  # of L
+    return x.unflatten(-1, (3, heads, -1)).permute(at + 1, *range(at), at + 2, at, at + 3)
+
+
 def join_heads(x: Tensor) -> Tensor:
     """(..., H, L, d) to (..., L, H * d)."""
     return x.transpose(-3, -2).flatten(-2)
@@ -201,6 +214,9 @@ def _attend(
     block: ResidualAttentionBlock, normed: Tensor, extra: Tensor | None, own: LayerChanges | None, mask: Tensor | None
 ) -> Tensor:
     """Attention of tokens (..., L, W) over themselves and ``extra`` tokens (n, W) that all of them see; heads joined."""
+    if own is None and mask is None:  # then nothing is appended either
+        parts = split_thirds(project(block, normed, own), block.attn.num_heads).unbind()
+        return join_heads(F.scaled_dot_product_attention(parts[0], parts[1], parts[2]))
     query, key, value = project(block, normed, own).chunk(3, dim=-1)
     if extra is not None:
         more = project(block, _call(block.ln_1, extra.to(normed.dtype), own, "ln_1"), own).chunk(3, dim=-1)

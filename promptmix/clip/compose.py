@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from promptmix.clip.kept import kept
 from promptmix.clip.packed import Prompts, expand, packing
 from promptmix.clip.places import Changes, PromptStep
 from promptmix.clip.tokens import ClassTokens, Tokenizer
@@ -50,8 +51,8 @@ class PromptReader(nn.Module):
 
     def embed(self, ids: Sequence[int]) -> Tensor:
         """Return the token embeddings (len(ids), W) of ``ids``."""
-        device = cast("Tensor", self.token_embedding.weight).device
-        found: Tensor = self.token_embedding(torch.tensor(ids, dtype=torch.long, device=device))
+        device = str(cast("Tensor", self.token_embedding.weight).device)
+        found: Tensor = self.token_embedding(index_of(tuple(ids), device))
         return found
 
     def compose(self, *pieces: Tensor | ClassTokens) -> Prompts:
@@ -151,6 +152,12 @@ class PromptReader(nn.Module):
             own = cut(changes, partial(portion_of, size=chunk, index=i, dims=(4,), dim=1))
             features.append(again(encode, some, own) if torch.is_grad_enabled() else encode(some, own))
         return torch.cat(features, dim=1)
+
+
+@kept
+def index_of(ids: tuple[int, ...], device: str) -> Tensor:
+    """Return ids as an index (len(ids),) on a device."""
+    return torch.tensor(ids, dtype=torch.long, device=device)
 
 
 def steps_of(deep: DeepPrompts | None) -> dict[int, PromptStep]:

@@ -136,6 +136,9 @@ class CLIP(nn.Module):
 
     def encode_frozen(self, encode: Callable[[], Tensor]) -> Tensor:
         """Return what ``encode`` computes from frozen weights alone: in inference mode, but as a tensor that a loss may keep."""
+        if torch.compiler.is_compiling():  # which knows no inference mode, and sees for itself what needs no graph
+            with torch.no_grad():
+                return encode()
         with torch.inference_mode() if self.infers_frozen else torch.no_grad():
             features = encode()
         return features.clone()  # small; a tensor of inference mode itself may not meet one that learns

@@ -7,7 +7,6 @@ without padding. Every layer runs on those rows; attention of the tail's tokens 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -16,7 +15,8 @@ import torch.nn.functional as F
 from open_clip.transformer import ResidualAttentionBlock
 from torch import Tensor
 
-from promptmix.clip.blocks import enter, finish, join_heads, project, project_some, recalled, split_heads
+from promptmix.clip.blocks import enter, finish, join_heads, project, project_some, recalled, split_heads, split_thirds
+from promptmix.clip.kept import kept
 from promptmix.clip.memory import Recalled, recall
 from promptmix.clip.places import LayerChanges, PromptStep
 
@@ -97,8 +97,7 @@ def take_padded_step(x: Tensor, step: PromptStep, begin: int) -> Tensor:
     return torch.cat(kept, dim=2)
 
 
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)  # kept for steps that learn
+@kept
 def _rows_behind(begin: int, lengths: tuple[int, ...], start: int, count: int, device: str) -> Tensor:
     """Return the packed rows (C, count) of each class's tokens from position ``begin`` on."""
     shared = list(range(begin, start))[:count]
@@ -107,8 +106,7 @@ def _rows_behind(begin: int, lengths: tuple[int, ...], start: int, count: int, d
     return torch.tensor(rows, device=device)
 
 
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)  # kept for steps that learn
+@kept
 def _unshared(begin: int, lengths: tuple[int, ...], start: int, remove: int, count: int, per_class: bool, device: str) -> Tensor:
     """Return the rows that pick SOT and then, class after class, new tokens, old prefix and tail from [packed, new]."""
     rows, new, first = list(range(begin)), start + sum(lengths), start
@@ -128,23 +126,22 @@ class Layout:
 
     Attributes:
         positions: (N,) position in the prompt of each tail token.
-        padded: (C, T) row of the packed tail for each class and place; places behind EOT repeat row 0.
+        places: (C * T,) row of the packed tail for each class and place; places behind EOT repeat row 0.
         packed: (N,) place in the flattened (C * T) grid of each packed row.
         ends: (C,) packed row of the token that is read, each class's last one.
-        causal: (T, T) or (C, T, T) bool, True where a query may look.
-        reach: (C, 1, T) bool, where the token that is read may look: up to itself.
+        later: (T, T) or (C, T, T) bool, True where a query may not look.
+        beyond: (C, 1, T) bool, where the token that is read may not look: behind itself.
     """
 
     positions: Tensor
-    padded: Tensor
+    places: Tensor
     packed: Tensor
     ends: Tensor
-    causal: Tensor
-    reach: Tensor
+    later: Tensor
+    beyond: Tensor
 
 
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)  # kept for steps that learn
+@kept
 def layout_of(lengths: tuple[int, ...], start: int, device: str, blind: tuple[bool, ...] = ()) -> Layout:
     """Return where tails stand behind a prefix.
 
@@ -166,17 +163,16 @@ def layout_of(lengths: tuple[int, ...], start: int, device: str, blind: tuple[bo
         reach = reach & ~itself[:, None, :]
     parts = (
         (start + place).expand_as(inside)[inside],
-        padded,
+        padded.flatten(),
         inside.flatten().nonzero().flatten(),
         first + count - 1,
-        causal,
-        reach,
+        ~causal,
+        ~reach,
     )
     return Layout(*(part.to(device) for part in parts))
 
 
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)  # kept for steps that learn
+@kept
 def packing(signature: tuple[tuple[str, int], ...], name_lengths: tuple[int, ...], device: str) -> tuple[Tensor, tuple[int, ...]]:
     """Return the rows (N,) that pick the tail, class after class, from the concatenated pieces, and the tail lengths."""
     rows: list[int] = []
@@ -210,73 +206,68 @@ def shared_block(
     if last:
         # Only EOT asks in the last layer, and nobody reads the other tokens' outputs.
         ends = start + layout.ends
-        query, *pairs = project_some(block, normed[:, ends], normed, own)
+        query, *pairs = project_some(block, normed.index_select(1, ends), normed, own)
         (k_front, k_tail), (v_front, v_tail) = (part.split(sizes, dim=1) for part in pairs)
-        k_front, v_front = k_front.clone(), v_front.clone()
-        mixed = _attend_tail(query.unsqueeze(2), (k_front, v_front), (k_tail, v_tail), layout.padded, layout.reach, heads, memory)
-        return finish(block, x[:, ends], mixed.squeeze(2), own)
+        k_front, v_front = (split_heads(part.clone(), heads) for part in (k_front, v_front))
+        k_tail, v_tail = (split_heads(part, heads).index_select(2, layout.places) for part in (k_tail, v_tail))
+        mixed = _attend_tail(split_heads(query, heads), (k_front, v_front), (k_tail, v_tail), layout.beyond, memory)
+        return finish(block, x.index_select(1, ends), join_heads(mixed), own)
     front, tail = project(block, normed, own).split(sizes, dim=1)
-    q_front, k_front, v_front = front.clone().chunk(3, dim=-1)
-    q_tail, k_tail, v_tail = tail.chunk(3, dim=-1)
-    grid = q_tail[:, layout.padded]  # (E, C, T, W)
-    tail = _attend_tail(grid, (k_front, v_front), (k_tail, v_tail), layout.padded, layout.causal, heads, memory).flatten(1, 2)
-    query, key, value = (split_heads(part, heads) for part in (q_front, k_front, v_front))
+    q_front, k_front, v_front = split_thirds(front.clone(), heads).unbind()
+    # (1 or 2, E, H, C * T, d): keys and values are laid out at once. Queries are not kept for the backward pass, since they are
+    # scaled first, so they stand in memory of their own.
+    asking, given = (part.index_select(3, layout.places) for part in split_thirds(tail, heads).contiguous().split((1, 2)))
+    q_tail, (k_tail, v_tail) = asking[0], given.unbind()
+    mixed = _attend_tail(q_tail, (k_front, v_front), (k_tail, v_tail), layout.later, memory)
+    tail = join_heads(mixed.index_select(2, layout.packed))
     if memory is None:
-        front = join_heads(F.scaled_dot_product_attention(query, key, value, is_causal=True))
+        seen = F.scaled_dot_product_attention(q_front, k_front, v_front, is_causal=True)
     else:
-        query = query * query.shape[-1] ** -0.5
-        logits = query @ key.transpose(-1, -2)
+        query = q_front * q_front.shape[-1] ** -0.5
+        logits = query @ k_front.transpose(-1, -2)
         ahead = torch.ones(start, start, dtype=torch.bool, device=x.device).triu_(1)
-        front = join_heads(recall(query, logits.masked_fill(ahead, float("-inf")), lambda weights: weights @ value, memory))
-    return finish(block, x, torch.cat([front, tail[:, layout.packed]], dim=1), own)
+        seen = recall(query, logits.masked_fill(ahead, float("-inf")), lambda weights: weights @ v_front, memory)
+    return finish(block, x, torch.cat([join_heads(seen), tail], dim=1), own)
 
 
 def _attend_tail(
-    query: Tensor,
-    shared: tuple[Tensor, Tensor],
-    own: tuple[Tensor, Tensor],
-    padded: Tensor,
-    allowed: Tensor,
-    heads: int,
-    memory: Recalled | None = None,
+    query: Tensor, shared: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor], hidden: Tensor, memory: Recalled | None
 ) -> Tensor:
     """Attention of tail tokens over the shared prefix, their own class's tail, and a memory.
 
     Args:
-        query: (E, C, Q, W), already projected; Q is T, or 1 for EOT alone.
-        shared: keys and values (E, P, W) of the prefix.
-        own: keys and values (E, N, W) of the tail, packed.
-        padded: (C, T), the row of the packed tail for each class and place.
-        allowed: bool, broadcast to (C, Q, T): which places of its own tail a query may see.
-        heads: number of heads H.
+        query: (E, H, C * Q, d), already projected; Q is T, or 1 for EOT alone.
+        shared: keys and values (E, H, P, d) of the prefix.
+        own: keys and values (E, H, C * T, d) of the tail, padded.
+        hidden: bool (Q, T) or (C, Q, T): which places of its own tail a query may not see.
         memory: keys and values that all of them see.
 
     Returns:
-        (E, C, Q, W), heads joined, not yet projected.
+        (E, H, C * Q, d), not yet projected.
     """
-    experts, classes, queries, width = query.shape
-    size = width // heads
-    k_shared, v_shared = (split_heads(part, heads) for part in shared)  # (E, H, P, d)
-    k_own, v_own = (
-        part[:, padded].view(experts, classes, -1, heads, size).permute(0, 3, 1, 2, 4) for part in own
-    )  # (E, H, C, T, d)
-    q = query.view(experts, classes, queries, heads, size).permute(0, 3, 1, 2, 4).contiguous() * size**-0.5  # (E, H, C, Q, d)
-    flat = q.view(experts, heads, classes * queries, size)
-    to_shared = (flat @ k_shared.transpose(-1, -2)).view(experts, heads, classes, queries, -1)
-    to_own = (q @ k_own.transpose(-1, -2)).masked_fill(~allowed, float("-inf"))
-    logits = torch.cat([to_shared, to_own], dim=-1)
+    experts, heads, rows, size = query.shape
+    queries, places = hidden.shape[-2:]
+    k_shared, v_shared = (part.flatten(0, 1) for part in shared)
+    k_own, v_own = (part.reshape(-1, places, size) for part in own)  # (E * H * C, T, d)
+    q = query.reshape(experts * heads, rows, size) * size**-0.5
+    to_shared = torch.bmm(q, k_shared.transpose(1, 2))  # (E * H, C * Q, P)
+    to_own = torch.bmm(q.reshape(-1, queries, size), k_own.transpose(1, 2))  # (E * H * C, Q, T)
+    if hidden.dim() == 3:
+        to_own = to_own.view(-1, *hidden.shape).masked_fill(hidden, float("-inf"))
+    else:
+        to_own = to_own.masked_fill(hidden, float("-inf"))
+    scores = torch.cat([to_shared, to_own.view(experts * heads, rows, places)], dim=-1)
 
     def read(weights: Tensor) -> Tensor:
-        on_shared, on_own = weights.split([to_shared.shape[-1], to_own.shape[-1]], dim=-1)
-        front = on_shared.reshape(experts, heads, classes * queries, -1) @ v_shared
-        return front.view(experts, heads, classes, queries, size) + on_own @ v_own
+        on_shared, on_own = weights.flatten(0, -3).split([to_shared.shape[-1], places], dim=-1)
+        if queries == 1:
+            on_own = on_own.contiguous()  # of a product of one row with a slice, PyTorch 2.14's compiler makes a wrong gradient
+        mixed = torch.bmm(on_own.view(-1, queries, places), v_own).view(experts * heads, rows, size)
+        return (torch.bmm(on_shared, v_shared) + mixed).view(experts, heads, rows, size)
 
     if memory is None:
-        mixed = read(logits.softmax(dim=-1).to(query.dtype))
-    else:
-        for_classes = memory._replace(key=memory.key[:, None], value=memory.value[:, None])
-        mixed = recall(q, logits, read, for_classes)
-    return mixed.permute(0, 2, 3, 1, 4).reshape(experts, classes, queries, width)
+        return read(scores.softmax(dim=-1).to(query.dtype))
+    return recall(q.view(query.shape), scores.view(experts, heads, rows, -1), read, memory)
 
 
 def expand(piece: Tensor, experts: int) -> Tensor:

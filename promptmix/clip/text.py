@@ -18,7 +18,7 @@ import torch
 from open_clip.transformer import Transformer
 from torch import Tensor, nn
 
-from promptmix.clip.blocks import is_standard, layer
+from promptmix.clip.blocks import fits_caches, is_standard, layer
 from promptmix.clip.compose import DeepPrompts, PromptReader, check_room, cut, portion_of, steps_of
 from promptmix.clip.packed import Packed, Prompts, layout_of, shared_block, take_padded_step, take_step
 from promptmix.clip.places import Changes, LayerAction
@@ -151,7 +151,7 @@ class TextTower(PromptReader):
             return self._encode_by_length(prompts, changes)
         if not (self.shares_prefix and standard and changes.is_shared):
             return self.encode_chunks(prompts, changes, self.class_chunk, self._encode_full)
-        if not torch.is_grad_enabled() and prompts.prefix.device.type == "cpu" and not changes.has_functions:
+        if fits_caches(prompts.prefix) and not changes.has_functions:
             return self._encode_portions(prompts, changes)
         return self.encode_chunks(prompts, changes, self.class_chunk, self._encode_shared)
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from open_clip import SimpleTokenizer
 
+from promptmix.clip.kept import find
 from promptmix.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -38,14 +38,18 @@ class Tokenizer:
         self.sot: int = self._simple.sot_token_id
         self.eot: int = self._simple.eot_token_id
         self.before, self.after = (self.sot,), (self.eot,)
-        self._encode = lru_cache(maxsize=65536)(self._encode_uncached)
+        self._start_tables()
+
+    def _start_tables(self) -> None:
+        self._texts: dict[Hashable, tuple[int, ...]] = {}
+        self._names: dict[Hashable, ClassTokens] = {}
 
     def _encode_uncached(self, text: str) -> tuple[int, ...]:
         return tuple(self._simple.encode(self._simple.clean_fn(text)))
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Return the ids of ``text``; empty for empty text."""
-        return self._encode(text)
+        return find(self._texts, text, lambda: self._encode_uncached(text), size=65536)
 
     def word(self, token: int) -> str:
         """Return what a token stands for; a piece that goes on into the next one ends with a hyphen."""
@@ -58,6 +62,9 @@ class Tokenizer:
         Raises:
             ConfigError: a name has no tokens; give every class a readable name.
         """
+        return find(self._names, tuple(names), lambda: self._class_tokens(names))
+
+    def _class_tokens(self, names: Sequence[str]) -> ClassTokens:
         ids = tuple(self.encode(name.replace("_", " ")) for name in names)
         for name, row in zip(names, ids, strict=True):
             if not row:
@@ -74,7 +81,7 @@ class PretrainedTokenizer(Tokenizer):
 
     def __init__(self, source: HFTokenizer) -> None:
         self._source = source
-        self._encode = lru_cache(maxsize=65536)(self._encode_uncached)
+        self._start_tables()
         inner: Any = source.tokenizer
         self.pad = inner.pad_token_id or 0
         word, whole = self._ids("a", special=False), self._ids("a", special=True)
@@ -107,20 +114,18 @@ class ClassTokens:
     Attributes:
         names: the C names as the data set writes them.
         ids: C rows of token ids.
+        lengths: tokens of each name.
+        flat: all ids, class after class.
     """
 
     names: tuple[str, ...]
     ids: tuple[tuple[int, ...], ...]
+    lengths: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    flat: tuple[int, ...] = field(init=False, repr=False, compare=False)
 
-    @cached_property
-    def lengths(self) -> tuple[int, ...]:
-        """Tokens of each name."""
-        return tuple(len(row) for row in self.ids)
-
-    @cached_property
-    def flat(self) -> tuple[int, ...]:
-        """All ids, class after class."""
-        return tuple(chain.from_iterable(self.ids))
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "lengths", tuple(len(row) for row in self.ids))
+        object.__setattr__(self, "flat", tuple(chain.from_iterable(self.ids)))
 
     def __len__(self) -> int:
         return len(self.ids)

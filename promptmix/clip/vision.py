@@ -11,7 +11,7 @@ import torch
 from open_clip.modified_resnet import ModifiedResNet
 from torch import Tensor, nn
 
-from promptmix.clip.blocks import first_token_layer, layer, values_layer
+from promptmix.clip.blocks import first_token_layer, fits_caches, layer, values_layer
 from promptmix.clip.places import Changes, LayerAction, PromptStep
 from promptmix.clip.visuals import ClipLayers, Layers, apply_step, can_read_places, layers_of, places_of
 from promptmix.clip.weights import Weights, beside, merged, run_changed
@@ -146,7 +146,7 @@ class ImageTower(nn.Module):
         tokens_of = [step.tokens for step in changes.steps.values()]
         same_for_all = all(new is None or isinstance(new, Tensor) and new.dim() == 2 for new in tokens_of)
         separable = same_for_all and not changes.has_functions
-        if self.skips_unread and separable and images.device.type == "cpu" and not torch.is_grad_enabled():
+        if self.skips_unread and separable and fits_caches(images):
             portions = images.split(_PICTURES_PER_THREAD * torch.get_num_threads())
             if tokens is None:
                 return torch.cat([self._encode(portion, changes) for portion in portions])

@@ -24,6 +24,7 @@ OPTIMIZERS = ("adam", "amsgrad", "sgd", "rmsprop", "radam", "adamw")
 SCHEDULES = ("single_step", "multi_step", "cosine")
 WARMUPS = ("linear", "constant")
 PRECISIONS = ("fp32", "amp", "bf16")
+STEPS = ("eager", "compiled", "cuda_graph")
 DEVICES = ("auto", "cpu", "cuda")
 
 _SHARE = {"low": 0, "high": 1}
@@ -194,6 +195,9 @@ def _add_training(cfg: CN) -> None:
     comment = "length of an epoch with unlabelled data"
     _key(cfg, "TRAIN.COUNT_ITER", "train_x", comment, choices=("train_x", "train_u", "smaller_one"))
     _key(cfg, "TRAIN.CLIP_GRAD_NORM", 0.0, "ours: largest gradient norm; 0 = not clipped", low=0)
+
+    comment = "ours: compiled: the whole step through torch.compile, a minute at the start; cuda_graph: and replayed by CUDA"
+    _key(cfg, "TRAIN.STEP", "eager", comment, choices=STEPS)
 
     _key(cfg, "TEST.EVALUATOR", "Classification", "a name of the evaluator registry")
     _key(cfg, "TEST.PER_CLASS_RESULT", False, "also print every class")

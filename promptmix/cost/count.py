@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
@@ -34,6 +36,61 @@ def count(work: Callable[[], Any]) -> Count:
     with _Counter() as counter:
         work()
     return Count(counter.flops / 1e9, counter.peak / 2**20)
+
+
+@dataclass(frozen=True)
+class Operations:
+    """How often a piece of work calls an operator: what the host does, while work on small tensors takes a GPU hardly longer.
+
+    Attributes:
+        all: operators that PyTorch dispatches, forward and backward.
+        launches: those that do something, so that a GPU launches at least one kernel; the others are views.
+    """
+
+    all: int
+    launches: int
+
+
+def count_operations(work: Callable[[], Any]) -> Operations:
+    """Do ``work`` once and count its operators; attention counts as one, also on ``meta``, where it runs in parts."""
+    with _Attention(), _Operators() as counter:
+        work()
+    return Operations(counter.all, counter.launches)
+
+
+class _Operators(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.all = self.launches = 0
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:  # noqa: ANN401
+        if torch.is_inference_mode_enabled() and func is not _FUSED.default:
+            with self:  # composite operators come in one piece, as in ``_Counter``
+                parts = func.decompose(*args, **(kwargs or {}))  # type: ignore[attr-defined]
+            if parts is not NotImplemented:
+                return parts
+        self.all += 1
+        returns = func._schema.returns  # type: ignore[attr-defined]
+        view = any(part.alias_info is not None and not part.alias_info.is_write for part in returns)
+        self.launches += not view and func is not torch.ops.aten._unsafe_view.default
+        return func(*args, **(kwargs or {}))
+
+
+_FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+class _Attention(TorchFunctionMode):
+    """Runs attention on ``meta`` as the one operator that a CPU has."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:  # noqa: ANN401
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention and args[0].is_meta:
+            return _FUSED(*args[:3], is_causal=kwargs.get("is_causal", False), attn_mask=kwargs.get("attn_mask"))[0]
+        return func(*args, **kwargs)
 
 
 class _Counter(TorchDispatchMode):

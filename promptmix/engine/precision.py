@@ -67,6 +67,7 @@ class Precision:
         parameters: Iterable[nn.Parameter] | None = None,
         clip_norm: float = 0.0,
         backward: Callable[[torch.Tensor], None] = torch.Tensor.backward,
+        update: Callable[[], None] | None = None,
     ) -> None:
         """Clear gradients, propagate ``loss`` and step every optimizer.
 
@@ -76,10 +77,14 @@ class Precision:
             parameters: those whose joint gradient norm is limited; by default all that the optimizers hold.
             clip_norm: the largest norm; 0 leaves gradients as they are.
             backward: how to propagate, where a trainer checks the loss first (``TrainerBase.model_backward``).
+            update: limits gradients and steps the optimizers instead, where losses are not scaled.
         """
         for optimizer in optimizers:
             optimizer.zero_grad()
         backward(loss if self.scaler is None else self.scaler.scale(loss))
+        if update is not None and self.scaler is None:
+            update()
+            return
         if clip_norm > 0:
             if self.scaler is not None:
                 for optimizer in optimizers:

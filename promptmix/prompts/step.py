@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 from promptmix.clip import CLIP
 from promptmix.clip.projection import map_last
 from promptmix.data.descriptions import Descriptions
+from promptmix.utils import made_once
 
 Made = TypeVar("Made")
 
@@ -131,7 +131,7 @@ class Step:
             raise ValueError("this step has no labels: only losses may ask for them")
         return self._labels
 
-    @cached_property
+    @made_once
     def features(self) -> Tensor:
         """What the image tower gives (``Learner.encode_images``), and what caches keep."""
         if self._features is not None:
@@ -140,24 +140,24 @@ class Step:
             raise ValueError("this step has neither images nor their features")
         return self.learner.features(self.images)
 
-    @cached_property
+    @made_once
     def image(self) -> Tensor:
         """Image features (B, D), or (B, E, D) where each expert prompts the image tower in its own way."""
         read = {"unit": lambda: self.unit_image, "raw": lambda: self.raw_image, "unprojected": lambda: self.unprojected_image}
         image = self.bank.adapt(read[self.bank.image_level]())
         return self.bank.join(image, self.frozen_image) if self.bank.needs_frozen_image else image
 
-    @cached_property
+    @made_once
     def unit_image(self) -> Tensor:
         """The tower's normalised features (B, D) or (B, E, D), before ``bank.adapt``."""
         return self._split[0] if self.learner.image_level == "unit" else F.normalize(self.raw_image, dim=-1)
 
-    @cached_property
+    @made_once
     def raw_image(self) -> Tensor:
         """The tower's features (B, D) or (B, E, D) as they come, not normalised, for parts whose ``image_level`` is ``raw``."""
         return self._split[0] if self.learner.image_level == "raw" else map_last(self.task.clip.image, self.unprojected_image)
 
-    @cached_property
+    @made_once
     def unprojected_image(self) -> Tensor:
         """What the tower's last linear map takes (B, W), for parts whose ``image_level`` is ``unprojected``.
 
@@ -167,7 +167,7 @@ class Step:
         self._check_unprojected()
         return self._split[0]
 
-    @cached_property
+    @made_once
     def tokens(self) -> Tensor:
         """Patch features (B, M, D), for heads with ``needs_tokens``.
 
@@ -176,12 +176,12 @@ class Step:
         """
         return self._tokens if self.learner.image_level == "unit" else F.normalize(self.raw_tokens, dim=-1)
 
-    @cached_property
+    @made_once
     def raw_tokens(self) -> Tensor:
         """Patch features (B, M, D) as they come, not normalised, for heads with ``needs_tokens`` and ``image_level`` ``raw``."""
         return self._tokens if self.learner.image_level == "raw" else map_last(self.task.clip.image, self.unprojected_tokens)
 
-    @cached_property
+    @made_once
     def unprojected_tokens(self) -> Tensor:
         """Patch features before the tower's last linear map (B, M, W), for heads with ``image_level`` ``unprojected``."""
         self._check_unprojected()
@@ -198,7 +198,7 @@ class Step:
             raise ValueError(f"set needs_tokens in {type(self.learner.head).__name__}, which reads step.tokens")
         return tokens
 
-    @cached_property
+    @made_once
     def _split(self) -> tuple[Tensor, Tensor | None]:
         """Image features and patches; or, where several features are kept side by side, the bank's own and the frozen ones."""
         if self.learner.stacks_images:
@@ -209,7 +209,7 @@ class Step:
             return self.features[:, 0], self.features[:, 1:]
         return self.features, None
 
-    @cached_property
+    @made_once
     def frozen_image(self) -> Tensor:
         """Features (B, D) of the frozen image tower, without prompts or adapters.
 
@@ -226,7 +226,7 @@ class Step:
         images, clip = self.images, self.task.clip
         return clip.encode_frozen(lambda: clip.encode_image(images))
 
-    @cached_property
+    @made_once
     def frozen_view(self) -> Tensor:
         """Features (B, D) of the frozen image tower for the last of several augmented views; ``frozen_image`` where there is one.
 
@@ -238,24 +238,24 @@ class Step:
         other, clip = self.views[-1], self.task.clip
         return clip.encode_frozen(lambda: clip.encode_image(other))
 
-    @cached_property
+    @made_once
     def query(self) -> Tensor:
         """What routers look at (B, D): the image features, or the frozen ones where each expert has image features of its own."""
         return self.image if self.image.dim() == 2 else self.frozen_image
 
-    @cached_property
+    @made_once
     def routing(self) -> Routing | None:
         """Which experts each image goes to; None without a router."""
         return None if self.learner.router is None else self.learner.router(self)
 
-    @cached_property
+    @made_once
     def experts(self) -> Tensor | None:
         """Indices (E',) of the experts that ``text`` holds; None where it holds all E."""
         if self._text is not None or self._labels is None or self.routing is None or not self.learner.skips_experts:
             return None
         return self.routing.experts.unique()
 
-    @cached_property
+    @made_once
     def text(self) -> Tensor:
         """Text features (E, C, D) of the experts, or (B, E, C, D) for banks with ``per_image``."""
         if self.learner.needs_raw_text:
@@ -267,7 +267,7 @@ class Step:
             return self.bank(names, self.query)
         return self.bank(names) if self.experts is None else self.bank(names, experts=self.experts)
 
-    @cached_property
+    @made_once
     def raw_text(self) -> Tensor:
         """Text features (E, C, D) as they come from the tower, for parts with ``needs_raw_text``.
 
@@ -278,12 +278,12 @@ class Step:
             raise ValueError("set needs_raw_text in the part that reads step.raw_text")
         return self.bank.encode(self.task.classnames) if self._text is None else self._text
 
-    @cached_property
+    @made_once
     def frozen_text(self) -> Tensor:
         """Normalised features (C, D) of the data set's first hard template."""
         return self.learner.frozen_text
 
-    @cached_property
+    @made_once
     def logits(self) -> Tensor:
         """Class scores (B, C)."""
         return self.learner.head(self)

@@ -31,6 +31,7 @@ from promptmix.engine.precision import Precision
 from promptmix.engine.resume import from_streams
 from promptmix.errors import CheckpointError, ConfigError, SettingError
 from promptmix.prompts.average import GaussianAverage
+from promptmix.prompts.compiled import CompiledStep, check_step
 from promptmix.prompts.learner import LossTerms, PromptLearner
 from promptmix.prompts.roles import LossSum, PromptBank, Routing, Task, build_component, build_losses
 from promptmix.prompts.stages import Stage, Stages
@@ -162,6 +163,7 @@ class PromptTrainer(TrainerX):
         check_size(cfg)
         self.clip = load_clip(cfg).to(self.device)
         check_takes(self.clip, cfg.INPUT.SIZE)
+        check_step(cfg, self.device, changes_gradients=type(self).take_gradients is not PromptTrainer.take_gradients)
         self._check_input()
         self.precision = Precision(cfg.TRAINER.PREC, self.device)
         self.clip.text.class_chunk = cfg.MODEL.CLASS_CHUNK
@@ -181,6 +183,7 @@ class PromptTrainer(TrainerX):
         log.info("Learned parameters: %s", f"{count_num_param(self.model):,}")
         self.approximations: list[str] = []  # for results.json
         self.stages = Stages(self.build_stages(self.model), self.max_epoch * len(self.train_loader_x or ()))
+        self._compiled: CompiledStep | None = None
         self._classifier: Any = None
         self._routing: Routing | None = None
         self._testing = False
@@ -336,21 +339,31 @@ class PromptTrainer(TrainerX):
             What the log line shows: loss, accuracy of the batch in percent (where there are labels), and the parts of the loss.
         """
         images, labels = self.parse_batch_train(batch)
+        optimizers = [optim for optim in self._optims.values() if optim is not None]
+        compiled = self._compiled_step(optimizers)
         with self.precision.autocast():
             self.stages.turn_to(self.epoch * self.num_batches + self.batch_idx)
-            terms = self.model.loss(self.model.step(images, None if self.unlabeled else labels))
-        optimizers = [optim for optim in self._optims.values() if optim is not None]
+            given = None if self.unlabeled else labels
+            terms = self.model.loss(self.model.step(images, given)) if compiled is None else compiled.loss(images, given)
         self.precision.backward_and_update(
             terms.total,
             optimizers,
             clip_norm=self.cfg.TRAIN.CLIP_GRAD_NORM,
             backward=lambda loss: self.take_gradients(loss, terms),
+            update=None if compiled is None else compiled.update,
         )
         if self.schedule_unit == "step" or self.batch_idx + 1 == self.num_batches:
             self.update_lr()
         parts = {name: value.detach() for name, value in terms.parts.items()}
         accuracy = {} if self.unlabeled else {"acc": compute_accuracy(terms.logits, labels)[0]}
         return {"loss": terms.total.detach(), **accuracy, **parts}
+
+    def _compiled_step(self, optimizers: Sequence[torch.optim.Optimizer]) -> CompiledStep | None:
+        """Return what computes a step under ``TRAIN.STEP``, made at the first one; None for an eager step."""
+        if self.cfg.TRAIN.STEP != "eager" and self._compiled is None:
+            limit, graph = self.cfg.TRAIN.CLIP_GRAD_NORM, self.cfg.TRAIN.STEP == "cuda_graph"
+            self._compiled = CompiledStep(self.model, optimizers, limit, cuda_graph=graph)
+        return self._compiled
 
     def take_gradients(self, loss: Tensor, terms: LossTerms) -> None:
         """Put gradients into the learned tensors.

@@ -12,7 +12,7 @@ from promptmix.bench.counted import CASES, count_cases, count_step, regressions
 from promptmix.bench.scaling import sizes, study
 from promptmix.bench.world import World, class_names, learn, silenced
 from promptmix.cli import main
-from promptmix.cost.count import count
+from promptmix.cost.count import Operations, count, count_operations
 from promptmix.errors import UserError
 from promptmix.plugin_manager import get_plugin_manager
 from promptmix.registry import DATASET_REGISTRY
@@ -51,6 +51,17 @@ def test_live_memory_counts_what_is_held_at_once():
 
     assert count(chain).live_mb == pytest.approx(6, abs=0.1)
     assert count(chain).gflops == pytest.approx(5 * 2 * 2 * 1024 * 256 * 1024 / 1e9)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_operators_are_counted_and_views_launch_nothing(device):
+    x = torch.ones(1, 2, 16, 64, device=device)
+
+    def work():
+        attention = torch.nn.functional.scaled_dot_product_attention(x, x, x)  # one operator
+        return (attention.transpose(2, 3).unsqueeze(0) + 1)[None]  # three views and a launch
+
+    assert count_operations(work) == Operations(all=5, launches=2)
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])

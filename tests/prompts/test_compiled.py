@@ -1,0 +1,109 @@
+"""A compiled step: one graph forward, one backward, one for the optimizer, and the numbers of the eager step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
+
+from promptmix.bench.world import World
+from promptmix.errors import ConfigError
+from promptmix.prompts.learner import Learner
+from tests.trainers.toy import toy_trainer
+
+SHALLOW = {
+    "CoOp": [],
+    "CoCoOp": [],
+    "MoCoOp": [],
+    "MaPLe": ["TRAINER.MAPLE.PROMPT_DEPTH", 2],
+    "PromptSRC": ["TRAINER.PROMPTSRC.PROMPT_DEPTH_TEXT", 2, "TRAINER.PROMPTSRC.PROMPT_DEPTH_VISION", 2],
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Towers of two layers, since capturing a graph takes a second for each."""
+    found = World("tiny-vit", tmp_path_factory.mktemp("world"), "cpu")
+    for blocks in (found.clip.text.blocks, found.clip.image.layers.blocks):
+        del blocks[2:]
+    return found
+
+
+@pytest.fixture
+def captured(monkeypatch):
+    """Have graphs captured, differentiated and run, but not handed to a C++ compiler, which would take a minute; returns them."""
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return make_boxed_func(graph)
+
+    compile_ = torch.compile
+    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep)
+    monkeypatch.setattr(torch, "compile", lambda f, mode=None, **options: compile_(f, backend=backend, **options))
+    torch._dynamo.reset()
+    yield graphs
+    torch._dynamo.reset()
+
+
+def train(world, name, *opts, epochs=3):
+    """Learn from one batch in each of a few epochs; return the trainer, what it showed and what it learned."""
+    trainer = world.trainer(name, 6, *SHALLOW[name], *opts)
+    batch, shown = world.batch(trainer, 4), []
+    trainer.num_batches = 1
+    for trainer.epoch in range(epochs):
+        shown.append({name: float(value) for name, value in trainer.forward_backward(batch).items()})
+    return trainer, shown, [p.detach().clone() for p in trainer.model.parameters()]
+
+
+@pytest.mark.parametrize("name", SHALLOW)
+def test_the_whole_step_is_one_graph_each_way(world, captured, name):
+    _, shown, learned = train(world, name)
+    _, shown_too, learned_too = train(world, name, "TRAIN.STEP", "compiled")
+    kinds = ["backward" if any("tangents" in node.name for node in graph.graph.nodes) else "other" for graph in captured]
+    # Forward, backward, and SGD's update twice: its first step makes the momentum.
+    assert kinds == ["other", "backward", "other", "other"]
+    for before, after in zip(shown, shown_too, strict=True):
+        assert before == pytest.approx(after, rel=2e-4, abs=1e-5)
+    for before, after in zip(learned, learned_too, strict=True):
+        torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
+    called = {str(node.target) for graph in captured for node in graph.graph.nodes}
+    assert not any(name in target for name in ("_local_scalar_dense", "nonzero", "unique", "_to_copy") for target in called)
+
+
+def test_a_new_rate_is_no_new_graph_and_stays_a_number(world, captured):
+    opts = ["OPTIM.NAME", "adam", "OPTIM.LR_SCHEDULER", "cosine", "OPTIM.MAX_EPOCH", 4, "TRAIN.CLIP_GRAD_NORM", 0.5]
+    eager, _, learned = train(world, "CoOp", *opts)
+    compiled, _, learned_too = train(world, "CoOp", *opts, "TRAIN.STEP", "compiled")
+    assert len(captured) == 4  # forward, backward, clipping, update
+    assert type(compiled._optims["prompt_learner"].param_groups[0]["lr"]) is float
+    assert compiled.get_current_lr() == eager.get_current_lr() < 0.002
+    for before, after in zip(learned, learned_too, strict=True):
+        torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "opts", "message"),
+    [
+        ("CoOp", ["TRAIN.STEP", "cuda_graph"], "TRAIN.STEP is 'cuda_graph', but this run computes on a CPU"),
+        ("CoOp", ["TRAIN.STEP", "compiled", "MODEL.COMPILE", True], "leave one of them out"),
+        ("CoOp", ["TRAIN.STEP", "compiled", "MODEL.CLASS_CHUNK", 2], "MODEL.CLASS_CHUNK is 2"),
+        ("ProGrad", ["TRAIN.STEP", "compiled"], "ProGrad takes gradients in a way of its own"),
+    ],
+)
+def test_what_cannot_be_is_refused(room, name, opts, message):
+    with pytest.raises(ConfigError, match=message):
+        toy_trainer(room, name, *opts)
+
+
+def test_a_decision_by_numbers_is_named(world, captured, monkeypatch):
+    loss = Learner.loss
+
+    def decides(self, step):
+        terms = loss(self, step)
+        return terms if terms.total > 0 else None
+
+    monkeypatch.setattr(Learner, "loss", decides)
+    with pytest.raises(ConfigError, match="TRAIN.STEP: a step of Learner can't be compiled as a whole"):
+        train(world, "CoOp", "TRAIN.STEP", "compiled")
