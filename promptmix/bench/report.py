@@ -35,6 +35,11 @@ def table(rows: list[Row], form: str = "github") -> str:
 
 def write(args: Namespace, rows: list[Row], path: str) -> None:
     """Write measurements with what they were made on."""
+    write_record(args, [asdict(row) for row in rows], path)
+
+
+def write_record(args: Namespace, results: object, path: str) -> None:
+    """Write any results with command, commit, machine and versions."""
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None  # Windows has none
     record = {
         "command": " ".join(["promptmix", *_sizes_of(args.argv)]),
@@ -47,7 +52,7 @@ def write(args: Namespace, rows: list[Row], path: str) -> None:
             "load_at_end": None if load is None else round(load, 1),
         },
         "versions": collect_env_info(),
-        "results": [asdict(row) for row in rows],
+        "results": results,
     }
     write_json(record, Path(path))
 

@@ -24,9 +24,11 @@ EVALUATIONS = ("CoOp:100:100", "CoCoOp:4:100")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags; sizes carry the suite they belong to in front."""
     add = parser.add_argument
-    choices = (*SUITES, "all", "show", "compare", "ci", "scaling", "kill")
+    choices = (*SUITES, "all", "show", "compare", "ci", "scaling", "kill", "gpu")
     about = "suite; show, compare: JSON files; ci: count and compare with the record; scaling: time and memory over sizes; "
-    about += "kill: runs killed at random moments against unbroken ones"
+    about += (
+        "kill: runs killed at random moments against unbroken ones; gpu: whether a GPU computes what a CPU does, and how fast"
+    )
     add("suite", nargs="?", choices=choices, default="text", help=about)
     add("files", nargs="*", metavar="FILE", help="show: JSON files; compare: the old and the new one")
     add("--backbone", default="ViT-B/16", help="its architecture is used with random weights")
@@ -60,13 +62,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--shots", type=int, default=16, help="run, kill: pictures per class")
     add("--kills", type=int, default=20, metavar="N", help="kill: how many for each method")
     add("--seed", type=int, default=0, help="kill: of the moments and settings")
+    add("--minutes", type=float, default=8.0, help="gpu: after which nothing new is begun")
+    gpu = ("CoOp", "CoCoOp", "MoCoOp", "MaPLe", "PromptSRC")
+    add("--gpu-methods", nargs="+", default=list(gpu), metavar="NAME", help=f"gpu: what is measured; default {' '.join(gpu)}")
+    add("--gpu-classes", type=int, nargs="*", default=[100, 1000], metavar="C", help="gpu: classes of the timed steps")
+    add("--no-others", action="store_true", help="gpu: leave out two steps of every other method")
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print, or compare.
 
     Returns:
-        0, or 1 where ``ci`` found a count that grew, or ``kill`` a run that came out differently.
+        0, or 1 where ``ci`` found a count that grew, ``kill`` a run that came out differently, or ``gpu`` a wrong number.
     """
     if args.suite == "compare":
         return _compare(args)
@@ -88,6 +95,8 @@ def run(args: argparse.Namespace) -> int:
             from promptmix.bench import kill
 
             return kill.run(args, Path(folder))
+        if args.suite == "gpu":
+            return _gpu(args, Path(folder))
         if args.suite in ("ci", "scaling"):
             return _count(args, Path(folder))
         _measure(args, Path(folder))
@@ -128,6 +137,18 @@ def _measure(args: argparse.Namespace, folder: Path) -> None:
         rows += found
         if args.json:  # after each suite, so that an interrupted measurement keeps what it had
             report.write(args, rows, args.json)
+
+
+def _gpu(args: argparse.Namespace, folder: Path) -> int:
+    from promptmix.bench import gpu, report
+    from promptmix.bench.world import silenced
+
+    with silenced():
+        result = gpu.run(args, folder)
+    sys.stdout.write(gpu.shown(result) + "\n")
+    if args.json:
+        report.write_record(args, gpu.as_json(result), args.json)
+    return int(bool(result.failed))
 
 
 def _count(args: argparse.Namespace, folder: Path) -> int:

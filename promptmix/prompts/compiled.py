@@ -129,3 +129,13 @@ class CompiledStep:
         finally:
             for group, value in zip(self._groups, given, strict=True):
                 group["lr"] = value
+
+
+def compiled_step(
+    cfg: CfgNode, model: PromptLearner, optimizers: Sequence[Optimizer], before: CompiledStep | None
+) -> CompiledStep | None:
+    """Return what computes a step under ``TRAIN.STEP``: that of the step ``before``, or a new one; None for an eager step."""
+    kind = cfg.TRAIN.STEP
+    if kind == "eager" or before is not None:
+        return before
+    return CompiledStep(model, optimizers, cfg.TRAIN.CLIP_GRAD_NORM, cuda_graph=kind == "cuda_graph")

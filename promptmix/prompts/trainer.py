@@ -31,7 +31,7 @@ from promptmix.engine.precision import Precision
 from promptmix.engine.resume import from_streams
 from promptmix.errors import CheckpointError, ConfigError, SettingError
 from promptmix.prompts.average import GaussianAverage
-from promptmix.prompts.compiled import CompiledStep, check_step
+from promptmix.prompts.compiled import CompiledStep, check_step, compiled_step
 from promptmix.prompts.learner import LossTerms, PromptLearner
 from promptmix.prompts.roles import LossSum, PromptBank, Routing, Task, build_component, build_losses
 from promptmix.prompts.stages import Stage, Stages
@@ -340,7 +340,7 @@ class PromptTrainer(TrainerX):
         """
         images, labels = self.parse_batch_train(batch)
         optimizers = [optim for optim in self._optims.values() if optim is not None]
-        compiled = self._compiled_step(optimizers)
+        compiled = self._compiled = compiled_step(self.cfg, self.model, optimizers, self._compiled)
         with self.precision.autocast():
             self.stages.turn_to(self.epoch * self.num_batches + self.batch_idx)
             given = None if self.unlabeled else labels
@@ -357,13 +357,6 @@ class PromptTrainer(TrainerX):
         parts = {name: value.detach() for name, value in terms.parts.items()}
         accuracy = {} if self.unlabeled else {"acc": compute_accuracy(terms.logits, labels)[0]}
         return {"loss": terms.total.detach(), **accuracy, **parts}
-
-    def _compiled_step(self, optimizers: Sequence[torch.optim.Optimizer]) -> CompiledStep | None:
-        """Return what computes a step under ``TRAIN.STEP``, made at the first one; None for an eager step."""
-        if self.cfg.TRAIN.STEP != "eager" and self._compiled is None:
-            limit, graph = self.cfg.TRAIN.CLIP_GRAD_NORM, self.cfg.TRAIN.STEP == "cuda_graph"
-            self._compiled = CompiledStep(self.model, optimizers, limit, cuda_graph=graph)
-        return self._compiled
 
     def take_gradients(self, loss: Tensor, terms: LossTerms) -> None:
         """Put gradients into the learned tensors.
