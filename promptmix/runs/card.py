@@ -38,12 +38,11 @@ def card_of(runs: Sequence[RunResult], *, name: str = "", licence: str = "", epo
             "## Use",
             "",
             "```bash",
-            "pip install promptmix",
             "promptmix predict --model-dir FOLDER pictures/ --top 3",
             "```",
             "",
-            "FOLDER is this folder, or `hub:NAME` below your own. `--classnames a,b,c` asks for other classes, where the method "
-            "learns nothing for each class.",
+            "With promptmix installed. FOLDER is this folder, or `hub:NAME` below your own; `--classnames a,b,c` asks for other "
+            "classes, where the method learns nothing for each class.",
             "",
             "## Measured",
             "",
