@@ -14,8 +14,7 @@ from weakref import WeakKeyDictionary
 from yacs.config import CfgNode
 
 from promptmix import hookimpl
-from promptmix.config import get_key
-from promptmix.config.declare import Setting, all_keys, declare
+from promptmix.config.declare import Setting, all_values, declare
 from promptmix.engine.log import logger_is_on
 from promptmix.errors import ConfigError
 
@@ -117,7 +116,7 @@ def before_train(trainer: SimpleTrainer) -> None:
     chosen = [make for node, (_, make) in TRACKERS.items() if logger_is_on(cfg, node)]
     if not chosen:
         return
-    values = {key: get_key(cfg, key) for key in all_keys(cfg)}
+    values = dict(all_values(cfg))
     name = f"{cfg.TRAINER.NAME}-{cfg.DATASET.NAME}-seed{cfg.SEED}"
     _open[trainer] = [make(cfg, name, values) for make in chosen]
 

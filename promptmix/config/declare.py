@@ -10,8 +10,9 @@ from __future__ import annotations
 import inspect
 import math
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Annotated, Any
 
 from yacs.config import CfgNode
@@ -153,6 +154,11 @@ def settings_of(function: Callable[..., Any]) -> dict[str, Declared]:
     """
     if isinstance(function, type):
         function = function.__init__  # type: ignore[misc]
+    return dict(_settings_of(function))
+
+
+@cache
+def _settings_of(function: Callable[..., Any]) -> dict[str, Declared]:
     found: dict[str, Declared] = dict(getattr(function, "inherited_settings", {}))
     for name, parameter in inspect.signature(function).parameters.items():
         hint = parameter.annotation
@@ -278,9 +284,15 @@ def all_defaults(cfg: CfgNode, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def all_keys(cfg: CfgNode, prefix: str = "") -> list[str]:
-    """Return the dotted key of every value of the tree, declared or not."""
-    found: list[str] = []
+def all_values(cfg: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the dotted key and value of every key of the tree, declared or not."""
     for name, value in cfg.items():
-        found += all_keys(value, f"{prefix}{name}.") if isinstance(value, CfgNode) else [f"{prefix}{name}"]
-    return found
+        if isinstance(value, CfgNode):
+            yield from all_values(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def all_keys(cfg: CfgNode) -> list[str]:
+    """Return the dotted key of every value of the tree, declared or not."""
+    return [key for key, _ in all_values(cfg)]

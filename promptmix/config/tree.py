@@ -10,7 +10,16 @@ from typing import Any
 from yacs.config import CfgNode as CN
 
 from promptmix.config.core import get_cfg_default
-from promptmix.config.declare import Setting, all_declared, all_defaults, all_keys, declare, parse_sum, retired_from, shown
+from promptmix.config.declare import (
+    Setting,
+    all_declared,
+    all_defaults,
+    all_values,
+    declare,
+    parse_sum,
+    retired_from,
+    shown,
+)
 from promptmix.config.names import named_tree
 from promptmix.config.yamlfile import read_yaml
 from promptmix.errors import ConfigError
@@ -142,11 +151,10 @@ def check_values(cfg: CN) -> None:
     """
     from promptmix.config.checks import check_pairs
 
-    declared, defaults = all_declared(cfg), all_defaults(cfg)
+    declared, defaults, given = all_declared(cfg), all_defaults(cfg), sources(cfg)
     undeclared = Setting("")  # a plugin's key: finite numbers and plain text at least
-    for key in all_keys(cfg):
-        value = get_key(cfg, key)
-        source = source_of(cfg, key)
+    for key, value in all_values(cfg):
+        source = given.get(key)
         if key in defaults:
             _coerce(key, value, defaults[key], source or "config")
         declared.get(key, undeclared).check(key, value, source)

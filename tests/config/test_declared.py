@@ -47,9 +47,9 @@ def is_in_range(value, setting: Setting) -> bool:
     )
 
 
-def set_and_check(key, value):
-    """Return the tree with ``value`` set, or None where it was refused as it should be."""
-    cfg = get_cfg()
+def set_and_check(key, value, cfg=None):
+    """Return the tree (a new one, or ``cfg``) with ``value`` set, or None where it was refused as it should be."""
+    cfg = get_cfg() if cfg is None else cfg
     try:
         merge_opts(cfg, [key, value], source="the test")
         check_values(cfg)
@@ -76,6 +76,7 @@ def test_any_value_is_in_range_or_refused(key, value):
 def test_values_around_the_bounds(key):
     cfg = get_cfg()
     setting, default = all_declared(cfg)[key], all_defaults(cfg)[key]
+    node, _, name = key.rpartition(".")
     assert setting.comment
     setting.check(key, default)
     bounds = [bound for bound in (setting.low, setting.high, setting.above, setting.below) if bound is not None]
@@ -84,9 +85,9 @@ def test_values_around_the_bounds(key):
     count = setting.length or 1
     for one in tried:
         for value in (one, [one] * count, tuple([one] * count), [one] * (count + 1), int(one) if one in bounds else one):
-            found = set_and_check(key, value)
-            if found is not None:
-                assert is_in_range(get_key(found, key), setting), (key, value)
+            if set_and_check(key, value, cfg) is not None:
+                assert is_in_range(get_key(cfg, key), setting), (key, value)
+            (get_key(cfg, node) if node else cfg)[name] = default
 
 
 @pytest.mark.parametrize("key", KEYS)
