@@ -25,7 +25,7 @@ COMMANDS: dict[str, str] = {
     "convert": "rename a checkpoint between our layout and that of the authors' code",
     "bench": "measure what is saved against the plain way, and compare two measurements",
     "estimate": "expected memory and time of a run, before it runs",
-    "cache": "list or clear the image features that are kept on disk",
+    "cache": "list or clear the features and decoded pictures that are kept on disk",
     "new-plugin": "write a package of your own that adds a router, another part, or a trainer",
     "completion": "print a script by which bash, zsh or tcsh completes commands and flags",
     "list": "show what is registered: trainers, data sets, backbones, plugins, ...",

@@ -1,4 +1,4 @@
-"""``promptmix cache``: what image features are kept on disk, and how to be rid of them."""
+"""``promptmix cache``: what features and decoded pictures are kept on disk, and how to be rid of them."""
 
 from __future__ import annotations
 
@@ -23,24 +23,27 @@ def run(args: argparse.Namespace) -> int:
     from tabulate import tabulate
 
     from promptmix.data.features.cache import FeatureCache, cache_folder
+    from promptmix.data.features.pictures import PictureCache, picture_folder
 
     if args.dir and ("\0" in args.dir or Path(args.dir).exists() and not Path(args.dir).is_dir()):
         raise UserError(f"--dir {args.dir}: is no folder; name the folder of the cache, or leave the flag out")
-    cache = FeatureCache(cache_folder(args.dir))
-    entries = cache.entries()
+    folder = cache_folder(args.dir)
+    caches = (FeatureCache(folder), PictureCache(picture_folder(args.dir)))
+    entries = [(cache.what, entry) for cache in caches for entry in cache.entries()]
     if args.action == "clear":
-        freed = cache.clear()
-        sys.stdout.write(f"removed {len(entries)} files ({freed / 1e6:.1f} MB) from {cache.folder}\n")
+        freed = sum(cache.clear() for cache in caches)
+        sys.stdout.write(f"removed {len(entries)} files ({freed / 1e6:.1f} MB) from {folder}\n")
         return 0
     rows = [
         (
             datetime.fromtimestamp(entry.used, timezone.utc).strftime("%Y-%m-%d %H:%M"),
             f"{entry.size / 1e6:.1f}",
+            what,
             harmless(entry.about),
         )
-        for entry in entries
+        for what, entry in entries
     ]
     if rows:
-        sys.stdout.write(tabulate(rows, ("last used (UTC)", "MB", "features of"), disable_numparse=True) + "\n")
-    sys.stdout.write(f"{len(rows)} files, {sum(entry.size for entry in entries) / 1e6:.1f} MB in {cache.folder}\n")
+        sys.stdout.write(tabulate(rows, ("last used (UTC)", "MB", "what", "of"), disable_numparse=True) + "\n")
+    sys.stdout.write(f"{len(rows)} files, {sum(entry.size for _, entry in entries) / 1e6:.1f} MB in {folder}\n")
     return 0

@@ -96,6 +96,9 @@ def _add_input(cfg: CN) -> None:
     _key(cfg, "INPUT.FEATURE_CACHE", True, comment)
     _key(cfg, "INPUT.FEATURE_CACHE_DIR", "", 'ours: folder; "" = PROMPTMIX_CACHE_DIR, else the user\'s cache folder')
     _key(cfg, "INPUT.FEATURE_CACHE_GB", 5.0, "ours: what was not used for longest goes first; 0 = no limit", low=0)
+    comment = "ours: decode training pictures once, into a folder beside the features; batches stay the same to the bit"
+    _key(cfg, "INPUT.PICTURE_CACHE", False, comment)
+    _key(cfg, "INPUT.PICTURE_CACHE_GB", 20.0, "ours: what was not used for longest goes first; 0 = no limit", low=0)
 
 
 def _add_data(cfg: CN) -> None:

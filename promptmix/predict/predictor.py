@@ -388,7 +388,7 @@ def forget_places(cfg: CfgNode, folder: Path, weights: str, descriptions: str) -
         config.merge_opts(cfg, [key, ""], source="predict")
     cfg.MODEL.INIT_WEIGHTS = cfg.RESUME = cfg.DATASET.ROOT = ""  # the checkpoint holds every learned tensor
     cfg.OUTPUT_DIR = str(folder)
-    cfg.INPUT.FEATURE_CACHE, cfg.INPUT.FEATURE_CACHE_DIR = False, ""
+    cfg.INPUT.FEATURE_CACHE, cfg.INPUT.FEATURE_CACHE_DIR, cfg.INPUT.PICTURE_CACHE = False, "", False
 
 
 def read_result(folder: Path) -> RunResult:

@@ -8,7 +8,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from yacs.config import CfgNode
 
 from promptmix.data.base import reading_of
 from promptmix.data.datum import Datum
-from promptmix.errors import DataError, UserError
+from promptmix.errors import DataError, OutputError, UserError
 from promptmix.files.digests import digest_of
 from promptmix.utils import atomic_write, get_logger
 
@@ -31,7 +31,10 @@ from promptmix.utils import atomic_write, get_logger
 _VERSION = 3
 _SUFFIX = ".safetensors"
 #: Keys of INPUT that change no pixel.
-_NO_PIXELS = ("CACHED_VIEWS", "FEATURE_CACHE", "FEATURE_CACHE_DIR", "FEATURE_CACHE_GB")
+_NO_PIXELS = (
+    *("CACHED_VIEWS", "FEATURE_CACHE", "FEATURE_CACHE_DIR", "FEATURE_CACHE_GB"),
+    *("PICTURE_CACHE", "PICTURE_CACHE_GB"),
+)
 #: What reading a file may raise. safetensors opens it twice, and the second time torch does, with an error of its own.
 _UNREADABLE = (OSError, RuntimeError, SafetensorError)
 _hashes: WeakKeyDictionary[nn.Module, tuple[int, str]] = WeakKeyDictionary()
@@ -86,6 +89,9 @@ class FeatureCache:
         limit_gb: size limit in 10^9 bytes; 0 keeps everything.
     """
 
+    what = "features"
+    limit_key = "INPUT.FEATURE_CACHE_GB"
+
     def __init__(self, folder: Path, limit_gb: float = 0.0) -> None:
         self.folder, self.limit = folder, limit_gb * 1e9
 
@@ -106,14 +112,18 @@ class FeatureCache:
             tensors = load_file(path)
             with safe_open(path, framework="pt") as file:
                 stated = (file.metadata() or {}).get("digest")
-            reason = "it was changed after it was written" if stated != _digest(key, tensors) else _misfit(tensors, shapes or {})
+            reason = (
+                "it was changed after it was written"
+                if stated != content_digest(key, tensors)
+                else _misfit(tensors, shapes or {})
+            )
         except FileNotFoundError:  # removed meanwhile
             return None
         except _UNREADABLE as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
         if reason:
             if path.exists():
-                get_logger().warning("Cached features in %s are not used and made anew: %s", path, reason)
+                get_logger().warning("Cached %s in %s are not used and made anew: %s", self.what, path, reason)
                 _remove(path)
             return None
         with contextlib.suppress(OSError):  # removed meanwhile, or a folder that others fill
@@ -131,14 +141,29 @@ class FeatureCache:
         plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         size = sum(tensor.nbytes for tensor in plain.values())
         if self.limit and size > self.limit:
-            get_logger().info("Features (%.1f GB) exceed INPUT.FEATURE_CACHE_GB and are not kept", size / 1e9)
+            get_logger().info("Features (%.1f GB) exceed %s and are not kept", size / 1e9, self.limit_key)
             return
+        note = {"about": about, "digest": content_digest(key, plain)}
+        self.write(key, lambda path: save_file(plain, path, metadata=note))
+
+    def write(self, key: str, make: Callable[[Path], None]) -> None:
+        """Have ``make`` write the file of ``key``; a disk that takes no more only costs the saving, and says so.
+
+        Args:
+            key: what tells the content from all others.
+            make: gets the temporary path and writes the whole file there, with its digest.
+
+        Raises:
+            UserError: ``make`` raised it.
+        """
         target = self.folder / (key + _SUFFIX)
-        note = {"about": about, "digest": _digest(key, plain)}
         try:
-            atomic_write(target, lambda path: save_file(plain, path, metadata=note))
+            atomic_write(target, make)
         except (OSError, SafetensorError) as error:  # safetensors wraps what the system says
-            get_logger().warning("Features can't be kept in %s (%s)", self.folder, getattr(error, "strerror", None) or error)
+            if isinstance(error, UserError) and not isinstance(error, OutputError):
+                raise
+            reason = getattr(error, "strerror", None) or error
+            get_logger().warning("%s can't be kept in %s (%s)", self.what.capitalize(), self.folder, reason)
             return
         self._shrink(target)
 
@@ -182,7 +207,7 @@ class FeatureCache:
                 total -= size
 
 
-def _digest(key: str, tensors: Mapping[str, Tensor]) -> str:
+def content_digest(key: str, tensors: Mapping[str, Tensor]) -> str:
     """Return the digest of a file's tensors together with its key, so that one file can't take another's place."""
     return digest_of({"key": key, "tensors": dict(sorted(tensors.items()))})
 

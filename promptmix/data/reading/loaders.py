@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-__all__ = ["TrainLoader", "end_quietly", "seed_streams", "streams_kept"]
+__all__ = ["ReadyLoader", "TrainLoader", "end_quietly", "seed_streams", "streams_kept"]
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,20 @@ class _Batch:
     indices: list[int]
 
 
-class TrainLoader(DataLoader[Any]):
+class ReadyLoader(DataLoader[Any]):
+    """A loader that calls its data set's ``make_ready``, where it has one, before anything is read."""
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        self._make_ready()
+        return super().__iter__()
+
+    def _make_ready(self) -> None:
+        make_ready: Callable[[], None] | None = getattr(self.dataset, "make_ready", None)
+        if make_ready:
+            make_ready()
+
+
+class TrainLoader(ReadyLoader):
     """A loader whose batches and whose effect on torch's generator are the same for any number of workers.
 
     It takes what ``DataLoader`` takes, with a batch size. ``persistent_workers`` keeps workers from pass to pass;
@@ -75,6 +88,7 @@ class TrainLoader(DataLoader[Any]):
         super().__init__(*args, **options)
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        self._make_ready()
         seed = int(torch.empty((), dtype=torch.int64).random_(generator=self.generator))
         order = list(self.batch_sampler or ())
         if not self.persistent_workers:

@@ -15,8 +15,9 @@ from yacs.config import CfgNode
 
 from promptmix.data.base import DatasetBase, build_dataset, reading_of
 from promptmix.data.datum import Datum
+from promptmix.data.features.pictures import kept_pictures
 from promptmix.data.reading.images import read_image
-from promptmix.data.reading.loaders import TrainLoader, end_quietly
+from promptmix.data.reading.loaders import ReadyLoader, TrainLoader, end_quietly
 from promptmix.data.reading.samplers import build_sampler
 from promptmix.data.reading.transforms import INTERPOLATION_MODES, build_transform
 from promptmix.errors import ConfigError, DataError
@@ -50,6 +51,7 @@ class DatasetWrapper(Dataset[dict[str, Any]]):
         self.k_tfm: int = cfg.DATALOADER.K_TRANSFORMS if is_train else 1
         self.return_img0: bool = cfg.DATALOADER.RETURN_IMG0
         self.reading = reading_of(cfg)
+        self.kept = kept_pictures(cfg, data_source, transform) if is_train else None
         if self.k_tfm > 1 and transform is None:
             raise ConfigError(f"DATALOADER.K_TRANSFORMS is {self.k_tfm}, but there is no transform to repeat")
         # For img0, the picture without augmentation.
@@ -64,19 +66,31 @@ class DatasetWrapper(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.data_source)
 
+    def make_ready(self) -> None:
+        """Do what is done once for all workers, before they start: decode the pictures (``INPUT.PICTURE_CACHE``)."""
+        if self.kept:
+            self.kept.open()
+
     def __getitem__(self, idx: int) -> dict[str, Any]:
         item = self.data_source[idx]
-        img0 = read_image(item.impath, self.reading)
+        img0, todo = self._read(item.impath)
         output: dict[str, Any] = {"label": item.label, "domain": item.domain, "impath": item.impath, "index": idx}
-        if self.transform is None:
+        if todo is None:
             output["img"] = img0
         else:
-            several = self.transform if isinstance(self.transform, list | tuple) else [self.transform]
+            several = todo if isinstance(todo, list | tuple) else [todo]
             for number, transform in enumerate(several, start=1):
                 output["img" if number == 1 else f"img{number}"] = self._transform_image(transform, img0)
         if self.return_img0:
             output["img0"] = self.to_tensor(img0)
         return output
+
+    def _read(self, path: str) -> tuple[Any, Transforms]:
+        """Return a picture and what is still to be done to it."""
+        kept = self.kept.picture(path) if self.kept else None
+        if self.kept and kept is not None:
+            return kept, self.kept.rest
+        return read_image(path, self.reading), self.transform
 
     def _transform_image(self, tfm: Transform, img0: Any) -> Any:  # noqa: ANN401
         """Return one transformed copy, or a list of ``K_TRANSFORMS``."""
@@ -143,7 +157,7 @@ def build_data_loader(
     if is_train and (streams or stays):
         loader = TrainLoader(dataset, sample_streams=streams, **options)
     else:
-        loader = DataLoader(dataset, **options)
+        loader = (ReadyLoader if getattr(dataset, "kept", None) else DataLoader)(dataset, **options)
     if not len(loader):
         raise DataError(f"{sampler_type}: no whole batch of {batch_size} in {len(data_source)} items; lower BATCH_SIZE")
     return loader
