@@ -1,38 +1,105 @@
-"""Suite ``data``: decoding, reading and transforming pictures, against reading their features from the cache."""
+"""Suite ``data``: decoding, reading and transforming pictures, against decoded ones and against their features from the cache."""
 
 from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch.utils.data import DataLoader, Dataset
 from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms import v2
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from yacs.config import CfgNode
 
 from promptmix.bench.measure import Row, measure
 from promptmix.bench.world import World, draw
-from promptmix.data import read_image
+from promptmix.data import Datum, build_data_loader, read_image
+from promptmix.data.reading.transforms import INTERPOLATION_MODES, build_transform
+
+_PIXELS = 224
+_BATCH = 25
+#: What is done to training pictures: with the whole picture needed in each epoch, and with a first step without chance.
+_TRAINING = {
+    "crop at random, flip": ("random_resized_crop", "random_flip", "normalize"),
+    "resize, flip": ("random_flip", "normalize"),
+}
 
 
 def run(world: World, args: Namespace) -> list[Row]:
-    """Return two rows: decoding alone; and an epoch without workers (plain), with them, and from cached views."""
+    """Return rows: decoding; training pictures at 224 pixels; an epoch without workers, with them, and from cached views."""
 
     def epoch(*opts: object) -> Callable[[], None]:
-        trainer = world.trainer("CoOp", args.pictures, "DATALOADER.TRAIN_X.BATCH_SIZE", 25, *opts)
+        trainer = world.trainer("CoOp", args.pictures, "DATALOADER.TRAIN_X.BATCH_SIZE", _BATCH, *opts)
         trainer.before_train()
-        list(trainer.train_loader_x)  # workers that stay are started once
-
-        def read() -> None:
-            for _ in trainer.train_loader_x:
-                pass
-
-        return read
+        return _reading(trainer.train_loader_x)
 
     ways = {"plain": epoch()}
     for workers in args.workers:
         ways[f"{workers} workers"] = epoch("DATALOADER.NUM_WORKERS", workers)
     ways["ours, cached views"] = epoch("INPUT.CACHED_VIEWS", 1, "INPUT.FEATURE_CACHE_DIR", str(world.folder / "cache"))
-    return [_decoding(world, args), Row(f"an epoch over {args.pictures} JPEGs without learning", measure(ways, args.repeats))]
+    whole = Row(f"an epoch over {args.pictures} JPEGs without learning", measure(ways, args.repeats))
+    return [_decoding(world, args), *(_training(world, args, *case) for case in _TRAINING.items()), whole]
+
+
+def _reading(loader: DataLoader[Any]) -> Callable[[], None]:
+    """Return what reads an epoch of ``loader``, after a first one, so that workers that stay and files are there."""
+
+    def read() -> None:
+        for _ in loader:
+            pass
+
+    read()
+    return read
+
+
+def _training(world: World, args: Namespace, work: str, names: tuple[str, ...]) -> Row:
+    """Compare ways from different JPEGs of 500 x 375 pixels to batches for training, in this process."""
+    items = [Datum(path, 0, 0, "thing") for path in draw(world.folder / "different", args.pictures)]
+
+    def ours(*opts: object) -> Callable[[], None]:
+        cfg = world.config("CoOp", "INPUT.TRANSFORMS", names, "INPUT.SIZE", (_PIXELS, _PIXELS), *opts)
+        tfm = build_transform(cfg, is_train=True)
+        return _reading(build_data_loader(cfg, "RandomSampler", items, batch_size=_BATCH, tfm=tfm, is_train=True))
+
+    ways = {
+        "exact (plain)": ours(),
+        "ours, INPUT.PICTURE_CACHE": ours("INPUT.PICTURE_CACHE", True, "INPUT.FEATURE_CACHE_DIR", str(world.folder / "cache")),
+        "torchvision: decode_image, v2": _reading(_torchvision(world.config("CoOp"), items, names)),
+    }
+    costs = measure(ways, args.repeats)
+    rated = {f"{name}{_rate(args.pictures, cost.seconds)}": cost for name, cost in costs.items()}
+    return Row(f"{args.pictures} training pictures at {_PIXELS} pixels: {work}", rated)
+
+
+def _rate(pictures: int, seconds: float | None) -> str:
+    return f": {pictures / seconds:,.0f} a second" if seconds else ""
+
+
+def _torchvision(cfg: CfgNode, items: list[Datum], names: tuple[str, ...]) -> DataLoader[Any]:
+    """Return torch's loader over torchvision's decoder and its transforms of bytes, as its own training recipes have them.
+
+    Its resizing rounds otherwise than Pillow's, so that its numbers are others.
+    """
+    size, mode = [_PIXELS, _PIXELS], INTERPOLATION_MODES[cfg.INPUT.INTERPOLATION]
+    crop = v2.RandomResizedCrop(size, interpolation=mode, antialias=True)
+    first = crop if "random_resized_crop" in names else v2.Resize(size, interpolation=mode, antialias=True)
+    last = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(cfg.INPUT.PIXEL_MEAN, cfg.INPUT.PIXEL_STD)]
+    transform = v2.Compose([first, v2.RandomHorizontalFlip(), *last])
+    return DataLoader(_Files([item.impath for item in items], transform), batch_size=_BATCH, shuffle=True)
+
+
+class _Files(Dataset[torch.Tensor]):
+    def __init__(self, paths: list[str], transform: v2.Compose) -> None:
+        self.paths, self.transform = paths, transform
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        picture: torch.Tensor = self.transform(decode_image(self.paths[index], ImageReadMode.RGB))
+        return picture
 
 
 def _decoding(world: World, args: Namespace) -> Row:
