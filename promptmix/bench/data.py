@@ -63,9 +63,12 @@ def _training(world: World, args: Namespace, work: str, names: tuple[str, ...]) 
         tfm = build_transform(cfg, is_train=True)
         return _reading(build_data_loader(cfg, "RandomSampler", items, batch_size=_BATCH, tfm=tfm, is_train=True))
 
+    kept = ("INPUT.FEATURE_CACHE_DIR", str(world.folder / "cache"))
     ways = {
         "exact (plain)": ours(),
-        "ours, INPUT.PICTURE_CACHE": ours("INPUT.PICTURE_CACHE", True, "INPUT.FEATURE_CACHE_DIR", str(world.folder / "cache")),
+        "ours, INPUT.PICTURE_CACHE": ours("INPUT.PICTURE_CACHE", True, *kept),
+        "ours, INPUT.PIPELINE fast": ours("INPUT.PIPELINE", "fast"),
+        "ours, both": ours("INPUT.PIPELINE", "fast", "INPUT.PICTURE_CACHE", True, *kept),
         "torchvision: decode_image, v2": _reading(_torchvision(world.config("CoOp"), items, names)),
     }
     costs = measure(ways, args.repeats)

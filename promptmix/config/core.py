@@ -18,6 +18,7 @@ TRANSFORMS = (
 #: ``open`` has the pictures of ``all``; the model counts as trained on the base classes.
 CLASSES = ("all", "base", "new", "open")
 READINGS = ("benchmark", "upright")
+PIPELINES = ("exact", "fast")
 INTERPOLATIONS = ("bilinear", "bicubic", "nearest")
 SAMPLERS = ("RandomSampler", "SequentialSampler", "RandomDomainSampler", "SeqDomainSampler", "RandomClassSampler")
 OPTIMIZERS = ("adam", "amsgrad", "sgd", "rmsprop", "radam", "adamw")
@@ -96,6 +97,8 @@ def _add_input(cfg: CN) -> None:
     _key(cfg, "INPUT.FEATURE_CACHE", True, comment)
     _key(cfg, "INPUT.FEATURE_CACHE_DIR", "", 'ours: folder; "" = PROMPTMIX_CACHE_DIR, else the user\'s cache folder')
     _key(cfg, "INPUT.FEATURE_CACHE_GB", 5.0, "ours: what was not used for longest goes first; 0 = no limit", low=0)
+    comment = "ours: fast: training pictures through torchvision's kernels, large JPEGs decoded smaller; other numbers"
+    _key(cfg, "INPUT.PIPELINE", "exact", comment, choices=PIPELINES)
     comment = "ours: decode training pictures once, into a folder beside the features; batches stay the same to the bit"
     _key(cfg, "INPUT.PICTURE_CACHE", False, comment)
     _key(cfg, "INPUT.PICTURE_CACHE_GB", 20.0, "ours: what was not used for longest goes first; 0 = no limit", low=0)

@@ -163,6 +163,8 @@ def running(
         if before is not None and getattr(trainer, "start_epoch", 0) >= getattr(trainer, "max_epoch", 1) > 0:
             result.metrics = before.metrics | result.metrics  # it had ended, and was only tested again
         result.approximations = list(getattr(trainer, "approximations", ()))
+        if cfg.INPUT.PIPELINE == "fast":
+            result.approximations.append("INPUT.PIPELINE fast: training pictures are read and augmented with other numbers")
         if unknown:
             result.approximations.append(f"RESUME: goes on from {cfg.RESUME}, whose settings are not known")
         elif getattr(trainer, "start_epoch", 0) and not getattr(trainer, "resumed_exactly", True):

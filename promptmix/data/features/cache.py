@@ -30,10 +30,10 @@ from promptmix.utils import atomic_write, get_logger
 #: Raised when a file's meaning changes, so that old files are passed over.
 _VERSION = 3
 _SUFFIX = ".safetensors"
-#: Keys of INPUT that change no pixel.
+#: Keys of INPUT that change no pixel, or only through the transform, which is told beside them.
 _NO_PIXELS = (
     *("CACHED_VIEWS", "FEATURE_CACHE", "FEATURE_CACHE_DIR", "FEATURE_CACHE_GB"),
-    *("PICTURE_CACHE", "PICTURE_CACHE_GB"),
+    *("PICTURE_CACHE", "PICTURE_CACHE_GB", "PIPELINE"),
 )
 #: What reading a file may raise. safetensors opens it twice, and the second time torch does, with an error of its own.
 _UNREADABLE = (OSError, RuntimeError, SafetensorError)

@@ -27,6 +27,7 @@ from yacs.config import CfgNode
 from promptmix.data.base import reading_of
 from promptmix.data.datum import Datum
 from promptmix.data.features.cache import FeatureCache, cache_folder, content_digest, items_hash
+from promptmix.data.reading.fast import FastTransform
 from promptmix.data.reading.images import read_image
 from promptmix.errors import DataError
 from promptmix.utils import get_logger
@@ -114,6 +115,7 @@ class KeptPictures:
         rest: what is left to do to it, after ``steps``.
         threads: that decode.
         name: of the data set, for people.
+        fast: reads pictures instead of the exact way.
     """
 
     def __init__(
@@ -125,9 +127,10 @@ class KeptPictures:
         rest: Any,  # noqa: ANN401  (whatever a data set takes for a transform)
         threads: int,
         name: str,
+        fast: FastTransform | None = None,
     ) -> None:
         self.cache, self.reading, self.steps, self.rest = cache, reading, tuple(steps), rest
-        self.threads, self.name = threads, name
+        self.threads, self.name, self.fast = threads, name, fast
         self.items = list({item.impath: item for item in items}.values())
         self.places: dict[str, tuple[int, int, int]] = {}  # path -> first byte, height, width
         self._key = ""
@@ -154,14 +157,21 @@ class KeptPictures:
 
     def picture(self, path: str) -> Image.Image | None:
         """Return a picture after ``steps``, or None where it is not kept."""
+        pixels = self.pixels(path)
+        if pixels is None:
+            return None
+        return Image.frombuffer("RGB", pixels.shape[1::-1], pixels, "raw", "RGB", 0, 1)
+
+    def pixels(self, path: str) -> np.ndarray | None:
+        """Return a picture's bytes (height, width, 3), which nobody may write to, or None where it is not kept."""
         place = self.places.get(path)
         if place is None:
             return None
         if self._pixels is None and not self._map():  # in a process that was not forked, and gone meanwhile
             return None
         begin, height, width = place
-        pixels = self._pixels[begin : begin + height * width * 3]
-        return Image.frombuffer("RGB", (width, height), pixels, "raw", "RGB", 0, 1)
+        found: np.ndarray = self._pixels[begin : begin + height * width * 3].reshape(height, width, 3)
+        return found
 
     def _map(self) -> bool:
         stored = self.cache.get(self._key, {"sizes": (len(self.items), 2)})
@@ -178,6 +188,8 @@ class KeptPictures:
                 yield from pool.map(self._decode, self.items[start : start + _AT_ONCE])
 
     def _decode(self, item: Datum) -> np.ndarray:
+        if self.fast:
+            return self.fast.read(item.impath, self.reading).permute(1, 2, 0).numpy()
         picture: Any = read_image(item.impath, self.reading)
         for step in self.steps:
             picture = step(picture)
@@ -186,6 +198,7 @@ class KeptPictures:
     def _make_key(self) -> str:
         decoders = [pil_version, *(features.version(name) for name in ("jpg", "webp", "libtiff")), torchvision.__version__]
         parts = [_VERSION, items_hash(self.items), self.reading, [repr(step) for step in self.steps], decoders]
+        parts += [self.fast.reads] if self.fast else []
         return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:40]
 
 
@@ -228,4 +241,5 @@ def kept_pictures(cfg: CfgNode, items: Sequence[Datum], transform: Any) -> KeptP
     # The picture without augmentation is made of the whole one.
     steps, rest = ((), transform) if cfg.DATALOADER.RETURN_IMG0 else split_transform(transform)
     threads = max(1, cfg.DATALOADER.NUM_WORKERS)
-    return KeptPictures(cache, items, reading_of(cfg), steps, rest, threads, cfg.DATASET.NAME)
+    fast = transform if isinstance(transform, FastTransform) and not cfg.DATALOADER.RETURN_IMG0 else None
+    return KeptPictures(cache, items, reading_of(cfg), steps, rest, threads, cfg.DATASET.NAME, fast)

@@ -16,6 +16,7 @@ from yacs.config import CfgNode
 from promptmix.data.base import DatasetBase, build_dataset, reading_of
 from promptmix.data.datum import Datum
 from promptmix.data.features.pictures import kept_pictures
+from promptmix.data.reading.fast import FastTransform
 from promptmix.data.reading.images import read_image
 from promptmix.data.reading.loaders import ReadyLoader, TrainLoader, end_quietly
 from promptmix.data.reading.samplers import build_sampler
@@ -87,6 +88,10 @@ class DatasetWrapper(Dataset[dict[str, Any]]):
 
     def _read(self, path: str) -> tuple[Any, Transforms]:
         """Return a picture and what is still to be done to it."""
+        if isinstance(self.transform, FastTransform) and not self.return_img0:  # img0 is made as ever
+            pixels = self.kept.pixels(path) if self.kept else None
+            fast = self.transform.read(path, self.reading) if pixels is None else torch.from_numpy(pixels).permute(2, 0, 1)
+            return fast, self.transform
         kept = self.kept.picture(path) if self.kept else None
         if self.kept and kept is not None:
             return kept, self.kept.rest

@@ -15,6 +15,7 @@ from torchvision.transforms.functional import InterpolationMode
 from yacs.config import CfgNode
 
 from promptmix.config.core import TRANSFORMS as CHOICES
+from promptmix.data.reading.fast import FastTransform
 from promptmix.data.reading.randaugment import RandAugment, RandAugment2, RandAugmentFixMatch
 from promptmix.errors import ConfigError
 from promptmix.registry import closest
@@ -130,7 +131,7 @@ class GaussianNoise:
         return img + torch.randn(img.size()) * self.std + self.mean
 
 
-def build_transform(cfg: CfgNode, is_train: bool = True, choices: Sequence[str] | None = None) -> T.Compose | None:
+def build_transform(cfg: CfgNode, is_train: bool = True, choices: Sequence[str] | None = None) -> Transform | None:
     """Build the transform for training or evaluation.
 
     Args:
@@ -142,7 +143,7 @@ def build_transform(cfg: CfgNode, is_train: bool = True, choices: Sequence[str] 
         A transform from a PIL picture to a tensor (3, H, W), or None with ``INPUT.NO_TRANSFORM``.
 
     Raises:
-        ConfigError: a name or interpolation is unknown.
+        ConfigError: a name or interpolation is unknown, or ``INPUT.PIPELINE fast`` knows no way to do it.
     """
     if cfg.INPUT.NO_TRANSFORM:
         get_logger().info("Note: no transform is applied!")
@@ -155,6 +156,10 @@ def build_transform(cfg: CfgNode, is_train: bool = True, choices: Sequence[str] 
     if cfg.INPUT.INTERPOLATION not in INTERPOLATION_MODES:
         known = ", ".join(INTERPOLATION_MODES)
         raise ConfigError(f"INPUT.INTERPOLATION is {cfg.INPUT.INTERPOLATION!r}, but must be one of: {known}")
+    if is_train and cfg.INPUT.get("PIPELINE", "exact") == "fast":  # a real Dassl's tree lacks it
+        fast = FastTransform(cfg.INPUT, names, INTERPOLATION_MODES[cfg.INPUT.INTERPOLATION])
+        get_logger().info("Building transform_train\n+ %s", fast)
+        return fast
     steps = _train_steps(cfg.INPUT, names) if is_train else _test_steps(cfg.INPUT)
     steps += tensor_steps(cfg.INPUT, names, is_train)
     title = "Building transform_train" if is_train else "Building transform_test"
