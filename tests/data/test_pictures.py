@@ -13,7 +13,7 @@ from PIL import Image
 
 from promptmix.cli import main
 from promptmix.config import get_cfg_default
-from promptmix.data import Datum, build_data_loader
+from promptmix.data import Datum, build_data_loader, read_image
 from promptmix.data.features.cache import cache_folder
 from promptmix.data.features.pictures import PictureCache, split_transform
 from promptmix.data.reading.transforms import build_transform
@@ -238,3 +238,37 @@ def test_the_command_lists_and_clears_pictures(loader, tmp_path, capsys):
     assert "pictures" in shown and "Toy, 11 training pictures" in shown and "1 files, 0.1 MB" in shown
     assert main(["cache", "clear", "--dir", str(folder)]) == 0
     assert "removed 1 files (0.1 MB)" in capsys.readouterr().out and not files(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes are forked, so that torch is imported once")
+def test_processes_that_decode_at_once_and_a_killed_one_leave_one_whole_file(loader, items, tmp_path):
+    context = multiprocessing.get_context("fork")
+    killed = context.Process(target=_killed_while_it_writes, args=(loader(True).dataset,))
+    killed.start()
+    killed.join()
+    (left,) = files(tmp_path)
+    assert killed.exitcode == 7 and left.suffix == ".tmp"
+    found = context.Queue()
+    processes = [context.Process(target=_compare, args=(loader(True).dataset, items, found)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    assert [found.get(timeout=60) for _ in processes] == [True] * 3
+    for process in processes:
+        process.join()
+    assert [path.suffix for path in files(tmp_path)] == [".tmp", ".safetensors"]  # what is left goes after a day
+
+
+def _killed_while_it_writes(data):
+    decode, seen = data.kept._decode, []
+
+    def dying(item):
+        seen.append(item)
+        return decode(item) if len(seen) < 5 else os._exit(7)
+
+    data.kept._decode = dying
+    data.make_ready()
+
+
+def _compare(data, items, found):
+    data.make_ready()
+    found.put(all(data.kept.picture(item.impath).tobytes() == read_image(item.impath).tobytes() for item in items))
