@@ -1,12 +1,15 @@
 """``promptmix bench kill``: runs that are killed at random moments and started again, against the same runs unbroken.
 
-Each trial takes one way to train (with or without augmentation, cached views, the best validated model, checkpoints in between),
-kills it by SIGKILL, SIGTERM or SIGINT a few times, each time with another number of workers, and lets it end. Then every
-checkpoint and every number must be those of the unbroken run bit for bit, and nothing else may be left.
+Each trial takes one way to train (with or without augmentation, cached views, the best validated model, checkpoints in between)
+through one command (``train``, ``run``, ``sweep`` on this machine or on Ray), kills it by SIGKILL, SIGTERM or SIGINT a few times,
+each time with another number of workers, and lets it end. Then every checkpoint and every number must be those of the unbroken
+run bit for bit, and nothing else may be left.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import multiprocessing
 import os
@@ -24,13 +27,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from promptmix.engine.checkpoint import load_checkpoint
 from promptmix.errors import UserError
-from promptmix.runs.results import CONFIG_NAME, FILE_NAME
+from promptmix.runs.results import FILE_NAME
 
-__all__ = ["Trial", "differences", "run", "trials"]
+__all__ = ["COMMANDS", "Trial", "differences", "run", "trials"]
 
+#: Commands that train; ``ray`` is a sweep with ``--backend ray``.
+COMMANDS = ("train", "run", "sweep", "ray")
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 #: What a run may differ in and be the same: when and where it ran, and with how many workers.
 _NOT_COMPARED = ("started", "finished", "seconds", "peak_memory_mb", "command", "config", "config_sources", "checkpoint")
@@ -62,27 +68,27 @@ def run(args: Namespace, folder: Path) -> int:
     if args.kills < 1:
         raise UserError(f"--kills is {args.kills}, but must be at least 1")
     failed = 0
-    for method in args.methods:
+    for command, method in itertools.product(args.through, args.methods):
         done = Counter[str]()
-        for trial in trials(method, args.kills, folder / method, args):
+        for trial in trials(method, args.kills, folder / command / method, args, command):
             done["runs"] += 1
             done["kills"] += len(trial.kills)
             done["equal"] += len(trial.kills) if not trial.wrong else 0
             done.update(trial.kills)
             if trial.wrong:
                 failed += 1
-                shown = f"{method}, {' '.join(trial.way)}, {', '.join(trial.kills)}"
+                shown = f"{command} {method}, {' '.join(trial.way)}, {', '.join(trial.kills)}"
                 sys.stdout.write(f"DIFFERS: {shown}: {'; '.join(trial.wrong[:5])}\n")
             sys.stdout.flush()
         kinds = ", ".join(f"{done[name]} {name}" for name in sorted({one.name for one in SIGNALS}))
         sys.stdout.write(
-            f"{method}: {done['kills']} kills ({kinds}) in {done['runs']} runs, {done['equal']} resumed bit for bit\n"
+            f"{command} {method}: {done['kills']} kills ({kinds}) in {done['runs']} runs, {done['equal']} resumed bit for bit\n"
         )
         sys.stdout.flush()
     return int(failed > 0)
 
 
-def trials(method: str, kills: int, folder: Path, args: Namespace) -> Iterator[Trial]:
+def trials(method: str, kills: int, folder: Path, args: Namespace, command: str = "train") -> Iterator[Trial]:
     """Yield trials of a method until ``kills`` kills have hit.
 
     Args:
@@ -90,17 +96,19 @@ def trials(method: str, kills: int, folder: Path, args: Namespace) -> Iterator[T
         kills: how many.
         folder: where runs go; made.
         args: ``epochs``, ``shots``, ``threads``, ``workers`` and ``seed`` of the trials.
+        command: one of ``COMMANDS``.
     """
     draw = random.Random(f"{method} {args.seed}")
+    start = functools.partial(_start, command, method, args)
     unbroken: dict[tuple[str, ...], tuple[Path, float]] = {}
-    can_cache = _ends(method, _settings(**{"INPUT.CACHED_VIEWS": 1}), folder / "views", args)
+    can_cache = _ends(_start("train", method, args, _settings(**{"INPUT.CACHED_VIEWS": 1}), folder / "views"))
     hits = number = 0
     while hits < kills:
         way = _way(draw, args, can_cache)
         if way not in unbroken:
             place, begin = folder / f"whole{len(unbroken)}", time.monotonic()
-            if not _ends(method, way, place, args):
-                raise UserError(f"bench kill: {method} {' '.join(way)} can't run even unbroken; try it with `promptmix train`")
+            if not _ends(start(way, place)):
+                raise UserError(f"bench kill: {method} {' '.join(way)} can't {command} even unbroken; try it by itself")
             unbroken[way] = place, time.monotonic() - begin
         whole, seconds = unbroken[way]
         place, number = folder / f"trial{number}", number + 1
@@ -108,7 +116,7 @@ def trials(method: str, kills: int, folder: Path, args: Namespace) -> Iterator[T
         wrong: list[str] = []
         wanted = min(draw.randint(1, 3), kills - hits)
         while len(found) < wanted:
-            child = _start(method, way, place, args, draw.choice(args.workers))
+            child = start(way, place, draw.choice(args.workers))
             child.join(draw.uniform(0, seconds))
             if child.exitcode is not None:
                 break  # it ended before it was hit
@@ -118,7 +126,7 @@ def trials(method: str, kills: int, folder: Path, args: Namespace) -> Iterator[T
             found.append(hit.name)
             if child.exitcode not in (0, -hit, 128 + hit):  # it may have ended in time, or not have begun to listen
                 wrong.append(f"{hit.name} ended it with {child.exitcode}")
-        if not _ends(method, way, place, args, draw.choice(args.workers)):
+        if not _ends(start(way, place, draw.choice(args.workers))):
             wrong.append("it could not go on")
         hits += len(found)
         if found:
@@ -142,25 +150,47 @@ def _way(draw: random.Random, args: Namespace, can_cache: bool) -> tuple[str, ..
     )
 
 
-def _ends(method: str, way: tuple[str, ...], place: Path, args: Namespace, workers: int = 0) -> bool:
-    """Run to the end; tell whether all went well."""
-    child = _start(method, way, place, args, workers)
+def _ends(child: BaseProcess) -> bool:
+    """Let a run end; tell whether all went well."""
     child.join()
     return child.exitcode == 0
 
 
-def _start(method: str, way: tuple[str, ...], place: Path, args: Namespace, workers: int) -> BaseProcess:
+def _start(command: str, method: str, args: Namespace, way: tuple[str, ...], place: Path, workers: int = 0) -> BaseProcess:
     """Start a run, or go on with it, in a process that has imported everything already."""
-    sizes = _settings(**{"OPTIM.MAX_EPOCH": args.epochs, "DATASET.NUM_SHOTS": args.shots, "DATALOADER.NUM_WORKERS": workers})
-    config = f"configs/trainers/{method}/tiny.yaml"
-    argv = ["train", "--config-file", config, "--trainer", method, "--seed", "1", "--output-dir", str(place), "--device", "cpu"]
-    # Of their own, so that some are cold when a run is killed.
-    cache = ("INPUT.FEATURE_CACHE_DIR", str(place) + "-features")
+    # The cache is the run's own, so that some are cold when a run is killed.
+    more = {"DATALOADER.NUM_WORKERS": workers, "OPTIM.MAX_EPOCH": args.epochs, "INPUT.FEATURE_CACHE_DIR": f"{place}-features"}
+    argv = _argv(command, method, str(args.shots), place, (*_settings(**more), *way))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
-    child = context.Process(target=_work, args=([*argv, *sizes, *way, *cache], args.threads))
+    child = context.Process(target=_work, args=(argv, args.threads))
     child.start()
     return child
+
+
+def _argv(command: str, method: str, shots: str, place: Path, settings: tuple[str, ...]) -> list[str]:
+    """Return the arguments of ``promptmix`` that train into ``place``."""
+    config = f"configs/trainers/{method}/tiny.yaml"
+    if command == "train":
+        where = ["--seed", "1", "--output-dir", str(place), "--device", "cpu"]
+        return ["train", "--config-file", config, "--trainer", method, *where, *settings, "DATASET.NUM_SHOTS", shots]
+    if command == "run":
+        what = ["--trainer", method, "--datasets", "EmojiFamilies", "--shots", shots, "--seeds", "1", "--config-file", config]
+        return ["run", "base-to-new", *what, "--output-dir", str(place), "--device", "cpu", *settings]
+    plan = {
+        "output": str(place),
+        "protocols": ["base-to-new"],
+        "trainers": [method],
+        "datasets": ["EmojiFamilies"],
+        "seeds": [1, 2],
+        "shots": [int(shots)],
+        "set": dict(zip(settings[::2], settings[1::2], strict=True)),
+        "device": "cpu",
+    }
+    file = Path(f"{place}.yaml")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(yaml.safe_dump(plan), encoding="utf-8")
+    return ["sweep", str(file), "--jobs", "2", "--threads", "1", "--backend", "ray" if command == "ray" else "local"]
 
 
 def _work(argv: list[str], threads: int) -> None:
@@ -179,36 +209,32 @@ def _work(argv: list[str], threads: int) -> None:
 
 
 def differences(whole: Path, broken: Path) -> list[str]:
-    """Say how two run folders differ: in a tensor or value of a checkpoint, a number of the result, or the files there are."""
-    found: list[str] = []
-    names = {place: sorted(_checkpoints(place)) for place in (whole, broken)}
-    if names[whole] != names[broken]:
-        found.append(f"checkpoints {', '.join(names[broken])} instead of {', '.join(names[whole])}")
-    for name in sorted(set(names[whole]) & set(names[broken])):
-        if (whole / name).name == "checkpoint":
-            same = (whole / name).read_bytes() == (broken / name).read_bytes()
-        else:
-            same = _same(load_checkpoint(whole / name), load_checkpoint(broken / name))
-        found += [] if same else [f"{name} differs"]
-    if not (broken / FILE_NAME).is_file():
-        return [*found, f"no {FILE_NAME}"]
-    one, other = (json.loads((place / FILE_NAME).read_text(encoding="utf-8")) for place in (whole, broken))
-    found += [
-        f"{key}: {other.get(key)!r} instead of {one[key]!r}"
-        for key in one
-        if key not in _NOT_COMPARED and one[key] != other.get(key)
-    ]
-    known = {FILE_NAME, CONFIG_NAME, "tensorboard", *(name.partition("/")[0] for name in names[whole])}
-    left = [path.name for path in broken.iterdir() if path.name not in known and not path.name.startswith("log.txt")]
-    left += [path.name for path in broken.glob("*/.*")]
-    left += [path.name for path in broken.parent.glob(f".{broken.name}*")]
+    """Say how two trees of runs differ: in a tensor or value of a checkpoint, a number of a result, or the files there are."""
+    ours, theirs = _files(whole), _files(broken)
+    found = [f"missing: {', '.join(sorted(ours - theirs))}"] if ours - theirs else []
+    for name in sorted(ours & theirs):
+        one, other = whole / name, broken / name
+        if ".pth.tar" in one.name:
+            found += [] if _same(load_checkpoint(one), load_checkpoint(other)) else [f"{name} differs"]
+        elif one.name == "checkpoint":
+            found += [] if one.read_bytes() == other.read_bytes() else [f"{name} differs"]
+        elif one.name == FILE_NAME:
+            found += [f"{name}: {line}" for line in _other_numbers(one, other)]
+    left = [*sorted(theirs - ours), *(path.name for path in broken.parent.glob(f".{broken.name}*"))]
     return found + ([f"left behind: {', '.join(left)}"] if left else [])
 
 
-def _checkpoints(place: Path) -> Iterator[str]:
-    for pattern in ("*/*.pth.tar*", "*/checkpoint"):
-        for path in place.glob(pattern):
-            yield str(path.relative_to(place))
+def _files(place: Path) -> set[str]:
+    """Return the files below ``place``, without those that every start of a run adds: logs and tensorboard's events."""
+    every = {path.relative_to(place) for path in place.rglob("*") if path.is_file()}
+    return {str(path) for path in every if "tensorboard" not in path.parts and not path.name.startswith("log.txt")}
+
+
+def _other_numbers(whole: Path, broken: Path) -> list[str]:
+    """Say in which fields two ``results.json`` differ that should be equal."""
+    one, other = (json.loads(path.read_text(encoding="utf-8")) for path in (whole, broken))
+    changed = [key for key in one if key not in _NOT_COMPARED and one[key] != other.get(key)]
+    return [f"{key} is {other.get(key)!r} instead of {one[key]!r}" for key in changed]
 
 
 def _same(one: Any, other: Any) -> bool:  # noqa: ANN401  (what a checkpoint holds)

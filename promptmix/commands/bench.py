@@ -60,6 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--methods", "--trainer", nargs="+", default=["CoOp", "MoCoOp"], metavar="NAME", help=shown)
     add("--epochs", type=int, default=5, help="run, kill: epochs of each run")
     add("--shots", type=int, default=16, help="run, kill: pictures per class")
+    shown = "kill: commands that are killed; ray is a sweep there (default: train)"
+    add("--through", nargs="+", choices=("train", "run", "sweep", "ray"), default=["train"], help=shown)
     add("--kills", type=int, default=20, metavar="N", help="kill: how many for each method")
     add("--seed", type=int, default=0, help="kill: of the moments and settings")
     add("--minutes", type=float, default=8.0, help="gpu: after which nothing new is begun")

@@ -12,26 +12,27 @@ from promptmix.utils import read_json, write_json
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals")
-@pytest.mark.parametrize("method", ["CoOp", "PromptSRC"])
-def test_killed_runs_end_as_the_unbroken_one(method, tmp_path):
+@pytest.mark.parametrize(("command", "method"), [("train", "PromptSRC"), ("run", "CoOp"), ("sweep", "CoOp")])
+def test_killed_runs_end_as_the_unbroken_one(command, method, tmp_path):
     args = Namespace(epochs=3, shots=1, threads=1, workers=[0, 1], seed=os.getpid())
-    trials = list(kill.trials(method, 1, tmp_path, args))
+    trials = list(kill.trials(method, 1, tmp_path, args, command))
     assert sum(len(trial.kills) for trial in trials) == 1
     assert [trial for trial in trials if trial.wrong] == []
     whole, broken = tmp_path / "whole0", trials[0].place
     assert kill.differences(whole, broken) == []
 
     # What the comparison is worth.
-    (path,) = broken.glob("prompt_learner/model.pth.tar-3")
+    path = next(broken.rglob("prompt_learner/model.pth.tar-3"))
     checkpoint = load_checkpoint(path)
     next(iter(checkpoint["state_dict"].values())).view(-1)[0] += 1e-7
     save_plain(checkpoint, path)
-    result = read_json(broken / "results.json")
+    record = path.parent.parent / "results.json"
+    result = read_json(record)
     result["metrics"]["test"]["accuracy"] += 1e-9
-    write_json(result, broken / "results.json")
+    write_json(result, record)
     (broken / "progress.pth").write_text("")
     (broken.parent / f".{broken.name}.lock").write_text("")
     found = kill.differences(whole, broken)
-    assert [line.split(" ")[0] for line in found] == ["prompt_learner/model.pth.tar-3", "metrics:", "left"]
+    assert [line.split(" ")[0].rpartition("/")[2] for line in found] == ["model.pth.tar-3", "results.json:", "left"]
     assert f"progress.pth, .{broken.name}.lock" in found[-1]
     assert not kill._same(torch.zeros(2), torch.zeros(2).double()) and not kill._same({"a": 1}, {"a": 1.0})
