@@ -111,6 +111,9 @@ def _dispatch(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         sys.stdout.write(_overview())
         return 0 if arguments else 2
+    nul = next((word for word in arguments if "\0" in word), None)
+    if nul is not None:  # a shell hands none over, a program that calls us may
+        raise UserError(f"argument {nul!r} holds a NUL character, which no name, path or value has; leave it out")
     name, *rest = arguments
     if name == "--version":
         sys.stdout.write(f"promptmix {__version__}\n")

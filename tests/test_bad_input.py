@@ -66,8 +66,12 @@ def train(pictures, tmp_path):
         (["--model-dir", "x"], ["--model-dir is for --eval-only"]),
         (["--head", "mlp"], ["MODEL.HEAD.NAME is 'mlp' (set by --head)"]),
         (["TRAINER.PROMPTSRC.PREC", "fp16"], ["TRAINER.PREC (fp32, amp or bf16)"]),
-        (["OPTIM.LR", "1e38", "OPTIM.NAME", "sgd", "OPTIM.MAX_EPOCH", "3"], ["infinite or NaN", "lower OPTIM.LR"]),
+        (["OPTIM.LR", "1e30", "OPTIM.NAME", "sgd", "OPTIM.MAX_EPOCH", "3"], ["infinite or NaN", "lower OPTIM.LR"]),
         (["OPTIM.NEW_LAYERS", "('bank',)"], ["STAGED_LR"]),
+        (["OPTIM.LR", "1e38"], ["OPTIM.LR is 1e+38", "1e+30 or less"]),
+        (["OPTIM.MOMENTUM", "2"], ["OPTIM.MOMENTUM is 2.0", "1 or less"]),
+        (["--threads", "9" * 12], ["--threads is 999999999999", "from 1 to 4096"]),
+        (["--plugin", "a\0b"], ["NUL character", "leave it out"]),
         (["INPUT.SIZE", "(64.5, 64.5)"], ["each item must be a int"]),
         (["DATASET.ROOT", "~nobody-of-this-name/x"], ["no folder"]),
         (["--no-plugin", "nobody"], ["is not installed"]),
@@ -80,6 +84,30 @@ def test_train_refuses(train, capsys, more, words):
 def test_a_size_that_does_not_fit_leaves_nothing(train, tmp_path, capsys):
     fails(capsys, [*train, "INPUT.SIZE", "(32, 32)"])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["prompt_learner", "tensorboard"])
+def test_a_run_does_not_write_through_links(train, tmp_path, capsys, name):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).symlink_to(tmp_path / "elsewhere")
+    fails(capsys, train, f"{name} is a link to another folder", "remove the link")
+    assert not list((tmp_path / "elsewhere").iterdir())
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [name]
+
+
+def test_the_config_of_a_run_that_was_cut_off(train, tmp_path, capsys):
+    (tmp_path / "out" / "prompt_learner").mkdir(parents=True)
+    (tmp_path / "out" / "prompt_learner" / "checkpoint").write_text("model.pth.tar-1\n")
+    for text in ("", "[1]", "DATASET: 5", "a: b: c", "TRAINER: {NAME: 5}"):
+        (tmp_path / "out" / "run_config.yaml").write_text(text)
+        fails(capsys, train, "run_config.yaml")
+
+
+def test_commands_say_what_they_would_pass_over(train, capsys):
+    fails(capsys, ["estimate", *train[1:], "--eval-only"], "--eval-only is for a test")
+    run = ["run", "few-shot", "--trainer", "CoOp", "--datasets", "EmojiFamilies"]
+    fails(capsys, [*run, "--seeds", "1", "2", "1"], "CoOp EmojiFamilies 16 shots seed 1 is there twice")
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,16 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from promptmix.commands.train import set_threads
+from promptmix.config.flags import check_count
 from promptmix.errors import UserError
 
 if TYPE_CHECKING:
     from promptmix.bench.measure import Row
 
 #: Suite to its module in ``promptmix.bench``.
+#: Flags that count something: at least one of it.
+_COUNTS = ("classes", "prompts", "pictures", "epochs", "shots", "kills")
 SUITES = {"text": "text", "step": "step", "eval": "evaluate", "data": "data", "startup": "startup", "run": "wholerun"}
 RECORD = "benchmarks/ci_flops.json"
 STEPS = ("CoOp:4:100", "CoOp:32:100", "CoCoOp:4:50", "MaPLe:4:100")
@@ -83,13 +87,13 @@ def run(args: argparse.Namespace) -> int:
         return _show(args)
     if args.files:
         raise UserError(f"bench {args.suite} takes no file, but got {args.files[0]}; --json FILE writes one")
-    if args.threads < 1:
-        raise UserError(f"--threads is {args.threads}, but must be at least 1")
+    for flag in _COUNTS:
+        check_count(f"--{flag.replace('_', '-')}", getattr(args, flag), most=10**6)
+    set_threads(args.threads)
     import torch
 
     from promptmix.plugin_manager import get_plugin_manager
 
-    torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     get_plugin_manager()
     with tempfile.TemporaryDirectory(prefix="promptmix-bench-") as folder:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from promptmix.config.flags import check_count
 from promptmix.errors import DataError, UserError
 from promptmix.files.text import csv_cell, harmless, json_text
 
@@ -60,8 +61,7 @@ def run(args: argparse.Namespace) -> int:
         UserError: none of the pictures can be read, or the run can't be loaded.
     """
     for flag, number in (("--top", args.top), ("--batch-size", args.batch_size)):
-        if number < 1:
-            raise UserError(f"{flag} is {number}, but must be at least 1")
+        check_count(flag, number, most=10**6)
     if not 0 <= args.threshold <= 1:
         raise UserError(f"--threshold is {args.threshold}, but must be a probability from 0 to 1")
     names, temperature = class_names(args.classnames), _temperature(args.temperature)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from promptmix.errors import UserError
+from promptmix.commands.train import set_threads
 
 CONFIG = "configs/quickstart.yaml"
 
@@ -29,14 +29,10 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: something that can't be done.
     """
-    import torch
-
     from promptmix.commands.run import run_all
     from promptmix.runs.protocols import Job
 
-    if args.threads < 1:
-        raise UserError(f"--threads is {args.threads}, but must be at least 1")
-    torch.set_num_threads(args.threads)
+    set_threads(args.threads)
     jobs = [
         Job(
             protocol="base-to-new",

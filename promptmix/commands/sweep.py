@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from promptmix.config.flags import check_count
 from promptmix.errors import UserError
 from promptmix.files.links import open_own
 
@@ -63,6 +64,8 @@ def run(args: argparse.Namespace) -> int:
     if plan.slurm and args.backend != "slurm":
         plan.slurm.clear()
     options = _options(args, plan)
+    if Path(plan.output).exists() and not Path(plan.output).is_dir():
+        raise UserError(f"output {plan.output} is no folder; choose another in the sweep file")
     for job in plan.jobs:
         check(job)
     if args.dry_run:
@@ -86,8 +89,7 @@ def _options(args: argparse.Namespace, plan: Sweep) -> Options:
     from promptmix.runs.backends import Options, cpus
 
     for flag, number in (("--jobs", args.jobs), ("--threads", args.threads)):
-        if number is not None and number < 1:
-            raise UserError(f"{flag} is {number}, but must be at least 1")
+        check_count(flag, number)
     import torch
 
     gpus = 0 if all(job.device == "cpu" for job in plan.jobs) else torch.cuda.device_count()

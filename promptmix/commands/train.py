@@ -6,8 +6,8 @@ import argparse
 import re
 from typing import TYPE_CHECKING, Any
 
-from promptmix.config.flags import make_config
-from promptmix.errors import ConfigError, UserError
+from promptmix.config.flags import check_count, make_config
+from promptmix.errors import ConfigError
 
 if TYPE_CHECKING:
     from yacs.config import CfgNode
@@ -164,8 +164,7 @@ def set_threads(number: int | None) -> None:
     """Set PyTorch's CPU threads, where a number is given."""
     if number is None:
         return
-    if number < 1:
-        raise UserError(f"--threads is {number}, but must be at least 1")
+    check_count("--threads", number)
     import torch
 
     torch.set_num_threads(number)

@@ -29,6 +29,7 @@ STEPS = ("eager", "compiled", "cuda_graph")
 DEVICES = ("auto", "cpu", "cuda")
 
 _SHARE = {"low": 0, "high": 1}
+_RATE = {"low": 0, "high": 1e30}  # Adam divides by as little as 1 - beta, which 32 bits must hold
 _MANY = 2**31 - 1  # a count that no run reaches; more is a slip of the keyboard
 
 
@@ -174,9 +175,9 @@ def _add_model(cfg: CN) -> None:
 
 def _add_training(cfg: CN) -> None:
     _key(cfg, "OPTIM.NAME", "adam", "optimizer", choices=OPTIMIZERS)
-    _key(cfg, "OPTIM.LR", 0.0003, "learning rate", low=0)
-    _key(cfg, "OPTIM.WEIGHT_DECAY", 5e-4, "of every learned tensor", low=0)
-    _key(cfg, "OPTIM.MOMENTUM", 0.9, "sgd, rmsprop", low=0)
+    _key(cfg, "OPTIM.LR", 0.0003, "learning rate", **_RATE)
+    _key(cfg, "OPTIM.WEIGHT_DECAY", 5e-4, "of every learned tensor", **_RATE)
+    _key(cfg, "OPTIM.MOMENTUM", 0.9, "sgd, rmsprop", **_SHARE)
     _key(cfg, "OPTIM.SGD_DAMPNING", 0, "sgd: dampening, in Dassl's spelling", low=0, high=_MANY)
     _key(cfg, "OPTIM.SGD_NESTEROV", False, "sgd: Nesterov's momentum")
     _key(cfg, "OPTIM.RMSPROP_ALPHA", 0.99, "rmsprop: smoothing", **_SHARE)
@@ -185,15 +186,15 @@ def _add_training(cfg: CN) -> None:
     _key(cfg, "OPTIM.ADAM_EPS", 1e-8, "adam, amsgrad, radam, adamw: added to the root of the second moment", above=0)
     _key(cfg, "OPTIM.STAGED_LR", False, "True: layers outside NEW_LAYERS learn at LR * BASE_LR_MULT")
     _key(cfg, "OPTIM.NEW_LAYERS", (), "names of layers", items=str)
-    _key(cfg, "OPTIM.BASE_LR_MULT", 0.1, "see STAGED_LR", low=0)
+    _key(cfg, "OPTIM.BASE_LR_MULT", 0.1, "see STAGED_LR", **_RATE)
     _key(cfg, "OPTIM.LR_SCHEDULER", "single_step", "learning rate over the epochs", choices=SCHEDULES)
     _key(cfg, "OPTIM.STEPSIZE", (-1,), "epochs; single_step: below 1 = MAX_EPOCH", items=int, low=-1, high=_MANY)
-    _key(cfg, "OPTIM.GAMMA", 0.1, "factor of a step", low=0)
+    _key(cfg, "OPTIM.GAMMA", 0.1, "factor of a step", **_RATE)
     _key(cfg, "OPTIM.MAX_EPOCH", 10, "epochs", low=1, high=_MANY)
     _key(cfg, "OPTIM.WARMUP_EPOCH", -1, "epochs; below 1 = no warm-up", low=-1, high=_MANY)
     _key(cfg, "OPTIM.WARMUP_TYPE", "linear", "learning rate over the warm-up", choices=WARMUPS)
-    _key(cfg, "OPTIM.WARMUP_CONS_LR", 1e-5, "constant: its learning rate", low=0)
-    _key(cfg, "OPTIM.WARMUP_MIN_LR", 1e-5, "linear: learning rate of the first epoch", low=0)
+    _key(cfg, "OPTIM.WARMUP_CONS_LR", 1e-5, "constant: its learning rate", **_RATE)
+    _key(cfg, "OPTIM.WARMUP_MIN_LR", 1e-5, "linear: learning rate of the first epoch", **_RATE)
     _key(cfg, "OPTIM.WARMUP_RECOUNT", True, "the schedule after the warm-up counts from 0")
 
     _key(cfg, "TRAIN.CHECKPOINT_FREQ", 0, "epochs between checkpoints; below 1 = only the last", low=-1, high=_MANY)

@@ -8,7 +8,7 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from promptmix.config.names import named_configs, named_tree
-from promptmix.errors import ConfigError
+from promptmix.errors import ConfigError, UserError
 from promptmix.registry import closest
 
 if TYPE_CHECKING:
@@ -17,6 +17,21 @@ if TYPE_CHECKING:
 
 #: Keys that say something about one data set, which no other inherits from a file.
 OF_ONE_DATASET = ("DATASET.SOURCE_DOMAINS", "DATASET.TARGET_DOMAINS", "DATASET.SUBSAMPLE_CLASSES")
+
+
+def check_count(flag: str, number: int | None, most: int = 4096) -> None:
+    """Refuse a flag's number of threads, jobs, pictures or the like that can't be one.
+
+    Args:
+        flag: its name.
+        number: what was given; None = nothing.
+        most: the largest that makes sense.
+
+    Raises:
+        UserError: it is below 1 or above ``most``.
+    """
+    if number is not None and not 1 <= number <= most:
+        raise UserError(f"{flag} is {number}, but must be from 1 to {most}")
 
 
 def resolve_config(path: str) -> Path:

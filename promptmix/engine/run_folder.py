@@ -150,6 +150,19 @@ class RunFolder:
         """Remove what an interrupted training would go on from: it has ended."""
         self.progress.unlink(missing_ok=True)
 
+    def refuse_links(self) -> None:
+        """Refuse to write through links: what looks like a folder of this run may be another one elsewhere.
+
+        Raises:
+            UserError: there is one.
+        """
+        for entry in self.path.glob("*"):
+            if entry.is_symlink() and not entry.is_file():
+                raise UserError(
+                    f"{entry} is a link to another folder, and a run writes into its own only; "
+                    "remove the link, or choose another --output-dir"
+                )
+
     def tidy(self) -> None:
         """Remove half-written files that a killed run left; only for who is ``alone`` here."""
         for folder in (self.path, *(entry for entry in self.path.glob("*") if entry.is_dir() and not entry.is_symlink())):

@@ -23,6 +23,7 @@ from torch import Tensor
 from yacs.config import CfgNode
 
 from promptmix import config
+from promptmix.config.checks import check_templates
 from promptmix.config.declare import shown
 from promptmix.config.places import places_of_parts
 from promptmix.data.reading.images import READINGS, as_rgb, read_bytes, read_image
@@ -309,7 +310,7 @@ class Predictor:
         """Load the checkpoint that the run was tested with, or that of ``epoch``."""
         tested = self.result.checkpoint or {}
         if tested:
-            epoch = tested["epoch"] if epoch is None else epoch
+            epoch = tested.get("epoch") if epoch is None else epoch
             folder = Path(tested["directory"])
         self._trainer.load_model(str(folder), epoch=epoch)
 
@@ -402,11 +403,18 @@ def read_result(folder: Path) -> RunResult:
         raise DataError(f"no {path}; name the output folder of a run that finished")
     result = results.load(path)
     names = result.vocabulary.get("classnames")
-    if names and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-        raise DataError(f"{path}: vocabulary.classnames must be a list of names; test that run again with --eval-only")
     if not names:
         raise DataError(f"{path} has no class names (an older promptmix wrote it); test that run again with --eval-only")
+    for key in ("templates", "all_classnames"):
+        if not result.vocabulary.get(key):
+            raise DataError(f"{path}: vocabulary has no {key}; test that run again with --eval-only")
+    for key, templates in (("templates", result.vocabulary["templates"]), *_groups(result.vocabulary)):
+        check_templates(f"{path}: vocabulary.{key}", templates)
     return result
+
+
+def _groups(vocabulary: dict[str, Any]) -> list[tuple[str, list[str]]]:
+    return [("template_groups", group) for group in vocabulary.get("template_groups", [])]
 
 
 def _without_data(cfg: CfgNode, vocabulary: dict[str, Any]) -> Any:  # noqa: ANN401

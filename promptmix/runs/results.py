@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import contextlib
 import json
-import math
 import os
 import platform
 import re
@@ -19,6 +18,7 @@ from typing import Any
 
 from promptmix.engine.league import LABELLED
 from promptmix.errors import DataError, UserError
+from promptmix.runs.checked import check_fields
 from promptmix.version import __version__
 
 SCHEMA_VERSION = 1
@@ -219,12 +219,14 @@ def load(path: str | Path) -> RunResult:
         if not Path(path).is_file() or Path(path).stat().st_size > _MOST_BYTES:
             raise ValueError(f"no file, or more than {_MOST_BYTES:,} bytes")
         tree = json.loads(Path(path).read_text(encoding="utf-8"))
-        schema = int(tree["schema_version"])
+        schema = tree["schema_version"]
+        if type(schema) is not int:
+            raise TypeError(f"schema_version is a {type(schema).__name__}, not a number")
         if schema > SCHEMA_VERSION:
             raise DataError(f"{path} has schema version {schema}, this promptmix reads up to {SCHEMA_VERSION}; upgrade it")
         known = {entry.name for entry in fields(RunResult)}
         result = RunResult(**{key: value for key, value in tree.items() if key in known} | {"source": str(path)})
-        _check_types(result)
+        check_fields(result)
         return result
     except DataError:
         raise
@@ -232,33 +234,6 @@ def load(path: str | Path) -> RunResult:
         raise DataError(
             f"{path} is not a results file of promptmix ({type(error).__name__}: {error}); remove it or name another folder"
         ) from error
-
-
-def _check_types(result: RunResult) -> None:
-    """Refuse values of another kind than ours, which would fail far from here.
-
-    Raises:
-        TypeError: there is one; the message names the field.
-    """
-    plain = RunResult("", "")
-    for entry in fields(RunResult):
-        value, usual = getattr(result, entry.name), getattr(plain, entry.name)
-        optional = value is None and "None" in str(entry.type)
-        kind = {"checkpoint": dict, "learned_parameters": int, "step_gflops": float, "commit": str}.get(entry.name, type(usual))
-        if not optional and (not isinstance(value, kind) or isinstance(value, bool)):
-            raise TypeError(f"{entry.name} is a {type(value).__name__}, not a {kind.__name__}")
-    for name in ("command", "replay", "source_domains", "target_domains", "approximations"):
-        if not all(isinstance(item, str) for item in getattr(result, name)):
-            raise TypeError(f"{name} holds something besides text")
-    for split, numbers in result.metrics.items():
-        if not isinstance(numbers, dict) or not all(_is_number(value) for value in numbers.values()):
-            raise TypeError(f"metrics of {split!r} are no finite numbers")
-    if not all(value is None or _is_number(value) for value in (*result.seconds.values(), *result.peak_memory_mb.values())):
-        raise TypeError("seconds or peak_memory_mb hold something besides numbers")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def find(directory: str | Path, test_log: bool = False) -> tuple[list[RunResult], list[str]]:
@@ -359,7 +334,7 @@ def from_log(path: str | Path) -> RunResult | None:
         return None
     try:
         run = RunResult.from_config(_printed_config(banner.group(1)))
-        _check_types(run)
+        check_fields(run)
     except (KeyError, TypeError, ValueError, IndexError):
         return None
     run.metrics = metrics

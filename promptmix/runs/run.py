@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from yacs.config import CfgNode as CN
 
 from promptmix import config
+from promptmix.config.yamlfile import read_yaml
 from promptmix.cost import memory
 from promptmix.cost.estimate import step_gflops
 from promptmix.engine import SimpleTrainer, build_trainer, collect_env_info, set_random_seed
@@ -27,6 +27,7 @@ from promptmix.hookspecs import hookimpl
 from promptmix.plugin_manager import get_plugin_manager
 from promptmix.registry import TRAINER_REGISTRY
 from promptmix.runs import results, samples
+from promptmix.runs.checked import check_fields
 from promptmix.runs.from_run import replay_of, take_from_run
 from promptmix.runs.hub import place_of
 from promptmix.runs.output import Output
@@ -135,6 +136,7 @@ def running(
             refuse_other_run(result, folder.path, eval_only)
             if cfg.RESUME and not eval_only:
                 unknown = refuse_other_run(result, Path(cfg.RESUME), eval_only, "--resume ")
+            folder.refuse_links()
             folder.tidy()
         before = None if no_train else finished(cfg)
         _seed(cfg)
@@ -200,9 +202,13 @@ def refuse_other_run(new: RunResult, folder: Path, eval_only: bool, flag: str = 
     if (folder / FILE_NAME).is_file():
         old = results.load(folder / FILE_NAME)
     elif (folder / CONFIG_NAME).is_file() and RunFolder(folder).has_trained():  # cut off, with something to resume
-        old = RunResult.from_config(yaml.safe_load((folder / CONFIG_NAME).read_text(encoding="utf-8")))
+        old = _begun(folder / CONFIG_NAME)
     else:
         return True
+    if not old.config:
+        if flag:
+            return True
+        raise UserError(f"{folder} holds a run whose settings are not known; choose another --output-dir, or remove that folder")
     pairs = [(name, value, new.identity()[name]) for name, value in old.identity().items()]
     if not eval_only:
         # MAX_EPOCH too: schedules and averages follow from it, so that neither fewer nor more epochs are a part of the same run.
@@ -213,6 +219,22 @@ def refuse_other_run(new: RunResult, folder: Path, eval_only: bool, flag: str = 
             remedy = "resume with the same settings" if flag else "choose another --output-dir, or remove that folder"
             raise UserError(f"{flag}{folder} holds another run ({name} is {theirs} there, {mine} here); {remedy}")
     return False
+
+
+def _begun(path: Path) -> RunResult:
+    """Read what a run that was cut off had been asked to do.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    try:
+        result = RunResult.from_config(plain(read_yaml(path)))
+        check_fields(result)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} is not the config of a run ({type(error).__name__}: {error}); choose another --output-dir, or remove it"
+        ) from error
+    return result
 
 
 def _refuse_other_method(new: RunResult, model_dir: str, learner: Any) -> None:  # noqa: ANN401  (a Dassl trainer's model)

@@ -60,6 +60,7 @@ class Row:
         train_seconds: seconds of training, over the runs that trained.
         gflops: operations of a training step, in 10^9.
         league: what the method sees, see ``promptmix.engine.league``.
+        approximations: what some of its runs did otherwise than the method says (see ``RunResult``).
         runs: ``base``, ``new`` or ``test`` to the run of each seed.
     """
 
@@ -81,4 +82,5 @@ class Row:
     train_seconds: Cell | None = None
     gflops: float | None = None
     league: str = LABELLED
+    approximations: tuple[str, ...] = ()
     runs: dict[str, dict[Any, RunResult]] = field(default_factory=dict)

@@ -24,7 +24,7 @@ from tabulate import tabulate, tabulate_formats
 
 from promptmix.engine.league import note_on, rank
 from promptmix.errors import UserError
-from promptmix.files.text import csv_cell, json_text, table_cell
+from promptmix.files.text import csv_cell, harmless, json_text, table_cell
 from promptmix.registry import closest
 from promptmix.runs.results import RunResult
 from promptmix.tables import origins
@@ -96,6 +96,7 @@ def averages(rows: list[Row], metrics: list[str], ci95: bool = False) -> list[Ro
         label = f"{trained_on} → average of {len(names)}" if trained_on else f"average of {len(names)}"
         mean = Row(method, label, protocol, shots, backbone, settings, min(row.started for row in same))
         mean.trained_on, mean.averages, mean.league = trained_on, names, same[0].league
+        mean.approximations = tuple(sorted({text for row in same for text in row.approximations}))
         mean.seeds = sorted(set.intersection(*(set(row.seeds) for row in same)))
         for metric in metrics:
             _average(mean, same, metric, ci95)
@@ -156,14 +157,13 @@ def spreads_in(rows: Iterable[Row]) -> list[str]:
 
 
 def _legend(rows: list[Row], fmt: str) -> list[str]:
-    """Return the line that says what ± is, as a comment where a format has its own language."""
+    """Return the lines that say what ± and stars are, as comments where a format has its own language."""
     kinds = spreads_in(rows)
-    if not kinds:
-        return []
-    text = f"± is {' or '.join(kinds)}"
+    texts = [f"± is {' or '.join(kinds)}"] if kinds else []
+    texts += [f"* {harmless(text)}" for text in dict.fromkeys(text for row in rows for text in row.approximations)]
     if "latex" in fmt:
-        return [f"% {text.replace('%', ' percent')}"]
-    return [f"<!-- {text} -->"] if "html" in fmt else [text]
+        return [f"% {text.replace('%', ' percent')}" for text in texts]
+    return [f"<!-- {text.replace('--', '- -')} -->" for text in texts] if "html" in fmt else texts
 
 
 def harmonic(base: float, new: float) -> float:
@@ -258,6 +258,9 @@ def _fill(row: Row, runs: list[RunResult], metrics: list[str], split: str, ci95:
             notes.append(f"{name}, {run.subsample_classes}, seed {seed}: the newest of several runs ({run.source})")
         part[seed] = run
     row.runs = dict(by_part)
+    row.approximations = tuple(
+        sorted({text for part in by_part.values() for run in part.values() for text in run.approximations})
+    )
     row.seeds = sorted({run.seed for part in by_part.values() for run in part.values()})
     row.learned = runs[0].learned_parameters
     row.gflops = next((run.step_gflops for run in runs if run.step_gflops is not None), None)
@@ -306,7 +309,7 @@ def _order(row: Row, sort: str, metrics: list[str]) -> tuple[Any, ...]:
 
 
 def _table(rows: list[Row], metrics: list[str], parts: tuple[str, ...], fmt: str, cost: bool) -> str:
-    columns: dict[str, list[str]] = {"Method": [row.method for row in rows], "Data set": [row.dataset for row in rows]}
+    columns: dict[str, list[str]] = {"Method": [_marked(row) for row in rows], "Data set": [row.dataset for row in rows]}
     several = {"Backbone": "backbone", "League": "league", "Settings": "settings"}
     for title, values in ((title, [getattr(row, name) for row in rows]) for title, name in several.items()):
         if len(set(values)) > 1:
@@ -333,6 +336,11 @@ def _table(rows: list[Row], metrics: list[str], parts: tuple[str, ...], fmt: str
     return tabulate(safe, headers="keys", tablefmt=fmt, disable_numparse=True, colalign=align)
 
 
+def _marked(row: Row) -> str:
+    """Return the method's name, with a star where some of its runs did otherwise than it says (the legend tells what)."""
+    return f"{row.method} *" if row.approximations else row.method
+
+
 def _published(row: Row, part: str) -> str:
     """Return the published number and how far ours is from it."""
     if part not in row.published:
@@ -352,11 +360,13 @@ def _long(rows: list[Row]) -> list[dict[str, Any]]:
         origin = "" if number is None else row.origin
         return {"published": number, "difference": difference, "origin": origin} if compared else {}
 
+    marked = any(row.approximations for row in rows)
     return [
         {key: getattr(row, key) for key in keys}
         | {"metric": metric, "part": part}
         | asdict(cell)
         | papers(row, metric, part, cell)
+        | ({"approximations": "; ".join(row.approximations)} if marked else {})
         for row in rows
         for (metric, part), cell in row.cells.items()
     ]

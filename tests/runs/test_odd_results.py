@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import typing
+from dataclasses import replace
 
 import pytest
 
 from promptmix.cli import main
-from promptmix.runs.results import RunResult
+from promptmix.errors import DataError
+from promptmix.runs.checked import check_fields
+from promptmix.runs.results import RunResult, load
 
 ODD = {
     "list": "[]",
@@ -19,6 +23,44 @@ ODD = {
     "seed": json.dumps({"schema_version": 1, "trainer": "A", "dataset": "x", "seed": "one"}),
     "newer": json.dumps({"schema_version": 99, "trainer": "A", "dataset": "x"}),
 }
+
+
+#: Field (dotted: a part of it) to values that it can't have.
+FIELDS = {
+    "schema_version": [True, "1", 1.0, None],
+    "seed": [1.5, True, 2**64, None],
+    "title": [None, 5, "a\0b"],
+    "metrics": [[], {"test": 5}, {"test": {"accuracy": True}}, {"test": {"accuracy": None}}],
+    "config": [[], {"DATASET": 5}, {"MODEL": {"BACKBONE": None}}, {"TRAINER": []}],
+    "config_sources": [{"SEED": 5}, {"SEED": []}],
+    "versions": [{"torch": 2}, None],
+    "command": ["promptmix", [1]],
+    "checkpoint": [{}, {"directory": 5}, {"directory": "a\0b"}, {"directory": "x", "epoch": "1"}, {"epoch": 1}, []],
+    "seconds": [{"train": "long"}, {"train": True}],
+    "peak_memory_mb": [{"rss": "x"}],
+    "learned_parameters": ["many", 1.5, True],
+    "approximations": ["text", [5]],
+    "vocabulary": [{"classnames": "ant"}, {"classnames": [1]}, {"templates": 5}, {"template_groups": ["a {}"]}, []],
+}
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_a_field_of_another_kind_is_named(tmp_path, field):
+    tree = {"schema_version": 1, "trainer": "A", "dataset": "x"}
+    path = tmp_path / "results.json"
+    for value in FIELDS[field]:
+        path.write_text(json.dumps(tree | {field: value}))
+        with pytest.raises(DataError, match=field) as caught:
+            load(path)
+        assert "not a results file of promptmix" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_every_field_has_a_type_that_is_checked():
+    run = RunResult("A", "x", metrics={"test": {"accuracy": 5}}, seconds={"train": 1}, peak_memory_mb={"cuda": None}, commit=None)
+    check_fields(run)
+    for name in typing.get_type_hints(RunResult):
+        with pytest.raises(TypeError, match=name):
+            check_fields(replace(run, **{name: object()}))
 
 
 @pytest.fixture
