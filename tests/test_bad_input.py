@@ -203,7 +203,7 @@ def test_predictions_for_odd_input(train, tmp_path, pictures, capsys):
     ):
         with pytest.raises(ConfigError, match=words):
             predictor.predict(picture, **options)
-    with pytest.raises(ConfigError, match="give paths or PIL pictures"):
+    with pytest.raises(ConfigError, match="give paths, PIL pictures"):
         predictor.predict([None])
     for run in (None, 3, b"out"):
         with pytest.raises(ConfigError, match="give the output folder"):

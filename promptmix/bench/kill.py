@@ -39,7 +39,17 @@ __all__ = ["COMMANDS", "Trial", "differences", "run", "trials"]
 COMMANDS = ("train", "run", "sweep", "ray")
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 #: What a run may differ in and be the same: when and where it ran, and with how many workers.
-_NOT_COMPARED = ("started", "finished", "seconds", "peak_memory_mb", "command", "config", "config_sources", "checkpoint")
+_NOT_COMPARED = (
+    "config_sources",
+    "started",
+    "finished",
+    "seconds",
+    "peak_memory_mb",
+    "command",
+    "replay",
+    "config",
+    "checkpoint",
+)
 _AUGMENT = "('random_resized_crop','random_flip','colorjitter','normalize')"
 _PRELOAD = ["open_clip", "torch.utils.tensorboard", "promptmix.runs.run", "promptmix.prompts.trainer"]
 

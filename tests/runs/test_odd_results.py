@@ -93,3 +93,15 @@ def test_a_foreign_file_beside_a_log_gives_way_to_the_log(good, capsys):
     shown = capsys.readouterr()
     assert "44.0" in shown.out
     assert "left out" not in shown.err
+
+
+@pytest.mark.parametrize("form", ["github", "latex", "csv"])
+def test_tables_mark_runs_that_did_otherwise(tmp_path, capsys, form):
+    told = "RESUME: goes on from elsewhere, whose settings are not known"
+    for name, texts in (("marked", [told]), ("plain", [])):
+        RunResult(name, "Dots", seed=1, metrics={"test": {"accuracy": 50.0}}, approximations=texts).save(tmp_path / name)
+    assert main(["parse", str(tmp_path), "--format", form]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(told in line for line in lines) == 1
+    starred = [line for line in lines if "marked *" in line]
+    assert len(starred) == (form != "csv") and not any("plain *" in line for line in lines)
