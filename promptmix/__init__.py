@@ -36,7 +36,7 @@ if (_CHECKOUT / "setup.py").is_file() and (_CHECKOUT / "trainers").is_dir():
     sys.meta_path.append(_Beside)
 
 
-def __getattr__(name: str) -> Any:  # noqa: ANN401
+def __getattr__(name: str) -> Any:
     """Import ``load`` when it is asked for: it brings torch, which ``promptmix --help`` does without."""
     if name == "load":
         from promptmix.predict import load

@@ -96,25 +96,25 @@ def validate_config(cfg: CfgNode) -> None:
 
 
 @hookspec
-def before_train(trainer: Any) -> None:  # noqa: ANN401
+def before_train(trainer: Any) -> None:
     """Fires before the first epoch, after a resume: look at ``trainer``, open what you log to."""
 
 
 @hookspec
-def after_epoch(trainer: Any) -> None:  # noqa: ANN401
+def after_epoch(trainer: Any) -> None:
     """Fires after each epoch, when checkpoints of it are written; ``trainer.epoch`` counts from 0."""
 
 
 @hookspec
-def after_test(trainer: Any, split: str, results: dict[str, float]) -> None:  # noqa: ANN401
+def after_test(trainer: Any, split: str, results: dict[str, float]) -> None:
     """Fires after each evaluation: ``results`` holds the evaluator's numbers in percent; add keys to have them recorded."""
 
 
 @hookspec
-def after_train(trainer: Any) -> None:  # noqa: ANN401
+def after_train(trainer: Any) -> None:
     """Fires once after training and its final test, also when training failed: close what you opened."""
 
 
 @hookspec
-def log_scalar(trainer: Any, tag: str, value: float, step: int | None) -> None:  # noqa: ANN401
+def log_scalar(trainer: Any, tag: str, value: float, step: int | None) -> None:
     """Fires for every scalar that a trainer reports (``train/loss``, ``test/accuracy``); ``step`` counts batches or epochs."""

@@ -1,4 +1,4 @@
-"""Loads plugins: the built-in rooms, installed packages, and what ``--plugin`` names. The only place that imports rooms.
+"""Loads plugins: the built-in packages, installed ones, and what ``--plugin`` names. Only here the built-in ones are imported.
 
 A plugin that fails takes nothing along: what it registered is taken back, its error names it and its file, and ``--no-plugin
 NAME`` or the environment variable ``PROMPTMIX_NO_PLUGIN`` (names with commas between) leaves it out.
@@ -30,7 +30,7 @@ __all__ = ["TRIALS", "check_plugins", "failed_plugins", "file_of", "get_plugin_m
 ENTRY_POINT_GROUP = "promptmix"
 #: Names of plugins to leave out, with commas between.
 SWITCH = "PROMPTMIX_NO_PLUGIN"
-_ROOMS = (
+_BUILT_IN = (
     "promptmix.trainers",
     "promptmix.plugins",
     "promptmix.data.datasets",
@@ -113,8 +113,8 @@ def get_plugin_manager() -> pluggy.PluginManager:
         return _Loaded.manager
     manager = pluggy.PluginManager("promptmix")
     manager.add_hookspecs(hookspecs)
-    for room in _ROOMS:
-        for module in _walk(importlib.import_module(room)):
+    for package in _BUILT_IN:
+        for module in _walk(importlib.import_module(package)):
             _register(manager, module, module.__name__)
     _Loaded.manager = manager  # what is checked next asks for it
     for name, package, load in _entry_points():

@@ -31,7 +31,7 @@ class Registry:
         self._entries: ChainMap[str, Any] = ChainMap({})
         self._plugins: dict[str, str] = {}  # name of an entry -> plugin that is not built in
 
-    def register(self, obj: Any = None, *, name: str | None = None, force: bool = False) -> Any:  # noqa: ANN401
+    def register(self, obj: Any = None, *, name: str | None = None, force: bool = False) -> Any:
         """Add ``obj`` under ``name`` (default: its ``__name__``); without ``obj``, return a decorator.
 
         Raises:
@@ -48,7 +48,7 @@ class Registry:
         self._entries[key] = obj
         return obj
 
-    def get(self, name: str) -> Any:  # noqa: ANN401
+    def get(self, name: str) -> Any:
         """Return the entry called ``name``.
 
         Raises:

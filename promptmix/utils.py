@@ -1,4 +1,4 @@
-"""Small helpers that several rooms need: files, seeds, versions, console messages."""
+"""Small helpers that several packages need: files, seeds, versions, console messages."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def listdir_nohidden(path: str | os.PathLike[str], sort: bool = False) -> list[s
     return sorted(names) if sort else names
 
 
-def tolist_if_not(x: Any) -> list[Any]:  # noqa: ANN401
+def tolist_if_not(x: Any) -> list[Any]:
     """Return ``x`` if it is a list, else a list with ``x`` in it."""
     return x if isinstance(x, list) else [x]
 
@@ -208,7 +208,7 @@ def read_text(path: str | os.PathLike[str], most: int = 64 * 2**20, encoding: st
         raise DataError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
 
 
-def read_json(fpath: str | os.PathLike[str]) -> Any:  # noqa: ANN401
+def read_json(fpath: str | os.PathLike[str]) -> Any:
     """Return the content of a JSON file.
 
     Raises:
@@ -222,7 +222,7 @@ def read_json(fpath: str | os.PathLike[str]) -> Any:  # noqa: ANN401
         raise DataError(f"{fpath} is not valid JSON ({error}); mend it or make it anew") from error
 
 
-def write_json(obj: Any, fpath: str | os.PathLike[str]) -> None:  # noqa: ANN401
+def write_json(obj: Any, fpath: str | os.PathLike[str]) -> None:
     """Write ``obj`` as JSON, whole or not at all; folders are made where missing."""
     text = json.dumps(obj, indent=4, ensure_ascii=False) + "\n"
     atomic_write(fpath, lambda path: path.write_text(text, encoding="utf-8"))

@@ -43,7 +43,7 @@ class CLIPLoRA(PromptTrainer):
         bank = LowRank(task, **low_rank)
         return Learner(task, bank, head=Cosine(task, bank, scale=100.0))
 
-    def build_scheduler(self, optimizer: torch.optim.Optimizer) -> Any:  # noqa: ANN401
+    def build_scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
         """Return a cosine over all steps, to 1e-6."""
         steps = self.max_epoch * max(len(self.train_loader_x or ()), 1)
         return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=1e-6)

@@ -89,7 +89,7 @@ class SharedAdapters(PromptBank):
     def actions(self, adapters: nn.ModuleDict, tower: TextTower | ImageTower) -> Mapping[int, LayerAction]:
         """Return what is added behind each adapted block of one tower."""
 
-        def added(layer: str, adapter: Any) -> LayerAction:  # noqa: ANN401
+        def added(layer: str, adapter: Any) -> LayerAction:
             norm, shared = tower.first_norm(int(layer) - 1), self.shared[layer]
 
             def after(x: Tensor, out: Tensor) -> Tensor:

@@ -162,7 +162,7 @@ class TwoSFS(PromptTrainer):
             Stage([both.classifier], 1 - share, enter=lambda: enter(True), begin=both.start),
         ]
 
-    def build_scheduler(self, optimizer: torch.optim.Optimizer) -> Any:  # noqa: ANN401
+    def build_scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
         """Return a cosine by step for each stage."""
         return self.stages.cosine(optimizer, LAST_RATE)
 

@@ -61,7 +61,7 @@ class OwnCrossEntropy(Loss):
         scores: a method of the head.
     """
 
-    def __init__(self, scores: Any, part: str = "ce") -> None:  # noqa: ANN401
+    def __init__(self, scores: Any, part: str = "ce") -> None:
         super().__init__()
         self._scores, self.part = (scores,), part  # not a submodule: the learner holds the head already
 

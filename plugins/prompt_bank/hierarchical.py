@@ -170,7 +170,7 @@ def _pooled(width: int, layers: int) -> tuple[nn.ModuleList, nn.ParameterList]:
     return nn.ModuleList(copy.deepcopy(pooling) for _ in range(layers)), nn.ParameterList(proxy.clone() for _ in range(layers))
 
 
-def _mapped(mapper: nn.Module, prompts: Any, poolings: Any, proxies: Any, others: Any) -> Tensor:  # noqa: ANN401
+def _mapped(mapper: nn.Module, prompts: Any, poolings: Any, proxies: Any, others: Any) -> Tensor:
     """Return prompts (layers, n, W) that ask one vector of each layer of the other tower; all layers are one sequence."""
     vectors = torch.cat([pool(proxy, other) for pool, proxy, other in zip(poolings, proxies, others, strict=True)])
     together = torch.stack(list(prompts))

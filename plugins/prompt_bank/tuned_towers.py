@@ -61,7 +61,7 @@ class TunedTowers(ChangedTowers):
         return {name: value - held[name] for name, value in values.items()}
 
 
-def _chosen(tower: Any, tensors: str, setting: str, start: int, task: Task) -> Iterator[tuple[str, Tensor]]:  # noqa: ANN401
+def _chosen(tower: Any, tensors: str, setting: str, start: int, task: Task) -> Iterator[tuple[str, Tensor]]:
     """Yield the parameters of a tower, by name, that learn."""
     image = isinstance(tower, ImageTower)
     blocks = list(tower.layers.blocks if image else tower.blocks) if not image or tower.takes_prompts else []

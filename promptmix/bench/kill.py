@@ -245,7 +245,7 @@ def _other_numbers(whole: Path, broken: Path) -> list[str]:
     return [f"{key} is {other.get(key)!r} instead of {one[key]!r}" for key in changed]
 
 
-def _same(one: Any, other: Any) -> bool:  # noqa: ANN401  (what a checkpoint holds)
+def _same(one: Any, other: Any) -> bool:  # what a checkpoint holds
     """Tell whether two trees of tensors and plain values are equal to the last bit."""
     if isinstance(one, torch.Tensor):
         return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)

@@ -108,7 +108,7 @@ class EncoderTower(PromptReader):
                 module: nn.Module,
                 args: tuple[Any, ...],
                 given: dict[str, Any],
-                step: Any = step,  # noqa: ANN401
+                step: Any = step,
                 action: LayerAction | None = action,
                 entered: list[Tensor] = entered,
             ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -123,10 +123,10 @@ class EncoderTower(PromptReader):
             def leave(
                 module: nn.Module,
                 args: tuple[Any, ...],
-                out: Any,  # noqa: ANN401
+                out: Any,
                 action: LayerAction | None = action,
                 entered: list[Tensor] = entered,
-            ) -> Any:  # noqa: ANN401
+            ) -> Any:
                 if action is None or action.after is None:
                     return out
                 if isinstance(out, Tensor):

@@ -33,7 +33,7 @@ def map_last(tower: ImageTower, x: Tensor) -> Tensor:
     return projected if bias is None else projected + bias.to(x.dtype)
 
 
-def unprojected(tower: ImageTower, images: Tensor, *prompts: VisualPrompts, **asked: Any) -> Any:  # noqa: ANN401
+def unprojected(tower: ImageTower, images: Tensor, *prompts: VisualPrompts, **asked: Any) -> Any:
     """Return the features (B, W) of images (B, 3, S, S) that the tower's last linear map takes: those of the map x = x.
 
     Prompts and keywords are those of ``ImageTower.forward``; with ``tokens``, those of the patches (B, M, W) come behind.

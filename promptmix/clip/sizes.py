@@ -11,11 +11,12 @@ import torch
 from promptmix.clip.load import COOP_NAMES, EMBEDDED_NAMES
 from promptmix.clip.model import CLIP
 from promptmix.errors import ConfigError
+from promptmix.utils import get_logger
 
 if TYPE_CHECKING:
     from yacs.config import CfgNode
 
-__all__ = ["check_size", "check_takes"]
+__all__ = ["check_size", "check_takes", "warn_of_other_input"]
 
 
 def check_size(cfg: CfgNode) -> None:
@@ -68,3 +69,16 @@ def _refusal(size: tuple[int, int], name: str, wanted: tuple[int, int]) -> Confi
         f"INPUT.SIZE is {tuple(size)}, but backbone {name} takes pictures of {wanted} only; "
         f'set INPUT.SIZE "{wanted}" or choose another MODEL.BACKBONE.NAME'
     )
+
+
+def warn_of_other_input(cfg: CfgNode, clip: CLIP) -> None:
+    """Warn where pictures reach the model otherwise than it was trained: it still runs, but worse than it could."""
+    wanted = {
+        "INPUT.SIZE": (cfg.INPUT.SIZE, (clip.image_size,) * 2),
+        "INPUT.PIXEL_MEAN": (cfg.INPUT.PIXEL_MEAN, clip.mean),
+        "INPUT.PIXEL_STD": (cfg.INPUT.PIXEL_STD, clip.std),
+    }
+    for key, (given, expected) in wanted.items():
+        if max(abs(a - b) for a, b in zip(given, expected, strict=True)) > 1e-3:
+            shown = [round(number, 8) for number in expected]
+            get_logger().warning("%s is %s, but backbone %s was trained with %s", key, list(given), clip.name, shown)

@@ -85,7 +85,7 @@ class _Classes:
         return self._files[module].get(name)
 
 
-def _find(name: str) -> Any:  # noqa: ANN401
+def _find(name: str) -> Any:
     """Return what a name stands for: a module without behaviour, or what tensors are made of."""
     if name.startswith("__torch__."):
         return Maker(name, lambda: Shell(name))

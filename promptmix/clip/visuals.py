@@ -40,7 +40,7 @@ class Layers(ABC):
     def embed(self, images: Tensor, step: PromptStep | None) -> tuple[Tensor, Any]:
         """Return the tokens that enter the first layer, after ``step``, and what layers want to know beside them."""
 
-    def given(self, layer: int, x: Tensor, about: Any) -> Mapping[str, Tensor]:  # noqa: ANN401
+    def given(self, layer: int, x: Tensor, about: Any) -> Mapping[str, Tensor]:
         """Return further arguments of a layer for tokens ``x``, from what ``embed`` returned."""
         return {}
 
@@ -202,7 +202,7 @@ def can_read_places(visual: nn.Module) -> bool:
     return isinstance(visual, ModifiedResNet) or isinstance(visual, TimmModel) and not hasattr(visual.head, "pool")
 
 
-def places_of(visual: Any, images: Tensor, *, values: bool) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+def places_of(visual: Any, images: Tensor, *, values: bool) -> tuple[Tensor, Tensor]:
     """Image features (B, D) and those of the places of the last map (B, M, D), each as if it alone were the picture.
 
     Args:
@@ -225,7 +225,7 @@ def places_of(visual: Any, images: Tensor, *, values: bool) -> tuple[Tensor, Ten
     return features, places.unflatten(0, rows.shape[:2])
 
 
-def _resnet_places(visual: Any, images: Tensor, *, values: bool) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+def _resnet_places(visual: Any, images: Tensor, *, values: bool) -> tuple[Tensor, Tensor]:
     x = visual.stem(images)
     for stage in (visual.layer1, visual.layer2, visual.layer3, visual.layer4):
         x = stage(x)
@@ -239,7 +239,7 @@ def _resnet_places(visual: Any, images: Tensor, *, values: bool) -> tuple[Tensor
     return out[:, 0], out[:, 1:]
 
 
-def _timm_project(visual: Any, x: Tensor) -> Tensor:  # noqa: ANN401
+def _timm_project(visual: Any, x: Tensor) -> Tensor:
     trunk, shape = visual.trunk, x.shape[:-1]
     single = x.reshape(-1, 1, x.shape[-1])
     pool = getattr(trunk, "attn_pool", None)

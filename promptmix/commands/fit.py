@@ -96,7 +96,7 @@ def _run(cfg: CfgNode, wish: Wish, progress: Lines, command: list[str]) -> RunRe
     out = sys.stdout
     trained = wish.trainer == cfg.TRAINER.NAME
 
-    def build(cfg: CfgNode) -> Any:  # noqa: ANN401  (a trainer with Dassl's interface)
+    def build(cfg: CfgNode) -> Any:  # a trainer with Dassl's interface
         trainer: Any = build_trainer(cfg)
         if trained:
             for word, line in fit.defaults(cfg, trainer.dm.dataset, wish):

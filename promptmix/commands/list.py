@@ -137,6 +137,6 @@ def _plugins() -> list[tuple[str, str]]:
     rows = []
     for name, plugin in sorted(manager.list_name_plugin()):
         hooks = sorted(caller.name for caller in manager.get_hookcallers(plugin) or [])
-        if hooks:  # helper modules of the built-in rooms implement none
+        if hooks:  # helper modules of built-in packages implement none
             rows.append((name, ", ".join(hooks)))
     return rows

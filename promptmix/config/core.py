@@ -45,7 +45,7 @@ def get_cfg_default() -> CN:
     return cfg
 
 
-def _key(cfg: CN, path: str, default: Any, comment: str, **limits: Any) -> None:  # noqa: ANN401
+def _key(cfg: CN, path: str, default: Any, comment: str, **limits: Any) -> None:
     """Declare the key at a dotted path, with the nodes above it."""
     *nodes, name = path.split(".")
     node = cfg

@@ -65,7 +65,7 @@ class Setting:
         count = "" if self.length is None else f"{self.length} item" + "s" * (self.length != 1)
         return f"give {count + (', each ' if count and number else '') + number}" if count or number else ""
 
-    def check(self, key: str, value: Any, source: str | None = None) -> None:  # noqa: ANN401
+    def check(self, key: str, value: Any, source: str | None = None) -> None:
         """Refuse a value that the key does not take.
 
         Args:
@@ -90,7 +90,7 @@ class Setting:
         each = f"each item must be a {' or '.join(kind.__name__ for kind in kinds)}"
         return f"{self.allowed}; {each}" if self.allowed and not self.choices else self.allowed or each
 
-    def _takes(self, item: Any) -> bool:  # noqa: ANN401
+    def _takes(self, item: Any) -> bool:
         if self.items is not None and not (isinstance(item, self.items) and type(item) is not bool):
             return False
         if self.choices:
@@ -106,7 +106,7 @@ class Setting:
         )
 
 
-def shown(value: Any) -> str:  # noqa: ANN401
+def shown(value: Any) -> str:
     """Return ``value`` as a message shows it: on one line, cut where it is long."""
     try:
         text = repr(value)
@@ -115,7 +115,7 @@ def shown(value: Any) -> str:  # noqa: ANN401
     return text if len(text) <= 200 else f"{text[:197]}..."
 
 
-def _unusable(value: Any, depth: int = 0) -> str:  # noqa: ANN401
+def _unusable(value: Any, depth: int = 0) -> str:
     """Return what no key takes: numbers that are none, numbers beyond 64 bits, text that no file holds; "" for nothing."""
     if isinstance(value, (list, tuple)):
         if depth > 8:
@@ -217,7 +217,7 @@ def parted(settings: dict[str, Any], constructor: Callable[..., Any]) -> tuple[d
     return {k: v for k, v in settings.items() if k in own}, {k: v for k, v in settings.items() if k not in own}
 
 
-def declare(node: CfgNode, name: str, default: Any, setting: Setting) -> None:  # noqa: ANN401
+def declare(node: CfgNode, name: str, default: Any, setting: Setting) -> None:
     """Add the key ``name`` with ``default`` to ``node``, and remember what it takes."""
     node[name] = default
     if isinstance(default, (list, tuple)) and default and setting.items is None:

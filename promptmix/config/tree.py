@@ -246,7 +246,7 @@ def _leaves(tree: dict[str, Any], cfg: CN, prefix: str = "") -> list[tuple[str, 
     return found
 
 
-def get_key(cfg: CN, key: str) -> Any:  # noqa: ANN401
+def get_key(cfg: CN, key: str) -> Any:
     """Return the value at a dotted key."""
     node: Any = cfg
     for part in key.split("."):
@@ -254,7 +254,7 @@ def get_key(cfg: CN, key: str) -> Any:  # noqa: ANN401
     return node
 
 
-def _set(cfg: CN, key: str, value: Any, source: str) -> None:  # noqa: ANN401
+def _set(cfg: CN, key: str, value: Any, source: str) -> None:
     *parents, leaf = str(key).split(".")
     node: Any = cfg
     for depth, part in enumerate([*parents, leaf]):
@@ -288,7 +288,7 @@ def _hint(parents: list[str], leaf: str, depth: int, names: list[str]) -> str:
     return f"{closest([*parents, leaf][depth], names)}{keys}"
 
 
-def _coerce(key: str, value: Any, old: Any, source: str) -> Any:  # noqa: ANN401
+def _coerce(key: str, value: Any, old: Any, source: str) -> Any:
     """Return ``value`` in the type of ``old``; text is read as Python writes values, ints become floats, lists tuples."""
     given = value
     if isinstance(value, str):
@@ -318,7 +318,7 @@ def _coerce(key: str, value: Any, old: Any, source: str) -> Any:  # noqa: ANN401
     )
 
 
-def _literal(text: str) -> Any:  # noqa: ANN401
+def _literal(text: str) -> Any:
     """Return the Python literal that ``text`` writes (number, tuple, list, True, None), or the text itself."""
     try:
         return ast.literal_eval(text)

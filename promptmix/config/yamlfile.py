@@ -30,7 +30,7 @@ class _Loader(yaml.SafeLoader):
         return tree
 
 
-def read_yaml(path: str | Path, what: str = "config file") -> Any:  # noqa: ANN401  (whatever the file holds)
+def read_yaml(path: str | Path, what: str = "config file") -> Any:  # whatever the file holds
     """Return what a YAML file holds, as plain values.
 
     Args:
@@ -55,7 +55,7 @@ def read_yaml(path: str | Path, what: str = "config file") -> Any:  # noqa: ANN4
     return parse_yaml(text, f"{what} {path}")
 
 
-def parse_yaml(text: str, where: str) -> Any:  # noqa: ANN401
+def parse_yaml(text: str, where: str) -> Any:
     """Return what YAML text holds, as plain values.
 
     Args:

@@ -118,8 +118,8 @@ def _origin(error: BaseException) -> tuple[str, int]:
     if "Original Traceback" in str(error):
         places += [(file, int(line)) for file, line in _FRAME.findall(str(error))]
     above = Path(__file__).parent
-    rooms = [above, *(above.parent / room for room in ("trainers", "plugins"))]
+    ours = [above, *(above.parent / name for name in ("trainers", "plugins"))]
     for file, line in reversed(places):
-        if plugin_at(file) or any(room in Path(file).parents for room in rooms):
+        if plugin_at(file) or any(folder in Path(file).parents for folder in ours):
             return file, line
     return places[-1] if places else ("unknown", 0)

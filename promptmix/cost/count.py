@@ -65,7 +65,7 @@ class _Operators(TorchDispatchMode):
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:  # noqa: ANN401
+    ) -> Any:
         if torch.is_inference_mode_enabled() and func is not _FUSED.default:
             with self:  # composite operators come in one piece, as in ``_Counter``
                 parts = func.decompose(*args, **(kwargs or {}))  # type: ignore[attr-defined]
@@ -86,7 +86,7 @@ class _Attention(TorchFunctionMode):
 
     def __torch_function__(
         self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:  # noqa: ANN401
+    ) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention and args[0].is_meta:
             return _FUSED(*args[:3], is_causal=kwargs.get("is_causal", False), attn_mask=kwargs.get("attn_mask"))[0]
@@ -106,7 +106,7 @@ class _Counter(TorchDispatchMode):
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:  # noqa: ANN401
+    ) -> Any:
         for leaf in tree_leaves((args, kwargs)):
             self._take(leaf, made=False)  # weights and inputs were there before the work
         packet = getattr(func, "_overloadpacket", None)
@@ -128,7 +128,7 @@ class _Counter(TorchDispatchMode):
             self._take(leaf, made=True)
         return output
 
-    def _take(self, leaf: Any, *, made: bool) -> None:  # noqa: ANN401
+    def _take(self, leaf: Any, *, made: bool) -> None:
         if not isinstance(leaf, torch.Tensor) or leaf.layout is not torch.strided:
             return
         storage = leaf.untyped_storage()

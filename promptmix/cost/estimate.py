@@ -100,7 +100,7 @@ def estimate(trainer: Counted) -> Estimate:
     )
 
 
-def step_gflops(trainer: Any) -> float | None:  # noqa: ANN401  (any class with Dassl's interface)
+def step_gflops(trainer: Any) -> float | None:  # any class with Dassl's interface
     """Return a training step's operations in 10^9, None where they can't be counted; the trainer has no numbers afterwards."""
     loader = getattr(trainer, "train_loader_x", None)
     if not hasattr(trainer, "clip") or loader is None or trainer.cfg.MODEL.COMPILE:
@@ -171,7 +171,7 @@ def _speed(trainer: Counted) -> float:
     return gflops / best
 
 
-def _reading(loader: Any) -> float:  # noqa: ANN401
+def _reading(loader: Any) -> float:
     items = range(0, len(loader.dataset), max(len(loader.dataset) // 8, 1))
     begin = time.perf_counter()
     for index in items:

@@ -74,7 +74,7 @@ class _ReadsOurs(CfgNode):
             self.merge_from_other_cfg(CfgNode(_as_typed(tree, self)))
 
     @classmethod
-    def _decode_cfg_value(cls, value: Any) -> Any:  # noqa: ANN401
+    def _decode_cfg_value(cls, value: Any) -> Any:
         return CfgNode._decode_cfg_value(value)  # nodes below this one are plain
 
 
@@ -108,7 +108,7 @@ def _real_dassl() -> tuple[Any, Any]:
     return registry, DataManager
 
 
-def _is_bridged(registry: Any, name: str) -> bool:  # noqa: ANN401
+def _is_bridged(registry: Any, name: str) -> bool:
     return name in registry.registered_names() and hasattr(registry.get(name), "promptmix_manager")
 
 
@@ -121,10 +121,10 @@ def fill(cfg: CfgNode, defaults: CfgNode) -> None:
             fill(cfg[key], value)
 
 
-def _bridge(name: str, trainer: type, manager: Any) -> type:  # noqa: ANN401
+def _bridge(name: str, trainer: type, manager: Any) -> type:
     """Return ``trainer`` with its data from Dassl's ``DataManager``."""
 
-    def check_cfg(self: Any, cfg: CfgNode) -> None:  # noqa: ANN401
+    def check_cfg(self: Any, cfg: CfgNode) -> None:
         from promptmix.config import get_cfg, get_key
         from promptmix.config.declare import all_declared
 
@@ -135,7 +135,7 @@ def _bridge(name: str, trainer: type, manager: Any) -> type:  # noqa: ANN401
         getattr(trainer, "validate", lambda cfg: None)(cfg)
         trainer.check_cfg(self, cfg)  # type: ignore[attr-defined]
 
-    def build_data_loader(self: Any) -> None:  # noqa: ANN401
+    def build_data_loader(self: Any) -> None:
         dm = self.promptmix_manager(self.cfg)
         for attribute in ("train_loader_x", "train_loader_u", "val_loader", "test_loader", "num_classes", "lab2cname"):
             setattr(self, attribute, getattr(dm, attribute))
@@ -154,7 +154,7 @@ def _bridge(name: str, trainer: type, manager: Any) -> type:  # noqa: ANN401
     return bridged
 
 
-def _add_words(dataset: Any, name: str) -> None:  # noqa: ANN401
+def _add_words(dataset: Any, name: str) -> None:
     """Give a data set of Dassl or CoOp the words that promptmix's trainers read: templates, their groups, all class names.
 
     They are those of promptmix's own data set of that name; without one, trainers use "a photo of a {}.".

@@ -162,7 +162,7 @@ class _Session:
         self.weights, self.on_cpu, self.taken = weights, on_cpu, taken
         self.result: RunResult | None = None
 
-    def drive(self, trainer: Any) -> None:  # noqa: ANN401  (a trainer with Dassl's interface)
+    def drive(self, trainer: Any) -> None:  # a trainer with Dassl's interface
         """Do what CoOp's ``main`` does with a trainer."""
         if self.args.eval_only:
             trainer.load_model(self.args.model_dir, epoch=self.args.load_epoch)
@@ -170,7 +170,7 @@ class _Session:
         elif not self.args.no_train:
             trainer.train()
 
-    def _do_what_main_cannot(self, trainer: Any) -> None:  # noqa: ANN401
+    def _do_what_main_cannot(self, trainer: Any) -> None:
         """Take over where a flag asks for what the checkout's ``main`` doesn't know."""
         asked = [flag for flag, given in (("--eval-only", self.args.eval_only), ("--no-train", self.args.no_train)) if given]
         if any(flag not in self.taken for flag in asked) and program.has_main_block(self.file):
@@ -182,7 +182,7 @@ class _Session:
         cfg.defrost()
         return to_fp32(cfg) if self.on_cpu else ""
 
-    def _built(self, cfg: CfgNode, build: Callable[[CfgNode], Any] = build_trainer) -> Any:  # noqa: ANN401
+    def _built(self, cfg: CfgNode, build: Callable[[CfgNode], Any] = build_trainer) -> Any:
         """Return the trainer of ``cfg``, with the local weights."""
         if self.weights is not None:
             self.weights.reach(cfg.MODEL.BACKBONE.NAME)
@@ -207,7 +207,7 @@ class _Ours(_Session):
             stack.enter_context(DATASET_REGISTRY.layer())
             stack.enter_context(EVALUATOR_REGISTRY.layer())
 
-            def build(cfg: CfgNode) -> Any:  # noqa: ANN401
+            def build(cfg: CfgNode) -> Any:
                 if self.result is not None:  # a program that tests in a second one
                     self._prepare(cfg)
                     cfg.freeze()
@@ -251,7 +251,7 @@ class _Theirs(_Session):
         with vendored.theirs(self.engine) as module:
             original = module.build_trainer
 
-            def build(cfg: CfgNode) -> Any:  # noqa: ANN401
+            def build(cfg: CfgNode) -> Any:
                 changed = self._prepare(cfg)
                 cfg.freeze()
                 if self.result is None:
@@ -292,7 +292,7 @@ class _Theirs(_Session):
 
 
 @contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:  # noqa: ANN401
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
     before = getattr(owner, name)
     setattr(owner, name, value)
     try:

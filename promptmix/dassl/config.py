@@ -27,7 +27,7 @@ def clean_cfg(cfg: CfgNode, trainer: str) -> None:
             del cfg.TRAINER[key]
 
 
-def __getattr__(name: str) -> Any:  # noqa: ANN401
+def __getattr__(name: str) -> Any:
     if name in ("cfg_default", "_C"):  # a tree of one's own, which no other program changes
         return get_cfg_default()
     return lacking("dassl.config")(name)

@@ -34,7 +34,7 @@ _PASSED_ON = (
 )
 
 
-def __getattr__(name: str) -> Any:  # noqa: ANN401
+def __getattr__(name: str) -> Any:
     if name == "SummaryWriter":  # importing tensorboard costs a second
         from torch.utils.tensorboard import SummaryWriter
 

@@ -121,7 +121,7 @@ def lacking(module: str, names: Sequence[str] = (), why: str = "") -> Callable[[
         why: what these are, in a few words.
     """
 
-    def lookup(name: str) -> Any:  # noqa: ANN401
+    def lookup(name: str) -> Any:
         if name in names:
             raise ImportError(
                 f"promptmix.dassl lacks {module}.{name}{f' ({why})' if why else ''}; install Dassl.pytorch to use it", name=module

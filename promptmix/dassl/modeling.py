@@ -136,22 +136,22 @@ def mlp(
     return _MLP([in_features, *hidden], kinds[activation], bn, dropout)
 
 
-def build_backbone(name: str, verbose: bool = True, **kwargs: Any) -> Any:  # noqa: ANN401
+def build_backbone(name: str, verbose: bool = True, **kwargs: Any) -> Any:
     """Build the image backbone called ``name``."""
     return _build(BACKBONE_REGISTRY, name, verbose, kwargs)
 
 
-def build_head(name: str, verbose: bool = True, **kwargs: Any) -> Any:  # noqa: ANN401
+def build_head(name: str, verbose: bool = True, **kwargs: Any) -> Any:
     """Build the head called ``name``."""
     return _build(HEAD_REGISTRY, name, verbose, kwargs)
 
 
-def build_network(name: str, verbose: bool = True, **kwargs: Any) -> Any:  # noqa: ANN401
+def build_network(name: str, verbose: bool = True, **kwargs: Any) -> Any:
     """Build the network called ``name``."""
     return _build(NETWORK_REGISTRY, name, verbose, kwargs)
 
 
-def _build(registry: Registry, name: str, verbose: bool, kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
+def _build(registry: Registry, name: str, verbose: bool, kwargs: dict[str, Any]) -> Any:
     if verbose:
         get_logger().info("%s: %s", registry._name.capitalize(), name)
     return registry.get(name)(**kwargs)
@@ -184,7 +184,7 @@ class SimpleNet(nn.Module):
         """Width of the features before the classifier."""
         return self._fdim
 
-    def forward(self, x: Tensor, return_feature: bool = False) -> Any:  # noqa: ANN401
+    def forward(self, x: Tensor, return_feature: bool = False) -> Any:
         """Return class scores (B, C), with the features if asked for; the features alone without a classifier."""
         features = self.backbone(x)
         if self.head is not None:

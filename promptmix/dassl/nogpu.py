@@ -40,7 +40,7 @@ class _OnCPU(TorchFunctionMode):
         super().__init__()
         self._root, self._said = root, set[str]()
 
-    def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None) -> Any:  # noqa: ANN401
+    def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         if func in (torch.Tensor.cuda, torch.Tensor.half):
             self._say(f".{func.__name__}()")
@@ -52,7 +52,7 @@ class _OnCPU(TorchFunctionMode):
                 kwargs = {**kwargs, key: self._plain(kwargs[key])}
         return func(*args, **kwargs)
 
-    def _plain(self, value: Any) -> Any:  # noqa: ANN401  (a device, a dtype or a tensor)
+    def _plain(self, value: Any) -> Any:  # a device, a dtype or a tensor
         if isinstance(value, torch.dtype | str) and value in _HALF:
             self._say("torch.float16")
             return torch.float32
@@ -80,7 +80,7 @@ def without_cuda(root: Path) -> Iterator[None]:
     """Run what asks for CUDA on the CPU inside the context, and say once for each kind where the checkout at ``root`` asks."""
     load = torch.load
 
-    def on_cpu(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    def on_cpu(*args: Any, **kwargs: Any) -> Any:
         with torch._C.DisableTorchFunction():  # which makes tensors of the stored dtype
             return load(*args, **{**kwargs, "map_location": "cpu"})
 

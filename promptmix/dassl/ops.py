@@ -209,12 +209,12 @@ class DSBN2d(_DSBN):
 
 class _ReverseGrad(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:  # noqa: ANN401
+    def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
         ctx.scale = scale
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         return -ctx.scale * gradients[0], None
 
 
@@ -229,7 +229,7 @@ class ReverseGrad(nn.Module):
 class Sequential2(nn.Sequential):
     """An ``nn.Sequential`` whose layers may take and return several values."""
 
-    def forward(self, *inputs: Any) -> Any:  # noqa: ANN401
+    def forward(self, *inputs: Any) -> Any:
         """Pass the inputs on from layer to layer."""
         for layer in self:
             inputs = layer(*inputs) if isinstance(inputs, tuple) else layer(inputs)
@@ -313,7 +313,7 @@ class SinkhornDivergence(nn.Module):
         """Return the divergence of features (M, D) and (N, D)."""
         return 2 * self.transport_cost(x, y) - self.transport_cost(x, x) - self.transport_cost(y, y)
 
-    def transport_cost(self, x: Tensor, y: Tensor, return_pi: bool = False) -> Any:  # noqa: ANN401  (a tensor, or two)
+    def transport_cost(self, x: Tensor, y: Tensor, return_pi: bool = False) -> Any:  # a tensor, or two
         """Return the cost of the plan from ``x`` to ``y``, with the plan (M, N) if asked for."""
         if self.dist_metric == "cosine":
             cost = 1 - F.normalize(x, dim=1) @ F.normalize(y, dim=1).T

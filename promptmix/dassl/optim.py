@@ -40,7 +40,7 @@ class RAdam(torch.optim.RAdam):
 
     def __init__(
         self,
-        params: Any,  # noqa: ANN401  (whatever torch's optimizers take)
+        params: Any,  # whatever torch's optimizers take
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,

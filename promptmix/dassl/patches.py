@@ -39,7 +39,7 @@ def _scheduler_verbose() -> str:
         return ""
 
     @wraps(original)
-    def init(self: LRScheduler, optimizer: torch.optim.Optimizer, last_epoch: int = -1, verbose: Any = None) -> None:  # noqa: ANN401
+    def init(self: LRScheduler, optimizer: torch.optim.Optimizer, last_epoch: int = -1, verbose: Any = None) -> None:
         original(self, optimizer, last_epoch)
 
     LRScheduler.__init__ = init  # type: ignore[method-assign]
@@ -50,7 +50,7 @@ def _torch_load() -> str:
     original: Callable[..., Any] = torch.load
 
     @wraps(original)
-    def load(f: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    def load(f: Any, *args: Any, **kwargs: Any) -> Any:
         # PyTorch before 2.6 runs what a file holds unless it is told not to.
         safe = {"weights_only": True} if "pickle_module" not in kwargs and len(args) < 2 else {}
         try:

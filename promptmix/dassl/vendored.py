@@ -176,7 +176,7 @@ def _is_ours(finder: object) -> bool:
 class _Absent(MetaPathFinder, Loader):
     """Finds what is not installed of ``_NAMES``."""
 
-    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:  # noqa: ANN401
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         return ModuleSpec(fullname, self, is_package=True) if fullname.partition(".")[0] in _NAMES else None
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
@@ -189,7 +189,7 @@ class _Absent(MetaPathFinder, Loader):
 class _Missing(ModuleType):
     """A module whose functions say that it is not installed."""
 
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+    def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
 

@@ -72,7 +72,7 @@ class LocalWeights:
         before = torch.load, torch.jit.load
 
         def wrapped(original: Callable[..., Any]) -> Callable[..., Any]:
-            def load(f: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+            def load(f: Any, *args: Any, **kwargs: Any) -> Any:
                 if isinstance(f, str | Path) and not Path(f).exists():
                     name = Path(f).name
                     f = self._find(name, name == self._backbone.replace("/", "-") + ".pt") or f

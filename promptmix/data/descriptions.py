@@ -112,7 +112,7 @@ def read_descriptions(path: str, dataset: str) -> Descriptions:
     return parse_descriptions(content, f"DATASET.DESCRIPTIONS {file}")
 
 
-def parse_descriptions(content: Any, source: str) -> Descriptions:  # noqa: ANN401  (whatever a file or a plugin holds)
+def parse_descriptions(content: Any, source: str) -> Descriptions:  # whatever a file or a plugin holds
     """Return a table of sentences that somebody else made.
 
     Raises:
@@ -127,7 +127,7 @@ def parse_descriptions(content: Any, source: str) -> Descriptions:  # noqa: ANN4
     return Descriptions(content, source)
 
 
-def _fault(name: Any, rows: Any) -> str:  # noqa: ANN401
+def _fault(name: Any, rows: Any) -> str:
     """Return what is wrong with one class, "" where nothing is."""
     if not _is_text(name):
         return f"the class name {shown(name)} is no readable text"
@@ -137,7 +137,7 @@ def _fault(name: Any, rows: Any) -> str:  # noqa: ANN401
     return f"class {shown(name)} has {shown(bad[0])} among its sentences" if bad else ""
 
 
-def _is_text(text: Any) -> bool:  # noqa: ANN401
+def _is_text(text: Any) -> bool:
     """Tell whether ``text`` says something and can be written: JSON may hold halves of characters."""
     try:
         return isinstance(text, str) and bool(text.strip()) and bool(text.encode())

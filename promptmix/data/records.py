@@ -92,7 +92,7 @@ def read_records(path: Path, folder: Path, parts: Sequence[str]) -> Splits:
         ) from error
 
 
-def _datum(item: Any, folder: Path) -> Datum:  # noqa: ANN401
+def _datum(item: Any, folder: Path) -> Datum:
     if type(item) is not Shell:
         raise TypeError(f"an item is a {type(item).__name__}, not a Datum")
     values = [item.state[name] for name in ("_impath", "_label", "_domain", "_classname")]

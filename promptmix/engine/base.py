@@ -55,7 +55,7 @@ class TrainerBase:
         name: str = "model",
         model: nn.Module | None = None,
         optim: torch.optim.Optimizer | None = None,
-        sched: Any = None,  # noqa: ANN401
+        sched: Any = None,
     ) -> None:
         """Put a model under the trainer's care: saved, loaded, switched and stepped with the others.
 
@@ -285,11 +285,11 @@ class TrainerBase:
 
     # parse_batch_train and forward_backward take anything here: subclasses take one batch (TrainerX) or two (TrainerXU).
 
-    def parse_batch_train(self, *batches: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    def parse_batch_train(self, *batches: Any, **kwargs: Any) -> Any:
         """Take what training needs from a batch and put it on the device."""
         raise NotImplementedError
 
-    def parse_batch_test(self, batch: dict[str, Any]) -> Any:  # noqa: ANN401
+    def parse_batch_test(self, batch: dict[str, Any]) -> Any:
         """Take what evaluation needs from a batch and put it on the device."""
         raise NotImplementedError
 

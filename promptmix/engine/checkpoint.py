@@ -125,7 +125,7 @@ def load_checkpoint(fpath: StrPath) -> dict[str, Any]:
     return checkpoint
 
 
-def _check_digest(note: Mapping[str, Any], content: Any, path: Path) -> None:  # noqa: ANN401
+def _check_digest(note: Mapping[str, Any], content: Any, path: Path) -> None:
     """Refuse a file whose content is not what its digest was taken of; older files and other programs' have none."""
     if DIGEST in note and note[DIGEST] != digest_of(content):
         raise CheckpointError(
@@ -223,7 +223,7 @@ def load_state_dict_strict(model: nn.Module, state_dict: Mapping[str, Any], sour
     model.load_state_dict(dict(state_dict))
 
 
-def _clash(key: str, theirs: Any, ours: torch.Tensor) -> str:  # noqa: ANN401
+def _clash(key: str, theirs: Any, ours: torch.Tensor) -> str:
     """Say why a value can't stand for a tensor of the model; "" where it can."""
     if not isinstance(theirs, torch.Tensor):
         return f"{key} is a {type(theirs).__name__} there, not a tensor"
@@ -242,7 +242,7 @@ def resume_from_checkpoint(
     fdir: StrPath,
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None = None,
-    scheduler: Any = None,  # noqa: ANN401
+    scheduler: Any = None,
 ) -> int:
     """Restore a model, and its optimizer and scheduler, from the checkpoint that was written last.
 
@@ -283,7 +283,7 @@ def resume_from_checkpoint(
     return int(checkpoint["epoch"])
 
 
-def _schedule_state(scheduler: Any, checkpoint: Mapping[str, Any]) -> Any:  # noqa: ANN401
+def _schedule_state(scheduler: Any, checkpoint: Mapping[str, Any]) -> Any:
     """Return the state that ``scheduler`` goes on from; ours follows from the epoch, so that Dassl's own state will do."""
     state = checkpoint["scheduler"]
     if isinstance(scheduler, EpochSchedule) and isinstance(state, Mapping) and "last_lr" not in state and "_last_lr" in state:
@@ -324,7 +324,7 @@ def _without_module(state_dict: Mapping[str, Any]) -> OrderedDict[str, Any]:
     return OrderedDict((key.removeprefix("module."), value) for key, value in state_dict.items())
 
 
-def _plain(value: Any, where: str) -> Any:  # noqa: ANN401
+def _plain(value: Any, where: str) -> Any:
     """Return ``value`` with numpy scalars as numbers and tensors detached; refuse any other object."""
     if isinstance(value, torch.Tensor):
         return value.detach()

@@ -115,7 +115,7 @@ class Logger:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+    def __getattr__(self, name: str) -> Any:
         # encoding, isatty, fileno and the like are the console's business.
         if name == "console":
             raise AttributeError(name)
@@ -192,7 +192,7 @@ class LazyWriter:
         self.log_dir = log_dir
         self._writer: Any = None
 
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+    def __getattr__(self, name: str) -> Any:
         # Reached only for what LazyWriter lacks: add_scalar, add_image, add_histogram, ...
         if name.startswith("__"):
             raise AttributeError(name)

@@ -170,14 +170,14 @@ def _holders(trainer: Trainer) -> Iterator[tuple[str, object]]:
             yield f"{name}.{path}", module
 
 
-def _plain(value: Any) -> Any:  # noqa: ANN401  (a tree of a generator's state)
+def _plain(value: Any) -> Any:  # a tree of a generator's state
     """Return numpy's state with arrays as lists."""
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     return {"array": value.tolist(), "dtype": str(value.dtype)} if isinstance(value, np.ndarray) else value
 
 
-def _arrays(value: Any) -> Any:  # noqa: ANN401
+def _arrays(value: Any) -> Any:
     """Undo ``_plain``."""
     if not isinstance(value, Mapping):
         return value

@@ -290,7 +290,7 @@ class TrainerX(SimpleTrainer):
         """Go once through the labelled data."""
         self._run_batches(((batch,) for batch in self.train_loader_x), len(self.train_loader_x))
 
-    def parse_batch_train(self, batch: dict[str, Any]) -> Any:  # noqa: ANN401
+    def parse_batch_train(self, batch: dict[str, Any]) -> Any:
         """Return pictures, labels and domains on the device."""
         return tuple(batch[key].to(self.device) for key in ("img", "label", "domain"))
 
@@ -318,7 +318,7 @@ class TrainerXU(SimpleTrainer):
         pairs = zip(range(lengths[count]), *streams, strict=False)
         self._run_batches(((x, u) for _, x, u in pairs), lengths[count])
 
-    def parse_batch_train(self, batch_x: dict[str, Any], batch_u: dict[str, Any]) -> Any:  # noqa: ANN401
+    def parse_batch_train(self, batch_x: dict[str, Any], batch_u: dict[str, Any]) -> Any:
         """Return labelled pictures, their labels and unlabelled pictures on the device."""
         return batch_x["img"].to(self.device), batch_x["label"].to(self.device), batch_u["img"].to(self.device)
 

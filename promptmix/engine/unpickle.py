@@ -33,20 +33,20 @@ class _Dtype(Shell):
 
     order = "<"
 
-    def take(self, state: Any) -> None:  # noqa: ANN401
+    def take(self, state: Any) -> None:
         """Keep the byte order."""
         if type(state) is not tuple or len(state) < 2 or state[1] not in ("<", ">", "|", "="):
             raise Refused("it is damaged (a numpy dtype with another state)")
         self.order = state[1]
 
 
-def _dtype(text: Any, *_flags: Any) -> _Dtype:  # noqa: ANN401
+def _dtype(text: Any, *_flags: Any) -> _Dtype:
     if type(text) is not str or not re.fullmatch(r"[biuf]\d{1,2}", text):
         raise Refused(f"GLOBAL numpy dtype {str(text)[:20]} is not one of plain numbers")
     return _Dtype(text)
 
 
-def _scalar(dtype: Any, data: Any = b"") -> int | float | bool:  # noqa: ANN401
+def _scalar(dtype: Any, data: Any = b"") -> int | float | bool:
     """Return a numpy scalar as a plain number."""
     if type(dtype) is not _Dtype or type(data) not in (str, bytes):
         raise Refused("GLOBAL numpy scalar is not a plain number")
@@ -62,7 +62,7 @@ _NUMPY: dict[str, Callable[..., Any]] = {
 }
 
 
-def _find(name: str) -> Any:  # noqa: ANN401
+def _find(name: str) -> Any:
     """Return what a name stands for: plain containers, tensors, numpy's numbers, or a placeholder."""
     if name in _NUMPY:
         return Maker(name, _NUMPY[name])
@@ -71,7 +71,7 @@ def _find(name: str) -> Any:  # noqa: ANN401
     return tensor_names(name)
 
 
-def read_pickled(path: Path) -> Any:  # noqa: ANN401
+def read_pickled(path: Path) -> Any:
     """Read a file that ``torch.save`` wrote, with schedulers as placeholders, onto the CPU.
 
     Raises:

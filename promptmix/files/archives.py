@@ -118,11 +118,11 @@ class Archive:
         with self._zip.open(f"{self.root}/{name}") as file:
             return file.read(most).decode("utf-8", "replace")
 
-    def value(self, find: Callable[[str], Any], deepest: int = 100) -> Any:  # noqa: ANN401
+    def value(self, find: Callable[[str], Any], deepest: int = 100) -> Any:
         """Return what the archive holds; arguments as for ``read_pickle``."""
         return read_pickle(io.BytesIO(self.read("data.pkl", MOST_PICKLE)), find, self.storage, deepest)
 
-    def storage(self, pid: Any) -> _Storage:  # noqa: ANN401
+    def storage(self, pid: Any) -> _Storage:
         """Return the storage that a persistent id names."""
         kind, key, count = _storage_id(pid, 5)
         if key not in self._storages:
@@ -141,7 +141,7 @@ def is_torchscript(path: Path) -> bool:
         return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
-def read_saved(path: Path, find: Callable[[str], Any], deepest: int = 100) -> Any:  # noqa: ANN401
+def read_saved(path: Path, find: Callable[[str], Any], deepest: int = 100) -> Any:
     """Read what ``torch.save`` wrote, in the zip format or the one before it, onto the CPU.
 
     Args:
@@ -185,16 +185,16 @@ def refusing_damage() -> Iterator[None]:
         raise Refused(f"it is damaged ({(str(error).splitlines() or [type(error).__name__])[0][:200]})") from error
 
 
-def _read_old(file: IO[bytes], size: int, find: Callable[[str], Any], deepest: int) -> Any:  # noqa: ANN401
+def _read_old(file: IO[bytes], size: int, find: Callable[[str], Any], deepest: int) -> Any:
     """Read the format before PyTorch 1.6: five pickles (magic, version, system, value, keys), then the storages' bytes."""
 
-    def plain(name: str) -> Any:  # noqa: ANN401
+    def plain(name: str) -> Any:
         raise Refused(f"it is no file of torch.save (GLOBAL {name})")
 
     storages: dict[str, _Storage] = {}
     total = 0
 
-    def storage(pid: Any) -> _Storage:  # noqa: ANN401
+    def storage(pid: Any) -> _Storage:
         nonlocal total
         kind, key, count = _storage_id(pid, 6)
         if pid[5] is not None:
@@ -226,7 +226,7 @@ def _read_old(file: IO[bytes], size: int, find: Callable[[str], Any], deepest: i
     return value
 
 
-def _storage_id(pid: Any, parts: int) -> tuple[_Kind, str, int]:  # noqa: ANN401
+def _storage_id(pid: Any, parts: int) -> tuple[_Kind, str, int]:
     """Check a persistent id ``("storage", type, key, device, count)`` and return type, key and count."""
     if type(pid) is not tuple or len(pid) != parts or pid[0] != "storage" or type(pid[1]) is not _Kind:
         raise Refused("it asks for an outside object that is no storage")
@@ -247,21 +247,21 @@ def _storage(data: bytes, kind: _Kind, count: int) -> _Storage:
     return _Storage(raw.view(kind.dtype))
 
 
-def _tensor(storage: Any, offset: Any, size: Any, stride: Any, requires_grad: Any = False, *_: Any) -> Tensor:  # noqa: ANN401
+def _tensor(storage: Any, offset: Any, size: Any, stride: Any, requires_grad: Any = False, *_: Any) -> Tensor:
     """Return the view of a storage that a file describes; hooks and metadata of tensors are passed over."""
     if type(storage) is not _Storage:
         raise Refused("it makes a tensor without a storage")
     return _view(storage.numbers, offset, size, stride, requires_grad)
 
 
-def _tensor_of(storage: Any, offset: Any, size: Any, stride: Any, requires_grad: Any, _: Any, dtype: Any, *_more: Any) -> Tensor:  # noqa: ANN401
+def _tensor_of(storage: Any, offset: Any, size: Any, stride: Any, requires_grad: Any, _: Any, dtype: Any, *_more: Any) -> Tensor:
     """As ``_tensor``, of an untyped storage."""
     if type(storage) is not _Storage or storage.numbers.dtype != torch.uint8 or not isinstance(dtype, torch.dtype):
         raise Refused("it makes a tensor without a storage")
     return _view(storage.numbers.view(dtype), offset, size, stride, requires_grad)
 
 
-def _view(numbers: Tensor, offset: Any, size: Any, stride: Any, requires_grad: Any) -> Tensor:  # noqa: ANN401
+def _view(numbers: Tensor, offset: Any, size: Any, stride: Any, requires_grad: Any) -> Tensor:
     size, stride = tuple(size), tuple(stride)
     if any(type(number) is not int or number < 0 for number in (offset, *size, *stride)) or len(size) != len(stride):
         raise Refused("it describes a tensor with sizes that are no whole numbers")
@@ -275,19 +275,19 @@ def _view(numbers: Tensor, offset: Any, size: Any, stride: Any, requires_grad: A
     return found.requires_grad_(requires_grad is True and (found.is_floating_point() or found.is_complex()))
 
 
-def _parameter(data: Any, requires_grad: Any = True, *_: Any) -> nn.Parameter:  # noqa: ANN401
+def _parameter(data: Any, requires_grad: Any = True, *_: Any) -> nn.Parameter:
     if not isinstance(data, Tensor):
         raise Refused("it makes a parameter without a tensor")
     return nn.Parameter(data.detach(), requires_grad is True and (data.is_floating_point() or data.is_complex()))
 
 
-def _size(values: Any = ()) -> torch.Size:  # noqa: ANN401
+def _size(values: Any = ()) -> torch.Size:
     if not all(type(value) is int and 0 <= value < 1 << 62 for value in values):
         raise Refused("it has a size that is no whole number")
     return torch.Size(values)
 
 
-def _device(kind: Any, index: Any = None) -> torch.device:  # noqa: ANN401
+def _device(kind: Any, index: Any = None) -> torch.device:
     return torch.device(kind) if index is None else torch.device(kind, index)
 
 
@@ -311,7 +311,7 @@ def _names() -> dict[str, Any]:
 _NAMES = _names()
 
 
-def tensor_names(name: str) -> Any:  # noqa: ANN401
+def tensor_names(name: str) -> Any:
     """Return what a name stands for in a file of plain tensors.
 
     Raises:

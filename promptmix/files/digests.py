@@ -11,7 +11,7 @@ import torch
 __all__ = ["digest_of"]
 
 
-def digest_of(value: Any) -> str:  # noqa: ANN401
+def digest_of(value: Any) -> str:
     """Return the SHA-256 of a tree of dicts, lists, tuples, tensors and plain values.
 
     Equal trees have equal digests wherever their tensors lie (device, strides, sharing), and whichever kind of mapping holds
@@ -22,7 +22,7 @@ def digest_of(value: Any) -> str:  # noqa: ANN401
     return digest.hexdigest()
 
 
-def _feed(digest: Any, value: Any) -> None:  # noqa: ANN401
+def _feed(digest: Any, value: Any) -> None:
     if isinstance(value, torch.Tensor):
         plain = value.detach().cpu().contiguous()
         digest.update(f"tensor {plain.dtype} {tuple(plain.shape)}\n".encode())

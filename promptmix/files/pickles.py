@@ -40,7 +40,7 @@ class Shell:
         self.wanted = wanted
         self.state: dict[str, Any] = {}
 
-    def take(self, state: Any) -> None:  # noqa: ANN401
+    def take(self, state: Any) -> None:
         """Keep the state that a file sets.
 
         Raises:
@@ -75,7 +75,7 @@ def read_pickle(
     persistent: Callable[[Any], Any] | None = None,
     deepest: int = 100,
     most_opcodes: int = MOST_OPCODES,
-) -> Any:  # noqa: ANN401
+) -> Any:
     """Read one pickle, up to its STOP.
 
     Args:
@@ -119,17 +119,17 @@ class _Machine:
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
 
-    def push(self, value: Any) -> None:  # noqa: ANN401
+    def push(self, value: Any) -> None:
         """Put a value on the stack."""
         self.stack.append(value)
 
-    def pop(self) -> Any:  # noqa: ANN401
+    def pop(self) -> Any:
         """Take the value on top."""
         if not self.stack or self.stack[-1] is _MARK:
             raise Refused("it is damaged (nothing on its stack)")
         return self.stack.pop()
 
-    def top(self) -> Any:  # noqa: ANN401
+    def top(self) -> Any:
         """Return the value on top and leave it there."""
         value = self.pop()
         self.stack.append(value)
@@ -210,18 +210,18 @@ class _Machine:
             raise Refused(f"it adds to a {_kind(target)}")
         target.update(map(_key, values))
 
-    def outside(self, pid: Any) -> None:  # noqa: ANN401
+    def outside(self, pid: Any) -> None:
         """Push what a persistent id stands for."""
         if self.persistent is None:
             raise Refused("it asks for an object outside of the file")
         self.push(self.persistent(pid))
 
 
-def _kind(value: Any) -> str:  # noqa: ANN401
+def _kind(value: Any) -> str:
     return f"class or function ({value.name})" if isinstance(value, Maker) else type(value).__name__
 
 
-def _key(value: Any) -> Any:  # noqa: ANN401
+def _key(value: Any) -> Any:
     """Return a key of a dict or set; hashing anything deeper could overflow the stack."""
     if type(value) not in _SCALARS and not isinstance(value, (torch.Tensor, Shell)):
         raise Refused(f"it has a {_kind(value)} as a key")
@@ -234,7 +234,7 @@ def _int(value: int) -> int:
     return value
 
 
-def _push(machine: _Machine, argument: Any) -> None:  # noqa: ANN401
+def _push(machine: _Machine, argument: Any) -> None:
     machine.push(_int(argument) if type(argument) is int else argument)
 
 
@@ -252,13 +252,13 @@ def _pair_dict(pairs: list[Any]) -> dict[Any, Any]:
     return {_key(key): value for key, value in zip(pairs[::2], pairs[1::2], strict=True)}
 
 
-def _pop_any(machine: _Machine, _: Any) -> None:  # noqa: ANN401
+def _pop_any(machine: _Machine, _: Any) -> None:
     if not machine.stack:
         raise Refused("it is damaged (nothing on its stack)")
     machine.stack.pop()
 
 
-def _pop_mark(machine: _Machine, _: Any) -> None:  # noqa: ANN401
+def _pop_mark(machine: _Machine, _: Any) -> None:
     machine.since_mark()
 
 
@@ -306,7 +306,7 @@ _STEPS: dict[str, _Step] = {
 }
 
 
-def _measure(root: Any, deepest: int) -> None:  # noqa: ANN401
+def _measure(root: Any, deepest: int) -> None:
     """Refuse what a program that goes through the value would not come back from: depth, circles, sharing upon sharing.
 
     What hangs on a shell is measured by itself: nobody goes through it unasked, and optimizers do hold themselves.
@@ -319,7 +319,7 @@ def _measure(root: Any, deepest: int) -> None:  # noqa: ANN401
             waiting += _measure_one(value.state if isinstance(value, Shell) else value, deepest)
 
 
-def _measure_one(root: Any, deepest: int) -> list[Shell]:  # noqa: ANN401
+def _measure_one(root: Any, deepest: int) -> list[Shell]:
     """As ``_measure``, up to the shells, which are returned."""
     shells: list[Shell] = []
     done: dict[int, tuple[int, int]] = {}  # height and number of values of what is measured
@@ -358,7 +358,7 @@ def _measure_one(root: Any, deepest: int) -> list[Shell]:  # noqa: ANN401
     return shells
 
 
-def _inside(value: Any) -> Iterable[Any]:  # noqa: ANN401
+def _inside(value: Any) -> Iterable[Any]:
     if isinstance(value, dict):
         return [*value.keys(), *value.values()]
     return list(value)
@@ -381,13 +381,13 @@ def plain_makers() -> dict[str, Maker]:
     return {name: Maker(name, make) for name, make in makes.items()}
 
 
-def _values(values: Any) -> Any:  # noqa: ANN401
+def _values(values: Any) -> Any:
     if type(values) not in (list, tuple, set, frozenset):
         raise Refused(f"it makes a container of a {_kind(values)}")
     return values
 
 
-def _pairs(pairs: Any) -> list[tuple[Any, Any]]:  # noqa: ANN401
+def _pairs(pairs: Any) -> list[tuple[Any, Any]]:
     if isinstance(pairs, dict):
         return list(pairs.items())
     found = [tuple(_values(pair)) for pair in _values(pairs)]
@@ -396,7 +396,7 @@ def _pairs(pairs: Any) -> list[tuple[Any, Any]]:  # noqa: ANN401
     return [(_key(key), value) for key, value in found]
 
 
-def _bytes(text: Any, encoding: Any = "latin1") -> bytes:  # noqa: ANN401
+def _bytes(text: Any, encoding: Any = "latin1") -> bytes:
     """Stand for ``codecs.encode``, with which old protocols write bytes."""
     if type(text) is not str or encoding not in ("latin1", "latin-1", "utf-8"):
         raise Refused("it encodes something else than text in Latin-1")

@@ -101,7 +101,7 @@ def look(run: Opened, words: int = 3) -> Insight:
 
 
 @torch.no_grad()
-def _text(learner: Any) -> Tensor:  # noqa: ANN401  (a Learner)
+def _text(learner: Any) -> Tensor:  # a Learner
     """Return the bank's text features (E, C, D), normalised."""
     bank, task = learner.bank, learner.task
     if bank.per_image:  # as a feature of zeros would have them
@@ -111,7 +111,7 @@ def _text(learner: Any) -> Tensor:  # noqa: ANN401  (a Learner)
     return F.normalize(features.float(), dim=-1)
 
 
-def _compare_text(found: Insight, learner: Any) -> None:  # noqa: ANN401
+def _compare_text(found: Insight, learner: Any) -> None:
     """Fill in how far classes moved, and which hard template each expert is most like."""
     task, text = learner.task, _text(learner)
     found.template = task.templates[0]

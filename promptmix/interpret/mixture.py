@@ -117,7 +117,7 @@ class Mixture:
     text_cosine: list[list[float]] = field(default_factory=list)
 
 
-def mixtures_of(learner: Any) -> list[Mixed]:  # noqa: ANN401  (a PromptLearner)
+def mixtures_of(learner: Any) -> list[Mixed]:  # a PromptLearner
     """Return what weighs experts in a method: its own mixture, and gates over teachers."""
     found = []
     if len(learner.expert_names) > 1:
@@ -129,11 +129,11 @@ def mixtures_of(learner: Any) -> list[Mixed]:  # noqa: ANN401  (a PromptLearner)
     return found
 
 
-def _of_gate(learner: Any, gate: Gate, names: tuple[str, ...]) -> Mixed:  # noqa: ANN401
+def _of_gate(learner: Any, gate: Gate, names: tuple[str, ...]) -> Mixed:
     def query(features: Tensor) -> Tensor:
         return Step(learner, None, features=features).query
 
-    def weighed(features: Tensor, _: Any, weights: Tensor) -> Tensor:  # noqa: ANN401
+    def weighed(features: Tensor, _: Any, weights: Tensor) -> Tensor:
         scores = torch.einsum("bd,ecd->bec", query(features).to(gate.teachers.dtype), gate.teachers)
         return gate.scale * torch.einsum("be,bec->bc", weights.to(scores.dtype), scores)
 

@@ -77,7 +77,7 @@ def _short(text: str, width: int) -> str:
     return textwrap.shorten(harmless(text), width, placeholder="…") or harmless(text)[:width]
 
 
-def _heat_map(found: Insight, mixture: Mixture) -> Any:  # noqa: ANN401  (matplotlib's objects)
+def _heat_map(found: Insight, mixture: Mixture) -> Any:  # matplotlib's objects
     """Mean weight of each expert by class."""
     from matplotlib import pyplot
 
@@ -100,7 +100,7 @@ def _heat_map(found: Insight, mixture: Mixture) -> Any:  # noqa: ANN401  (matplo
     return figure
 
 
-def _accuracies(found: Insight, mixture: Mixture) -> Any:  # noqa: ANN401
+def _accuracies(found: Insight, mixture: Mixture) -> Any:
     """Bars: what is scored under each way of choosing the experts, the mixture as trained as a line."""
     from matplotlib import pyplot
 
@@ -122,7 +122,7 @@ def _accuracies(found: Insight, mixture: Mixture) -> Any:  # noqa: ANN401
     return figure
 
 
-def _moved(found: Insight) -> Any:  # noqa: ANN401
+def _moved(found: Insight) -> Any:
     """Dots with ranges: angle of each class to its hard prompt, over the experts."""
     from matplotlib import pyplot
 

@@ -96,7 +96,7 @@ def _read_by_tower(bank: PromptBank, task: Task, expert: int | None) -> list[tup
     """Return what a bank gives to the text tower with anything learned in it."""
     seen: list[tuple[Prompts, DeepPrompts]] = []
 
-    def look(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ANN401
+    def look(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         prompts, deep = args[0], (args[1] if len(args) > 1 else kwargs.get("deep")) or {}
         tensors = [
             prompts.prefix,

@@ -16,7 +16,7 @@ __all__ = ["Picture", "listed", "texts"]
 Picture = str | Path | Image.Image | bytes
 
 
-def texts(names: Any) -> tuple[str, ...]:  # noqa: ANN401  (whatever the caller gave)
+def texts(names: Any) -> tuple[str, ...]:  # whatever the caller gave
     """Return class names as a tuple.
 
     Raises:
@@ -31,7 +31,7 @@ def texts(names: Any) -> tuple[str, ...]:  # noqa: ANN401  (whatever the caller 
     return found
 
 
-def listed(images: Any) -> list[Picture]:  # noqa: ANN401
+def listed(images: Any) -> list[Picture]:
     """Return pictures as a list.
 
     Raises:

@@ -116,7 +116,7 @@ def _draw(model: Deployed, predictor: Predictor, path: Path) -> None:
         ) from first
 
 
-def _compare(session: Any, model: Deployed, predictor: Predictor, size: int) -> float:  # noqa: ANN401
+def _compare(session: Any, model: Deployed, predictor: Predictor, size: int) -> float:
     """Return the largest difference of scores on ``size`` random pictures.
 
     Raises:

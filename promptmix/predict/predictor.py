@@ -284,7 +284,7 @@ class Predictor:
     def _batch(
         self,
         learner: PromptLearner,
-        classifier: Any,  # noqa: ANN401
+        classifier: Any,
         batch: list[Picture],
         inputs: Tensor,
         names: tuple[str, ...],
@@ -417,14 +417,14 @@ def _groups(vocabulary: dict[str, Any]) -> list[tuple[str, list[str]]]:
     return [("template_groups", group) for group in vocabulary.get("template_groups", [])]
 
 
-def _without_data(cfg: CfgNode, vocabulary: dict[str, Any]) -> Any:  # noqa: ANN401
+def _without_data(cfg: CfgNode, vocabulary: dict[str, Any]) -> Any:
     """Build the run's trainer around its words instead of its data set."""
     trainer_class = TRAINER_REGISTRY.get(cfg.TRAINER.NAME)
     if not issubclass(trainer_class, PromptTrainer):
         raise ConfigError(f"predictions need a PromptTrainer, which {cfg.TRAINER.NAME} is not; evaluate it with --eval-only")
     names = list(vocabulary["classnames"])
 
-    def build_data_loader(self: Any) -> None:  # noqa: ANN401
+    def build_data_loader(self: Any) -> None:
         self.train_loader_x = self.train_loader_u = self.val_loader = self.test_loader = None
         self.num_classes, self.num_source_domains, self.lab2cname = len(names), 0, dict(enumerate(names))
         self.dm = SimpleNamespace(dataset=SimpleNamespace(**vocabulary))

@@ -106,18 +106,18 @@ class PromptLearner(nn.Module, ABC):
         return Step(self, None, labels, features=images)
 
     @abstractmethod
-    def classifier(self) -> Any:  # noqa: ANN401
+    def classifier(self) -> Any:
         """Return what ``logits`` needs and no image changes (text features); computed once per evaluation."""
 
     @abstractmethod
-    def logits(self, image_features: Tensor, classifier: Any) -> Tensor:  # noqa: ANN401
+    def logits(self, image_features: Tensor, classifier: Any) -> Tensor:
         """Return class scores (B, C) for what ``encode_images`` gave."""
 
-    def base_scores(self, image_features: Tensor, classifier: Any) -> Tensor | None:  # noqa: ANN401
+    def base_scores(self, image_features: Tensor, classifier: Any) -> Tensor | None:
         """Return how much each picture looks like one of a base class (B,); None leaves it to the class scores."""
         return None
 
-    def routing(self, image_features: Tensor, classifier: Any) -> Routing | None:  # noqa: ANN401
+    def routing(self, image_features: Tensor, classifier: Any) -> Routing | None:
         """Return which experts images go to in ``logits``, which takes the same arguments; None without a router."""
         return None
 
@@ -126,7 +126,7 @@ class PromptLearner(nn.Module, ABC):
         """What tables call the experts whose weights ``weighed`` takes; empty where there are none."""
         return ()
 
-    def weighed(self, image_features: Tensor, classifier: Any, weights: Tensor) -> Tensor:  # noqa: ANN401
+    def weighed(self, image_features: Tensor, classifier: Any, weights: Tensor) -> Tensor:
         """Return class scores (B, C) as ``logits`` does, with given weights of the experts (B, E), which sum to 1.
 
         Raises:

@@ -308,7 +308,7 @@ def _takes_step(cls: type, method: str, before: str, now: str) -> None:
         raise PluginError(f"{cls.__module__}.{cls.__qualname__}: {before} is now {method}(step); read {now}")
 
 
-def _second(method: Any) -> str:  # noqa: ANN401
+def _second(method: Any) -> str:
     return "" if method is None else list(inspect.signature(method).parameters)[1]
 
 
@@ -317,7 +317,7 @@ def component_node(cfg: CfgNode, role: str, name: str) -> CfgNode:
     return cfg[role][name.upper()]
 
 
-def build_component(cfg: CfgNode, role: str, default: str, task: Task, *parts: Any) -> Any:  # noqa: ANN401
+def build_component(cfg: CfgNode, role: str, default: str, task: Task, *parts: Any) -> Any:
     """Build the part that takes ``role``: ``cfg.<role>.NAME``, or the trainer's ``default``; None where that is ``none``.
 
     Args:
@@ -354,7 +354,7 @@ def build_losses(cfg: CfgNode, role: str, default: str, task: Task, bank: Prompt
     return total
 
 
-def _build(cfg: CfgNode, role: str, name: str, task: Task, *parts: Any) -> Any:  # noqa: ANN401
+def _build(cfg: CfgNode, role: str, name: str, task: Task, *parts: Any) -> Any:
     component = ROLES[role].get(name)
     settings = {key.lower(): value for key, value in component_node(cfg, role, name).items()}
     try:

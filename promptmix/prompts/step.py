@@ -90,7 +90,7 @@ class Step:
 
     def __init__(
         self,
-        learner: Any,  # noqa: ANN401  (a PromptLearner; a composition has all the parts)
+        learner: Any,  # a PromptLearner; a composition has all the parts
         images: Tensor | None,
         labels: Tensor | None = None,
         *,
@@ -116,7 +116,7 @@ class Step:
         return self.learner.task
 
     @property
-    def bank(self) -> Any:  # noqa: ANN401  (a PromptBank, which is made of this module's parts)
+    def bank(self) -> Any:  # a PromptBank, which is made of this module's parts
         """The experts' prompts."""
         return self.learner.bank
 

@@ -13,7 +13,7 @@ from yacs.config import CfgNode
 
 from promptmix.clip import load_clip
 from promptmix.clip.reference import make_plain
-from promptmix.clip.sizes import check_size, check_takes
+from promptmix.clip.sizes import check_size, check_takes, warn_of_other_input
 from promptmix.config import source_of
 from promptmix.config.declare import declare_all, inherited_by, key_of, settings_of
 from promptmix.cost.estimate import explained
@@ -109,7 +109,7 @@ class PromptTrainer(TrainerX):
         except SettingError as error:
             raise error.under(f"TRAINER.{self.cfg.TRAINER.NAME.upper()}") from None
 
-    def part(self, role: str, task: Task, *parts: Any) -> Any:  # noqa: ANN401
+    def part(self, role: str, task: Task, *parts: Any) -> Any:
         """Return the part that YAML, or else ``roles``, chooses for ``role``; None where it chooses none."""
         return build_component(self.cfg, role, self.roles[role], task, *parts)
 
@@ -139,7 +139,7 @@ class PromptTrainer(TrainerX):
         """Return the optimizer of the learned tensors; by default the one that ``OPTIM`` names."""
         return build_optimizer(model, self.cfg.OPTIM)
 
-    def build_scheduler(self, optimizer: torch.optim.Optimizer) -> Any:  # noqa: ANN401
+    def build_scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
         """Return the learning-rate schedule, stepped every ``schedule_unit``; by default the one that ``OPTIM`` names."""
         optim = self.cfg.OPTIM
         if self.schedule_unit == "step":
@@ -164,7 +164,7 @@ class PromptTrainer(TrainerX):
         self.clip = load_clip(cfg).to(self.device)
         check_takes(self.clip, cfg.INPUT.SIZE)
         check_step(cfg, self.device, changes_gradients=type(self).take_gradients is not PromptTrainer.take_gradients)
-        self._check_input()
+        warn_of_other_input(cfg, self.clip)
         self.precision = Precision(cfg.TRAINER.PREC, self.device)
         self.clip.text.class_chunk = cfg.MODEL.CLASS_CHUNK
         if cfg.MODEL.COMPILE:
@@ -195,18 +195,6 @@ class PromptTrainer(TrainerX):
             self.average = self.weight_average(self.model)
             if self.average is not None:
                 self.register_model("weight_average", self.average)
-
-    def _check_input(self) -> None:
-        """Warn where pictures reach the model otherwise than it was trained: it still runs, but worse than it could."""
-        wanted = {
-            "INPUT.SIZE": (self.cfg.INPUT.SIZE, (self.clip.image_size,) * 2),
-            "INPUT.PIXEL_MEAN": (self.cfg.INPUT.PIXEL_MEAN, self.clip.mean),
-            "INPUT.PIXEL_STD": (self.cfg.INPUT.PIXEL_STD, self.clip.std),
-        }
-        for key, (given, expected) in wanted.items():
-            if max(abs(a - b) for a, b in zip(given, expected, strict=True)) > 1e-3:
-                shown = [round(number, 8) for number in expected]
-                get_logger().warning("%s is %s, but backbone %s was trained with %s", key, list(given), self.clip.name, shown)
 
     def _task(self) -> Task:
         dataset = self.dm.dataset

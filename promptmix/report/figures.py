@@ -62,7 +62,7 @@ def drawing() -> Iterator[None]:
         yield
 
 
-def svg(figure: Any, name: str) -> str:  # noqa: ANN401  (matplotlib's figure)
+def svg(figure: Any, name: str) -> str:  # matplotlib's figure
     """Return a figure as an element of HTML, and close it.
 
     Args:

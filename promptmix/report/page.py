@@ -259,7 +259,7 @@ def _learning(rows: list[Row]) -> list[Block]:
     return [Block(text=text, figures=drawn)] if drawn else []
 
 
-def _inside(name: str, insight: Any) -> list[Block]:  # noqa: ANN401  (an Insight)
+def _inside(name: str, insight: Any) -> list[Block]:  # an Insight
     from promptmix.interpret import pictures, show
 
     drawn = [Figure(title, figures.svg(figure, f"{name} {title}")) for title, figure in pictures.figures(insight)]

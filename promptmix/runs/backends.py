@@ -155,7 +155,7 @@ def local(jobs: Sequence[Job], options: Options, started: Started) -> Generator[
             one.process.join()
 
 
-def _context() -> Any:  # noqa: ANN401  (multiprocessing's contexts share no useful type)
+def _context() -> Any:  # multiprocessing's contexts share no useful type
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
@@ -295,7 +295,7 @@ def on_slurm(
             one.cancel()
 
 
-def _from_slurm(queued: Any) -> Outcome:  # noqa: ANN401  (a job of submitit)
+def _from_slurm(queued: Any) -> Outcome:  # a job of submitit
     error = queued.exception()
     if error is None:
         outcome: Outcome = queued.result()

@@ -77,7 +77,7 @@ def expected_error(probabilities: Tensor, labels: Tensor) -> float:
     return 100 * float(torch.stack(gaps).sum() / max(len(labels), 1))
 
 
-def calibrate(trainer: Any, folder: str | Path, epoch: int | None = None) -> Calibration:  # noqa: ANN401  (a PromptTrainer)
+def calibrate(trainer: Any, folder: str | Path, epoch: int | None = None) -> Calibration:  # a PromptTrainer
     """Fit T on the trainer's validation pictures and write it to the run's folder.
 
     Args:

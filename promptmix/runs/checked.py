@@ -22,7 +22,7 @@ _NODES = ("TRAINER", "DATASET", "INPUT", "OPTIM", "MODEL", "MODEL.BACKBONE")
 _MOST = 2**63
 
 
-def check_fields(result: Any) -> None:  # noqa: ANN401  (a RunResult, whose module reads with this one)
+def check_fields(result: Any) -> None:  # a RunResult, whose module reads with this one
     """Refuse values of another kind than ours.
 
     Args:
@@ -46,14 +46,14 @@ def check_fields(result: Any) -> None:  # noqa: ANN401  (a RunResult, whose modu
             _refuse(f"config.{path}", node, dict[str, Any])
 
 
-def _refuse(name: str, value: object, hint: Any) -> None:  # noqa: ANN401  (a type)
+def _refuse(name: str, value: object, hint: Any) -> None:  # a type
     if not _fits(value, hint):
         words = getattr(hint, "__name__", str(hint)) if typing.get_origin(hint) is None else str(hint)
         text = repr(value)
         raise TypeError(f"{name} is {text if len(text) <= 60 else f'{text[:57]}...'}, not {words.replace('typing.', '')}")
 
 
-def _fits(value: object, hint: Any) -> bool:  # noqa: ANN401
+def _fits(value: object, hint: Any) -> bool:
     """Tell whether a value of JSON is what a type hint of plain values says; numbers are finite and of 64 bits."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):

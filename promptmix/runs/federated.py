@@ -163,7 +163,7 @@ class Federated(Rounds):
 
         past = self._past(job, part)
 
-        def build(cfg: Any) -> Any:  # noqa: ANN401
+        def build(cfg: Any) -> Any:
             trainer: Any = build_trainer(cfg)
             past.give(trainer, _client(part))
             if job.seed >= 0:  # batches and augmentations of its own, after a start that all share
@@ -172,7 +172,7 @@ class Federated(Rounds):
 
         return {"build": build}
 
-    def _past(self, job: Job, part: Part) -> Any:  # noqa: ANN401  (Past, which needs torch)
+    def _past(self, job: Job, part: Part) -> Any:  # Past, which needs torch
         from promptmix.runs.server import Past
 
         earlier = [other for other in self.parts(job) if other.wave < part.wave]

@@ -167,7 +167,7 @@ def _look(wish: Wish) -> dict[str, tuple[str, Any]]:
     }
 
 
-def defaults(cfg: CfgNode, dataset: Any, wish: Wish) -> list[tuple[str, str]]:  # noqa: ANN401  (a DatasetBase)
+def defaults(cfg: CfgNode, dataset: Any, wish: Wish) -> list[tuple[str, str]]:  # a DatasetBase
     """Return what was chosen, as pairs of a word and a line that also says how to choose otherwise.
 
     Args:
@@ -220,7 +220,7 @@ def _split(cfg: CfgNode) -> str:
     return f"{ratio} of each class  [folders train/ and test/ are taken as they are]"
 
 
-def _templates(dataset: Any, groups: Any) -> str:  # noqa: ANN401
+def _templates(dataset: Any, groups: Any) -> str:
     more = len(dataset.templates) - 1
     rest = (
         f" and {more} general ones in {len(groups)} groups, which mixtures and averages take" if groups else f" and {more} more"

@@ -93,7 +93,7 @@ def _counts(key: str) -> bool:
     return key.startswith(_TRAINING) or key in _IDENTITY
 
 
-def _value(tree: dict[str, Any], key: str) -> Any:  # noqa: ANN401  (any config value)
+def _value(tree: dict[str, Any], key: str) -> Any:  # any config value
     for part in key.split("."):
         tree = tree[part]
     return tree

@@ -73,7 +73,7 @@ class Lines(Watcher):
         self._line = f"[{self._done}/{self._total}] {name}"
         self._redraw("...")
 
-    def epoch(self, trainer: Any) -> None:  # noqa: ANN401
+    def epoch(self, trainer: Any) -> None:
         """Show how far the training is."""
         self._redraw(f"epoch {trainer.epoch + 1}/{trainer.max_epoch}")
 

@@ -388,7 +388,7 @@ class Watcher:
     def begin(self, job: Job, part: Part) -> None:
         """A part begins."""
 
-    def epoch(self, trainer: Any) -> None:  # noqa: ANN401  (a trainer with Dassl's interface)
+    def epoch(self, trainer: Any) -> None:  # a trainer with Dassl's interface
         """An epoch of the training is over."""
 
     def end(self, result: RunResult, skipped: bool) -> None:

@@ -202,7 +202,7 @@ def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield f"{prefix}{name}", value
 
 
-def plain(node: Any) -> Any:  # noqa: ANN401  (any config value)
+def plain(node: Any) -> Any:  # any config value
     """Return a config tree as JSON would give it back: dicts, lists, strings and numbers."""
     if isinstance(node, dict):
         return {key: plain(value) for key, value in node.items()}
@@ -384,7 +384,7 @@ def _printed_config(text: str) -> dict[str, Any]:
     return root
 
 
-def _literal(text: str) -> Any:  # noqa: ANN401  (any value of a config)
+def _literal(text: str) -> Any:  # any value of a config
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):

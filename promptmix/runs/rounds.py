@@ -40,7 +40,7 @@ class Rounds(Protocol):
         """Declare the protocol's settings."""
         declare_all(node, self.plan)
 
-    def plan_of(self, job: Job) -> Any:  # noqa: ANN401  (what ``plan`` makes)
+    def plan_of(self, job: Job) -> Any:  # what ``plan`` makes
         """Return the settings that a job runs with."""
         node = make_part_config(job, Part("", job.dataset, self.classes)).PROTOCOL[job.protocol.upper()]
         return self.plan(**{name: node[key_of(name)] for name in settings_of(self.plan)})

@@ -63,7 +63,7 @@ def run(cfg: CN, *, eval_only: bool = False, no_train: bool = False, **options: 
     return result
 
 
-def train_or_test(trainer: Any) -> None:  # noqa: ANN401  (a trainer with Dassl's interface)
+def train_or_test(trainer: Any) -> None:  # a trainer with Dassl's interface
     """Train and test, or only test where there is nothing to train."""
     if has_nothing_to_train(trainer):
         trainer.test()
@@ -237,7 +237,7 @@ def _begun(path: Path) -> RunResult:
     return result
 
 
-def _refuse_other_method(new: RunResult, model_dir: str, learner: Any) -> None:  # noqa: ANN401  (a Dassl trainer's model)
+def _refuse_other_method(new: RunResult, model_dir: str, learner: Any) -> None:  # a Dassl trainer's model
     """Name the trainer in ``model_dir`` where it is another: its tensors would only fit by accident."""
     path = Path(model_dir) / FILE_NAME
     if not model_dir or not path.is_file():
@@ -257,7 +257,7 @@ def _refuse_other_method(new: RunResult, model_dir: str, learner: Any) -> None: 
         )
 
 
-def _refuse_class_specific(trainer: Any) -> None:  # noqa: ANN401  (a trainer with Dassl's interface)
+def _refuse_class_specific(trainer: Any) -> None:  # a trainer with Dassl's interface
     """Refuse to train what can't serve the classes that it is to be evaluated on afterwards."""
     learner: Any = getattr(trainer, "model", None)
     if getattr(learner, "class_specific", False):
@@ -268,7 +268,7 @@ def _refuse_class_specific(trainer: Any) -> None:  # noqa: ANN401  (a trainer wi
         )
 
 
-def _refuse_open_training(cfg: CN, trainer: Any, eval_only: bool) -> None:  # noqa: ANN401  (a trainer with Dassl's interface)
+def _refuse_open_training(cfg: CN, trainer: Any, eval_only: bool) -> None:  # a trainer with Dassl's interface
     """Refuse to train on the new classes that the trained model is to be told apart from."""
     if cfg.DATASET.SUBSAMPLE_CLASSES == "open" and not eval_only and _count_learned(trainer):
         raise ConfigError(
@@ -277,7 +277,7 @@ def _refuse_open_training(cfg: CN, trainer: Any, eval_only: bool) -> None:  # no
         )
 
 
-def _refuse_choice_on_test(cfg: CN, trainer: Any) -> None:  # noqa: ANN401  (a trainer with Dassl's interface)
+def _refuse_choice_on_test(cfg: CN, trainer: Any) -> None:  # a trainer with Dassl's interface
     """Refuse to choose the best epoch on test pictures; where a benchmark's val part is its test part (ImageNet), say so.
 
     Own pictures of which all are tested can't be trained on either.
@@ -335,7 +335,7 @@ def _print_header(cfg: CN, arguments: dict[str, Any]) -> None:
     line("Collecting env info ...\n** System info **\n%s\n", collect_env_info())
 
 
-def _count_learned(trainer: Any) -> int:  # noqa: ANN401  (a trainer with Dassl's interface)
+def _count_learned(trainer: Any) -> int:  # a trainer with Dassl's interface
     """Count the scalars that the optimizers may change, or else those taken from the pictures; 0 = there is nothing to train."""
     models = (trainer._models[name] for name in trainer.get_model_names())
     found = [model for model in models if model is not None]
@@ -343,7 +343,7 @@ def _count_learned(trainer: Any) -> int:  # noqa: ANN401  (a trainer with Dassl'
     return learned or sum(getattr(model, "taken", 0) for model in found)
 
 
-def _vocabulary(trainer: Any) -> dict[str, Any]:  # noqa: ANN401
+def _vocabulary(trainer: Any) -> dict[str, Any]:
     """Return the words of the trainer's data set, with which its prompts can be used without the data set."""
     dataset = getattr(getattr(trainer, "dm", None), "dataset", None)
     names = ("classnames", "all_classnames", "templates", "template_groups")
@@ -354,7 +354,7 @@ def _vocabulary(trainer: Any) -> dict[str, Any]:  # noqa: ANN401
     return words
 
 
-def has_nothing_to_train(trainer: Any) -> bool:  # noqa: ANN401
+def has_nothing_to_train(trainer: Any) -> bool:
     """Tell whether the epoch loop would have no parameter to move (CoOp's ZeroshotCLIP); a loop of its own is trusted."""
     return not _count_learned(trainer) and type(trainer).train is SimpleTrainer.train
 
@@ -371,14 +371,14 @@ class _Recorder:
         memory.reset_peak()  # so that a run in a longer process, as in the quick start, reports its own
 
     @hookimpl
-    def before_train(self, trainer: Any) -> None:  # noqa: ANN401
+    def before_train(self, trainer: Any) -> None:
         """The first epoch begins: what came before was building, or another process."""
         for split, numbers in getattr(trainer, "last_results", {}).items():
             self._metrics[split] = {name: float(value) for name, value in numbers.items()}
         self._trained = time.monotonic()
 
     @hookimpl
-    def after_epoch(self, trainer: Any) -> None:  # noqa: ANN401
+    def after_epoch(self, trainer: Any) -> None:
         """An epoch, with its validation, is over."""
         self._train_seconds += time.monotonic() - self._trained
         self._trained = time.monotonic()

@@ -86,7 +86,7 @@ class Samples:
         return np.bincount(flat, minlength=size * size).reshape(size, size)
 
 
-def keep(trainer: Any, folder: Path, root: str) -> dict[str, str]:  # noqa: ANN401  (any trainer with Dassl's interface)
+def keep(trainer: Any, folder: Path, root: str) -> dict[str, str]:  # any trainer with Dassl's interface
     """Write what the trainer's latest test said of each picture; without any, remove what an earlier run left.
 
     Args:

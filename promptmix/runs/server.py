@@ -80,7 +80,7 @@ class Past:
         states = {other: found["state_dict"] for other, found in sorted(self.latest.items())}
         return {"average": self.average, "states": states, "optimizer": self.latest.get(client, {}).get("optimizer")}
 
-    def give(self, trainer: Any, client: int) -> None:  # noqa: ANN401  (a PromptTrainer)
+    def give(self, trainer: Any, client: int) -> None:  # a PromptTrainer
         """Put what the client starts from into its new trainer."""
         if not self.rounds:
             return

@@ -155,7 +155,7 @@ def _is_read(key: str, protocol: str, tree: dict[str, Any]) -> bool:
     return not key.startswith(others)
 
 
-def _check(tree: Any, keys: Mapping[str, Any], needed: Iterable[str], where: str) -> None:  # noqa: ANN401
+def _check(tree: Any, keys: Mapping[str, Any], needed: Iterable[str], where: str) -> None:
     """Refuse a tree with unknown or missing keys, or with values of another type.
 
     Raises:
@@ -174,14 +174,14 @@ def _check(tree: Any, keys: Mapping[str, Any], needed: Iterable[str], where: str
             raise ConfigError(f"{where}: {key} is missing (needed: {', '.join(needed)})")
 
 
-def _entry(value: Any, keys: Mapping[str, Any], where: str) -> dict[str, Any]:  # noqa: ANN401
+def _entry(value: Any, keys: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Return an entry of a list, given as a name or as a mapping with a name."""
     entry = {"name": value} if isinstance(value, str) else value
     _check(entry, keys, ("name",), where)
     return dict(entry)
 
 
-def _flat(tree: Any, where: str, prefix: str = "") -> dict[str, Any]:  # noqa: ANN401
+def _flat(tree: Any, where: str, prefix: str = "") -> dict[str, Any]:
     """Return overrides by dotted key, however deep they are nested in the file."""
     if not isinstance(tree, dict):
         raise ConfigError(f"{where} is {tree!r}, but must be a mapping of config keys to values")
@@ -191,7 +191,7 @@ def _flat(tree: Any, where: str, prefix: str = "") -> dict[str, Any]:  # noqa: A
     return found
 
 
-def _list(value: Any, where: str) -> list[str]:  # noqa: ANN401
+def _list(value: Any, where: str) -> list[str]:
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         raise ConfigError(f"{where} is {value!r}, but must be a list of names")
     return value

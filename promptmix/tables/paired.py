@@ -96,7 +96,7 @@ class _Reader:
     notes: list[str] = field(default_factory=list)
     _hits: dict[str, tuple[np.ndarray, np.ndarray] | None] = field(default_factory=dict)
 
-    def hits(self, run: Any) -> tuple[np.ndarray, np.ndarray] | None:  # noqa: ANN401
+    def hits(self, run: Any) -> tuple[np.ndarray, np.ndarray] | None:
         """Return the pictures of a run, in order of their names, and whether each was told right; None where it kept none."""
         if run.source not in self._hits:
             try:

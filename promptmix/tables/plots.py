@@ -134,7 +134,7 @@ def _wrapped(text: str, width: int) -> str:
     return "\n".join(textwrap.wrap(harmless(text), width, break_long_words=False))
 
 
-def _legend(figure: Any, axes: Iterable[Any], rows: list[Row]) -> None:  # noqa: ANN401  (matplotlib's objects)
+def _legend(figure: Any, axes: Iterable[Any], rows: list[Row]) -> None:  # matplotlib's objects
     """Put one legend for all panels below them, where it covers nothing, with what the bars or bands are."""
     handles = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     columns = min(len(handles), max(1, int(figure.get_figwidth() / (0.55 + 0.085 * max(map(len, handles))))))
@@ -148,7 +148,7 @@ def _bars_are(rows: list[Row]) -> str | None:
     return f"±: {' or '.join(kinds)}" if kinds else None
 
 
-def _curves(rows: list[Row], metric: str, part: str, styles: dict[Any, _Series], protocol: str) -> Any:  # noqa: ANN401
+def _curves(rows: list[Row], metric: str, part: str, styles: dict[Any, _Series], protocol: str) -> Any:
     """Accuracy over shots, a panel for each data set."""
     from matplotlib import pyplot
 
@@ -186,7 +186,7 @@ def _curves(rows: list[Row], metric: str, part: str, styles: dict[Any, _Series],
     return figure
 
 
-def _scatter(rows: list[Row], metric: str, styles: dict[Any, _Series], shots: str) -> Any:  # noqa: ANN401
+def _scatter(rows: list[Row], metric: str, styles: dict[Any, _Series], shots: str) -> Any:
     """Base against new: each data set small and pale, the average large; grey curves of equal H behind them."""
     from matplotlib import pyplot
 
@@ -220,7 +220,7 @@ def _scatter(rows: list[Row], metric: str, styles: dict[Any, _Series], shots: st
     return figure
 
 
-def _square(ax: Any, cells: list[Cell]) -> None:  # noqa: ANN401
+def _square(ax: Any, cells: list[Cell]) -> None:
     """Give both axes the same limits around the points, and draw curves of equal H with their values at the edge."""
     low = max(0.0, min(cell.mean - cell.bar for cell in cells))
     high = min(100.0, max(cell.mean + cell.bar for cell in cells))
@@ -242,7 +242,7 @@ def _square(ax: Any, cells: list[Cell]) -> None:  # noqa: ANN401
             ax.annotate(f"H {h}", (x, y), xytext=(3, 0), textcoords="offset points", fontsize=8, color="#777777", va="center")
 
 
-def _bars(rows: list[Row], metric: str, parts: list[str], styles: dict[Any, _Series], title: str) -> Any:  # noqa: ANN401
+def _bars(rows: list[Row], metric: str, parts: list[str], styles: dict[Any, _Series], title: str) -> Any:
     """Bars of each method, side by side for each data set; a panel for each of base, new and H."""
     from matplotlib import pyplot
 

@@ -64,7 +64,7 @@ def report(out: Path) -> None:
     for name in VISION_CFGS:
         model, tokenizer, size = load_packed(out, name)
 
-        def texts(names: list[str], model: Any = model, tokenizer: Any = tokenizer) -> torch.Tensor:  # noqa: ANN401
+        def texts(names: list[str], model: Any = model, tokenizer: Any = tokenizer) -> torch.Tensor:
             return F.normalize(model.encode_text(tokenizer([TEMPLATE.format(each) for each in names])), dim=-1)
 
         labels, kinds = texts([concept["label"] for concept in concepts]), texts(families)

@@ -79,7 +79,7 @@ class Reader:
         names = [name for name in self.members if name.startswith(prefix) and name.endswith(suffix)]
         return {name[len(prefix) : -len(suffix)]: self.read(name) for name in names}
 
-    def json(self, name: str) -> Any:  # noqa: ANN401 - whatever the package holds
+    def json(self, name: str) -> Any:
         """Return one member parsed as JSON."""
         return json.loads(self.read(name))
 

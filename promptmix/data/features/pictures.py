@@ -92,7 +92,7 @@ class PictureCache(FeatureCache):
             digest = content_digest(key, load_file(path))
             self._head(file, end, len(sizes), about, digest)
 
-    def _head(self, file: Any, end: int, count: int, about: str, digest: str) -> None:  # noqa: ANN401
+    def _head(self, file: Any, end: int, count: int, about: str, digest: str) -> None:
         """Write the header of safetensors: ``end`` bytes of pixels, then the sizes of ``count`` pictures."""
         entries = {
             "__metadata__": {"about": about, "digest": digest},
@@ -124,7 +124,7 @@ class KeptPictures:
         items: Sequence[Datum],
         reading: str,
         steps: Sequence[Transform],
-        rest: Any,  # noqa: ANN401  (whatever a data set takes for a transform)
+        rest: Any,  # whatever a data set takes for a transform
         threads: int,
         name: str,
         fast: FastTransform | None = None,
@@ -214,7 +214,7 @@ def _places(stored: dict[str, Tensor], items: Sequence[Datum]) -> dict[str, tupl
     return places if begin <= room < begin + 8 else None
 
 
-def split_transform(transform: Any) -> tuple[tuple[Transform, ...], Any]:  # noqa: ANN401
+def split_transform(transform: Any) -> tuple[tuple[Transform, ...], Any]:
     """Split a transform into the steps without chance that it begins with, and the rest."""
     if type(transform) is not T.Compose:
         return (), transform
@@ -223,7 +223,7 @@ def split_transform(transform: Any) -> tuple[tuple[Transform, ...], Any]:  # noq
     return tuple(steps[:count]), T.Compose(steps[count:])
 
 
-def kept_pictures(cfg: CfgNode, items: Sequence[Datum], transform: Any) -> KeptPictures | None:  # noqa: ANN401
+def kept_pictures(cfg: CfgNode, items: Sequence[Datum], transform: Any) -> KeptPictures | None:
     """Return the kept pictures that ``cfg.INPUT`` asks for, or None where the cache is off, or has no place.
 
     Args:

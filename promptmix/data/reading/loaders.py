@@ -169,7 +169,7 @@ class _Pass(Iterator[Any]):
         self.batches = iter(loader)
         self.ended = False
 
-    def __next__(self) -> Any:  # noqa: ANN401
+    def __next__(self) -> Any:
         if self.ended:
             raise StopIteration
         try:

@@ -97,7 +97,7 @@ class DatasetWrapper(Dataset[dict[str, Any]]):
             return kept, self.kept.rest
         return read_image(path, self.reading), self.transform
 
-    def _transform_image(self, tfm: Transform, img0: Any) -> Any:  # noqa: ANN401
+    def _transform_image(self, tfm: Transform, img0: Any) -> Any:
         """Return one transformed copy, or a list of ``K_TRANSFORMS``."""
         if self.k_tfm == 1:
             return tfm(img0)
