@@ -1,6 +1,10 @@
 """Tests run offline and on one thread: fast on a small machine, and the same numbers everywhere."""
 
+import contextlib
+import ctypes
+import gc
 import os
+import sys
 import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -18,6 +22,17 @@ torch.set_num_threads(1)
 settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
     settings.load_profile("ci")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tidy():
+    """Give back what a module's tests held: compiled graphs, cycles of models, and pages that the allocator keeps."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 @pytest.fixture(scope="session")

@@ -30,6 +30,6 @@ def extend_config(cfg: CfgNode) -> None:
 @hookimpl
 def log_scalar(trainer: SimpleTrainer, tag: str, value: float, step: int | None) -> None:
     """Add a line."""
-    if logger_is_on(trainer.cfg, "JSONL") and trainer._writer is not None:
+    if logger_is_on(trainer, "JSONL") and trainer._writer is not None:
         with open_own(Path(trainer.output_dir, "scalars.jsonl"), append=True) as file:
             file.write(json.dumps({"tag": tag, "step": step, "value": value}) + "\n")

@@ -28,6 +28,6 @@ def extend_config(cfg: CfgNode) -> None:
 @hookimpl
 def log_scalar(trainer: SimpleTrainer, tag: str, value: float, step: int | None) -> None:
     """Add the number to the event file; before training opens one (an evaluation alone) there is nothing to add to."""
-    wanted = logger_is_on(trainer.cfg, "TENSORBOARD", default=True)  # programs of Dassl's expect it
+    wanted = logger_is_on(trainer, "TENSORBOARD", default=True)  # programs of Dassl's expect it
     if trainer._writer is not None and wanted and find_spec("tensorboard"):
         trainer._writer.add_scalar(tag, value, step)

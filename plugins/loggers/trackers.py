@@ -105,17 +105,17 @@ def validate_config(cfg: CfgNode) -> None:
         ConfigError: the message names the extra.
     """
     for node, (module, _) in TRACKERS.items():
-        if logger_is_on(cfg, node) and find_spec(module) is None:
+        if cfg.LOGGER[node].ENABLED and find_spec(module) is None:
             raise ConfigError(f"LOGGER.{node}.ENABLED is True, but {module} is not installed; pip install 'promptmix[{module}]'")
 
 
 @hookimpl
 def before_train(trainer: SimpleTrainer) -> None:
     """Begin a run in each tracker that is on."""
-    cfg = trainer.cfg
-    chosen = [make for node, (_, make) in TRACKERS.items() if logger_is_on(cfg, node)]
+    chosen = [make for node, (_, make) in TRACKERS.items() if logger_is_on(trainer, node)]
     if not chosen:
         return
+    cfg = trainer.cfg
     values = dict(all_values(cfg))
     name = f"{cfg.TRAINER.NAME}-{cfg.DATASET.NAME}-seed{cfg.SEED}"
     _open[trainer] = [make(cfg, name, values) for make in chosen]

@@ -14,7 +14,6 @@ from types import TracebackType
 from typing import Any, TextIO, TypeVar, cast
 
 from tqdm import tqdm
-from yacs.config import CfgNode
 
 from promptmix.errors import OutputError
 from promptmix.files.links import open_own
@@ -174,8 +173,9 @@ def progress(items: Iterable[T], desc: str = "", total: int | None = None) -> It
         yield item
 
 
-def logger_is_on(cfg: CfgNode, name: str, default: bool = False) -> bool:
-    """Tell whether ``LOGGER.<name>.ENABLED`` is True; ``default`` where the tree, of another program, has no such key."""
+def logger_is_on(trainer: Any, name: str, default: bool = False) -> bool:
+    """Tell whether ``LOGGER.<name>.ENABLED`` is True; ``default`` where a trainer, of another program, has no such key."""
+    cfg = getattr(trainer, "cfg", {})
     return bool(cfg.get("LOGGER", {}).get(name, {}).get("ENABLED", default))
 
 
