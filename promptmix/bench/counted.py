@@ -55,14 +55,14 @@ def regressions(now: Mapping[str, Mapping[str, float]], recorded: str | Path) ->
     """Return a line for each count that is more than 5% above the recorded one.
 
     Raises:
-        UserError: a case was never recorded.
+        UserError: a case, or one of its counts, was never recorded.
     """
     before = read_json(recorded)
     lines = []
     for case, counts in now.items():
-        if case not in before:
-            raise UserError(f"{recorded} has no case {case}; record it with `promptmix bench ci --update`")
         for key in ("gflops", "live_mb", "operations", "launches"):
+            if key not in before.get(case, {}):
+                raise UserError(f"{recorded} has no {key} of case {case}; record it with `promptmix bench ci --update`")
             old, new = before[case][key], counts[key]
             if new > old * (1 + TOLERANCE):
                 lines.append(f"{case}: {key} {new:.1f}, recorded {old:.1f} ({100 * (new / old - 1):+.1f}%)")

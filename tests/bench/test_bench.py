@@ -33,12 +33,16 @@ def test_counted_steps_at_full_size_did_not_become_dearer(tmp_path):
 
 
 def test_regressions_name_what_grew(tmp_path):
-    record = tmp_path / "record.json"
-    write_json({"A:1:2": {"gflops": 10.0, "live_mb": 100.0}}, record)
-    assert regressions({"A:1:2": {"gflops": 10.4, "live_mb": 90.0}}, record) == []
-    assert regressions({"A:1:2": {"gflops": 11.0, "live_mb": 90.0}}, record) == ["A:1:2: gflops 11.0, recorded 10.0 (+10.0%)"]
-    with pytest.raises(UserError, match="no case B"):
-        regressions({"B:1:2": {}}, record)
+    record, counts = tmp_path / "record.json", {"gflops": 10.0, "live_mb": 100.0, "operations": 200, "launches": 80}
+    write_json({"A:1:2": counts}, record)
+    assert regressions({"A:1:2": counts | {"gflops": 10.4, "live_mb": 90.0}}, record) == []
+    assert regressions({"A:1:2": counts | {"gflops": 11.0}}, record) == ["A:1:2: gflops 11.0, recorded 10.0 (+10.0%)"]
+    assert regressions({"A:1:2": counts | {"launches": 88}}, record) == ["A:1:2: launches 88.0, recorded 80.0 (+10.0%)"]
+    with pytest.raises(UserError, match="no gflops of case B"):
+        regressions({"B:1:2": counts}, record)
+    write_json({"A:1:2": {"gflops": 10.0, "live_mb": 100.0}}, record)  # made before operations were counted
+    with pytest.raises(UserError, match="no operations of case A"):
+        regressions({"A:1:2": counts}, record)
 
 
 def test_live_memory_counts_what_is_held_at_once():
