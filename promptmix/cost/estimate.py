@@ -108,7 +108,7 @@ def step_gflops(trainer: Any) -> float | None:  # any class with Dassl's interfa
     try:
         on_meta(trainer)
         return round(step_count(trainer, min(loader.batch_size or 1, len(loader.dataset))).gflops, 3)
-    except (RuntimeError, NotImplementedError, ValueError, AttributeError):
+    except (RuntimeError, NotImplementedError, ValueError, AttributeError):  # a training that ended is not lost over a count
         get_logger().debug("The step can't be counted", exc_info=True)
         return None
 
