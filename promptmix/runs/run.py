@@ -172,7 +172,7 @@ def running(
         elif getattr(trainer, "start_epoch", 0) and not getattr(trainer, "resumed_exactly", True):
             result.approximations.append(f"resumed at epoch {trainer.start_epoch} without the random states of that moment")
         result.files = samples.keep(trainer, folder.path, cfg.DATASET.ROOT)
-        if build is None and not unknown and getattr(trainer, "resumed_exactly", True):
+        if load and not unknown and getattr(trainer, "resumed_exactly", True):  # not what a program loads by itself
             result.replay = replay_of(cfg, result.checkpoint, plugins)
         get_logger().info("Results: %s", result.save(cfg.OUTPUT_DIR))
         folder.drop_progress()
