@@ -11,9 +11,10 @@ from types import ModuleType
 from typing import Any
 
 from promptmix.hookspecs import hookimpl, hookspec
+from promptmix.registry import register
 from promptmix.version import __version__
 
-__all__ = ["__version__", "hookimpl", "hookspec", "load"]
+__all__ = ["__version__", "hookimpl", "hookspec", "load", "register"]
 
 _CHECKOUT = Path(__file__).resolve().parent.parent
 

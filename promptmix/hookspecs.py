@@ -2,7 +2,8 @@
 
 A plugin is a module (or object) with functions marked ``@promptmix.hookimpl`` and named as below. It comes in through the
 ``promptmix`` entry-point group of an installed package, or through ``--plugin`` by module name or file. Arguments are passed
-by keyword, and an implementation may leave out those that it doesn't need. Built-in methods use these same hooks.
+by keyword, and an implementation may leave out those that it doesn't need. ``@promptmix.register`` above a class is the short
+form of a ``register_*`` hook that adds it; built-in parts come in by these same ways.
 """
 
 from __future__ import annotations

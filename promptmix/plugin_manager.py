@@ -23,7 +23,7 @@ import pluggy
 
 from promptmix import hookspecs
 from promptmix.errors import PluginError, UserError
-from promptmix.registry import REGISTRIES, closest
+from promptmix.registry import REGISTRIES, add_marked, closest, marked_classes
 
 __all__ = ["TRIALS", "check_plugins", "failed_plugins", "file_of", "get_plugin_manager", "load_plugin", "plugin_at", "switch_off"]
 
@@ -283,8 +283,12 @@ def _add(manager: pluggy.PluginManager, load: Callable[[], Any], name: str, abou
         plugin = load()
         doing = "registration"
         _refuse_unmarked(plugin)
-        if not _marked(plugin) and all(registry.snapshot() == before[kind] for kind, registry in REGISTRIES.items()):
-            raise PluginError("it implements no hook; mark functions with @promptmix.hookimpl (`promptmix list hooks`)")
+        idle = all(registry.snapshot() == before[kind] for kind, registry in REGISTRIES.items())
+        if idle and not _marked(plugin) and not marked_classes(plugin):
+            raise PluginError(
+                "it implements no hook; mark functions with @promptmix.hookimpl (`promptmix list hooks`) or classes with "
+                "@promptmix.register"
+            )
         _register(manager, plugin, name)
         for trial in TRIALS:
             trial()
@@ -359,3 +363,4 @@ def _register(manager: pluggy.PluginManager, plugin: object, name: str) -> None:
         hook = f"register_{kind}"
         if hasattr(manager.hook, hook):
             manager.subset_hook_caller(hook, others)(registry=registry)
+    add_marked(plugin)

@@ -5,11 +5,16 @@ from __future__ import annotations
 import difflib
 import sys
 from collections import ChainMap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar, overload
 
-from promptmix.errors import RegistryError
+from promptmix.errors import PluginError, RegistryError
+
+Part = TypeVar("Part", bound=type)
+
+#: Where ``register`` writes the name of a class.
+_MARK = "promptmix_name"
 
 
 def closest(name: str, choices: list[str]) -> str:
@@ -27,7 +32,7 @@ class Registry:
     """
 
     def __init__(self, name: str) -> None:
-        self._name = name
+        self.kind = name
         self._entries: ChainMap[str, Any] = ChainMap({})
         self._plugins: dict[str, str] = {}  # name of an entry -> plugin that is not built in
 
@@ -42,7 +47,7 @@ class Registry:
         key = name or obj.__name__
         if self._entries.maps[0].get(key, obj) is not obj and not force:
             raise RegistryError(
-                f"{self._name} {key!r} is registered already by {self.origin(key)}; "
+                f"{self.kind} {key!r} is registered already by {self.origin(key)}; "
                 "register yours under another name, or with force=True to replace it"
             )
         self._entries[key] = obj
@@ -57,7 +62,7 @@ class Registry:
         if name not in self._entries:
             names = self.registered_names()
             raise RegistryError(
-                f"unknown {self._name} {name[:100]!r}{closest(name[:100], names)} (choices: {', '.join(names) or 'none'}); "
+                f"unknown {self.kind} {name[:100]!r}{closest(name[:100], names)} (choices: {', '.join(names) or 'none'}); "
                 "a plugin that brings it must be installed or named with --plugin"
             )
         return self._entries[name]
@@ -120,6 +125,62 @@ class Registry:
 
     def __len__(self) -> int:
         return len(self._entries)
+
+
+@overload
+def register(part: Part) -> Part: ...
+
+
+@overload
+def register(*, name: str) -> Callable[[Part], Part]: ...
+
+
+def register(part: type | None = None, *, name: str = "") -> Any:
+    """Decorator: a plugin that holds the class adds it to its kind's registry when it is loaded.
+
+    The kind follows from the base class (``PromptTrainer``, ``PromptBank``, ``Router``, ``Head``, ``TextSupervision``,
+    ``Distiller``, ``DatasetBase``, ``EvaluatorBase``, ``Selector``); subclasses need a mark of their own. What is no class, such
+    as a protocol or a function that loads a backbone, goes in by a ``register_*`` hook.
+
+    Args:
+        part: the class.
+        name: what YAML calls it; "" = the class's own name.
+
+    Raises:
+        PluginError: no base of the class is of a kind that has a registry.
+    """
+    if part is None:
+        return lambda later: _marked(later, name)
+    return _marked(part, part.__name__)
+
+
+def _marked(part: type, name: str) -> type:
+    if not isinstance(getattr(part, "registry", None), Registry):
+        raise PluginError(
+            f"@register above {part.__name__}: its base classes say no kind; extend PromptTrainer, PromptBank, Router, Head, "
+            "TextSupervision, Distiller, DatasetBase, EvaluatorBase or Selector"
+        )
+    setattr(part, _MARK, name)
+    return part
+
+
+def marked_classes(module: object, *, own: bool = False) -> list[Any]:
+    """Return the classes among a module's names that ``register`` marked: of its package, or its ``own`` ones alone."""
+    name = str(getattr(module, "__name__", ""))
+    found = (entry for entry in getattr(module, "__dict__", {}).values() if isinstance(entry, type) and _MARK in vars(entry))
+    if own:
+        return [entry for entry in found if entry.__module__ == name]
+    return [entry for entry in found if entry.__module__.partition(".")[0] == name.partition(".")[0]]
+
+
+def add_marked(module: object) -> None:
+    """Add the classes that ``register`` marked in a module to their registries.
+
+    Raises:
+        RegistryError: a name is taken.
+    """
+    for entry in marked_classes(module):
+        entry.registry.register(entry, name=vars(entry)[_MARK])
 
 
 TRAINER_REGISTRY = Registry("trainer")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from promptmix.cli import main
-from promptmix.registry import ROUTER_REGISTRY
+from promptmix.registry import PROTOCOL_REGISTRY, ROUTER_REGISTRY
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = ["--config-file", "configs/quickstart.yaml", "--seed", "1", "OPTIM.MAX_EPOCH", "1", "DATASET.NUM_SHOTS", "1"]
@@ -27,7 +27,9 @@ def test_the_method_of_the_page_trains(tmp_path):
     file = tmp_path / "near.py"
     # The page's second block, put to use as the page says.
     file.write_text(
-        method.replace("class Near", loss + "\n\nclass Near").replace("CrossEntropy() +", "CrossEntropy() + 0.1 * Entropy() +")
+        method.replace("@register\nclass Near", loss + "\n\n@register\nclass Near").replace(
+            "CrossEntropy() +", "CrossEntropy() + 0.1 * Entropy() +"
+        )
     )
     flags = ["train", "--plugin", str(file), "--trainer", "Near", "--output-dir", str(tmp_path / "out")]
     assert main([*flags, *QUICK, "TRAINER.NEAR.WEIGHT", "4"]) == 0
@@ -35,12 +37,13 @@ def test_the_method_of_the_page_trains(tmp_path):
 
 
 def test_the_plugin_of_the_page_routes(tmp_path):
-    (plugin,) = blocks("write-a-plugin.md")
+    router, protocol = blocks("write-a-plugin.md")
     file = tmp_path / "first.py"
-    file.write_text(plugin)
+    file.write_text(f"{router}\n\n{protocol}")
     flags = ["train", "--plugin", str(file), "--trainer", "MoCoOp", "--output-dir", str(tmp_path / "out")]
     assert main([*flags, *QUICK, "ROUTER.NAME", "First"]) == 0
     assert "First" in ROUTER_REGISTRY
+    assert "base-only" in PROTOCOL_REGISTRY
 
 
 def test_the_notebook_runs(tmp_path):

@@ -7,6 +7,7 @@ import importlib
 import inspect
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 from promptmix import hookspecs
 from promptmix.errors import PluginError, RegistryError
 from promptmix.plugin_manager import MOVED, MOVED_NAMES, get_plugin_manager, load_plugin
-from promptmix.registry import REGISTRIES, ROUTER_REGISTRY, Registry
+from promptmix.registry import REGISTRIES, ROUTER_REGISTRY, TRAINER_REGISTRY, Registry, marked_classes, register
 
 ROOT = Path(__file__).resolve().parent.parent
 HOOKS = {name: spec for name, spec in vars(hookspecs).items() if hasattr(spec, "promptmix_spec")}
@@ -42,7 +43,33 @@ def test_built_ins_come_in_through_the_hooks():
     manager = get_plugin_manager()
     names = {name for name, _ in manager.list_name_plugin()}
     assert {"promptmix.trainers.coop", "promptmix.plugins.router.topk", "promptmix.clip.backbones"} <= names
-    assert not [h for h in ("register_trainers", "register_routers") if not getattr(manager.hook, h).get_hookimpls()]
+    assert not [h for h in ("register_backbones", "register_protocols") if not getattr(manager.hook, h).get_hookimpls()]
+    found = marked_classes(manager.get_plugin("promptmix.trainers.dpl"), own=True)
+    assert [entry.__name__ for entry in found] == ["DPLSearch", "DPL"]
+    assert found == [TRAINER_REGISTRY.get("DPLSearch"), TRAINER_REGISTRY.get("DPL")]
+
+
+def test_marked_classes_come_in_when_their_plugin_is_loaded_and_not_before(tmp_path):
+    file = tmp_path / "marked_router.py"
+    file.write_text(
+        "from promptmix import register\nfrom promptmix.plugins.router.topk import TopK\n"
+        "@register\nclass Marked(TopK): ...\nclass Unmarked(Marked): ...\n"
+        "@register(name='Other')\nclass Named(TopK): ...\n"
+    )
+    runpy.run_path(str(file))
+    assert "Marked" not in ROUTER_REGISTRY
+    load_plugin(str(file))
+    assert ROUTER_REGISTRY.get("Marked").__name__ == "Marked"
+    assert ROUTER_REGISTRY.get("Other").__name__ == "Named"
+    assert "Unmarked" not in ROUTER_REGISTRY
+    assert "Named" not in ROUTER_REGISTRY
+
+
+def test_a_mark_without_a_kind_is_refused():
+    with pytest.raises(PluginError, match="@register above Lost: its base classes say no kind; extend PromptTrainer"):
+
+        @register
+        class Lost: ...
 
 
 def test_a_file_comes_in_by_path(tmp_path):

@@ -22,14 +22,13 @@ from typing import Any
 
 from promptmix.plugins.prompt_bank.attributes import AttributePrompts, CoupledAttributes
 
-from promptmix import hookimpl
+from promptmix import register
 from promptmix.config.declare import inherits
 from promptmix.engine.layout import Layout, Rule, linear
 from promptmix.prompts.heads import Cosine
 from promptmix.prompts.learner import Learner
 from promptmix.prompts.roles import Task
 from promptmix.prompts.trainer import PromptTrainer
-from promptmix.registry import Registry
 
 #: The authors' words (train.py).
 ATTRIBUTES = {
@@ -58,6 +57,7 @@ class _WithAttributes(PromptTrainer):
         return tuple(attributes) or ATTRIBUTES.get(self.cfg.DATASET.NAME, OTHERS)
 
 
+@register
 class CoOpATP(_WithAttributes):
     """CoOp behind attribute words, trained with cross-entropy."""
 
@@ -69,6 +69,7 @@ class CoOpATP(_WithAttributes):
         return Learner(task, AttributePrompts(task, attributes=self.words(attributes), **soft))
 
 
+@register
 class MaPLeATP(_WithAttributes):
     """MaPLe behind attribute words, trained with cross-entropy."""
 
@@ -88,10 +89,3 @@ class MaPLeATP(_WithAttributes):
         """Return the coupled prompts with their attributes."""
         prompts = CoupledAttributes(task, attributes=self.words(attributes), **deep)
         return Learner(task, prompts, head=Cosine(task, prompts))
-
-
-@hookimpl
-def register_trainers(registry: Registry) -> None:
-    """Add both trainers."""
-    registry.register(CoOpATP)
-    registry.register(MaPLeATP)

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from promptmix.plugins.prompt_bank.hard import Hard
 from torch import Tensor, nn
 
-from promptmix import hookimpl
+from promptmix import register
 from promptmix.config.declare import Setting, inherits
 from promptmix.engine.layout import Layout, Rule
 from promptmix.errors import ConfigError
@@ -35,7 +35,6 @@ from promptmix.prompts.losses import CrossEntropy
 from promptmix.prompts.roles import Loss, Task
 from promptmix.prompts.step import Step
 from promptmix.prompts.trainer import PromptTrainer
-from promptmix.registry import Registry
 
 KINDS = ("l2", "corrected", "constant", "balanced")
 
@@ -72,6 +71,10 @@ class Prototypes(Hard):
             raise ConfigError(f"prototypes were learned for {len(self.base)} classes and can't serve other names")
         return F.normalize(self.prototypes, dim=-1)[None]
 
+    def moved(self) -> Tensor:
+        """Return the squared distance of each prototype from where it started (C,)."""
+        return (self.prototypes - self.base).square().sum(dim=-1)
+
     def references(self, names: Sequence[str]) -> Tensor:
         """Return the hard classifier (1, C, D), of any names."""
         return self.encode(names)
@@ -93,8 +96,7 @@ class Constraint(Loss):
 
     def __init__(self, bank: Prototypes, kind: str, views: int) -> None:
         super().__init__()
-        self._bank = (bank,)  # not a submodule: the learner holds the bank already
-        self.kind, self.views = kind, views
+        self.moved, self.kind, self.views = bank.moved, kind, views
         self.multipliers: Tensor
         self.register_buffer("multipliers", torch.ones(len(bank.base)))
 
@@ -110,10 +112,10 @@ class Constraint(Loss):
 
     def forward(self, step: Step) -> Tensor:
         """Return the constraint (scalar)."""
-        (bank,) = self._bank
-        return (self.multipliers * (bank.prototypes - bank.base).square().sum(dim=-1)).mean()
+        return (self.multipliers * self.moved()).mean()
 
 
+@register
 class CLAP(PromptTrainer):
     """A linear probe from the zero-shot weights, held near them class by class."""
 
@@ -134,9 +136,3 @@ class CLAP(PromptTrainer):
         bank = Prototypes(task, **prototypes)
         loss = CrossEntropy() if constraint == "none" else CrossEntropy() + Constraint(bank, constraint, views)
         return Learner(task, bank, head=Cosine(task, bank), loss=loss)
-
-
-@hookimpl
-def register_trainers(registry: Registry) -> None:
-    """Add the trainer."""
-    registry.register(CLAP)

@@ -22,16 +22,16 @@ from typing import Any
 
 from promptmix.plugins.prompt_bank.hard import ImageAdapter
 
-from promptmix import hookimpl
+from promptmix import register
 from promptmix.config.declare import inherits
 from promptmix.engine.layout import Layout, Rule
 from promptmix.prompts.heads import Cosine
 from promptmix.prompts.learner import Learner
 from promptmix.prompts.roles import Task
 from promptmix.prompts.trainer import PromptTrainer
-from promptmix.registry import Registry
 
 
+@register
 class CLIPAdapter(PromptTrainer):
     """A bottleneck behind the image tower, mixed with its features, trained with cross-entropy."""
 
@@ -42,9 +42,3 @@ class CLIPAdapter(PromptTrainer):
         """Return the adapter in front of the hard classifier."""
         prompts = ImageAdapter(task, **settings)
         return Learner(task, prompts, head=Cosine(task, prompts))
-
-
-@hookimpl
-def register_trainers(registry: Registry) -> None:
-    """Add the trainer."""
-    registry.register(CLIPAdapter)

@@ -23,15 +23,15 @@ from typing import Any
 import torch
 from promptmix.plugins.prompt_bank.low_rank import LowRank
 
-from promptmix import hookimpl
+from promptmix import register
 from promptmix.config.declare import inherits
 from promptmix.prompts.heads import Cosine
 from promptmix.prompts.learner import Learner
 from promptmix.prompts.roles import Task
 from promptmix.prompts.trainer import PromptTrainer
-from promptmix.registry import Registry
 
 
+@register
 class CLIPLoRA(PromptTrainer):
     """Low-rank changes of the attention weights in both towers, trained with cross-entropy."""
 
@@ -47,9 +47,3 @@ class CLIPLoRA(PromptTrainer):
         """Return a cosine over all steps, to 1e-6."""
         steps = self.max_epoch * max(len(self.train_loader_x or ()), 1)
         return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=1e-6)
-
-
-@hookimpl
-def register_trainers(registry: Registry) -> None:
-    """Add the trainer."""
-    registry.register(CLIPLoRA)

@@ -19,15 +19,15 @@ from typing import Any
 
 from promptmix.plugins.prompt_bank.instance_conditional import InstanceConditional
 
-from promptmix import hookimpl
+from promptmix import register
 from promptmix.config.declare import inherits
 from promptmix.engine.layout import Layout, Rule, linear
 from promptmix.prompts.learner import Learner
 from promptmix.prompts.roles import Task
 from promptmix.prompts.trainer import PromptTrainer
-from promptmix.registry import Registry
 
 
+@register
 class CoCoOp(PromptTrainer):
     """One soft prompt that a small network shifts for each image, trained with cross-entropy."""
 
@@ -44,9 +44,3 @@ class CoCoOp(PromptTrainer):
     def compose(self, task: Task, **conditional: Any) -> Learner:
         """Return one instance-conditional prompt; no router, no other loss."""
         return Learner(task, InstanceConditional(task, **conditional))
-
-
-@hookimpl
-def register_trainers(registry: Registry) -> None:
-    """Add the trainer."""
-    registry.register(CoCoOp)

@@ -18,15 +18,15 @@ from typing import Any
 
 from promptmix.plugins.prompt_bank.soft import Soft
 
-from promptmix import hookimpl
+from promptmix import register
 from promptmix.config.declare import inherits
 from promptmix.engine.layout import Layout, Rule
 from promptmix.prompts.learner import Learner
 from promptmix.prompts.roles import Task
 from promptmix.prompts.trainer import PromptTrainer
-from promptmix.registry import Registry
 
 
+@register
 class CoOp(PromptTrainer):
     """One soft prompt, trained with cross-entropy."""
 
@@ -36,9 +36,3 @@ class CoOp(PromptTrainer):
     def compose(self, task: Task, **soft: Any) -> Learner:
         """Return one soft prompt; no router, no other loss."""
         return Learner(task, Soft(task, **soft))
-
-
-@hookimpl
-def register_trainers(registry: Registry) -> None:
-    """Add the trainer."""
-    registry.register(CoOp)

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from promptmix.plugins.prompt_bank.coupled_deep import CoupledDeep
 from torch import Tensor, nn
 
-from promptmix import hookimpl
+from promptmix import register
 from promptmix.config.declare import Setting, inherits
 from promptmix.engine.layout import COUPLED_TEXT, Layout, Rule, linear
 from promptmix.prompts.heads import Cosine
@@ -40,7 +40,6 @@ from promptmix.prompts.losses import CrossEntropy
 from promptmix.prompts.roles import Distiller, ImageLevel, Task, TextSupervision
 from promptmix.prompts.step import Step
 from promptmix.prompts.trainer import PromptTrainer
-from promptmix.registry import Registry
 
 DISTANCES = ("cosine", "mse")
 
@@ -84,13 +83,9 @@ class AdaptedCoupled(CoupledDeep):
         """Return normalised, adapted image features (B, D)."""
         return F.normalize(self.adapter_image(image), dim=-1)
 
-    def encode(self, names: Sequence[str], **options: Any) -> Tensor:
+    def encode(self, names: Sequence[str], *, full_stop: bool | None = None, experts: Tensor | None = None) -> Tensor:
         """Return adapted text features (1, C, D), not normalised."""
-        return self.adapter_text(self.text.encode(names, **options))
-
-    def forward(self, names: Sequence[str], image_features: Tensor | None = None, **options: Any) -> Tensor:
-        """Return normalised, adapted text features (1, C, D)."""
-        return F.normalize(self.encode(names, **options), dim=-1)
+        return self.adapter_text(super().encode(names, full_stop=full_stop, experts=experts))
 
 
 class SentenceConsistency(TextSupervision):
@@ -151,6 +146,7 @@ def distance(learned: Tensor, frozen: Tensor, kind: str) -> Tensor:
     return F.mse_loss(learned, frozen) if kind == "mse" else 1 - F.cosine_similarity(learned, frozen, dim=-1).mean()
 
 
+@register
 class CoPrompt(PromptTrainer):
     """MaPLe's prompts with adapters, held near what the frozen model says of sentences and of another view."""
 
@@ -186,9 +182,3 @@ class CoPrompt(PromptTrainer):
         bank = AdaptedCoupled(task, image_share, text_share, **deep)
         loss = CrossEntropy() + w * (SentenceConsistency(task, distill) + ViewConsistency(distill))
         return Learner(task, bank, head=Cosine(task, bank), loss=loss)
-
-
-@hookimpl
-def register_trainers(registry: Registry) -> None:
-    """Add the trainer."""
-    registry.register(CoPrompt)

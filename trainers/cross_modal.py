@@ -26,19 +26,18 @@ from promptmix.plugins.heads.linear import LinearHead
 from promptmix.plugins.prompt_bank.hard import Hard
 from torch import Tensor
 
-from promptmix import hookimpl
+from promptmix import register
 from promptmix.config.declare import Setting, inherits
 from promptmix.prompts.learner import Learner
 from promptmix.prompts.roles import Loss, Task
 from promptmix.prompts.step import Step
 from promptmix.prompts.trainer import PromptTrainer
-from promptmix.registry import Registry
 
 
 class RawHard(Hard):
     """Hard prompts whose unnormalised features are averaged."""
 
-    def encode(self, names: Sequence[str]) -> Tensor:
+    def encode(self, names: Sequence[str], *, full_stop: bool | None = None) -> Tensor:
         """Return normalised text features (1, C, D)."""
         return self.task.clip.raw_ensemble(self.templates, names)[None]
 
@@ -57,7 +56,7 @@ class ImageTextCrossEntropy(Loss):
 
     def __init__(self, head: LinearHead, texts: Tensor, labels: Tensor) -> None:
         super().__init__()
-        self._head = (head,)  # not a submodule: the learner holds the head already
+        self.scores = head.scores
         self.texts: Tensor
         self.text_labels: Tensor
         self.register_buffer("texts", F.normalize(texts, dim=-1), persistent=False)
@@ -69,12 +68,12 @@ class ImageTextCrossEntropy(Loss):
 
     def forward(self, step: Step) -> Tensor:
         """Return the loss (scalar)."""
-        (head,) = self._head
         rows = self.draw(len(step.labels))
-        scores = torch.cat([step.logits, head.scores(self.texts[rows].to(step.logits.dtype))])
+        scores = torch.cat([step.logits, self.scores(self.texts[rows].to(step.logits.dtype))])
         return F.cross_entropy(scores, torch.cat([step.labels, self.text_labels[rows]]))
 
 
+@register
 class CrossModal(PromptTrainer):
     """A linear probe on pictures and texts together."""
 
@@ -93,9 +92,3 @@ class CrossModal(PromptTrainer):
         texts = task.clip.raw_features(prompts.templates, task.classnames).flatten(0, 1)
         labels = torch.arange(len(task.classnames), device=texts.device).repeat(len(prompts.templates))
         return Learner(task, prompts, head=probe, loss=ImageTextCrossEntropy(probe, texts, labels))
-
-
-@hookimpl
-def register_trainers(registry: Registry) -> None:
-    """Add the trainer."""
-    registry.register(CrossModal)

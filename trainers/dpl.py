@@ -34,7 +34,7 @@ from promptmix.plugins.distillation.zeroshot_kl import ZeroshotKL
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from promptmix import hookimpl
+from promptmix import register
 from promptmix.clip import LayerAction, Memory, Prompts
 from promptmix.config import source_of
 from promptmix.config.declare import Setting
@@ -48,7 +48,6 @@ from promptmix.prompts.learner import Learner, PromptLearner
 from promptmix.prompts.losses import CrossEntropy
 from promptmix.prompts.roles import Component, PromptBank, Task
 from promptmix.prompts.trainer import PromptTrainer
-from promptmix.registry import Registry
 from promptmix.utils import get_logger, read_json, write_json
 
 #: CTX_INIT ``custom`` by data set; others take the data set's first template.
@@ -139,19 +138,12 @@ class KeyPrompts(PromptBank):
         tokens: average token embeddings; otherwise text features.
     """
 
-    image_is_frozen = False
-
     def __init__(
         self, task: Task, text: LayerMemories, image: LayerMemories, templates: Sequence[str], *, tokens: bool = False
     ) -> None:
-        super().__init__()
-        self.task, self.text, self.image = task, text, image
+        super().__init__(task)
+        self.text, self.image = text, image
         self.templates, self.tokens = tuple(templates), tokens
-
-    @property
-    def num_experts(self) -> int:
-        """Always 1."""
-        return 1
 
     def image_changes(self) -> dict[str, Any]:
         """Return the prompts of the image tower."""
@@ -198,6 +190,7 @@ def averaged(task: Task, templates: Sequence[str], names: Sequence[str]) -> Prom
     return Prompts(mean[None, 0, :shared], tail[None], tuple(end - shared for end in ends))
 
 
+@register
 class DPLSearch(BilevelTrainer):
     """The search: which length of prompt each layer wants."""
 
@@ -235,6 +228,7 @@ class DPLSearch(BilevelTrainer):
         write_json({**lengths, "epoch": self.epoch + 1}, Path(self.output_dir, LENGTHS_FILE))
 
 
+@register
 class DPL(PromptTrainer):
     """The training: prompts of found or given lengths, with cross-entropy."""
 
@@ -313,10 +307,3 @@ def read_lengths(folder: Path, depths: dict[str, int]) -> dict[str, list[int]]:
         if not isinstance(lengths, list) or len(lengths) != depth or not all(type(n) is int and 0 <= n < 1000 for n in lengths):
             raise DataError(f"TRAINER.DPL.SEARCH: {path} gives no {depth} lengths for {tower}; search with this backbone")
     return {tower: found[tower] for tower in depths}
-
-
-@hookimpl
-def register_trainers(registry: Registry) -> None:
-    """Add both trainers."""
-    registry.register(DPLSearch)
-    registry.register(DPL)

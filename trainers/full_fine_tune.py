@@ -24,7 +24,7 @@ from promptmix.plugins.heads.linear import LinearHead
 from promptmix.plugins.prompt_bank.tuned_towers import TunedTowers
 from yacs.config import CfgNode
 
-from promptmix import hookimpl
+from promptmix import register
 from promptmix.config import source_of
 from promptmix.config.declare import Setting
 from promptmix.errors import ConfigError
@@ -32,9 +32,9 @@ from promptmix.prompts.heads import Cosine
 from promptmix.prompts.learner import Learner
 from promptmix.prompts.roles import Head, Task
 from promptmix.prompts.trainer import PromptTrainer
-from promptmix.registry import Registry
 
 
+@register
 class FullFineTune(PromptTrainer):
     """Every tensor of the image tower, trained with cross-entropy."""
 
@@ -60,9 +60,3 @@ class FullFineTune(PromptTrainer):
         source = source_of(cfg, "TRAINER.FULLFINETUNE.START")
         if cfg.TRAINER.FULLFINETUNE.HEAD == "text" and source:
             raise ConfigError(f"TRAINER.FULLFINETUNE.START (set by {source}) would be ignored, since HEAD is text; drop one")
-
-
-@hookimpl
-def register_trainers(registry: Registry) -> None:
-    """Add the trainer."""
-    registry.register(FullFineTune)

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from promptmix import hookimpl
+from promptmix import register
 from promptmix.clip.projection import last_map, map_last
 from promptmix.config.declare import Setting
 from promptmix.engine.layout import Layout, Rule
@@ -38,7 +38,6 @@ from promptmix.prompts.learner import Learner
 from promptmix.prompts.roles import Head, Loss, PromptBank, Task
 from promptmix.prompts.step import Step
 from promptmix.prompts.trainer import PromptTrainer
-from promptmix.registry import Registry
 
 
 class GlobalLocal(PromptBank):
@@ -52,8 +51,8 @@ class GlobalLocal(PromptBank):
     """
 
     def __init__(self, task: Task, n_global: int, n_local: int, ctx_init: str) -> None:
-        super().__init__()
-        self.task, tower = task, task.clip.text
+        super().__init__(task)
+        tower = task.clip.text
         start = tower.embed(tower.tokenizer.encode(ctx_init))
         if not len(start):
             raise SettingError("ctx_init", ctx_init, "but has no tokens to start from; give words such as 'A photo of a'")
@@ -65,16 +64,11 @@ class GlobalLocal(PromptBank):
         """N_g + N_l."""
         return len(self.global_prompt) + len(self.local_prompts)
 
-    def forward(self, names: Sequence[str], image_features: Tensor | None = None, *, full_stop: bool | None = None) -> Tensor:
-        """Return normalised text features (N_g + N_l, C, D), those of global prompts first."""
+    def encode(self, names: Sequence[str], *, full_stop: bool | None = None) -> Tensor:
+        """Return text features (N_g + N_l, C, D), those of global prompts first."""
         tower = self.task.clip.text
-        stop = tower.embed(tower.tokenizer.encode("." if full_stop else ""))[None]
         context = torch.cat([self.global_prompt, self.local_prompts])
-        return F.normalize(tower(tower.compose(context, tower.tokenizer.class_tokens(names), stop)), dim=-1)
-
-    def references(self, names: Sequence[str]) -> Tensor:
-        """Return the features of the data set's first template, the same for every prompt: (N_g + N_l, C, D)."""
-        return self.task.clip.hard_features(self.task.templates[:1], names).expand(self.num_experts, -1, -1)
+        return tower(tower.compose(context, tower.tokenizer.class_tokens(names), self.stop(full_stop or False)))
 
 
 class SparseLocal(Head):
@@ -131,16 +125,16 @@ class KeptGlobal(Loss):
 
     def __init__(self, head: SparseLocal, dropout: float) -> None:
         super().__init__()
-        self._head, self.dropout = (head,), dropout  # not a submodule: the learner holds the head already
+        self.similarities, self.n_global = head.similarities, head.n_global
         self.kept = max(head.n_global - int(dropout * head.n_global), 1)
 
     def draw(self, pictures: int, device: torch.device) -> Tensor:
         """Return the indices (B, kept) of each picture's prompts."""
-        return torch.randint(self._head[0].n_global, (pictures, self.kept), device=device)
+        return torch.randint(self.n_global, (pictures, self.kept), device=device)
 
     def forward(self, step: Step) -> Tensor:
         """Return the loss (scalar)."""
-        whole, _ = step.once(self._head[0].similarities)
+        whole, _ = step.once(self.similarities)
         index = self.draw(len(whole), whole.device)[:, None].expand(-1, whole.shape[1], -1)
         return F.cross_entropy(step.task.clip.scale * whole.gather(2, index).mean(dim=-1), step.labels)
 
@@ -152,14 +146,15 @@ class EachLocal(Loss):
 
     def __init__(self, head: SparseLocal) -> None:
         super().__init__()
-        self._head = (head,)
+        self.similarities = head.similarities
 
     def forward(self, step: Step) -> Tensor:
         """Return the loss (scalar)."""
-        _, local = step.once(self._head[0].similarities)
+        _, local = step.once(self.similarities)
         return F.cross_entropy(step.task.clip.scale * local, step.labels[:, None].expand(-1, local.shape[-1]))
 
 
+@register
 class GalLoP(PromptTrainer):
     """Global prompts with dropout, and local prompts that see the best patches only."""
 
@@ -185,9 +180,3 @@ class GalLoP(PromptTrainer):
         prompts = GlobalLocal(task, n_global, n_local, ctx_init)
         head = SparseLocal(task, prompts, topk)
         return Learner(task, prompts, head=head, loss=KeptGlobal(head, dropout) + EachLocal(head))
-
-
-@hookimpl
-def register_trainers(registry: Registry) -> None:
-    """Add the trainer."""
-    registry.register(GalLoP)

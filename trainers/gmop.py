@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from promptmix.plugins.prompt_bank.soft import Soft
 from torch import Tensor
 
-from promptmix import hookimpl
+from promptmix import register
 from promptmix.config.declare import Setting
 from promptmix.data.fewshot import num_base
 from promptmix.prompts.heads import Cosine
@@ -42,7 +42,6 @@ from promptmix.prompts.losses import CrossEntropy
 from promptmix.prompts.roles import Loss, PromptBank, Task
 from promptmix.prompts.step import Step
 from promptmix.prompts.trainer import PromptTrainer
-from promptmix.registry import Registry
 
 
 def base_names(task: Task) -> tuple[str, ...]:
@@ -113,22 +112,21 @@ class BaseOrNew(Cosine):
 
     def __init__(self, task: Task, bank: PromptBank, detectors: Detectors) -> None:
         super().__init__(task, bank)
-        self._detectors = (detectors,)  # not a submodule: the loss holds them already
+        self.looks_base = detectors.base_scores
 
     def forward(self, step: Step) -> Tensor:
         """Return class scores (B, C)."""
         base = base_names(step.task)
         if base == step.task.classnames:
             return super().forward(step)
-        frozen = step.task.clip.scale * step.image @ step.frozen_text.to(step.image.dtype).T
+        frozen = step.scores(step.frozen_text)
         if not step.task.open_world:
             return frozen
         return torch.cat([super().forward(step)[:, : len(base)], frozen[:, len(base) :]], dim=1)
 
     def base_scores(self, step: Step) -> Tensor:
         """Return the detectors' scores (B,)."""
-        (detectors,) = self._detectors
-        return detectors.base_scores(step.image)
+        return self.looks_base(step.image)
 
 
 class OpenworldLoss(Loss):
@@ -160,7 +158,7 @@ class OpenworldLoss(Loss):
     def terms(self, step: Step) -> tuple[list[Tensor], list[Tensor]]:
         """Return CE_i and AUC_i of the detectors that the batch shows both kinds."""
         own = step.labels[:, None]
-        frozen = step.task.clip.scale * step.image @ step.frozen_text.to(step.image.dtype).T
+        frozen = step.scores(step.frozen_text)
         right = step.logits.softmax(dim=-1).gather(1, own).sigmoid()[:, 0]
         by_chance = frozen.softmax(dim=-1).gather(1, own).sigmoid()[:, 0]
         warm, auc = [], []
@@ -175,6 +173,7 @@ class OpenworldLoss(Loss):
         return warm, auc
 
 
+@register
 class GMoP(PromptTrainer):
     """A soft prompt for base classes and several detectors of new ones."""
 
@@ -191,9 +190,3 @@ class GMoP(PromptTrainer):
         prompt = Soft(task, n_ctx)
         own = OpenworldLoss(task, prompt, k, ood_n_ctx, alpha, lambda_)
         return Learner(task, prompt, head=BaseOrNew(task, prompt, own.detectors), loss=CrossEntropy() + own)
-
-
-@hookimpl
-def register_trainers(registry: Registry) -> None:
-    """Add the trainer."""
-    registry.register(GMoP)

@@ -36,7 +36,7 @@ from promptmix.plugins.prompt_bank.hierarchical import Hierarchical
 from promptmix.plugins.text_supervision.hard_prompts import CosineToHard
 from torch import Tensor
 
-from promptmix import hookimpl
+from promptmix import register
 from promptmix.config.declare import Setting, inherits
 from promptmix.engine.layout import Layout, Rule, linear
 from promptmix.prompts.heads import Cosine
@@ -45,7 +45,6 @@ from promptmix.prompts.losses import CrossEntropy
 from promptmix.prompts.roles import Task
 from promptmix.prompts.step import Step
 from promptmix.prompts.trainer import PromptTrainer
-from promptmix.registry import Registry
 
 
 class Rewriting(Learner):
@@ -74,6 +73,7 @@ def _rules(theirs: str, ours: str, names: Sequence[str]) -> tuple[Rule, ...]:
     return tuple(Rule(f"{theirs}.{name}", f"{ours}.{name}") for name in names)
 
 
+@register
 class HiCroPL(PromptTrainer):
     """Deep prompts of both towers that change each other, with frozen features added to both."""
 
@@ -118,9 +118,3 @@ class HiCroPL(PromptTrainer):
         loss = CrossEntropy() + lambd * (CosineToHard(task, bank) + FrozenImageCosine(task, bank).named("image"))
         kind = Rewriting if bank.written else Learner
         return kind(task, bank, head=Cosine(task, bank), loss=loss)
-
-
-@hookimpl
-def register_trainers(registry: Registry) -> None:
-    """Add the trainer."""
-    registry.register(HiCroPL)

@@ -23,16 +23,16 @@ from typing import Any
 
 from promptmix.plugins.prompt_bank.independent_deep import IndependentDeep
 
-from promptmix import hookimpl
+from promptmix import register
 from promptmix.config.declare import inherits
 from promptmix.engine.layout import INDEPENDENT, Layout
 from promptmix.prompts.heads import Cosine
 from promptmix.prompts.learner import Learner
 from promptmix.prompts.roles import Task
 from promptmix.prompts.trainer import PromptTrainer
-from promptmix.registry import Registry
 
 
+@register
 class IVLP(PromptTrainer):
     """Deep prompts in both towers, trained with cross-entropy."""
 
@@ -43,9 +43,3 @@ class IVLP(PromptTrainer):
         """Return the prompts of both towers."""
         prompts = IndependentDeep(task, **deep)
         return Learner(task, prompts, head=Cosine(task, prompts))
-
-
-@hookimpl
-def register_trainers(registry: Registry) -> None:
-    """Add the trainer."""
-    registry.register(IVLP)

@@ -23,16 +23,16 @@ from typing import Annotated, Any
 from promptmix.plugins.prompt_bank.soft import Soft
 from promptmix.plugins.text_supervision.hard_prompts import CosineToHard
 
-from promptmix import hookimpl
+from promptmix import register
 from promptmix.config.declare import Setting, inherits
 from promptmix.engine.layout import Layout, Rule
 from promptmix.prompts.learner import Learner
 from promptmix.prompts.losses import CrossEntropy
 from promptmix.prompts.roles import Task
 from promptmix.prompts.trainer import PromptTrainer
-from promptmix.registry import Registry
 
 
+@register
 class KgCoOp(PromptTrainer):
     """One soft prompt, held near the hard prompt by the cosine of their text features."""
 
@@ -53,9 +53,3 @@ class KgCoOp(PromptTrainer):
         """Return one soft prompt with the loss L_ce + lambda L_kg."""
         prompt = Soft(task, **soft)
         return Learner(task, prompt, loss=CrossEntropy() + w * CosineToHard(task, prompt, templates))
-
-
-@hookimpl
-def register_trainers(registry: Registry) -> None:
-    """Add the trainer."""
-    registry.register(KgCoOp)

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from promptmix.plugins.prompt_bank.hard import Hard
 from torch import Tensor
 
-from promptmix import hookimpl
+from promptmix import register
 from promptmix.clip.projection import last_map
 from promptmix.config.declare import Setting
 from promptmix.errors import ConfigError
@@ -33,7 +33,6 @@ from promptmix.prompts.learner import Learner
 from promptmix.prompts.roles import Head, Task
 from promptmix.prompts.step import Step
 from promptmix.prompts.trainer import PromptTrainer
-from promptmix.registry import Registry
 from promptmix.utils import get_logger
 
 STRENGTHS = (1e6, 1e4, 1e2, 1.0, 1e-2, 1e-4, 1e-6)
@@ -108,6 +107,7 @@ class LogisticRegression(Head):
         return F.linear(features, self.weight.to(features.dtype), self.bias.to(features.dtype))
 
 
+@register
 class LinearProbe(PromptTrainer):
     """Logistic regression on frozen image features."""
 
@@ -171,9 +171,3 @@ class LinearProbe(PromptTrainer):
                 images, labels = self.parse_batch_test(batch)
                 found.append((head.features(self.model.step(images)).float(), labels))
         return torch.cat([features for features, _ in found]), torch.cat([labels for _, labels in found])
-
-
-@hookimpl
-def register_trainers(registry: Registry) -> None:
-    """Add the trainer."""
-    registry.register(LinearProbe)

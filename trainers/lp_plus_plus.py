@@ -24,13 +24,12 @@ import torch
 from promptmix.plugins.prompt_bank.hard import Hard
 from torch import Tensor, nn
 
-from promptmix import hookimpl
+from promptmix import register
 from promptmix.config.declare import Setting, inherits
 from promptmix.prompts.learner import Learner, PromptLearner
 from promptmix.prompts.roles import Head, Task
 from promptmix.prompts.step import Step
 from promptmix.prompts.trainer import PromptTrainer
-from promptmix.registry import Registry
 
 
 class BlendedProbe(Head):
@@ -100,6 +99,7 @@ class BlockDescent(torch.optim.Optimizer):
                     parameter.sub_(group["lr"] * state["sum"])
 
 
+@register
 class LPPlusPlus(PromptTrainer):
     """A linear probe blended with text, by block-wise descent with step sizes from the data."""
 
@@ -137,9 +137,3 @@ def descent(model: PromptLearner, rate: float, alpha_rate: float, every: int) ->
     head: Any = model.head
     probe = {"params": [head.weight, head.bias], "lr": rate, "momentum": 0.9, "every": 1}
     return BlockDescent([probe, {"params": [head.alpha], "lr": alpha_rate, "every": every}])
-
-
-@hookimpl
-def register_trainers(registry: Registry) -> None:
-    """Add the trainer."""
-    registry.register(LPPlusPlus)

@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from promptmix import hookimpl
+from promptmix import register
 from promptmix.clip import LayerAction, Prompts
 from promptmix.config.declare import Setting, inherits
 from promptmix.engine.layout import Layout, Rule
@@ -45,7 +45,6 @@ from promptmix.prompts.learner import Learner
 from promptmix.prompts.roles import Head, PromptBank, Task
 from promptmix.prompts.step import Step
 from promptmix.prompts.trainer import PromptTrainer
-from promptmix.registry import Registry
 
 
 class Pair(nn.Module):
@@ -80,8 +79,6 @@ class Convolutions(PromptBank):
         DataError: classes lack sentences, or have not all as many.
     """
 
-    image_is_frozen = False
-
     def __init__(
         self,
         task: Task,
@@ -92,11 +89,11 @@ class Convolutions(PromptBank):
         adapter_scale_factor: Annotated[float, Setting("gamma: factor on s in fast updates", above=0)] = 2.5,
         slow_fast_ratio: Annotated[float, Setting("probability of a slow update, of each block and step", low=0, high=1)] = 0.8,
     ) -> None:
-        super().__init__()
+        super().__init__(task)
         if adapter_start > adapter_end:
             raise SettingError("adapter_start", adapter_start, f"but must be adapter_end ({adapter_end}) or less")
         check_depth(task.clip, "adapter_end", adapter_end, text=True, vision=True)
-        self.task, self.words = task, text_ctx_init
+        self.words = text_ctx_init
         self.scale, self.factor, self.slow = adapter_scale, adapter_scale_factor, slow_fast_ratio
         self.side = math.isqrt(task.clip.image.patches)
         if self.side**2 != task.clip.image.patches:
@@ -108,11 +105,6 @@ class Convolutions(PromptBank):
         self.text = nn.ModuleDict({layer: Pair(nn.Conv1d, task.clip.text.width) for layer in layers})
         self.image = nn.ModuleDict({layer: Pair(nn.Conv2d, task.clip.image.width) for layer in layers})
         self.sentences(task.classnames)  # a class that lacks them is named before anything is trained
-
-    @property
-    def num_experts(self) -> int:
-        """Always 1."""
-        return 1
 
     def sentences(self, names: Sequence[str]) -> tuple[tuple[str, ...], ...]:
         """Return the S sentences of each class."""
@@ -197,7 +189,7 @@ class SampledCosine(Head):
         classes = self.draw(step.labels, len(names)) if self.training and self.ratio >= 0 else None
         # Text first: its draws come first in the authors' code.
         text = step.text[0] if classes is None else step.bank([names[i] for i in classes.tolist()])[0]
-        scores = step.task.clip.scale * step.image @ text.to(step.image.dtype).T
+        scores = step.scores(text)
         if classes is None:
             return scores
         return scores.new_full((len(scores), len(names)), -math.inf).index_copy(1, classes.to(scores.device), scores)
@@ -215,6 +207,7 @@ class SampledCosine(Head):
         return torch.cat([own, others[torch.multinomial(torch.ones(len(others)), taken)]])
 
 
+@register
 class LwEIB(PromptTrainer):
     """Convolutions in all blocks of both towers in front of described classes, trained with cross-entropy."""
 
@@ -238,9 +231,3 @@ class LwEIB(PromptTrainer):
         """Return the convolved towers in front of the described classes."""
         bank = Convolutions(task, **convolutions)
         return Learner(task, bank, head=SampledCosine(task, bank, neg_sampling_ratio))
-
-
-@hookimpl
-def register_trainers(registry: Registry) -> None:
-    """Add the trainer."""
-    registry.register(LwEIB)

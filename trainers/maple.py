@@ -26,16 +26,16 @@ from typing import Any
 
 from promptmix.plugins.prompt_bank.coupled_deep import CoupledDeep
 
-from promptmix import hookimpl
+from promptmix import register
 from promptmix.config.declare import inherits
 from promptmix.engine.layout import COUPLED_TEXT, Layout, linear
 from promptmix.prompts.heads import Cosine
 from promptmix.prompts.learner import Learner
 from promptmix.prompts.roles import Task
 from promptmix.prompts.trainer import PromptTrainer
-from promptmix.registry import Registry
 
 
+@register
 class MaPLe(PromptTrainer):
     """Coupled deep prompts in both towers, trained with cross-entropy."""
 
@@ -54,9 +54,3 @@ class MaPLe(PromptTrainer):
         """Return the coupled prompts."""
         prompts = CoupledDeep(task, **deep)
         return Learner(task, prompts, head=Cosine(task, prompts))
-
-
-@hookimpl
-def register_trainers(registry: Registry) -> None:
-    """Add the trainer."""
-    registry.register(MaPLe)

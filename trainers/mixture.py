@@ -26,7 +26,7 @@ from typing import Annotated
 
 from yacs.config import CfgNode
 
-from promptmix import hookimpl
+from promptmix import register
 from promptmix.config import source_of
 from promptmix.config.declare import Setting
 from promptmix.errors import ConfigError
@@ -34,12 +34,12 @@ from promptmix.prompts.learner import Learner
 from promptmix.prompts.losses import CrossEntropy, RouterLoss
 from promptmix.prompts.roles import Task
 from promptmix.prompts.trainer import PromptTrainer
-from promptmix.registry import Registry
 
 #: The weight that belongs to each role a mixture may do without.
 WEIGHTS = {"ROUTER": "ROUTER_WEIGHT", "TEXT_SUPERVISION": "TEXT_WEIGHT", "DISTILLER": "DISTILL_WEIGHT"}
 
 
+@register
 class Mixture(PromptTrainer):
     """The parts that the config names for each role; one soft prompt and nothing else where it names none, which is CoOp."""
 
@@ -73,9 +73,3 @@ class Mixture(PromptTrainer):
             found = self.losses(role, task, bank)
             loss = loss if found is None else loss + weight * found
         return Learner(task, bank, router, head, loss)
-
-
-@hookimpl
-def register_trainers(registry: Registry) -> None:
-    """Add the trainer."""
-    registry.register(Mixture)

@@ -24,7 +24,7 @@ from typing import Annotated, Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from promptmix import hookimpl
+from promptmix import register
 from promptmix.clip import ImageTower, LayerAction, TextTower
 from promptmix.config.declare import Setting, inherits
 from promptmix.engine.layout import Layout, linear
@@ -34,7 +34,6 @@ from promptmix.prompts.heads import Cosine
 from promptmix.prompts.learner import Learner
 from promptmix.prompts.roles import PromptBank, Task
 from promptmix.prompts.trainer import PromptTrainer
-from promptmix.registry import Registry
 
 
 class Adapter(nn.Module):
@@ -50,6 +49,7 @@ class Adapter(nn.Module):
         self.down, self.up = _kaiming(width, hidden), _kaiming(hidden, width)
 
 
+@register
 class SharedAdapters(PromptBank):
     """Adapters in the last blocks of both towers, in front of a hand-written prompt.
 
@@ -62,8 +62,6 @@ class SharedAdapters(PromptBank):
         text_ctx_init: words in front of the class name.
     """
 
-    image_is_frozen = False
-
     def __init__(
         self,
         task: Task,
@@ -73,18 +71,13 @@ class SharedAdapters(PromptBank):
         adapter_scale: Annotated[float, Setting("alpha: factor on what is added", above=0)] = 0.001,
         text_ctx_init: Annotated[str, Setting("words in front of the class name")] = "a photo of a",
     ) -> None:
-        super().__init__()
+        super().__init__(task)
         check_depth(task.clip, "adapter_end", adapter_end, text=True, vision=True)
-        self.task, self.scale, self.template = task, adapter_scale, f"{text_ctx_init.replace('_', ' ')} {{}}."
+        self.scale, self.template = adapter_scale, f"{text_ctx_init.replace('_', ' ')} {{}}."
         layers = [str(layer) for layer in range(adapter_start, adapter_end + 1)]
         self.text = nn.ModuleDict({layer: Adapter(task.clip.text.width, adapter_dim) for layer in layers})
         self.visual_adapters = nn.ModuleDict({layer: Adapter(task.clip.image.width, adapter_dim) for layer in layers})
         self.shared = nn.ModuleDict({layer: _kaiming(adapter_dim, adapter_dim) for layer in layers})
-
-    @property
-    def num_experts(self) -> int:
-        """Always 1."""
-        return 1
 
     def actions(self, adapters: nn.ModuleDict, tower: TextTower | ImageTower) -> Mapping[int, LayerAction]:
         """Return what is added behind each adapted block of one tower."""
@@ -103,10 +96,10 @@ class SharedAdapters(PromptBank):
         """Return the adapters of the image tower."""
         return {"actions": self.actions(self.visual_adapters, self.task.clip.image)}
 
-    def forward(self, names: Sequence[str], image_features: Tensor | None = None, *, full_stop: bool | None = None) -> Tensor:
-        """Return normalised text features (1, C, D)."""
+    def encode(self, names: Sequence[str], *, full_stop: bool | None = None) -> Tensor:
+        """Return text features (1, C, D)."""
         tower = self.task.clip.text
-        return F.normalize(tower(tower.compose_text(self.template, names), actions=self.actions(self.text, tower)), dim=-1)
+        return tower(tower.compose_text(self.template, names), actions=self.actions(self.text, tower))
 
     def references(self, names: Sequence[str]) -> Tensor:
         """Return the hand-written prompt's features (1, C, D) through the unchanged tower."""
@@ -120,6 +113,7 @@ def _kaiming(width_in: int, width_out: int) -> nn.Linear:
     return layer
 
 
+@register
 class MMA(PromptTrainer):
     """Adapters with a shared middle in the last blocks of both towers, trained with cross-entropy."""
 
@@ -140,15 +134,3 @@ class MMA(PromptTrainer):
         """Return the adapted towers in front of the hand-written prompt."""
         bank = SharedAdapters(task, **adapters)
         return Learner(task, bank, head=Cosine(task, bank))
-
-
-@hookimpl
-def register_trainers(registry: Registry) -> None:
-    """Add the trainer."""
-    registry.register(MMA)
-
-
-@hookimpl
-def register_prompt_banks(registry: Registry) -> None:
-    """Add the bank."""
-    registry.register(SharedAdapters)

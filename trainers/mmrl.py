@@ -27,19 +27,19 @@ from typing import Annotated, Any
 
 import torch
 from promptmix.plugins.distillation.frozen_image import FrozenImageCosine
-from promptmix.plugins.heads.representation import TASKS, ClassAndRepresentation, OwnCrossEntropy, scores_both
+from promptmix.plugins.heads.representation import TASKS, ClassAndRepresentation, scores_both
 from promptmix.plugins.prompt_bank.representations import Representations
 from promptmix.plugins.text_supervision.hard_prompts import CosineToHard
 from torch import Tensor, nn
 
-from promptmix import hookimpl
+from promptmix import register
 from promptmix.clip.projection import last_map
 from promptmix.config.declare import Setting, inherits
 from promptmix.engine.layout import Layout, Rule, linear
 from promptmix.prompts.learner import Learner
+from promptmix.prompts.losses import CrossEntropy
 from promptmix.prompts.roles import Task
 from promptmix.prompts.trainer import PromptTrainer
-from promptmix.registry import Registry
 
 
 class OwnProjection(nn.Module):
@@ -59,6 +59,7 @@ class OwnProjection(nn.Module):
         return x @ self.proj_rep
 
 
+@register
 class MMRL(PromptTrainer):
     """Tokens of a shared representation space in the last layers of both towers, scored beside the class token."""
 
@@ -89,12 +90,6 @@ class MMRL(PromptTrainer):
         bank = Representations(task, **representations)
         fuses = scores_both(self, task, task_, source)
         head = ClassAndRepresentation(task, bank, OwnProjection(task), alpha=alpha, fuses=fuses)
-        own, tokens = OwnCrossEntropy(head.class_scores).named("ce"), OwnCrossEntropy(head.token_scores).named("ce_rep")
+        own, tokens = CrossEntropy(head.class_scores), CrossEntropy(head.token_scores, "ce_rep")
         image, text = FrozenImageCosine(task, bank).named("image"), CosineToHard(task, bank)
         return Learner(task, bank, head=head, loss=alpha * own + (1 - alpha) * tokens + reg_weight * image + reg_weight * text)
-
-
-@hookimpl
-def register_trainers(registry: Registry) -> None:
-    """Add the trainer."""
-    registry.register(MMRL)

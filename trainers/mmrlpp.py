@@ -24,19 +24,19 @@ from typing import Annotated, Any
 import torch
 import torch.nn.functional as F
 from promptmix.plugins.distillation.frozen_image import FrozenImageCosine
-from promptmix.plugins.heads.representation import TASKS, ClassAndRepresentation, OwnCrossEntropy, scores_both
+from promptmix.plugins.heads.representation import TASKS, ClassAndRepresentation, scores_both
 from promptmix.plugins.prompt_bank.representations import Representations
 from promptmix.plugins.text_supervision.hard_prompts import CosineToHard
 from torch import Tensor, nn
 
-from promptmix import hookimpl
+from promptmix import register
 from promptmix.clip.projection import last_map, map_last
 from promptmix.config.declare import Setting, inherits
 from promptmix.engine.layout import Layout, Rule
 from promptmix.prompts.learner import Learner
+from promptmix.prompts.losses import CrossEntropy
 from promptmix.prompts.roles import Task
 from promptmix.prompts.trainer import PromptTrainer
-from promptmix.registry import Registry
 
 
 class LowRank(nn.Module):
@@ -93,14 +93,15 @@ class LowRankBeside(nn.Module):
     def __init__(self, task: Task, rank: int) -> None:
         super().__init__()
         width, joint = last_map(task.clip.image)[0].shape
-        self._tower = (task.clip.image,)  # frozen, and so no submodule
+        self.pretrained = partial(map_last, task.clip.image)  # frozen, and so no submodule
         self.change = LowRank(width, rank, joint)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return features (..., D) of ``x`` (..., W)."""
-        return map_last(self._tower[0], x) + x @ self.change()
+        return self.pretrained(x) + x @ self.change()
 
 
+@register
 class MMRLpp(PromptTrainer):
     """MMRL with shared aligners, tokens that flow from layer to layer, and a low-rank projection."""
 
@@ -144,12 +145,6 @@ class MMRLpp(PromptTrainer):
         bank = Representations(task, **representations, aligner=partial(SharedAligner, rank=res_lora_dim))
         fuses = scores_both(self, task, task_, source)
         head = ClassAndRepresentation(task, bank, LowRankBeside(task, proj_lora_dim), alpha=alpha, fuses=fuses)
-        own, tokens = OwnCrossEntropy(head.class_scores).named("ce"), OwnCrossEntropy(head.token_scores).named("ce_rep")
+        own, tokens = CrossEntropy(head.class_scores), CrossEntropy(head.token_scores, "ce_rep")
         image, text = FrozenImageCosine(task, bank).named("image"), CosineToHard(task, bank)
         return Learner(task, bank, head=head, loss=alpha * own + (1 - alpha) * tokens + reg_weight * image + reg_weight * text)
-
-
-@hookimpl
-def register_trainers(registry: Registry) -> None:
-    """Add the trainer."""
-    registry.register(MMRLpp)

@@ -22,7 +22,7 @@ from typing import Annotated, Any
 
 from torch import nn
 
-from promptmix import hookimpl
+from promptmix import register
 from promptmix.config.declare import Setting
 from promptmix.engine import build_lr_scheduler, build_optimizer
 from promptmix.engine.layout import Layout, Rule, linear
@@ -31,9 +31,9 @@ from promptmix.prompts.learner import Learner
 from promptmix.prompts.losses import CrossEntropy, RouterLoss
 from promptmix.prompts.roles import Task
 from promptmix.prompts.trainer import PromptTrainer
-from promptmix.registry import Registry
 
 
+@register
 class MoCoOp(PromptTrainer):
     """Template groups as experts, a router taught by hard prompts, and grouped text supervision."""
 
@@ -91,9 +91,3 @@ def _layer_norms(visual: nn.Module) -> nn.ModuleDict:
     """Return the layer norms ln_1 and ln_2 of a vision transformer's layers, named ``<layer>_ln_1``."""
     blocks: Any = getattr(getattr(visual, "transformer", None), "resblocks", [])
     return nn.ModuleDict({f"{i}_{name}": getattr(block, name) for i, block in enumerate(blocks) for name in ("ln_1", "ln_2")})
-
-
-@hookimpl
-def register_trainers(registry: Registry) -> None:
-    """Add the trainer."""
-    registry.register(MoCoOp)

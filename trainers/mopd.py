@@ -22,16 +22,16 @@ from typing import Annotated, Any
 from promptmix.plugins.distillation.gated_hard_prompts import GatedHardPrompts
 from promptmix.plugins.prompt_bank.soft import Soft
 
-from promptmix import hookimpl
+from promptmix import register
 from promptmix.config.declare import Setting, inherits, parted
 from promptmix.engine.layout import Layout, Rule
 from promptmix.prompts.learner import Learner
 from promptmix.prompts.losses import CrossEntropy
 from promptmix.prompts.roles import Task
 from promptmix.prompts.trainer import PromptTrainer
-from promptmix.registry import Registry
 
 
+@register
 class MoPD(PromptTrainer):
     """One soft prompt, taught by the hard prompts that a gate trusts for the image."""
 
@@ -51,9 +51,3 @@ class MoPD(PromptTrainer):
         student = Soft(task, **soft)
         distillation = GatedHardPrompts(task, student, mpd_weight=1 - w, mps_weight=w2, **teachers)
         return Learner(task, student, loss=w * CrossEntropy() + distillation)
-
-
-@hookimpl
-def register_trainers(registry: Registry) -> None:
-    """Add the trainer."""
-    registry.register(MoPD)

@@ -28,7 +28,7 @@ import torch
 from torch import nn
 from yacs.config import CfgNode
 
-from promptmix import hookimpl
+from promptmix import register
 from promptmix.clip.vision import PromptStep, VisualPrompts
 from promptmix.config.declare import Setting
 from promptmix.engine.layout import COUPLED_TEXT, Layout, linear
@@ -38,7 +38,6 @@ from promptmix.prompts.heads import Cosine
 from promptmix.prompts.learner import Learner
 from promptmix.prompts.roles import Task
 from promptmix.prompts.trainer import PromptTrainer
-from promptmix.registry import Registry
 
 
 class ModularPrompts(DeepBank):
@@ -68,6 +67,7 @@ class ModularPrompts(DeepBank):
         return [steps]
 
 
+@register
 class MPL(PromptTrainer):
     """Text prompts in depth, with add, remove and carry in the image tower, trained with cross-entropy."""
 
@@ -104,9 +104,3 @@ class MPL(PromptTrainer):
         words = tower.tokenizer.encode(ctx_init.replace("_", " "))
         prompts = ModularPrompts(task, TextPrompts(task, start, words, prompt_depth), n_add_op, n_rm_op, clone_maps)
         return Learner(task, prompts, head=Cosine(task, prompts))
-
-
-@hookimpl
-def register_trainers(registry: Registry) -> None:
-    """Add the trainer."""
-    registry.register(MPL)

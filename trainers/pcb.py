@@ -25,14 +25,13 @@ import torch.nn.functional as F
 from promptmix.plugins.prompt_bank.soft import Soft
 from torch import Tensor, nn
 
-from promptmix import hookimpl
+from promptmix import register
 from promptmix.config.declare import Setting
 from promptmix.engine.layout import Layout, Rule
 from promptmix.prompts.context import initial_context
 from promptmix.prompts.learner import Learner
 from promptmix.prompts.roles import Task
 from promptmix.prompts.trainer import PromptTrainer
-from promptmix.registry import Registry
 
 MODES = ("none", "AS", "AE")
 
@@ -78,6 +77,7 @@ class Described(Soft):
         return found if self.mode == "AS" else F.normalize(found, dim=-1)
 
 
+@register
 class PCB(PromptTrainer):
     """A soft prompt, class-specific by default, with or without descriptions of the classes."""
 
@@ -92,9 +92,3 @@ class PCB(PromptTrainer):
     ) -> Learner:
         """Return the prompt; what it is trained on is the protocol's."""
         return Learner(task, Soft(task, n_ctx, csc=csc) if mode == "none" else Described(task, n_ctx, csc, mode))
-
-
-@hookimpl
-def register_trainers(registry: Registry) -> None:
-    """Add the trainer."""
-    registry.register(PCB)

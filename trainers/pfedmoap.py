@@ -26,15 +26,15 @@ import torch
 from promptmix.plugins.heads.attention_gate import AttentionGate
 from promptmix.plugins.prompt_bank.shared_experts import LocalAndOthers
 
-from promptmix import hookimpl
+from promptmix import register
 from promptmix.config.declare import Setting, inherits, parted
 from promptmix.engine import build_optimizer
 from promptmix.prompts.learner import Learner, PromptLearner
 from promptmix.prompts.roles import Task
 from promptmix.prompts.trainer import PromptTrainer
-from promptmix.registry import Registry
 
 
+@register
 class PFedMoAP(PromptTrainer):
     """One client: its own soft prompt, prompts of other clients, and a gate over them."""
 
@@ -57,9 +57,3 @@ class PFedMoAP(PromptTrainer):
         learner: Any = model
         gate = {"params": list(learner.head.parameters()), "lr": self.gate_lr, "constant": True}
         return build_optimizer(model, self.cfg.OPTIM, [{"params": [learner.bank.ctx]}, gate])
-
-
-@hookimpl
-def register_trainers(registry: Registry) -> None:
-    """Add the trainer."""
-    registry.register(PFedMoAP)

@@ -25,14 +25,13 @@ from promptmix.plugins.heads.transport import Transport
 from promptmix.plugins.prompt_bank.soft import Soft
 from torch import Tensor
 
-from promptmix import hookimpl
+from promptmix import register
 from promptmix.config.declare import Setting, inherits
 from promptmix.engine.layout import Layout, Rule
 from promptmix.prompts.learner import Learner
 from promptmix.prompts.roles import Task
 from promptmix.prompts.step import Step
 from promptmix.prompts.trainer import PromptTrainer
-from promptmix.registry import Registry
 
 
 class PooledSoft(Soft):
@@ -57,10 +56,10 @@ class TransportAndGlobal(Transport):
     def forward(self, step: Step) -> Tensor:
         """Return class scores (B, C)."""
         *_, pooled = step.text
-        whole = step.task.clip.scale * step.image @ pooled.to(step.image.dtype).T
-        return whole + self.transport(step, step.tokens, step.text[:-1])
+        return step.scores(pooled) + self.transport(step, step.tokens, step.text[:-1])
 
 
+@register
 class PLOT(PromptTrainer):
     """Several soft prompts, each of which finds its own patches by optimal transport."""
 
@@ -79,9 +78,3 @@ class PLOT(PromptTrainer):
         kind, head = (PooledSoft, TransportAndGlobal) if add_global else (Soft, Transport)
         prompts = kind(task, n_ctx, n_prompts=n)
         return Learner(task, prompts, head=head(task, prompts, **transport))
-
-
-@hookimpl
-def register_trainers(registry: Registry) -> None:
-    """Add the trainer."""
-    registry.register(PLOT)

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from promptmix.plugins.heads.transport import Transport
 from torch import Tensor, nn
 
-from promptmix import hookimpl
+from promptmix import register
 from promptmix.clip.tokens import ClassTokens
 from promptmix.clip.vision import PromptStep, VisualPrompts
 from promptmix.config.declare import Setting, inherits
@@ -40,7 +40,6 @@ from promptmix.prompts.learner import Learner
 from promptmix.prompts.roles import PromptBank, Task
 from promptmix.prompts.step import Step
 from promptmix.prompts.trainer import PromptTrainer
-from promptmix.registry import Registry
 
 USUAL = ("a photo of a", "this is a photo", "this is picture of", "one picture of a")
 #: The authors' starts (plot-pp/trainers/plotpp.py) by data set; other data sets take ``USUAL``, which is Caltech101's.
@@ -88,10 +87,10 @@ class PromptSets(PromptBank):
     """
 
     def __init__(self, task: Task, starts: Sequence[str], m: int, n_ctx_v: int, whole_names: bool = False) -> None:
-        super().__init__()
+        super().__init__(task)
         tower = task.clip.text
         check_depth(task.clip, "m", 1, vision=True)
-        self.task, self.whole_names = task, whole_names
+        self.whole_names = whole_names
         self.words = [tower.tokenizer.encode(start) for start in starts]
         length = len(self.words[0])
         begun = [tower.embed([*row, *tower.tokenizer.after, *[tower.tokenizer.pad] * length][:length]) for row in self.words]
@@ -103,18 +102,9 @@ class PromptSets(PromptBank):
         """Number of text prompts N."""
         return len(self.ctx)
 
-    @property
-    def image_is_frozen(self) -> bool:
-        """Never."""
-        return False
-
     def visual(self) -> Sequence[VisualPrompts]:
         """Return M schedules, each with one prompt at the input."""
         return [{0: PromptStep(tokens)} for tokens in self.ctx_vision]
-
-    def forward(self, names: Sequence[str], image_features: Tensor | None = None, *, full_stop: bool | None = None) -> Tensor:
-        """Return normalised text features (N, C, D)."""
-        return F.normalize(self.encode(names, full_stop=full_stop), dim=-1)
 
     def encode(self, names: Sequence[str], *, full_stop: bool | None = None) -> Tensor:
         """Return text features (N, C, D) as they come from the tower; prompts with the same words around the name go together."""
@@ -131,10 +121,6 @@ class PromptSets(PromptBank):
             found = tower(tower.compose(self.ctx[members], tower.embed(words)[None], rows))
             features.update(zip(members, found, strict=True))
         return torch.stack([features[n] for n in range(self.num_experts)])
-
-    def references(self, names: Sequence[str]) -> Tensor:
-        """Return the features of the data set's first template, the same for every prompt: (N, C, D)."""
-        return self.task.clip.hard_features(self.task.templates[:1], names).expand(self.num_experts, -1, -1)
 
 
 class TransportOfSets(Transport):
@@ -159,6 +145,7 @@ class TransportOfSets(Transport):
         return scores + step.task.clip.scale * image @ text.to(image.dtype).T
 
 
+@register
 class PLOTpp(PromptTrainer):
     """Several visual and several text prompts, matched by optimal transport."""
 
@@ -186,9 +173,3 @@ class PLOTpp(PromptTrainer):
         prompts = PromptSets(task, starts[:n], m, n_ctx_v, whole_names)
         prompts.ctx.requires_grad_(model_upd == "joint")
         return Learner(task, prompts, head=TransportOfSets(task, prompts, trade_off, **transport))
-
-
-@hookimpl
-def register_trainers(registry: Registry) -> None:
-    """Add the trainer."""
-    registry.register(PLOTpp)

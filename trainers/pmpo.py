@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from yacs.config import CfgNode
 
-from promptmix import hookimpl
+from promptmix import register
 from promptmix.clip.tokens import split_template
 from promptmix.clip.vision import VisualPrompts
 from promptmix.config.declare import Setting
@@ -42,7 +42,6 @@ from promptmix.prompts.heads import Cosine
 from promptmix.prompts.learner import Learner
 from promptmix.prompts.roles import Task
 from promptmix.prompts.trainer import PromptTrainer
-from promptmix.registry import Registry
 
 
 def block_of(layer: int, depth: int, blocks: int) -> int:
@@ -71,7 +70,6 @@ class PartitionedPrompts(DeepBank):
         super().__init__(task, text)
         self.templates, self.manual_weight = tuple(templates) or task.templates, manual_weight
         self.project = linear_maps((task.clip.text.width, task.clip.image.width), depth, clones=False)
-        self._manual: dict[tuple[str, ...], Tensor] = {}
 
     @property
     def num_experts(self) -> int:
@@ -92,12 +90,10 @@ class PartitionedPrompts(DeepBank):
 
     def manual(self, names: Sequence[str]) -> Tensor:
         """Return the normalised features (C, D) of the hand-written prompts."""
-        key = (*names, str(self.task.clip.scale.device))
-        if key not in self._manual:
-            self._manual[key] = self.task.clip.ensemble(self.templates, names)
-        return self._manual[key]
+        return self.once("manual", names, lambda: self.task.clip.ensemble(self.templates, names))
 
 
+@register
 class PMPO(PromptTrainer):
     """Several text prompts over a partition of the image tower's depth, trained with cross-entropy."""
 
@@ -135,9 +131,3 @@ class PMPO(PromptTrainer):
         text = TextPrompts(task, start.reshape(n_prompts, n_ctx, -1), words, text_depth)
         prompts = PartitionedPrompts(task, text, prompt_depth, manual_templates, manual_weight)
         return Learner(task, prompts, head=Cosine(task, prompts))
-
-
-@hookimpl
-def register_trainers(registry: Registry) -> None:
-    """Add the trainer."""
-    registry.register(PMPO)

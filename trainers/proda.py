@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from promptmix import hookimpl
+from promptmix import register
 from promptmix.clip.tokens import ClassTokens
 from promptmix.config.declare import Setting
 from promptmix.engine.layout import Layout, Rule
@@ -35,7 +35,6 @@ from promptmix.prompts.learner import Learner
 from promptmix.prompts.roles import Loss, PromptBank, Task
 from promptmix.prompts.step import Step
 from promptmix.prompts.trainer import PromptTrainer
-from promptmix.registry import Registry
 
 
 def positions(prompts: int) -> list[str]:
@@ -55,12 +54,12 @@ class PromptDistribution(PromptBank):
     """
 
     def __init__(self, task: Task, n_prompt: int, n_ctx: int, prompt_bs: int) -> None:
-        super().__init__()
+        super().__init__(task)
         if prompt_bs > n_prompt:
             raise SettingError(
                 "prompt_bs", prompt_bs, f"but there are N_PROMPT = {n_prompt} prompts; set it to {n_prompt} or less"
             )
-        self.task, self.prompt_bs = task, prompt_bs
+        self.prompt_bs = prompt_bs
         self.ctx = nn.Parameter(initial_context(task.clip.text, n_ctx, "", n_prompt))
         self.positions = positions(n_prompt)
         self._turn: list[int] = []
@@ -92,18 +91,13 @@ class PromptDistribution(PromptBank):
     def encode_some(self, names: ClassTokens, prompts: list[int]) -> Tensor:
         """Return normalised features (len(prompts), C, D); prompts of one position go through the tower together."""
         tower, half = self.task.clip.text, self.ctx.shape[1] // 2
-        stop = tower.embed(tower.tokenizer.encode("."))[None]
         features: dict[int, Tensor] = {}
         for position, split in (("front", 0), ("middle", half), ("end", self.ctx.shape[1])):
             members = [i for i in prompts if self.positions[i] == position]
             if members:
                 ctx = self.ctx[members]
-                features |= zip(members, tower(tower.compose(ctx[:, :split], names, ctx[:, split:], stop)), strict=True)
+                features |= zip(members, tower(tower.compose(ctx[:, :split], names, ctx[:, split:], self.stop())), strict=True)
         return F.normalize(torch.stack([features[i] for i in prompts]), dim=-1)
-
-    def references(self, names: Sequence[str]) -> Tensor:
-        """Return the features of the data set's first template, the same for every prompt: (K, C, D)."""
-        return self.task.clip.hard_features(self.task.templates[:1], names).expand(self.num_experts, -1, -1)
 
 
 class UpperBound(Loss):
@@ -144,6 +138,7 @@ class Orthogonality(Loss):
         return (cosines.sum() - cosines.diagonal().sum()) / (count * (count - 1))
 
 
+@register
 class ProDA(PromptTrainer):
     """A distribution of prompts, trained with an upper bound of the expected cross-entropy."""
 
@@ -160,9 +155,3 @@ class ProDA(PromptTrainer):
         """Return the prompts with the loss L_upper + lambda L_so."""
         prompts = PromptDistribution(task, n_prompt, n_ctx, prompt_bs)
         return Learner(task, prompts, loss=UpperBound() + alpha * Orthogonality())
-
-
-@hookimpl
-def register_trainers(registry: Registry) -> None:
-    """Add the trainer."""
-    registry.register(ProDA)

@@ -31,14 +31,13 @@ from promptmix.plugins.prompt_bank.soft import Soft
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from promptmix import hookimpl
+from promptmix import register
 from promptmix.config.declare import Setting, inherits
 from promptmix.engine.layout import Layout, Rule
 from promptmix.errors import SettingError
 from promptmix.prompts.learner import Learner, LossTerms
 from promptmix.prompts.roles import Task
 from promptmix.prompts.trainer import PromptTrainer
-from promptmix.registry import Registry
 
 
 def project(specific: Tensor, general: Tensor, factor: float = 1.0) -> Tensor:
@@ -58,6 +57,7 @@ def project(specific: Tensor, general: Tensor, factor: float = 1.0) -> Tensor:
     return specific - factor * overlap / general.square().sum() * general
 
 
+@register
 class ProGrad(PromptTrainer):
     """One soft prompt whose steps never go against what the zero-shot model knows."""
 
@@ -99,9 +99,3 @@ class ProGrad(PromptTrainer):
         specific = torch.autograd.grad(loss, learned)
         for parameter, ours, theirs in zip(learned, specific, general, strict=True):
             parameter.grad = project(ours, theirs, self.factor)
-
-
-@hookimpl
-def register_trainers(registry: Registry) -> None:
-    """Add the trainer."""
-    registry.register(ProGrad)

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from promptmix.plugins.prompt_bank.hard import Hard
 from torch import Tensor, nn
 
-from promptmix import hookimpl
+from promptmix import register
 from promptmix.clip.projection import last_map
 from promptmix.config.declare import Setting
 from promptmix.prompts.heads import Cosine
@@ -33,7 +33,6 @@ from promptmix.prompts.losses import CrossEntropy
 from promptmix.prompts.roles import Loss, Task
 from promptmix.prompts.step import Step
 from promptmix.prompts.trainer import PromptTrainer
-from promptmix.registry import Registry
 
 
 class TunedProjection(Hard):
@@ -55,6 +54,10 @@ class TunedProjection(Hard):
         self.register_buffer("bias", None if bias is None else bias.detach().clone(), persistent=False)
         self.projection = nn.Parameter(self.start.clone())
 
+    def moved(self) -> Tensor:
+        """Return how the map differs from where it started (W, D)."""
+        return self.projection - self.start
+
     def adapt(self, image: Tensor) -> Tensor:
         """Return normalised features (B, D) of features (B, W) before the map."""
         projected = image @ self.projection.to(image.dtype)
@@ -69,14 +72,14 @@ class NearStart(Loss):
 
     def __init__(self, bank: TunedProjection) -> None:
         super().__init__()
-        self._bank = (bank,)  # not a submodule: the learner holds the bank already
+        self.moved = bank.moved
 
     def forward(self, step: Step) -> Tensor:
         """Return the distance (scalar)."""
-        (bank,) = self._bank
-        return (bank.projection - bank.start).square().sum()
+        return self.moved().square().sum()
 
 
+@register
 class ProLIP(PromptTrainer):
     """The image tower's last map, tuned near its start on cached features."""
 
@@ -94,9 +97,3 @@ class ProLIP(PromptTrainer):
             shots = max(len(task.train_labels) / len(task.classnames), 1)
         weight = 1 / shots if lambda_ < 0 else lambda_
         return Learner(task, bank, head=Cosine(task, bank, scale), loss=CrossEntropy() + weight * NearStart(bank))
-
-
-@hookimpl
-def register_trainers(registry: Registry) -> None:
-    """Add the trainer."""
-    registry.register(ProLIP)

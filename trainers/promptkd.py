@@ -32,7 +32,7 @@ from promptmix.plugins.prompt_bank.student import Student
 from torch import Tensor
 from yacs.config import CfgNode
 
-from promptmix import hookimpl
+from promptmix import register
 from promptmix.config.declare import Setting
 from promptmix.engine.layout import VISUAL, Layout, Rule, linear
 from promptmix.engine.league import TEACHER
@@ -43,7 +43,6 @@ from promptmix.prompts.roles import Distiller, Task
 from promptmix.prompts.step import Step
 from promptmix.prompts.teachers import Backbone, ClassVectors, Teacher
 from promptmix.prompts.trainer import PromptTrainer
-from promptmix.registry import Registry
 
 FILE = "class_vectors.safetensors"
 
@@ -68,11 +67,12 @@ class TeacherKL(Distiller):
         with torch.no_grad():
             seen = bank.teacher.image(step.images)
             taught = (bank.teacher.scale * seen @ vectors.to(seen.dtype).T).float()
-        scores = (step.task.clip.scale * step.image @ vectors.to(step.image.dtype).T).float()
+        scores = step.scores(vectors).float()
         target, student = ((logits / self.t).log_softmax(dim=-1) for logits in (taught, scores))
         return self.t**2 * F.kl_div(student, target, reduction="batchmean", log_target=True) / vectors.shape[0]
 
 
+@register
 class PromptKD(PromptTrainer):
     """Visual prompts and a projector that learn a teacher's class probabilities from pictures without labels."""
 
@@ -141,9 +141,3 @@ class PromptKD(PromptTrainer):
         names = tuple(bank.task.all_classnames)
         vectors = ClassVectors(names, bank.class_vectors(names), bank.teacher.scale, bank.teacher.name)
         vectors.save(Path(self.output_dir, FILE))
-
-
-@hookimpl
-def register_trainers(registry: Registry) -> None:
-    """Add the trainer."""
-    registry.register(PromptKD)

@@ -29,7 +29,7 @@ from promptmix.plugins.distillation.zeroshot_kl import ZeroshotKL
 from promptmix.plugins.prompt_bank.independent_deep import IndependentDeep
 from promptmix.plugins.text_supervision.hard_prompts import L1ToEnsemble
 
-from promptmix import hookimpl
+from promptmix import register
 from promptmix.config.declare import Setting, inherits
 from promptmix.data.templates import IMAGENET_60
 from promptmix.engine.layout import INDEPENDENT, Layout
@@ -40,9 +40,9 @@ from promptmix.prompts.learner import Learner, PromptLearner
 from promptmix.prompts.losses import CrossEntropy
 from promptmix.prompts.roles import Task
 from promptmix.prompts.trainer import PromptTrainer
-from promptmix.registry import Registry
 
 
+@register
 class PromptSRC(PromptTrainer):
     """Deep prompts in both towers, regulated by the frozen model and averaged over epochs."""
 
@@ -71,9 +71,3 @@ class PromptSRC(PromptTrainer):
     def weight_average(self, model: PromptLearner) -> GaussianAverage:
         """Return the average over epochs, N(mu, sigma^2)."""
         return GaussianAverage(model, self.node.GPA_MEAN, self.node.GPA_STD)
-
-
-@hookimpl
-def register_trainers(registry: Registry) -> None:
-    """Add the trainer."""
-    registry.register(PromptSRC)

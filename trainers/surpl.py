@@ -9,7 +9,7 @@ ICML 2025, PMLR 267:39755-39773. https://github.com/llcllc1997/SurPL
 | instance signal: the picture's own feature | ``SurrogateScores.instance`` |
 | fine-grained signals, learned | ``SurrogateScores.fg_signals`` (``FG_SCALE``, D) |
 | local features, projected; the best (k + 1) * ``FG_INTERVAL`` of them | ``feature_proj``, ``SurrogateScores.fine`` |
-| L = CE + CE_instance + mean CE_fine + 25 L1(text) + 10 L1(image) | ``Instance``, ``Fine``, ``L1ToEnsemble``, ``FrozenImageL1`` |
+| L = CE + CE_instance + mean CE_fine + 25 L1(text) + 10 L1(image) | ``SurPL.compose`` |
 
 A class's score is the mean of the plain, the instance and the fine score. The signal is one token, so the generator's attention
 always looks at it alone: it adds the same vector to all classes, and its query and key weights never learn, as in the authors'
@@ -31,7 +31,7 @@ from promptmix.plugins.prompt_bank.independent_deep import IndependentDeep
 from promptmix.plugins.text_supervision.hard_prompts import L1ToEnsemble
 from torch import Tensor, nn
 
-from promptmix import hookimpl
+from promptmix import register
 from promptmix.config.declare import Setting, inherits
 from promptmix.data.templates import IMAGENET_60
 from promptmix.engine.layout import INDEPENDENT, Layout, Rule, linear
@@ -39,10 +39,9 @@ from promptmix.errors import SettingError
 from promptmix.prompts.deep import STD
 from promptmix.prompts.learner import Learner
 from promptmix.prompts.losses import CrossEntropy
-from promptmix.prompts.roles import Head, Loss, PromptBank, Task
+from promptmix.prompts.roles import Head, PromptBank, Task
 from promptmix.prompts.step import Step
 from promptmix.prompts.trainer import PromptTrainer
-from promptmix.registry import Registry
 
 
 class MLP(nn.Module):
@@ -108,7 +107,7 @@ class SurrogateScores(Head):
 
     def plain(self, step: Step) -> Tensor:
         """Return the scores (B, C) of the basic prompts."""
-        return step.task.clip.scale * step.image @ step.text[0].to(step.image.dtype).T
+        return step.scores()
 
     def instance(self, step: Step) -> Tensor:
         """Return the scores (B, C) of surrogates that carry the picture's own feature."""
@@ -124,47 +123,7 @@ class SurrogateScores(Head):
         return step.task.clip.scale * torch.stack(means)
 
 
-class Plain(CrossEntropy):
-    """Cross-entropy of the basic prompts' scores."""
-
-    def __init__(self, head: SurrogateScores) -> None:
-        super().__init__()
-        self._head = (head,)  # not a submodule: the learner holds the head already
-
-    def forward(self, step: Step) -> Tensor:
-        """Return the loss (scalar)."""
-        return F.cross_entropy(self._head[0].plain(step), step.labels)
-
-
-class Instance(Loss):
-    """Cross-entropy of the instance scores."""
-
-    part = "instance"
-
-    def __init__(self, head: SurrogateScores) -> None:
-        super().__init__()
-        self._head = (head,)
-
-    def forward(self, step: Step) -> Tensor:
-        """Return the loss (scalar)."""
-        return F.cross_entropy(step.once(self._head[0].instance), step.labels)
-
-
-class Fine(Loss):
-    """Cross-entropy of the fine scores, averaged over the signals."""
-
-    part = "fine"
-
-    def __init__(self, head: SurrogateScores) -> None:
-        super().__init__()
-        self._head = (head,)
-
-    def forward(self, step: Step) -> Tensor:
-        """Return the loss (scalar)."""
-        scores = step.once(self._head[0].fine)
-        return F.cross_entropy(scores.flatten(0, 1), step.labels.repeat(len(scores)))
-
-
+@register
 class SurPL(PromptTrainer):
     """Deep prompts in both towers, and surrogates of many more prompts that are never encoded."""
 
@@ -204,11 +163,5 @@ class SurPL(PromptTrainer):
         head = SurrogateScores(task, prompts, fg_scale, fg_interval)
         text = L1ToEnsemble(task, prompts, IMAGENET_60).named("text_l1", weighted=True)
         image = FrozenImageL1(task, prompts).named("image_l1", weighted=True)
-        scores = Plain(head) + Instance(head) + Fine(head)
+        scores = CrossEntropy(head.plain) + CrossEntropy(head.instance, "instance") + CrossEntropy(head.fine, "fine")
         return Learner(task, prompts, head=head, loss=scores + text_loss_weight * text + image_loss_weight * image)
-
-
-@hookimpl
-def register_trainers(registry: Registry) -> None:
-    """Add the trainer."""
-    registry.register(SurPL)

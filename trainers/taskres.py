@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from promptmix.plugins.prompt_bank.hard import Hard
 from torch import Tensor, nn
 
-from promptmix import hookimpl
+from promptmix import register
 from promptmix.config.declare import Setting, inherits
 from promptmix.engine.layout import Layout, Rule
 from promptmix.errors import ConfigError
@@ -32,7 +32,6 @@ from promptmix.prompts.heads import Cosine
 from promptmix.prompts.learner import Learner
 from promptmix.prompts.roles import Task
 from promptmix.prompts.trainer import PromptTrainer
-from promptmix.registry import Registry
 
 
 class Residual(Hard):
@@ -75,6 +74,7 @@ class Residual(Hard):
         return self.encode(names)
 
 
+@register
 class TaskRes(PromptTrainer):
     """What the task adds to the text features, learned with cross-entropy."""
 
@@ -85,9 +85,3 @@ class TaskRes(PromptTrainer):
         """Return the classifier with its residual."""
         bank = Residual(task, **settings)
         return Learner(task, bank, head=Cosine(task, bank))
-
-
-@hookimpl
-def register_trainers(registry: Registry) -> None:
-    """Add the trainer."""
-    registry.register(TaskRes)

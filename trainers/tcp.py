@@ -25,11 +25,10 @@ from collections.abc import Sequence
 from typing import Annotated
 
 import torch
-import torch.nn.functional as F
 from promptmix.plugins.text_supervision.hard_prompts import CosineToHard
 from torch import Tensor, nn
 
-from promptmix import hookimpl
+from promptmix import register
 from promptmix.clip import split_template
 from promptmix.config.declare import Setting
 from promptmix.engine.layout import Layout, Rule, linear
@@ -39,7 +38,6 @@ from promptmix.prompts.learner import Learner, PromptLearner
 from promptmix.prompts.losses import CrossEntropy
 from promptmix.prompts.roles import PromptBank, Task
 from promptmix.prompts.trainer import PromptTrainer
-from promptmix.registry import Registry
 
 #: The authors' templates (trainers/tcp.py, CUSTOM_TEMPLATES): the context tokens stand in front; other data sets get "{}.".
 SOFT = {
@@ -79,13 +77,13 @@ class ClassAware(PromptBank):
     """
 
     def __init__(self, task: Task, n_ctx: int, layer: int, template: str, hard: str) -> None:
-        super().__init__()
+        super().__init__(task)
         tower, joint = task.clip.text, task.clip.embed_dim
         if layer >= len(tower.blocks):
             limit = len(tower.blocks) - 1
             remedy = f"but the text tower of {task.clip.name} has blocks 0 to {limit}; set it to {limit} or less"
             raise SettingError("layer", layer, remedy)
-        self.task, self.layer, self.hard = task, layer, hard
+        self.layer, self.hard = layer, hard
         self.words = tuple(tower.tokenizer.encode(text) for text in split_template(template))
         self.ctx = nn.Parameter(torch.empty(1, n_ctx, tower.width).normal_(std=0.02))
         parts = (
@@ -94,32 +92,24 @@ class ClassAware(PromptBank):
             ("linear2", nn.Linear(joint // 4, n_ctx * tower.width)),
         )
         self.meta_net = nn.Sequential(OrderedDict(parts))
-        self._references: dict[tuple[str, ...], Tensor] = {}
-
-    @property
-    def num_experts(self) -> int:
-        """Always 1."""
-        return 1
 
     def class_tokens(self, names: Sequence[str]) -> Tensor:
         """Return the class-aware tokens (1, C, M, W)."""
         return self.meta_net(self.references(names)).unflatten(-1, self.ctx.shape[1:])
 
-    def forward(self, names: Sequence[str], image_features: Tensor | None = None, *, full_stop: bool | None = None) -> Tensor:
-        """Return normalised text features (1, C, D); the template says where prompts end."""
+    def encode(self, names: Sequence[str], *, full_stop: bool | None = None) -> Tensor:
+        """Return text features (1, C, D); the template says where prompts end."""
         tower = self.task.clip.text
         before, after = (tower.embed(ids)[None] for ids in self.words)
         prompts = tower.compose(self.ctx, before, tower.tokenizer.class_tokens(names), after)
-        return F.normalize(tower(prompts, {self.layer: self.class_tokens(names)}), dim=-1)
+        return tower(prompts, {self.layer: self.class_tokens(names)})
 
     def references(self, names: Sequence[str]) -> Tensor:
         """Return the normalised features (1, C, D) of the hand-written prompt, encoded once for a set of names."""
-        key = (*names, str(self.task.clip.scale.device))
-        if key not in self._references:
-            self._references[key] = self.task.clip.hard_features([self.hard], names)
-        return self._references[key]
+        return self.once("hard", names, lambda: self.task.clip.hard_features([self.hard], names))
 
 
+@register
 class TCP(PromptTrainer):
     """One soft prompt with class-aware tokens deep in the text tower, held near the hand-written prompt."""
 
@@ -155,9 +145,3 @@ class TCP(PromptTrainer):
             if "eps" in group:
                 group["eps"] = self.node.ADAM_EPS
         return optimizer
-
-
-@hookimpl
-def register_trainers(registry: Registry) -> None:
-    """Add the trainer."""
-    registry.register(TCP)

@@ -28,16 +28,16 @@ from promptmix.plugins.heads.cache import Cache, search
 from promptmix.plugins.prompt_bank.hard import Hard
 from yacs.config import CfgNode
 
-from promptmix import hookimpl
+from promptmix import register
 from promptmix.config.declare import Setting, inherits
 from promptmix.errors import ConfigError
 from promptmix.prompts.learner import Learner
 from promptmix.prompts.roles import Task
 from promptmix.prompts.trainer import PromptTrainer
-from promptmix.registry import Registry
 from promptmix.utils import get_logger
 
 
+@register
 class TipAdapter(PromptTrainer):
     """A cache of the training pictures beside the hard classifier; nothing is learned."""
 
@@ -109,14 +109,8 @@ class TipAdapter(PromptTrainer):
         get_logger().info("Found on the val part: beta %.3f, alpha %.3f", beta, alpha)
 
 
+@register
 class TipAdapterF(TipAdapter):
     """Tip-Adapter whose keys are learned with cross-entropy."""
 
     learns_keys = True
-
-
-@hookimpl
-def register_trainers(registry: Registry) -> None:
-    """Add both trainers."""
-    registry.register(TipAdapter)
-    registry.register(TipAdapterF)

@@ -27,7 +27,7 @@ import torch
 from promptmix.plugins.prompt_bank.soft import Soft
 from torch import Tensor
 
-from promptmix import hookimpl
+from promptmix import register
 from promptmix.config.declare import Setting, inherits
 from promptmix.data.reading.views import KINDS, Views
 from promptmix.engine.league import TEST_TIME
@@ -37,7 +37,6 @@ from promptmix.prompts.heads import Cosine
 from promptmix.prompts.roles import Loss, Task
 from promptmix.prompts.step import Step
 from promptmix.prompts.trainer import PromptTrainer
-from promptmix.registry import Registry
 
 
 class MarginalEntropy(Loss):
@@ -59,6 +58,7 @@ def confident(step: Step, keep: float) -> Tensor:
     return entropies.argsort()[: int(len(entropies) * keep)]
 
 
+@register
 class TPT(PromptTrainer):
     """A soft prompt, tuned anew on the views of each test picture."""
 
@@ -111,9 +111,3 @@ class TPT(PromptTrainer):
         self.save_model(0, self.output_dir)
         if not self.cfg.TEST.NO_TEST:
             self.test()
-
-
-@hookimpl
-def register_trainers(registry: Registry) -> None:
-    """Add the trainer."""
-    registry.register(TPT)

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from promptmix import hookimpl
+from promptmix import register
 from promptmix.config.declare import Setting
 from promptmix.data.templates import IMAGENET_60
 from promptmix.engine.layout import Layout, Rule
@@ -39,7 +39,6 @@ from promptmix.prompts.learner import LossTerms, PromptLearner
 from promptmix.prompts.roles import Task
 from promptmix.prompts.step import Routing, Step
 from promptmix.prompts.trainer import PromptTrainer
-from promptmix.registry import Registry
 
 #: Seed of the fixed keys and of the tokens that centroids start from.
 SEED = 0
@@ -186,6 +185,7 @@ class TokenMixture(PromptLearner):
         return LossTerms(parts["ce"] + self.alpha * parts["teacher"], parts, logits)
 
 
+@register
 class TRIP(PromptTrainer):
     """A mixture of prompts whose weights no router learns."""
 
@@ -206,9 +206,3 @@ class TRIP(PromptTrainer):
                 f"MODEL.BACKBONE.NAME is {task.clip.name}, which has no tokens to route; choose ViT-B/16 or tiny-vit"
             )
         return TokenMixture(task, experts, n_ctx, alpha, (capacity_train, capacity_infer))
-
-
-@hookimpl
-def register_trainers(registry: Registry) -> None:
-    """Add the trainer."""
-    registry.register(TRIP)

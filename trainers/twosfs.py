@@ -31,7 +31,7 @@ from promptmix.plugins.prompt_bank.tuned_towers import TunedTowers
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from promptmix import hookimpl
+from promptmix import register
 from promptmix.clip.vision import VisualPrompts
 from promptmix.config import source_of
 from promptmix.config.declare import Setting, inherits, key_of, parted, settings_of
@@ -41,7 +41,6 @@ from promptmix.prompts.learner import Learner, PromptLearner
 from promptmix.prompts.roles import PromptBank, Task
 from promptmix.prompts.stages import Stage
 from promptmix.prompts.trainer import PromptTrainer
-from promptmix.registry import Registry
 
 #: Where the cosine of each stage ends.
 LAST_RATE = 1e-6
@@ -60,8 +59,8 @@ class ClassifierOf(PromptBank):
     sized_by_data = ("classifier", "names")
 
     def __init__(self, task: Task, first: PromptBank) -> None:
-        super().__init__()
-        self.task, self.first = task, first
+        super().__init__(task)
+        self.first = first
         self.classifier = nn.Parameter(torch.zeros(len(task.classnames), task.clip.embed_dim))
         self.names: Tensor
         #: (C,), the class of each row of the classifier by its name's digest; 0 before there is a classifier.
@@ -114,6 +113,7 @@ def digest(name: str) -> int:
     return int.from_bytes(hashlib.sha256(name.replace("_", " ").encode()).digest()[:8], "big", signed=True)
 
 
+@register
 class TwoSFS(PromptTrainer):
     """A few tensors of both towers first, then a classifier on frozen features."""
 
@@ -165,9 +165,3 @@ class TwoSFS(PromptTrainer):
     def build_scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
         """Return a cosine by step for each stage."""
         return self.stages.cosine(optimizer, LAST_RATE)
-
-
-@hookimpl
-def register_trainers(registry: Registry) -> None:
-    """Add the trainer."""
-    registry.register(TwoSFS)

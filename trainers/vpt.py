@@ -24,7 +24,7 @@ from promptmix.plugins.prompt_bank.hard import Hard
 from torch import Tensor
 from yacs.config import CfgNode
 
-from promptmix import hookimpl
+from promptmix import register
 from promptmix.clip.vision import VisualPrompts
 from promptmix.config.declare import Setting
 from promptmix.engine.layout import VISUAL, Layout
@@ -34,7 +34,6 @@ from promptmix.prompts.heads import Cosine
 from promptmix.prompts.learner import Learner
 from promptmix.prompts.roles import Task
 from promptmix.prompts.trainer import PromptTrainer
-from promptmix.registry import Registry
 
 
 class HardWithVision(Hard):
@@ -46,13 +45,11 @@ class HardWithVision(Hard):
         vision: the image tower's tokens.
     """
 
-    image_is_frozen = False
-
     def __init__(self, task: Task, template: str, vision: VisionPrompts) -> None:
         super().__init__(task, (template,))
         self.vision = vision
 
-    def encode(self, names: Sequence[str]) -> Tensor:
+    def encode(self, names: Sequence[str], *, full_stop: bool | None = None) -> Tensor:
         """Return the normalised features (1, C, D) of the one template."""
         return self.task.clip.hard_features(self.templates, names)
 
@@ -61,6 +58,7 @@ class HardWithVision(Hard):
         return self.vision()
 
 
+@register
 class VPT(PromptTrainer):
     """Visual prompts in each layer of the image tower, trained with cross-entropy."""
 
@@ -87,9 +85,3 @@ class VPT(PromptTrainer):
         vision = VisionPrompts(task.clip.image.width, n_ctx_vision, prompt_depth_vision)
         prompts = HardWithVision(task, f"{ctx_init.replace('_', ' ')} {{}}.", vision)
         return Learner(task, prompts, head=Cosine(task, prompts))
-
-
-@hookimpl
-def register_trainers(registry: Registry) -> None:
-    """Add the trainer."""
-    registry.register(VPT)

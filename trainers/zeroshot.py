@@ -12,16 +12,16 @@ from typing import Annotated
 
 from promptmix.plugins.prompt_bank.hard import Hard
 
-from promptmix import hookimpl
+from promptmix import register
 from promptmix.config.declare import Setting
 from promptmix.data.templates import IMAGENET_7, IMAGENET_80
 from promptmix.prompts.heads import Cosine
 from promptmix.prompts.learner import Learner
 from promptmix.prompts.roles import Task
 from promptmix.prompts.trainer import PromptTrainer
-from promptmix.registry import Registry
 
 
+@register
 class ZeroshotCLIP(PromptTrainer):
     """CLIP with hand-written prompts: the data set's first template (CoOp's baseline), all of its own, or OpenAI's ensembles."""
 
@@ -53,9 +53,3 @@ class ZeroshotCLIP(PromptTrainer):
 
     def load_model(self, directory: str, epoch: int | None = None) -> None:
         """Load nothing: there are no learned tensors."""
-
-
-@hookimpl
-def register_trainers(registry: Registry) -> None:
-    """Add the trainer."""
-    registry.register(ZeroshotCLIP)

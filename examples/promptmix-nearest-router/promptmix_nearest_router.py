@@ -11,16 +11,16 @@ from typing import Annotated
 import torch
 from torch import nn
 
-from promptmix import hookimpl
+from promptmix import register
 from promptmix.config.declare import Setting
 from promptmix.errors import SettingError
 from promptmix.prompts.roles import PromptBank, Router, Routing, Task
 from promptmix.prompts.step import Step
-from promptmix.registry import Registry
 
 __version__ = "0.1.0"
 
 
+@register
 class NearestRouter(Router):
     """Softmax over the K experts with the nearest hard prompts.
 
@@ -53,9 +53,3 @@ class NearestRouter(Router):
         """Route a batch by its image features."""
         cosines = torch.einsum("bd,ecd->bec", step.query, self.prompts.to(step.query.dtype))
         return Routing.top_k(self.log_sharpness.exp() * cosines.amax(dim=-1), self.k)
-
-
-@hookimpl
-def register_routers(registry: Registry) -> None:
-    """Add the router; promptmix calls this when it loads the plugin."""
-    registry.register(NearestRouter)

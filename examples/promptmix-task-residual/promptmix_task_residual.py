@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
-from promptmix import hookimpl
+from promptmix import register
 from promptmix.config import CfgNode
 from promptmix.config.declare import Setting
 from promptmix.data import DatasetBase, Datum
@@ -31,7 +31,6 @@ from promptmix.data.fewshot import generate_fewshot, subsample_classes
 from promptmix.prompts.learner import PromptLearner
 from promptmix.prompts.roles import Task
 from promptmix.prompts.trainer import PromptTrainer
-from promptmix.registry import Registry
 
 __version__ = "0.1.0"
 
@@ -66,6 +65,7 @@ class ResidualClassifier(PromptLearner):
         return self.clip.scale * image_features @ classifier.to(image_features.dtype).T
 
 
+@register
 class TaskResidual(PromptTrainer):
     """Learns what the task adds to the text features, with cross-entropy."""
 
@@ -74,6 +74,7 @@ class TaskResidual(PromptTrainer):
         return ResidualClassifier(task, alpha)
 
 
+@register
 class DrawnShapes(DatasetBase):
     """Circles, squares and triangles in three colours, drawn once into ``<DATASET.ROOT>/drawn_shapes``."""
 
@@ -118,15 +119,3 @@ def _draw(color: str, shape: str, draw: random.Random) -> Image.Image:
     else:
         pen.polygon(((x, y + size), (x + size, y + size), (x + size // 2, y)), fill=fill)
     return picture
-
-
-@hookimpl
-def register_trainers(registry: Registry) -> None:
-    """Add the trainer; promptmix calls this when it loads the plugin."""
-    registry.register(TaskResidual)
-
-
-@hookimpl
-def register_datasets(registry: Registry) -> None:
-    """Add the data set; promptmix calls this when it loads the plugin."""
-    registry.register(DrawnShapes)

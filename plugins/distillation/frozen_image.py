@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from promptmix import hookimpl
+from promptmix import register
 from promptmix.prompts.roles import Distiller, PromptBank, Task
 from promptmix.prompts.step import Step
-from promptmix.registry import Registry
 
 
+@register
 class FrozenImageL1(Distiller):
     """Mean absolute difference of prompted and frozen image features (PromptSRC, arXiv 2307.06948).
 
@@ -29,6 +29,7 @@ class FrozenImageL1(Distiller):
         return F.l1_loss(step.image, _frozen(step))
 
 
+@register
 class FrozenImageCosine(Distiller):
     """1 - mean cosine of prompted and frozen image features; where experts have image features of their own, of all.
 
@@ -49,10 +50,3 @@ def _frozen(step: Step) -> Tensor:
     """Return the frozen tower's features in the shape of the prompted ones."""
     frozen = step.frozen_image.to(step.image.dtype)
     return frozen if step.image.dim() == 2 else frozen[:, None].expand_as(step.image)
-
-
-@hookimpl
-def register_distillers(registry: Registry) -> None:
-    """Add both distillers."""
-    registry.register(FrozenImageL1)
-    registry.register(FrozenImageCosine)

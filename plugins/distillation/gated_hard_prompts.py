@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from promptmix import hookimpl
+from promptmix import register
 from promptmix.config.declare import Setting
 from promptmix.errors import SettingError
 from promptmix.prompts.roles import Distiller, PromptBank, Routing, Task
 from promptmix.prompts.step import Step
-from promptmix.registry import Registry
 
 
+@register
 class GatedHardPrompts(Distiller):
     """P hard prompts teach; a gate (D, P) chooses K of them for each image and weighs them by a.
 
@@ -79,9 +79,3 @@ class GatedHardPrompts(Distiller):
         divergence = self.t**2 * F.kl_div(student, target, reduction="none", log_target=True).sum(dim=-1)  # (B, K)
         wrong = F.cross_entropy(taught.transpose(1, 2), labels[:, None].expand(-1, self.k), reduction="none")  # (B, K)
         return tuple((routing.weights * part).sum(dim=1).mean() for part in (divergence, wrong))  # type: ignore[return-value]
-
-
-@hookimpl
-def register_distillers(registry: Registry) -> None:
-    """Add the distiller."""
-    registry.register(GatedHardPrompts)

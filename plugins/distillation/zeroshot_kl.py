@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from promptmix import hookimpl
+from promptmix import register
 from promptmix.config.declare import Setting
 from promptmix.prompts.roles import Distiller, PromptBank, Task
 from promptmix.prompts.step import Step
-from promptmix.registry import Registry
 
 
+@register
 class ZeroshotKL(Distiller):
     """T^2 KL(softmax(zero-shot / T) || softmax(student / T)), mean over images.
 
@@ -54,9 +54,3 @@ class ZeroshotKL(Distiller):
         student = (step.logits.float() / self.t).log_softmax(dim=-1)
         divergence = self.t**2 * F.kl_div(student, target, reduction="batchmean", log_target=True)
         return divergence / target.shape[-1] if self.over_classes else divergence
-
-
-@hookimpl
-def register_distillers(registry: Registry) -> None:
-    """Add the distiller."""
-    registry.register(ZeroshotKL)

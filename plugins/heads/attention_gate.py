@@ -7,14 +7,14 @@ from typing import Annotated
 import torch
 from torch import Tensor, nn
 
-from promptmix import hookimpl
+from promptmix import register
 from promptmix.config.declare import Setting
 from promptmix.errors import SettingError
 from promptmix.prompts.roles import Head, PromptBank, Task
 from promptmix.prompts.step import Step
-from promptmix.registry import Registry
 
 
+@register
 class AttentionGate(Head):
     """``lambda s <f, t_1> + s <pool(f), out>``: the own prompt's score and that of a mixture made for each image and class.
 
@@ -75,9 +75,3 @@ class AttentionGate(Head):
         pooled = self.pool(image)
         mixed, _ = self.attend(pooled, self.pool(text))
         return self.lambda_ * own + scale * torch.einsum("bd,bcd->bc", pooled, mixed)
-
-
-@hookimpl
-def register_heads(registry: Registry) -> None:
-    """Add the head."""
-    registry.register(AttentionGate)

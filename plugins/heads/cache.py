@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from promptmix import hookimpl
+from promptmix import register
 from promptmix.config.declare import Setting
 from promptmix.prompts.roles import Head, PromptBank, Task
 from promptmix.prompts.step import Step
-from promptmix.registry import Registry
 
 
+@register
 class Cache(Head):
     """``s <f, t_c> + alpha sum_n exp(-beta (1 - <f, k_n>)) [y_n = c]``: each of N training pictures votes for its class.
 
@@ -78,9 +78,8 @@ class Cache(Head):
 
     def parts(self, step: Step) -> tuple[Tensor, Tensor]:
         """Return the scores of the text and the votes of the cache, each (B, C)."""
-        image = step.image
-        text = (self.scale or step.task.clip.scale) * image @ step.text[0].to(image.dtype).T
-        return text, votes_of(image @ self.keys.to(image.dtype).T, self.values, self.beta)
+        cosines = step.image @ self.keys.to(step.image.dtype).T
+        return step.scores(scale=self.scale), votes_of(cosines, self.values, self.beta)
 
 
 def votes_of(cosines: Tensor, values: Tensor, beta: Tensor | float) -> Tensor:
@@ -112,9 +111,3 @@ def search(
             if right > best:
                 best, found = right, (beta, alpha)
     return found
-
-
-@hookimpl
-def register_heads(registry: Registry) -> None:
-    """Add the head."""
-    registry.register(Cache)

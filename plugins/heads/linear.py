@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from promptmix import hookimpl
+from promptmix import register
 from promptmix.config.declare import Setting
 from promptmix.prompts.roles import Head, PromptBank, Task
 from promptmix.prompts.step import Step
-from promptmix.registry import Registry
 
 
+@register
 class LinearHead(Head):
     """``s <f, w_c>`` with rows w_c that are not normalised.
 
@@ -56,9 +56,3 @@ class LinearHead(Head):
         if self.share and not self.training:
             weight = torch.lerp(weight, self.zeroshot, self.share)
         return self.scale * F.linear(features, weight.to(features.dtype))
-
-
-@hookimpl
-def register_heads(registry: Registry) -> None:
-    """Add the head."""
-    registry.register(LinearHead)

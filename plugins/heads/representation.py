@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from promptmix.prompts.roles import Head, Loss, PromptBank, Task
+from promptmix.prompts.roles import Head, PromptBank, Task
 from promptmix.prompts.step import Step
 
 if TYPE_CHECKING:
@@ -46,28 +46,12 @@ class ClassAndRepresentation(Head):
 
     def class_scores(self, step: Step) -> Tensor:
         """Return the class feature's scores (B, C)."""
-        return self.scale * step.image @ step.text[0].to(step.image.dtype).T
+        return step.scores(scale=self.scale)
 
     def token_scores(self, step: Step) -> Tensor:
         """Return the scores (B, C) of the tokens' feature."""
         feature = F.normalize(self.projection(step.unprojected_tokens.mean(dim=1)), dim=-1)
         return self.scale * feature @ step.text[0].to(feature.dtype).T
-
-
-class OwnCrossEntropy(Loss):
-    """Cross-entropy of scores that a head keeps beside its own.
-
-    Args:
-        scores: a method of the head.
-    """
-
-    def __init__(self, scores: Any, part: str = "ce") -> None:
-        super().__init__()
-        self._scores, self.part = (scores,), part  # not a submodule: the learner holds the head already
-
-    def forward(self, step: Step) -> Tensor:
-        """Return the loss (scalar)."""
-        return F.cross_entropy(step.once(self._scores[0]), step.labels)
 
 
 def scores_both(trainer: PromptTrainer, task: Task, protocol: str, source: str) -> bool:

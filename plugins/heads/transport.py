@@ -7,13 +7,13 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from promptmix import hookimpl
+from promptmix import register
 from promptmix.config.declare import Setting
 from promptmix.prompts.roles import Head, PromptBank, Task
 from promptmix.prompts.step import Step
-from promptmix.registry import Registry
 
 
+@register
 class Transport(Head):
     """``s * sum_mn T_mn <f_m, t_n>``: the plan T moves an image's M patches to a class's N prompts at the least cost 1 - cosine.
 
@@ -62,9 +62,3 @@ def sinkhorn(cost: Tensor, eps: float, max_iter: int, thresh: float) -> Tensor:
         if (r - before).abs().mean() < thresh:
             break
     return r[..., :, None] * kernel * c[..., None, :]
-
-
-@hookimpl
-def register_heads(registry: Registry) -> None:
-    """Add the head."""
-    registry.register(Transport)

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from typing import Annotated
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from promptmix import hookimpl
+from promptmix import register
 from promptmix.clip.places import PromptStep
 from promptmix.clip.text import DeepPrompts
 from promptmix.clip.vision import VisualPrompts
@@ -17,9 +16,9 @@ from promptmix.config.declare import Setting
 from promptmix.errors import SettingError
 from promptmix.prompts.deep import STD, check_depth, linear_maps, replace_each_layer
 from promptmix.prompts.roles import PromptBank, Task
-from promptmix.registry import Registry
 
 
+@register
 class AttributePrompts(PromptBank):
     """``[SOT] [att_1] word_1 ... [att_A] word_A [ctx] class name . [EOT]``; what is in brackets is learned.
 
@@ -37,19 +36,13 @@ class AttributePrompts(PromptBank):
         n_att: Annotated[int, Setting("soft tokens in front of each attribute word", low=1)] = 4,
         attributes: Annotated[Sequence[str], Setting("attribute words, such as (color, shape)")] = (),
     ) -> None:
-        super().__init__()
+        super().__init__(task)
         if not attributes:
             raise SettingError("attributes", tuple(attributes), "but must hold words such as (color, shape)")
         tower = task.clip.text
-        self.task = task
         self.words = tuple(tower.tokenizer.encode(word) for word in attributes)
         self.ctx = nn.Parameter(torch.empty(n_ctx, tower.width).normal_(std=STD))
         self.att = nn.ParameterList(nn.Parameter(torch.empty(n_att, tower.width).normal_(std=0.01)) for _ in attributes)
-
-    @property
-    def num_experts(self) -> int:
-        """Always 1."""
-        return 1
 
     @property
     def span(self) -> int:
@@ -60,20 +53,16 @@ class AttributePrompts(PromptBank):
         """Return what replaces tokens in deeper layers of the text tower."""
         return {}
 
-    def forward(self, names: Sequence[str], image_features: Tensor | None = None, *, full_stop: bool | None = None) -> Tensor:
-        """Return normalised text features (1, C, D); prompts end with a full stop unless ``full_stop`` is False."""
+    def encode(self, names: Sequence[str], *, full_stop: bool | None = None) -> Tensor:
+        """Return text features (1, C, D); prompts end with a full stop unless ``full_stop`` is False."""
         tower = self.task.clip.text
         pieces = [piece for att, word in zip(self.att, self.words, strict=True) for piece in (att, tower.embed(word))]
-        stop = tower.embed(tower.tokenizer.encode("." if full_stop in (None, True) else ""))
         context = torch.cat([*pieces, self.ctx])[None]
-        prompts = tower.compose(context, tower.tokenizer.class_tokens(names), stop[None])
-        return F.normalize(tower(prompts, self.deep()), dim=-1)
-
-    def references(self, names: Sequence[str]) -> Tensor:
-        """Return the features of the data set's first template (1, C, D)."""
-        return self.task.clip.hard_features(self.task.templates[:1], names)
+        prompts = tower.compose(context, tower.tokenizer.class_tokens(names), self.stop(full_stop))
+        return tower(prompts, self.deep())
 
 
+@register
 class CoupledAttributes(AttributePrompts):
     """Attribute prompts whose context is new at each of the first layers, and mapped into the image tower (MaPLe).
 
@@ -87,8 +76,6 @@ class CoupledAttributes(AttributePrompts):
         prompt_depth: J, layers with a context of their own.
         clone_maps: the maps of the deeper layers start as copies of one.
     """
-
-    image_is_frozen = False
 
     def __init__(
         self,
@@ -120,10 +107,3 @@ class CoupledAttributes(AttributePrompts):
     def visual(self) -> Sequence[VisualPrompts]:
         """Return the schedule of the mapped contexts."""
         return replace_each_layer([f(p) for f, p in zip(self.couple, (self.ctx, *self.deeper), strict=True)])
-
-
-@hookimpl
-def register_prompt_banks(registry: Registry) -> None:
-    """Add both banks."""
-    registry.register(AttributePrompts)
-    registry.register(CoupledAttributes)

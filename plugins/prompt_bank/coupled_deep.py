@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated
 
-from promptmix import hookimpl
+from promptmix import register
 from promptmix.clip.vision import VisualPrompts
 from promptmix.config.declare import Setting
 from promptmix.prompts.deep import DeepBank, TextPrompts, check_depth, linear_maps, replace_each_layer, start_words
 from promptmix.prompts.roles import Task
-from promptmix.registry import Registry
 
 
+@register
 class CoupledDeep(DeepBank):
     """Tokens P_k of the text tower for each of the first layers, and F_k(P_k) in the image tower; all experts share the F_k.
 
@@ -46,9 +46,3 @@ class CoupledDeep(DeepBank):
     def visual(self) -> Sequence[VisualPrompts]:
         """Return the schedules of P~_k = F_k(P_k)."""
         return replace_each_layer([f(p) for f, p in zip(self.couple, self.text.layers, strict=True)])
-
-
-@hookimpl
-def register_prompt_banks(registry: Registry) -> None:
-    """Add the bank."""
-    registry.register(CoupledDeep)

@@ -8,12 +8,12 @@ from typing import Annotated
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from promptmix import hookimpl
+from promptmix import register
 from promptmix.config.declare import Setting
 from promptmix.prompts.roles import PromptBank, Task
-from promptmix.registry import Registry
 
 
+@register
 class Hard(PromptBank):
     """The ensemble of hard templates as one frozen prompt (CLIP, arXiv 2103.00020, section 3.1.4).
 
@@ -27,23 +27,14 @@ class Hard(PromptBank):
         task: Task,
         templates: Annotated[Sequence[str], Setting("hard templates that are averaged; () = the data set's first")] = (),
     ) -> None:
-        super().__init__()
-        self.task, self.templates = task, tuple(templates) or task.templates[:1]
-        self._encoded: dict[tuple[str, ...], Tensor] = {}
-
-    @property
-    def num_experts(self) -> int:
-        """Always 1."""
-        return 1
+        super().__init__(task)
+        self.templates = tuple(templates) or task.templates[:1]
 
     def forward(self, names: Sequence[str], image_features: Tensor | None = None, *, full_stop: bool | None = None) -> Tensor:
         """Return normalised text features (1, C, D), encoded once for a set of names; the templates say where they end."""
-        key = (*names, str(self.task.clip.scale.device))
-        if key not in self._encoded:
-            self._encoded[key] = self.encode(names)
-        return self._encoded[key]
+        return self.once("text", names, lambda: self.encode(names))
 
-    def encode(self, names: Sequence[str]) -> Tensor:
+    def encode(self, names: Sequence[str], *, full_stop: bool | None = None) -> Tensor:
         """Return normalised text features (1, C, D)."""
         return self.task.clip.ensemble(self.templates, names)[None]
 
@@ -52,6 +43,7 @@ class Hard(PromptBank):
         return self(names)
 
 
+@register
 class ImageAdapter(Hard):
     """Hand-written prompts, and image features ``ratio A(f) + (1 - ratio) f``, A(f) = ReLU(W2 ReLU(W1 f)), f not normalised.
 
@@ -84,10 +76,3 @@ class ImageAdapter(Hard):
     def adapt(self, image: Tensor) -> Tensor:
         """Return normalised features (B, D) of features (B, D) as they come from the tower."""
         return F.normalize(self.ratio * self.adapter(image) + (1 - self.ratio) * image, dim=-1)
-
-
-@hookimpl
-def register_prompt_banks(registry: Registry) -> None:
-    """Add both banks."""
-    registry.register(Hard)
-    registry.register(ImageAdapter)

@@ -109,7 +109,6 @@ class Hierarchical(DeepBank):
             mappers = self.to_visual, self.to_text, self.text_pooling, self.visual_pooling, self.text_proxy, self.visual_proxy
             for part in mappers:
                 part.requires_grad_(False)
-        self._described: dict[tuple[str, ...], Tensor] = {}
         self.references(task.classnames)
 
     def mapped_visual(self) -> Tensor:
@@ -148,7 +147,7 @@ class Hierarchical(DeepBank):
         text = F.normalize(self.text.encode(names, full_stop=full_stop, experts=experts, layers=layers), dim=-1)
         return F.normalize(text + self.references(names).to(text.dtype), dim=-1)
 
-    encode = PromptBank.encode
+    encode = PromptBank.encode  # type: ignore[assignment]  # the sum is all there is
 
     def join(self, image: Tensor, frozen: Tensor) -> Tensor:
         """Return normalised image features (B, D) with those of the frozen tower added."""
@@ -156,12 +155,13 @@ class Hierarchical(DeepBank):
 
     def references(self, names: Sequence[str]) -> Tensor:
         """Return the normalised mean (1, C, D) of the sentences' normalised features, encoded once for a set of names."""
-        key = (*names, str(self.task.clip.scale.device))
-        if key not in self._described:
+
+        def described() -> Tensor:
             rows = self.task.descriptions.of(names)
             features = self.task.clip.text_features([text for row in rows for text in row]).split([len(row) for row in rows])
-            self._described[key] = F.normalize(torch.stack([some.mean(dim=0) for some in features]), dim=-1)[None]
-        return self._described[key]
+            return F.normalize(torch.stack([some.mean(dim=0) for some in features]), dim=-1)[None]
+
+        return self.once("described", names, described)
 
 
 def _pooled(width: int, layers: int) -> tuple[nn.ModuleList, nn.ParameterList]:

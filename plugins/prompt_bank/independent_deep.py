@@ -7,16 +7,16 @@ from typing import Annotated
 
 from yacs.config import CfgNode
 
-from promptmix import hookimpl
+from promptmix import register
 from promptmix.clip.vision import VisualPrompts
 from promptmix.config import get_key
 from promptmix.config.declare import Setting
 from promptmix.errors import ConfigError
 from promptmix.prompts.deep import DeepBank, TextPrompts, VisionPrompts, check_depth, start_words
 from promptmix.prompts.roles import Task
-from promptmix.registry import Registry
 
 
+@register
 class IndependentDeep(DeepBank):
     """Text tokens and visual tokens of their own for each of the first layers; several experts each have both.
 
@@ -72,9 +72,3 @@ class IndependentDeep(DeepBank):
     def visual(self) -> Sequence[VisualPrompts]:
         """Return the image tower's schedules."""
         return () if self.vision is None else self.vision()
-
-
-@hookimpl
-def register_prompt_banks(registry: Registry) -> None:
-    """Add the bank."""
-    registry.register(IndependentDeep)

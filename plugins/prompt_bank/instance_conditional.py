@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from promptmix import hookimpl
+from promptmix import register
 from promptmix.config.declare import Setting
 from promptmix.errors import ConfigError
 from promptmix.prompts.context import initial_context, refuse_idle_length
 from promptmix.prompts.roles import PromptBank, Task
-from promptmix.registry import Registry
 
 
+@register
 class InstanceConditional(PromptBank):
     """Soft prompts ``v_m + pi(f)``: the meta-net pi maps an image feature to one vector that is added to every context vector.
 
@@ -91,16 +91,5 @@ class InstanceConditional(PromptBank):
         tower = self.task.clip.text
         shift = self.meta_net(image_features)  # (B, W)
         ctx = (self.ctx + shift[:, None, None]).flatten(0, 1)  # (B * E, M, W)
-        stop = tower.embed(tower.tokenizer.encode("." if full_stop else ""))[None]
-        features = tower(tower.compose(ctx, tower.tokenizer.class_tokens(names), stop))
+        features = tower(tower.compose(ctx, tower.tokenizer.class_tokens(names), self.stop(full_stop)))
         return F.normalize(features, dim=-1).unflatten(0, (len(image_features), -1))
-
-    def references(self, names: Sequence[str]) -> Tensor:
-        """Return the features of the data set's first template, the same for every prompt: (E, C, D)."""
-        return self.task.clip.hard_features(self.task.templates[:1], names).expand(self.num_experts, -1, -1)
-
-
-@hookimpl
-def register_prompt_banks(registry: Registry) -> None:
-    """Add the bank."""
-    registry.register(InstanceConditional)

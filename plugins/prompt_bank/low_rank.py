@@ -10,14 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from promptmix import hookimpl
+from promptmix import register
 from promptmix.clip import ImageTower, Weights
 from promptmix.clip.weights import Branch
 from promptmix.config.declare import Setting
 from promptmix.errors import ConfigError
 from promptmix.prompts.changed import ENCODERS, ChangedTowers
 from promptmix.prompts.roles import Task
-from promptmix.registry import Registry
 
 POSITIONS = ("all", "top1", "top3", "bottom", "mid", "up", "half-up", "half-bottom")
 #: What the learned tensors call a tower.
@@ -25,6 +24,7 @@ _IN_NAMES = {"text": "text", "image": "visual"}
 MATRICES = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "out_proj"}
 
 
+@register
 class LowRank(ChangedTowers):
     """W + s B A for the query, key and value matrices of chosen layers, s = alpha / sqrt(r); dropout in front of A in training.
 
@@ -105,9 +105,3 @@ def _depth(tower: ImageTower, task: Task) -> int:
             "change; set ENCODER to text, or choose a vision transformer such as ViT-B/16 or tiny-vit"
         )
     return tower.depth
-
-
-@hookimpl
-def register_prompt_banks(registry: Registry) -> None:
-    """Add the bank."""
-    registry.register(LowRank)

@@ -6,16 +6,14 @@ from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from promptmix import hookimpl
+from promptmix import register
 from promptmix.clip.vision import PromptStep, VisualPrompts
 from promptmix.config.declare import Setting
 from promptmix.errors import SettingError
 from promptmix.prompts.deep import STD, check_depth, linear_maps
 from promptmix.prompts.roles import PromptBank, Task
-from promptmix.registry import Registry
 
 
 class Aligners(nn.ModuleList):
@@ -35,6 +33,7 @@ class Aligners(nn.ModuleList):
         return [align(tokens) for align in self]
 
 
+@register
 class Representations(PromptBank):
     """K tokens R of a space of their own, mapped into each chosen layer of both towers, in front of a hand-written prompt.
 
@@ -55,8 +54,6 @@ class Representations(PromptBank):
         SettingError: layers are not in order, or deeper than a tower.
     """
 
-    image_is_frozen = False
-
     def __init__(
         self,
         task: Task,
@@ -67,20 +64,15 @@ class Representations(PromptBank):
         beta: Annotated[float, Setting("further layers: weight of their own map", low=0, high=1, at_test=True)] = 1.0,
         aligner: Callable[[int, int, int], nn.Module] = Aligners,
     ) -> None:
-        super().__init__()
+        super().__init__(task)
         if not rep_layers or list(rep_layers) != sorted(set(rep_layers)):
             raise SettingError("rep_layers", tuple(rep_layers), "but must name one or more layers, in order, each once")
         check_depth(task.clip, "rep_layers", max(rep_layers), text=True, vision=True)
-        self.task, self.layers, self.beta = task, tuple(rep_layers), beta
+        self.layers, self.beta = tuple(rep_layers), beta
         self.template = template or task.templates[0]
         self.tokens = nn.Parameter(torch.empty(n_rep_tokens, rep_dim).normal_(std=STD))
         towers = task.clip.text, task.clip.image
         self.text, self.image = (aligner(rep_dim, tower.width, len(self.layers)) for tower in towers)
-
-    @property
-    def num_experts(self) -> int:
-        """Always 1."""
-        return 1
 
     def schedule(self, aligner: nn.Module) -> dict[int, PromptStep]:
         """Return what happens to a tower's tokens before each chosen layer."""
@@ -97,17 +89,11 @@ class Representations(PromptBank):
         """Return the image tower's tokens."""
         return [self.schedule(self.image)]
 
-    def forward(self, names: Sequence[str], image_features: Tensor | None = None, *, full_stop: bool | None = None) -> Tensor:
-        """Return normalised text features (1, C, D); the template says where prompts end."""
+    def encode(self, names: Sequence[str], *, full_stop: bool | None = None) -> Tensor:
+        """Return text features (1, C, D); the template says where prompts end."""
         tower = self.task.clip.text
-        return F.normalize(tower(tower.compose_text(self.template, names), self.schedule(self.text)), dim=-1)
+        return tower(tower.compose_text(self.template, names), self.schedule(self.text))
 
     def references(self, names: Sequence[str]) -> Tensor:
         """Return the hand-written prompt's features (1, C, D) through the unchanged tower."""
         return self.task.clip.hard_features([self.template], names)
-
-
-@hookimpl
-def register_prompt_banks(registry: Registry) -> None:
-    """Add the bank."""
-    registry.register(Representations)

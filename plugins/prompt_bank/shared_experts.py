@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from promptmix import hookimpl
+from promptmix import register
 from promptmix.clip import TextTower
 from promptmix.config.declare import Setting
 from promptmix.prompts.context import initial_context
 from promptmix.prompts.roles import PromptBank, Task
-from promptmix.registry import Registry
 
 
+@register
 class LocalAndOthers(PromptBank):
     """One learned context, and K - 1 contexts of other clients, frozen; without a server there are none.
 
@@ -35,8 +35,7 @@ class LocalAndOthers(PromptBank):
         n_ctx: Annotated[int, Setting("M: context vectors", low=1)] = 16,
         ctx_init: Annotated[str, Setting('words to start from, such as "a photo of a"; then M is their number of tokens')] = "",
     ) -> None:
-        super().__init__()
-        self.task = task
+        super().__init__(task)
         self.ctx = nn.Parameter(initial_context(task.clip.text, n_ctx, ctx_init, 1))
         self.others = nn.Parameter(self.ctx.detach()[:0].clone(), requires_grad=False)
         self._kept: tuple[tuple[object, ...], Tensor] | None = None
@@ -61,15 +60,4 @@ class LocalAndOthers(PromptBank):
 
     def _encode(self, contexts: Tensor, names: Sequence[str], full_stop: bool | None) -> Tensor:
         tower: TextTower = self.task.clip.text
-        stop = tower.embed(tower.tokenizer.encode("." if full_stop in (None, True) else ""))[None]
-        return F.normalize(tower(tower.compose(contexts, tower.tokenizer.class_tokens(names), stop)), dim=-1)
-
-    def references(self, names: Sequence[str]) -> Tensor:
-        """Return the features of the data set's first template, the same for every prompt: (E, C, D)."""
-        return self.task.clip.hard_features(self.task.templates[:1], names).expand(self.num_experts, -1, -1)
-
-
-@hookimpl
-def register_prompt_banks(registry: Registry) -> None:
-    """Add the bank."""
-    registry.register(LocalAndOthers)
+        return F.normalize(tower(tower.compose(contexts, tower.tokenizer.class_tokens(names), self.stop(full_stop))), dim=-1)

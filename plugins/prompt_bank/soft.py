@@ -5,21 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from promptmix import hookimpl
+from promptmix import register
 from promptmix.config.declare import Setting
 from promptmix.errors import ConfigError
 from promptmix.prompts.context import initial_context, refuse_idle_length
-from promptmix.prompts.roles import PromptBank, Task
-from promptmix.registry import Registry
+from promptmix.prompts.roles import ManyPrompts, Task
 
 POSITIONS = ("end", "middle", "front")
 
 
-class Soft(PromptBank):
+@register
+class Soft(ManyPrompts):
     """One or more soft prompts ``[V]_1 ... [V]_M [CLASS].``, generic or one context per class.
 
     Args:
@@ -34,8 +33,6 @@ class Soft(PromptBank):
         ConfigError: an unknown position, no context vector, or ``ctx_init`` together with ``csc``.
     """
 
-    takes_experts = True
-    per_class = "a context"
     per_class = "a context"
 
     def __init__(
@@ -47,14 +44,14 @@ class Soft(PromptBank):
         class_token_position: Annotated[str, Setting("where the class name stands", choices=POSITIONS)] = "end",
         n_prompts: Annotated[int, Setting("E: soft prompts", low=1)] = 1,
     ) -> None:
-        super().__init__()
+        super().__init__(task)
         if class_token_position not in POSITIONS:
             raise ConfigError(f"class token position is {class_token_position!r}; choose from {', '.join(POSITIONS)}")
         if csc and ctx_init:
             raise ConfigError(
                 f"class-specific contexts (CSC) start at random, so CTX_INIT {ctx_init!r} would be ignored; drop one"
             )
-        self.task, self.position, self.class_specific = task, class_token_position, csc
+        self.position, self.class_specific = class_token_position, csc
         leading = (n_prompts, len(task.classnames)) if csc else (n_prompts,)
         self.ctx = nn.Parameter(initial_context(task.clip.text, n_ctx, ctx_init, *leading))
 
@@ -68,37 +65,15 @@ class Soft(PromptBank):
         """Number of prompts E."""
         return self.ctx.shape[0]
 
-    def forward(
-        self,
-        names: Sequence[str],
-        image_features: Tensor | None = None,
-        *,
-        full_stop: bool | None = None,
-        experts: Tensor | None = None,
-    ) -> Tensor:
-        """Return normalised text features (E, C, D); prompts end with a full stop unless ``full_stop`` is False."""
-        return F.normalize(self.encode(names, full_stop=full_stop, experts=experts), dim=-1)
-
     def encode(self, names: Sequence[str], *, full_stop: bool | None = None, experts: Tensor | None = None) -> Tensor:
-        """Return text features (E, C, D) as they come from the tower."""
+        """Return text features (E, C, D); prompts end with a full stop unless ``full_stop`` is False."""
         tower = self.task.clip.text
         if self.ctx.dim() == 4 and len(names) != self.ctx.shape[1]:
             raise ConfigError(
                 f"class-specific contexts were learned for {self.ctx.shape[1]} classes and can't serve {len(names)}"
             )
         split = {"end": self.ctx.shape[-2], "middle": self.ctx.shape[-2] // 2, "front": 0}[self.position]
-        stop = tower.embed(tower.tokenizer.encode("." if full_stop in (None, True) else ""))[None]
         ctx = self.ctx if experts is None else self.ctx[experts]
         before, after = ctx[..., :split, :], ctx[..., split:, :]
-        prompts = tower.compose(before, tower.tokenizer.class_tokens(names), after, stop)
+        prompts = tower.compose(before, tower.tokenizer.class_tokens(names), after, self.stop(full_stop))
         return tower(prompts)
-
-    def references(self, names: Sequence[str]) -> Tensor:
-        """Return the features of the data set's first template, the same for every prompt: (E, C, D)."""
-        return self.task.clip.hard_features(self.task.templates[:1], names).expand(self.num_experts, -1, -1)
-
-
-@hookimpl
-def register_prompt_banks(registry: Registry) -> None:
-    """Add the bank."""
-    registry.register(Soft)

@@ -50,7 +50,6 @@ class Student(PromptBank):
         is_named: the caller names the teacher, so that it comes before what a checkpoint holds.
     """
 
-    image_is_frozen = False
     image_level: ImageLevel = "raw"
     needs_preparing = True
     training_only = ("vectors", "names", "of_backbone")
@@ -70,11 +69,6 @@ class Student(PromptBank):
         self.register_buffer("names", torch.zeros(0, dtype=torch.uint8))  # which these are: JSON in UTF-8
         self.register_buffer("of_backbone", torch.tensor(given is None and isinstance(teacher, Backbone)))
         self._known: dict[tuple[str, ...], Tensor] = {}
-
-    @property
-    def num_experts(self) -> int:
-        """Always 1."""
-        return 1
 
     def prepare(self, look: object) -> None:
         """Take the class vectors of all class names; the pictures are not looked at.

@@ -6,17 +6,16 @@ from collections.abc import Sequence
 from typing import Annotated
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from promptmix import hookimpl
+from promptmix import register
 from promptmix.clip import split_template
 from promptmix.config.declare import Setting
-from promptmix.prompts.roles import PromptBank, Task
-from promptmix.registry import Registry
+from promptmix.prompts.roles import ManyPrompts, Task
 
 
-class TemplateGroups(PromptBank):
+@register
+class TemplateGroups(ManyPrompts):
     """Soft prompts that start from the first template of each group, with context before and after the class name.
 
     Args:
@@ -24,7 +23,6 @@ class TemplateGroups(PromptBank):
         correction: learn a vector w (1, D), shared by all experts, that is added to the text features before normalisation.
     """
 
-    takes_experts = True
     retired = {
         "TEMPLATES": "write them group by group into DATASET.TEMPLATE_GROUPS: [[a photo of a {}., ...], [...]]",
         "GROUPS": "DATASET.TEMPLATE_GROUPS holds the templates group by group",
@@ -35,8 +33,7 @@ class TemplateGroups(PromptBank):
         task: Task,
         correction: Annotated[bool, Setting("learn the shared correction vector w")] = True,
     ) -> None:
-        super().__init__()
-        self.task = task
+        super().__init__(task)
         self.groups = task.template_groups
         tower = task.clip.text
         before, after = [], []
@@ -47,7 +44,6 @@ class TemplateGroups(PromptBank):
             after.append(nn.Parameter(tower.embed(tower.tokenizer.encode(texts[1])).clone()))
         self.before, self.after = nn.ParameterList(before), nn.ParameterList(after)
         self.correction = nn.Parameter(torch.zeros(1, task.clip.embed_dim)) if correction else None
-        self._references: dict[tuple[str, ...], Tensor] = {}
 
     @property
     def num_experts(self) -> int:
@@ -59,18 +55,11 @@ class TemplateGroups(PromptBank):
         """The template that each expert started from, behind its number."""
         return tuple(f"{i} {group[0]}" for i, group in enumerate(self.groups, start=1))
 
-    def forward(
-        self,
-        names: Sequence[str],
-        image_features: Tensor | None = None,
-        *,
-        full_stop: bool | None = None,
-        experts: Tensor | None = None,
-    ) -> Tensor:
-        """Return normalised text features (E, C, D); prompts have no full stop unless ``full_stop`` is True."""
+    def encode(self, names: Sequence[str], *, full_stop: bool | None = None, experts: Tensor | None = None) -> Tensor:
+        """Return text features (E, C, D), corrected; prompts have no full stop unless ``full_stop`` is True."""
         tower = self.task.clip.text
         tokens = tower.tokenizer.class_tokens(names)
-        stop = tower.embed(tower.tokenizer.encode("." if full_stop else ""))[None]
+        stop = self.stop(full_stop or False)
         chosen = range(self.num_experts) if experts is None else experts.tolist()
         features: dict[int, Tensor] = {}
         # Experts whose contexts have the same lengths go through the tower together.
@@ -87,15 +76,12 @@ class TemplateGroups(PromptBank):
         if idle:
             # The others get a gradient of zero, so that weight decay and momentum move them as if they had been encoded.
             stacked = stacked + 0.0 * torch.stack([p.sum() for p in idle]).sum()
-        return F.normalize(stacked if self.correction is None else stacked + self.correction, dim=-1)
+        return stacked if self.correction is None else stacked + self.correction
 
     def references(self, names: Sequence[str]) -> Tensor:
         """Return group prototypes P (E, C, D): the mean of the group's normalised hard features, normalised again."""
-        key = (*names, str(self.task.clip.scale.device))
-        if key not in self._references:
-            prototypes = [self.task.clip.ensemble([_with_stop(t) for t in group], names) for group in self.groups]
-            self._references[key] = torch.stack(prototypes)
-        return self._references[key]
+        groups = [[_with_stop(template) for template in group] for group in self.groups]
+        return self.once("hard", names, lambda: torch.stack([self.task.clip.ensemble(group, names) for group in groups]))
 
     def _by_length(self) -> dict[tuple[int, int], list[int]]:
         found: dict[tuple[int, int], list[int]] = {}
@@ -106,9 +92,3 @@ class TemplateGroups(PromptBank):
 
 def _with_stop(template: str) -> str:
     return template if template.endswith(".") else template + "."
-
-
-@hookimpl
-def register_prompt_banks(registry: Registry) -> None:
-    """Add the bank."""
-    registry.register(TemplateGroups)

@@ -7,19 +7,19 @@ from typing import Annotated, Any
 
 from torch import Tensor, nn
 
-from promptmix import hookimpl
+from promptmix import register
 from promptmix.clip import ImageTower, Weights
 from promptmix.config.declare import Setting
 from promptmix.errors import ConfigError, SettingError
 from promptmix.prompts.changed import ENCODERS, ChangedTowers
 from promptmix.prompts.roles import Task
-from promptmix.registry import Registry
 
 TENSORS = ("norms", "biases", "all")
 #: Where a tower ends: what stands behind its blocks, by the first part of a name (CLIP's own towers, timm's).
 _BEHIND = ("ln_post", "ln_final", "proj", "text_projection", "norm", "fc_norm", "head", "attn_pool")
 
 
+@register
 class TunedTowers(ChangedTowers):
     """Chosen tensors of the towers, with the values that training gives them, in front of a hand-written prompt.
 
@@ -88,9 +88,3 @@ def _chosen(tower: Any, tensors: str, setting: str, start: int, task: Task) -> I
 def _outside(name: str, depth: int) -> int:
     """Return 0 for what stands in front of a tower's blocks, its depth for what stands behind them."""
     return depth if name.removeprefix("visual.").removeprefix("trunk.").partition(".")[0] in _BEHIND else 0
-
-
-@hookimpl
-def register_prompt_banks(registry: Registry) -> None:
-    """Add the bank."""
-    registry.register(TunedTowers)

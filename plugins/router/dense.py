@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from promptmix import hookimpl
+from promptmix import register
 from promptmix.prompts.roles import PromptBank, Router, Routing, Task
 from promptmix.prompts.step import Step
-from promptmix.registry import Registry
 
 
+@register(name="Soft")
 class SoftGate(Router):
     """A linear map from the image feature to E logits; softmax over all of them.
 
@@ -33,6 +33,7 @@ class SoftGate(Router):
         return self.gate.weight, self.gate.bias, len(self.gate.bias)
 
 
+@register
 class Uniform(Router):
     """Equal weights 1 / E; nothing is learned. The same numbers as without a router, by a name for tables.
 
@@ -52,10 +53,3 @@ class Uniform(Router):
     def as_linear(self) -> tuple[Tensor, Tensor, int]:
         """Return zeros, zeros, and E."""
         return torch.zeros(self.experts, self.width), torch.zeros(self.experts), self.experts
-
-
-@hookimpl
-def register_routers(registry: Registry) -> None:
-    """Add both routers."""
-    registry.register(SoftGate, name="Soft")
-    registry.register(Uniform)

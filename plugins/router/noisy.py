@@ -18,12 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from promptmix import hookimpl
+from promptmix import register
 from promptmix.config.declare import Setting
 from promptmix.errors import SettingError
 from promptmix.prompts.roles import PromptBank, Router, Routing, Task
 from promptmix.prompts.step import Step
-from promptmix.registry import Registry
 
 
 @dataclass(frozen=True)
@@ -39,6 +38,7 @@ class NoisyRouting(Routing):
     spread: Tensor
 
 
+@register
 class NoisyTopK(Router):
     """Keeps the K largest of the noisy logits, and is pushed to use all experts alike.
 
@@ -104,9 +104,3 @@ def chance_of_choice(routing: NoisyRouting, k: int) -> Tensor:
 def variation(values: Tensor) -> Tensor:
     """Return the squared coefficient of variation of ``values`` (E,): variance over squared mean."""
     return values.var(correction=0) / values.mean().square().clamp_min(1e-10)
-
-
-@hookimpl
-def register_routers(registry: Registry) -> None:
-    """Add the router."""
-    registry.register(NoisyTopK)

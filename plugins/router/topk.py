@@ -7,14 +7,14 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, nn
 
-from promptmix import hookimpl
+from promptmix import register
 from promptmix.config.declare import Setting, inherits
 from promptmix.errors import SettingError
 from promptmix.prompts.roles import PromptBank, Router, Routing, Task
 from promptmix.prompts.step import Step
-from promptmix.registry import Registry
 
 
+@register
 class TopK(Router):
     """A linear map from the image feature to E logits; softmax over the K largest.
 
@@ -43,6 +43,7 @@ class TopK(Router):
         return self.gate.weight, self.gate.bias, self.k
 
 
+@register
 class HardPromptTopK(TopK):
     """``TopK`` whose choice is taught by hard prompts: an image should go where its class's prototype is nearest.
 
@@ -78,10 +79,3 @@ class HardPromptTopK(TopK):
             best = scores.topk(self.k, dim=-1).indices
             target = scores.scatter_add(1, best, torch.full_like(best, self.boost, dtype=scores.dtype)).softmax(dim=-1)
         return -(target * step.routing.logits.float().log_softmax(dim=-1)).sum(dim=-1).mean()
-
-
-@hookimpl
-def register_routers(registry: Registry) -> None:
-    """Add both routers."""
-    registry.register(TopK)
-    registry.register(HardPromptTopK)

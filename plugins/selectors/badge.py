@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from promptmix import hookimpl
-from promptmix.registry import Registry
+from promptmix import register
 from promptmix.runs.selection import Draws, Pool, Selector
 
 
+@register(name="badge")
 class Badge(Selector):
     """k-means++ on gradient embeddings, the longest one first."""
 
@@ -44,9 +44,3 @@ def _drawn(square: np.ndarray, chosen: list[int], draws: np.random.RandomState) 
         place = min(int(np.searchsorted(cumulative, draws.random_sample(), side="left")), len(square) - 1)
         if place not in chosen:
             return place
-
-
-@hookimpl
-def register_selectors(registry: Registry) -> None:
-    """Add the selector."""
-    registry.register(Badge, name="badge")

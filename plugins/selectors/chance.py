@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from promptmix import hookimpl
-from promptmix.registry import Registry
+from promptmix import register
 from promptmix.runs.selection import Draws, Pool, Selector
 
 
+@register(name="random")
 class Chance(Selector):
     """Draws without looking."""
 
@@ -15,9 +15,3 @@ class Chance(Selector):
     def select(self, pool: Pool, count: int, draws: Draws) -> list[int]:
         """Return ``count`` of the unlabelled pictures."""
         return draws.python.sample(pool.unlabelled, count)
-
-
-@hookimpl
-def register_selectors(registry: Registry) -> None:
-    """Add the selector."""
-    registry.register(Chance, name="random")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from promptmix import hookimpl
-from promptmix.registry import Registry
+from promptmix import register
 from promptmix.runs.selection import Draws, Pool, Selector
 
 
+@register(name="coreset")
 class CoreSet(Selector):
     """k-centre greedy: again and again the picture whose nearest labelled or chosen one is farthest, the first of ties."""
 
@@ -26,9 +26,3 @@ class CoreSet(Selector):
             nearest = np.minimum(nearest, np.linalg.norm(free - free[place], axis=1))
             nearest[chosen] = -np.inf  # never twice, also where all are alike
         return [pool.unlabelled[place] for place in chosen]
-
-
-@hookimpl
-def register_selectors(registry: Registry) -> None:
-    """Add the selector."""
-    registry.register(CoreSet, name="coreset")

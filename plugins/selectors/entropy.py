@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from promptmix import hookimpl
-from promptmix.registry import Registry
+from promptmix import register
 from promptmix.runs.selection import Draws, Pool, Selector
 
 
+@register(name="entropy")
 class Entropy(Selector):
     """Largest entropy of the class probabilities first."""
 
@@ -17,9 +17,3 @@ class Entropy(Selector):
         probabilities = pool.probabilities[pool.unlabelled]
         negative = (probabilities * np.log(probabilities + 1e-6)).sum(axis=1)
         return [pool.unlabelled[place] for place in np.argsort(negative, kind="stable")[:count]]
-
-
-@hookimpl
-def register_selectors(registry: Registry) -> None:
-    """Add the selector."""
-    registry.register(Entropy, name="entropy")

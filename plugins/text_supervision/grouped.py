@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from promptmix import hookimpl
+from promptmix import register
 from promptmix.config.declare import Setting
 from promptmix.prompts.roles import PromptBank, Task, TextSupervision
 from promptmix.prompts.step import Step
-from promptmix.registry import Registry
 
 
+@register
 class GroupedContrastive(TextSupervision):
     """For each expert, cross-entropy over classes of <soft feature of c, prototype of c'> with target c' = c, no temperature.
 
@@ -55,9 +55,3 @@ class GroupedContrastive(TextSupervision):
             return loss
         share = len(chosen) / bank.num_experts
         return share * loss + (1 - share) * math.log(len(names))
-
-
-@hookimpl
-def register_text_supervisions(registry: Registry) -> None:
-    """Add the supervision."""
-    registry.register(GroupedContrastive)

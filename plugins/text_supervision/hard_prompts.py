@@ -8,14 +8,14 @@ from typing import Annotated
 import torch.nn.functional as F
 from torch import Tensor
 
-from promptmix import hookimpl
+from promptmix import register
 from promptmix.config.declare import Setting
 from promptmix.data.templates import IMAGENET_80
 from promptmix.prompts.roles import PromptBank, Task, TextSupervision
 from promptmix.prompts.step import Step
-from promptmix.registry import Registry
 
 
+@register
 class CosineToHard(TextSupervision):
     """1 - mean cosine of soft and hard features, over experts and classes (KgCoOp, arXiv 2303.13283).
 
@@ -44,6 +44,7 @@ class CosineToHard(TextSupervision):
         return 1 - F.cosine_similarity(step.text.float(), self.hard.float(), dim=-1).mean()
 
 
+@register
 class L1ToEnsemble(TextSupervision):
     """Mean absolute difference to the averaged features of many templates (PromptSRC, arXiv 2307.06948).
 
@@ -73,10 +74,3 @@ class L1ToEnsemble(TextSupervision):
     def forward(self, step: Step) -> Tensor:
         """Return the loss (scalar) of text features (E, C, D) or (B, E, C, D)."""
         return (step.text.float() - self.hard.float()).abs().mean()
-
-
-@hookimpl
-def register_text_supervisions(registry: Registry) -> None:
-    """Add both supervisions."""
-    registry.register(CosineToHard)
-    registry.register(L1ToEnsemble)

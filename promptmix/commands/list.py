@@ -132,11 +132,13 @@ def _hooks() -> list[tuple[str, str]]:
 
 def _plugins() -> list[tuple[str, str]]:
     from promptmix.plugin_manager import get_plugin_manager
+    from promptmix.registry import marked_classes
 
     manager = get_plugin_manager()
     rows = []
     for name, plugin in sorted(manager.list_name_plugin()):
         hooks = sorted(caller.name for caller in manager.get_hookcallers(plugin) or [])
-        if hooks:  # helper modules of built-in packages implement none
-            rows.append((name, ", ".join(hooks)))
+        classes = [f"{entry.__name__} ({entry.registry.kind})" for entry in marked_classes(plugin, own=True)]
+        if hooks or classes:  # helper modules of built-in packages have none
+            rows.append((name, ", ".join([*hooks, *classes])))
     return rows

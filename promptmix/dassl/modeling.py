@@ -153,7 +153,7 @@ def build_network(name: str, verbose: bool = True, **kwargs: Any) -> Any:
 
 def _build(registry: Registry, name: str, verbose: bool, kwargs: dict[str, Any]) -> Any:
     if verbose:
-        get_logger().info("%s: %s", registry._name.capitalize(), name)
+        get_logger().info("%s: %s", registry.kind.capitalize(), name)
     return registry.get(name)(**kwargs)
 
 

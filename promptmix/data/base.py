@@ -7,6 +7,7 @@ import shutil
 import urllib.request
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 from yacs.config import CfgNode
 
@@ -14,7 +15,7 @@ from promptmix.data.datum import Datum
 from promptmix.data.fewshot import generate_fewshot, split_by
 from promptmix.errors import ConfigError, DataError
 from promptmix.plugin_manager import get_plugin_manager
-from promptmix.registry import DATASET_REGISTRY
+from promptmix.registry import DATASET_REGISTRY, Registry
 from promptmix.utils import get_logger, read_json
 
 __all__ = ["DATASET_REGISTRY", "DatasetBase", "build_dataset", "reading_of", "require_folder"]
@@ -33,6 +34,7 @@ class DatasetBase:
         DataError: ``train_x`` is empty.
     """
 
+    registry: ClassVar[Registry] = DATASET_REGISTRY
     dataset_dir: str = ""  # folder of the data set below DATASET.ROOT
     domains: Sequence[str] = []  # names of all domains
 

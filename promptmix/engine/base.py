@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -22,6 +22,7 @@ from promptmix.engine.resume import load_progress, save_progress, set_random_sta
 from promptmix.engine.run_folder import RunFolder
 from promptmix.errors import CheckpointError, TrainingError
 from promptmix.plugin_manager import get_plugin_manager
+from promptmix.registry import TRAINER_REGISTRY, Registry
 from promptmix.utils import get_logger, tolist_if_not
 
 __all__ = ["TrainerBase"]
@@ -31,6 +32,8 @@ Names = str | list[str] | None
 
 class TrainerBase:
     """The iterative trainer in the abstract: named models with their optimizers and schedulers, and the epoch loop."""
+
+    registry: ClassVar[Registry] = TRAINER_REGISTRY
 
     def __init__(self) -> None:
         self._models: OrderedDict[str, nn.Module] = OrderedDict()

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from yacs.config import CfgNode
 
 from promptmix.errors import ConfigError, DataError, TrainingError
-from promptmix.hookspecs import hookimpl
 from promptmix.plugin_manager import get_plugin_manager
-from promptmix.registry import EVALUATOR_REGISTRY, Registry
+from promptmix.registry import EVALUATOR_REGISTRY, Registry, register
 from promptmix.utils import get_logger, mkdir_if_missing
 
 __all__ = ["EVALUATOR_REGISTRY", "Classification", "EvaluatorBase", "build_evaluator", "compute_accuracy"]
@@ -25,6 +24,8 @@ class EvaluatorBase:
     Args:
         cfg: the whole config tree.
     """
+
+    registry: ClassVar[Registry] = EVALUATOR_REGISTRY
 
     def __init__(self, cfg: CfgNode) -> None:
         self.cfg = cfg
@@ -42,6 +43,7 @@ class EvaluatorBase:
         raise NotImplementedError
 
 
+@register
 class Classification(EvaluatorBase):
     """Top-1 classification, all numbers in percent.
 
@@ -163,9 +165,3 @@ def compute_accuracy(
     guesses = scores.topk(min(max(topk), scores.shape[1]), dim=1).indices  # (B, K), best first
     hits = guesses.eq(target.view(-1, 1))
     return [hits[:, :k].any(dim=1).float().mean().mul(100.0).view(1) for k in topk]
-
-
-@hookimpl
-def register_evaluators(registry: Registry) -> None:
-    """Add the evaluator."""
-    registry.register(Classification)

@@ -14,8 +14,7 @@ from yacs.config import CfgNode
 from promptmix.data.fewshot import num_base
 from promptmix.engine.evaluator import EvaluatorBase
 from promptmix.errors import ConfigError, DataError, TrainingError
-from promptmix.hookspecs import hookimpl
-from promptmix.registry import Registry
+from promptmix.registry import register
 from promptmix.utils import get_logger
 
 __all__ = ["OpenWorld", "openworld_auc"]
@@ -58,6 +57,7 @@ def openworld_auc(base_scores: Numbers, base_right: Numbers, new_scores: Numbers
     return float((below + 0.5 * equal).sum() / (base.size * new.size))
 
 
+@register
 class OpenWorld(EvaluatorBase):
     """Pictures of base and new classes together, by prompts that were trained on the base classes; all numbers in percent.
 
@@ -127,9 +127,3 @@ class OpenWorld(EvaluatorBase):
         lines = [f"* total: {len(score):,}", *(f"* {name}: {value:.1f}%" for name, value in results.items())]
         get_logger().info("\n".join(["=> result", *lines]))
         return results
-
-
-@hookimpl
-def register_evaluators(registry: Registry) -> None:
-    """Add the evaluator."""
-    registry.register(OpenWorld)

@@ -27,19 +27,13 @@ class ChangedTowers(PromptBank):
     """
 
     def __init__(self, task: Task, encoder: str, templates: Sequence[str]) -> None:
-        super().__init__()
-        self.task, self.template = task, (tuple(templates) or task.templates[:1])[0]
+        super().__init__(task)
+        self.template = (tuple(templates) or task.templates[:1])[0]
         self.towers = ENCODERS[encoder]
-        self._unchanged: dict[tuple[str, ...], Tensor] = {}
 
     @abstractmethod
     def weights(self, tower: str) -> Weights:
         """Return what is added to the weights of ``text`` or ``image``, by their names in that tower."""
-
-    @property
-    def num_experts(self) -> int:
-        """Always 1."""
-        return 1
 
     @property
     def image_is_frozen(self) -> bool:
@@ -59,7 +53,4 @@ class ChangedTowers(PromptBank):
 
     def references(self, names: Sequence[str]) -> Tensor:
         """Return the hand-written prompt's features (1, C, D) through the unchanged tower, encoded once for a set of names."""
-        key = (*names, str(self.task.clip.scale.device))
-        if key not in self._unchanged:
-            self._unchanged[key] = self.task.clip.hard_features([self.template], names)
-        return self._unchanged[key]
+        return self.once("hard", names, lambda: self.task.clip.hard_features([self.template], names))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from promptmix.clip import CLIP
 from promptmix.clip.vision import PromptStep, VisualPrompts
 from promptmix.errors import ConfigError, SettingError
-from promptmix.prompts.roles import PromptBank, Task
+from promptmix.prompts.roles import ManyPrompts, Task
 
 #: Standard deviation of tokens that start at random, in all methods.
 STD = 0.02
@@ -176,7 +176,7 @@ def linear_maps(widths: tuple[int, int], count: int, *, clones: bool) -> nn.Modu
     return nn.ModuleList(copy.deepcopy(one) for _ in range(count))
 
 
-class DeepBank(PromptBank):
+class DeepBank(ManyPrompts):
     """What banks with deep text prompts share; ``text`` holds these, ``visual`` says what the image tower gets.
 
     Args:
@@ -184,40 +184,18 @@ class DeepBank(PromptBank):
         text: the text tower's prompts.
     """
 
-    takes_experts = True
-
     def __init__(self, task: Task, text: TextPrompts) -> None:
-        super().__init__()
-        self.task, self.text = task, text
+        super().__init__(task)
+        self.text = text
 
     @property
     def num_experts(self) -> int:
         """Number of prompts E."""
         return self.text.num_experts
 
-    @property
-    def image_is_frozen(self) -> bool:
-        """Whether the image tower gets no prompts."""
-        return type(self).visual is PromptBank.visual
-
-    def forward(
-        self,
-        names: Sequence[str],
-        image_features: Tensor | None = None,
-        *,
-        full_stop: bool | None = None,
-        experts: Tensor | None = None,
-    ) -> Tensor:
-        """Return normalised text features (E, C, D)."""
-        return self.text(names, full_stop=full_stop, experts=experts)
-
-    def encode(self, names: Sequence[str]) -> Tensor:
+    def encode(self, names: Sequence[str], *, full_stop: bool | None = None, experts: Tensor | None = None) -> Tensor:
         """Return text features (E, C, D) as they come from the tower."""
-        return self.text.encode(names)
-
-    def references(self, names: Sequence[str]) -> Tensor:
-        """Return the features of the data set's first template, the same for every prompt: (E, C, D)."""
-        return self.task.clip.hard_features(self.task.templates[:1], names).expand(self.num_experts, -1, -1)
+        return self.text.encode(names, full_stop=full_stop, experts=experts)
 
 
 def _with_experts(layer: Tensor) -> Tensor:

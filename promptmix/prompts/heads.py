@@ -9,12 +9,12 @@ from torch import Tensor
 
 from promptmix.config.declare import Setting
 from promptmix.errors import ConfigError
-from promptmix.hookspecs import hookimpl
 from promptmix.prompts.roles import Head, PromptBank, Task
 from promptmix.prompts.step import Step
-from promptmix.registry import Registry
+from promptmix.registry import register
 
 
+@register
 class WeightedScores(Head):
     """``s * <f_b, sum_k w_bk t_{e_bk, c}>``: the experts' scores, weighed by the router, equally without one (MoCoOp).
 
@@ -48,6 +48,7 @@ class WeightedScores(Head):
         return _with_bias(step, (self.scale or step.task.clip.scale) * mixed)
 
 
+@register
 class Cosine(Head):
     """``s * <f_b, t_c>`` for one prompt.
 
@@ -70,17 +71,10 @@ class Cosine(Head):
 
     def forward(self, step: Step) -> Tensor:
         """Return class scores (B, C)."""
-        return _with_bias(step, (self.scale or step.task.clip.scale) * step.image @ step.text[0].to(step.image.dtype).T)
+        return _with_bias(step, step.scores(scale=self.scale))
 
 
 def _with_bias(step: Step, logits: Tensor) -> Tensor:
     """Add SigLIP's bias, which a sigmoid of the logits needs and a softmax does not see."""
     bias = step.task.clip.bias
     return logits if bias is None else logits + bias
-
-
-@hookimpl
-def register_heads(registry: Registry) -> None:
-    """Add both heads."""
-    registry.register(WeightedScores)
-    registry.register(Cosine)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -10,14 +12,23 @@ from promptmix.prompts.step import Step
 
 
 class CrossEntropy(Loss):
-    """Cross-entropy of the class scores, mean over the batch."""
+    """Cross-entropy of class scores, mean over the batch.
 
-    part = "ce"
-    needs_all_experts = False
+    Args:
+        scores: a method of a head that gives scores (B, C) of its own, or K sets (K, B, C); None = ``step.logits``.
+        part: its name in log lines.
+    """
+
+    def __init__(self, scores: Callable[[Step], Tensor] | None = None, part: str = "ce") -> None:
+        super().__init__()
+        self.scores, self.part, self.needs_all_experts = scores, part, scores is not None
 
     def forward(self, step: Step) -> Tensor:
         """Return the loss (scalar)."""
-        return F.cross_entropy(step.logits, step.labels)
+        scores = step.logits if self.scores is None else step.once(self.scores)
+        if scores.dim() == 2:
+            return F.cross_entropy(scores, step.labels)
+        return F.cross_entropy(scores.flatten(0, 1), step.labels.repeat(len(scores)))
 
 
 class RouterLoss(Loss):
@@ -32,9 +43,8 @@ class RouterLoss(Loss):
 
     def __init__(self, router: Router | None) -> None:
         super().__init__()
-        self._router = (router,)  # not a submodule: the learner holds the router already
+        self._loss = None if router is None else router.loss  # a method, so that the router is no part of this one
 
     def forward(self, step: Step) -> Tensor | None:
         """Return the router's loss (scalar), or None where it has none."""
-        (router,) = self._router
-        return None if router is None else router.loss(step)
+        return None if self._loss is None else self._loss(step)

@@ -9,20 +9,30 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
+from promptmix.clip.kept import find
 from promptmix.clip.vision import TokenKind, VisualPrompts
 from promptmix.config.declare import declare_all, parse_sum, retire
 from promptmix.errors import ConfigError, PluginError, SettingError
 from promptmix.prompts.step import Routing as Routing
 from promptmix.prompts.step import Step
 from promptmix.prompts.step import Task as Task
-from promptmix.registry import ROLES
+from promptmix.registry import (
+    DISTILLER_REGISTRY,
+    HEAD_REGISTRY,
+    PROMPT_BANK_REGISTRY,
+    ROLES,
+    ROUTER_REGISTRY,
+    TEXT_SUPERVISION_REGISTRY,
+    Registry,
+)
 
 ImageLevel = Literal["unit", "raw", "unprojected"]
 #: From what all have to what most can be computed from.
@@ -89,8 +99,16 @@ class Component(nn.Module):
 
 
 class PromptBank(Component, ABC):
-    """What stands at both towers: the prompts of E experts, in the text tower, the image tower, or both."""
+    """What stands at both towers: the prompts of E experts, in the text tower, the image tower, or both.
 
+    A bank defines ``encode``, or ``forward`` where its features are not those of a tower made unit vectors.
+
+    Args:
+        task: the frozen model and the data set's words.
+    """
+
+    registry: ClassVar[Registry] = PROMPT_BANK_REGISTRY
+    task: Task
     #: Whether text prompts depend on the image, so that ``forward`` gives (B, E, C, D).
     per_image: bool = False
     #: Whether ``forward`` takes ``experts``, a tensor of indices, and then gives features (len(experts), C, D) of those alone.
@@ -99,24 +117,23 @@ class PromptBank(Component, ABC):
     #: Whether image features are mixed with those of the frozen tower (``join``), which then also runs in evaluation.
     needs_frozen_image: ClassVar[bool] = False
 
+    def __init__(self, task: Task | None = None) -> None:
+        super().__init__()
+        self._once: dict[Hashable, Tensor] = {}
+        if task is not None:
+            self.task = task
+
     @property
-    @abstractmethod
     def num_experts(self) -> int:
         """Number of experts E."""
+        return 1
 
     @property
     def expert_names(self) -> tuple[str, ...]:
         """What tables call the experts."""
         return tuple(map(str, range(1, self.num_experts + 1)))
 
-    @abstractmethod
-    def forward(
-        self,
-        names: Sequence[str],
-        image_features: Tensor | None = None,
-        *,
-        full_stop: bool | None = None,
-    ) -> Tensor:
+    def forward(self, names: Sequence[str], image_features: Tensor | None = None, *, full_stop: bool | None = None) -> Tensor:
         """Encode every expert's prompt for every class name.
 
         Args:
@@ -127,23 +144,37 @@ class PromptBank(Component, ABC):
         Returns:
             Normalised text features (E, C, D), or (B, E, C, D) for banks with ``per_image``.
         """
+        return F.normalize(self.encode(names, full_stop=full_stop), dim=-1)
 
-    def encode(self, names: Sequence[str]) -> Tensor:
-        """Return text features (E, C, D) as they come from the tower, for parts with ``needs_raw_text``.
+    def encode(self, names: Sequence[str], *, full_stop: bool | None = None) -> Tensor:
+        """Return text features (E, C, D) as they come from the tower, which parts with ``needs_raw_text`` read too.
 
         Raises:
             ConfigError: the bank gives normalised features alone.
         """
         raise ConfigError(f"a part reads text features before they are normalised, which {type(self).__name__} does not give")
 
-    @abstractmethod
     def references(self, names: Sequence[str]) -> Tensor:
-        """Return each expert's normalised hard-prompt features (E, C, D) for C class names, without gradient."""
+        """Return each expert's normalised hard-prompt features (E, C, D) for C class names, without gradient.
+
+        By default those of the data set's first template, the same for every expert.
+        """
+        return self.task.clip.hard_features(self.task.templates[:1], names).expand(self.num_experts, -1, -1)
+
+    def stop(self, full_stop: bool | None = True) -> Tensor:
+        """Return the embedding (1, 1, W) of the full stop behind a class name; (1, 0, W) for False."""
+        tower = self.task.clip.text
+        return tower.embed(tower.tokenizer.encode("." if full_stop in (None, True) else ""))[None]
+
+    def once(self, what: str, names: Sequence[str], make: Callable[[], Tensor]) -> Tensor:
+        """Return ``make()``, some frozen features of these class names, made when they are first asked for on a device."""
+        return find(self._once, (what, *names, str(self.task.clip.scale.device)), make)
 
     @property
     def image_is_frozen(self) -> bool:
         """Whether the image tower runs as it is, so that its features can be kept."""
-        return True
+        own = type(self)
+        return own.visual is PromptBank.visual and own.image_changes is PromptBank.image_changes
 
     def visual(self) -> Sequence[VisualPrompts]:
         """Return what the image tower's prompts are: one schedule that all experts share, one for each, or none."""
@@ -177,8 +208,31 @@ class PromptBank(Component, ABC):
         return image
 
 
+class ManyPrompts(PromptBank):
+    """A bank of several prompts, each of which goes through the text tower by itself, so that some of them can."""
+
+    takes_experts = True
+
+    def forward(
+        self,
+        names: Sequence[str],
+        image_features: Tensor | None = None,
+        *,
+        full_stop: bool | None = None,
+        experts: Tensor | None = None,
+    ) -> Tensor:
+        """Return normalised text features (E, C, D), or (len(experts), C, D) of those ``experts`` (E',) alone."""
+        return F.normalize(self.encode(names, full_stop=full_stop, experts=experts), dim=-1)
+
+    @abstractmethod
+    def encode(self, names: Sequence[str], *, full_stop: bool | None = None, experts: Tensor | None = None) -> Tensor:
+        """Return text features (E, C, D) as they come from the tower, or those of ``experts`` alone."""
+
+
 class Router(Component, ABC):
     """Which experts an image is sent to."""
+
+    registry: ClassVar[Registry] = ROUTER_REGISTRY
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Say what to change in a router of promptmix 0.1's first form."""
@@ -205,6 +259,7 @@ class Router(Component, ABC):
 class Head(Component, ABC):
     """How image and text features become class scores."""
 
+    registry: ClassVar[Registry] = HEAD_REGISTRY
     #: Whether it reads ``step.tokens``, the patches' features.
     needs_tokens: ClassVar[bool] = False
     #: Whether it weighs the experts by ``step.routing``, all equally without one.
@@ -247,6 +302,7 @@ class Loss(Component, ABC):
 class TextSupervision(Loss):
     """A loss that holds soft prompts near hard ones."""
 
+    registry: ClassVar[Registry] = TEXT_SUPERVISION_REGISTRY
     part = "text"
     #: Whether it also takes the features (B, E, C, D) of banks with ``per_image``.
     takes_per_image: bool = False
@@ -260,6 +316,7 @@ class TextSupervision(Loss):
 class Distiller(Loss):
     """A loss that teaches the student from frozen teachers."""
 
+    registry: ClassVar[Registry] = DISTILLER_REGISTRY
     part = "distill"
     needs_all_experts = False
 

@@ -278,6 +278,17 @@ class Step:
             raise ValueError("set needs_raw_text in the part that reads step.raw_text")
         return self.bank.encode(self.task.classnames) if self._text is None else self._text
 
+    def scores(self, text: Tensor | None = None, scale: float = 0.0) -> Tensor:
+        """Return ``s <f_b, t_c>`` (B, C) for text features (C, D).
+
+        Args:
+            text: None = those of the bank's one prompt.
+            scale: s; 0 = the model's temperature.
+        """
+        image = self.image  # before the text: the order decides in which order random numbers are drawn and gradients added up
+        text = self.text[0] if text is None else text
+        return (scale or self.task.clip.scale) * image @ text.to(image.dtype).T
+
     @made_once
     def frozen_text(self) -> Tensor:
         """Normalised features (C, D) of the data set's first hard template."""

@@ -12,6 +12,7 @@ from typing import ClassVar
 import numpy as np
 
 from promptmix.errors import ConfigError
+from promptmix.registry import SELECTOR_REGISTRY, Registry
 
 __all__ = ["Draws", "Pool", "Selector", "balanced"]
 
@@ -62,6 +63,8 @@ class Pool:
 
 class Selector(ABC):
     """Proposes unlabelled pictures, best first."""
+
+    registry: ClassVar[Registry] = SELECTOR_REGISTRY
 
     #: Whether it is asked for more pictures than are labelled where the classes are balanced afterwards; one that looks at
     #: nothing is not, so that balancing only puts its picks in another order.

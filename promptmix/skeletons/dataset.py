@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from promptmix import hookimpl
+from promptmix import register
 from promptmix.config import CfgNode
 from promptmix.data import DatasetBase, Datum, generate_fewshot, require_folder, subsample_classes
-from promptmix.registry import Registry
 
 
+@register
 class MyPart(DatasetBase):
     """Pictures in ``<DATASET.ROOT>/my_part/<train|val|test>/<class name>/``."""
 
@@ -35,8 +35,3 @@ def _read(folder: Path, names: list[str]) -> list[Datum]:
         for label, name in enumerate(names)
         for path in sorted((folder / name).glob("*"))
     ]
-
-
-@hookimpl
-def register_datasets(registry: Registry) -> None:
-    registry.register(MyPart)

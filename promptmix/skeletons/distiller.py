@@ -6,13 +6,13 @@ from typing import Annotated
 
 from torch import Tensor
 
-from promptmix import hookimpl
+from promptmix import register
 from promptmix.config.declare import Setting
 from promptmix.prompts.roles import Distiller, PromptBank, Task
 from promptmix.prompts.step import Step
-from promptmix.registry import Registry
 
 
+@register
 class MyPart(Distiller):
     """Mean squared difference between the student's scores and those of the data set's first template.
 
@@ -35,8 +35,3 @@ class MyPart(Distiller):
         """Return the loss (scalar) of the student's scores (B, C)."""
         taught = self.task.clip.scale * step.frozen_image @ self.teacher.T
         return self.factor * (step.logits - taught).square().mean()
-
-
-@hookimpl
-def register_distillers(registry: Registry) -> None:
-    registry.register(MyPart)

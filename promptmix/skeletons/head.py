@@ -7,13 +7,13 @@ from typing import Annotated
 import torch
 from torch import Tensor, nn
 
-from promptmix import hookimpl
+from promptmix import register
 from promptmix.config.declare import Setting
 from promptmix.prompts.roles import Head, PromptBank, Task
 from promptmix.prompts.step import Step
-from promptmix.registry import Registry
 
 
+@register
 class MyPart(Head):
     """Cosines with a learned scale: the mean over the experts, or the best expert.
 
@@ -35,8 +35,3 @@ class MyPart(Head):
         cosines = torch.einsum("bd,ecd->bec", step.query, step.text.to(step.query.dtype))
         scores = cosines.amax(dim=1) if self.best else cosines.mean(dim=1)
         return step.task.clip.scale * self.log_scale.exp() * scores
-
-
-@hookimpl
-def register_heads(registry: Registry) -> None:
-    registry.register(MyPart)

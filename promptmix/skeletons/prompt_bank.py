@@ -6,15 +6,14 @@ from collections.abc import Sequence
 from typing import Annotated
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from promptmix import hookimpl
+from promptmix import register
 from promptmix.config.declare import Setting
 from promptmix.prompts.roles import PromptBank, Task
-from promptmix.registry import Registry
 
 
+@register
 class MyPart(PromptBank):
     """One learned vector in front of each class name.
 
@@ -24,25 +23,11 @@ class MyPart(PromptBank):
     """
 
     def __init__(self, task: Task, std: Annotated[float, Setting("standard deviation of the start", above=0)] = 0.02) -> None:
-        super().__init__()
-        self.task = task
+        super().__init__(task)
         self.ctx = nn.Parameter(std * torch.randn(1, 1, task.clip.text.width))
 
-    @property
-    def num_experts(self) -> int:
-        """Number of prompts E."""
-        return 1
-
-    def forward(self, names: Sequence[str], image_features: Tensor | None = None, *, full_stop: bool | None = None) -> Tensor:
-        """Return normalised text features (E, C, D)."""
+    def encode(self, names: Sequence[str], *, full_stop: bool | None = None) -> Tensor:
+        """Return text features (1, C, D) of C class names, as they come from the tower."""
         tower = self.task.clip.text
-        return F.normalize(tower(tower.compose(self.ctx, tower.tokenizer.class_tokens(names))), dim=-1)
-
-    def references(self, names: Sequence[str]) -> Tensor:
-        """Return normalised hard-prompt features (E, C, D)."""
-        return self.task.clip.hard_features(self.task.templates[:1], names)
-
-
-@hookimpl
-def register_prompt_banks(registry: Registry) -> None:
-    registry.register(MyPart)
+        features: Tensor = tower(tower.compose(self.ctx, tower.tokenizer.class_tokens(names), self.stop(full_stop)))
+        return features

@@ -6,13 +6,13 @@ from typing import Annotated
 
 from torch import nn
 
-from promptmix import hookimpl
+from promptmix import register
 from promptmix.config.declare import Setting
 from promptmix.prompts.roles import PromptBank, Router, Routing, Task
 from promptmix.prompts.step import Step
-from promptmix.registry import Registry
 
 
+@register
 class MyPart(Router):
     """A linear map to one score per expert; every image goes to all of them.
 
@@ -33,8 +33,3 @@ class MyPart(Router):
         """Route a batch by its image features (B, D)."""
         scores = self.gate(step.query) / self.temperature
         return Routing.top_k(scores, scores.shape[-1])
-
-
-@hookimpl
-def register_routers(registry: Registry) -> None:
-    registry.register(MyPart)

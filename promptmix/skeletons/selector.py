@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from promptmix import hookimpl
-from promptmix.registry import Registry
+from promptmix import register
 from promptmix.runs.selection import Draws, Pool, Selector
 
 
+@register
 class MyPart(Selector):
     """The pictures between whose two best classes the model wavers most."""
 
@@ -17,8 +17,3 @@ class MyPart(Selector):
         best = np.sort(pool.probabilities[pool.unlabelled], axis=1)
         margin = best[:, -1] - best[:, -2]
         return [pool.unlabelled[place] for place in np.argsort(margin, kind="stable")[:count]]
-
-
-@hookimpl
-def register_selectors(registry: Registry) -> None:
-    registry.register(MyPart)

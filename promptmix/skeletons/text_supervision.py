@@ -6,13 +6,13 @@ from typing import Annotated
 
 from torch import Tensor
 
-from promptmix import hookimpl
+from promptmix import register
 from promptmix.config.declare import Setting
 from promptmix.prompts.roles import PromptBank, Task, TextSupervision
 from promptmix.prompts.step import Step
-from promptmix.registry import Registry
 
 
+@register
 class MyPart(TextSupervision):
     """Mean squared distance between soft features and each expert's hard ones.
 
@@ -34,8 +34,3 @@ class MyPart(TextSupervision):
     def forward(self, step: Step) -> Tensor:
         """Return the loss (scalar) of text features (E, C, D)."""
         return self.factor * (step.text - self.hard).square().sum(dim=-1).mean()
-
-
-@hookimpl
-def register_text_supervisions(registry: Registry) -> None:
-    registry.register(MyPart)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from promptmix import hookimpl
+from promptmix import register
 from promptmix.config.declare import Setting
 from promptmix.plugins.prompt_bank.soft import Soft
 from promptmix.plugins.text_supervision.hard_prompts import CosineToHard
@@ -12,9 +12,9 @@ from promptmix.prompts.learner import Learner
 from promptmix.prompts.losses import CrossEntropy
 from promptmix.prompts.roles import Task
 from promptmix.prompts.trainer import PromptTrainer
-from promptmix.registry import Registry
 
 
+@register
 class MyPart(PromptTrainer):
     """One soft prompt that stays near the hard one: change what you need."""
 
@@ -27,8 +27,3 @@ class MyPart(PromptTrainer):
         """Return what is learned; the settings are the keys of ``TRAINER.MYPART``."""
         bank = Soft(task, n_ctx)
         return Learner(task, bank, loss=CrossEntropy() + weight * CosineToHard(task, bank))
-
-
-@hookimpl
-def register_trainers(registry: Registry) -> None:
-    registry.register(MyPart)

@@ -7,7 +7,7 @@ from functools import lru_cache, partial
 import pytest
 import torch
 from promptmix.plugins.distillation.frozen_image import FrozenImageCosine
-from promptmix.plugins.heads.representation import ClassAndRepresentation, OwnCrossEntropy
+from promptmix.plugins.heads.representation import ClassAndRepresentation
 from promptmix.plugins.prompt_bank.representations import Representations
 from promptmix.plugins.text_supervision.hard_prompts import CosineToHard
 from promptmix.trainers.mmrl import OwnProjection
@@ -16,6 +16,7 @@ from promptmix.trainers.mmrlpp import LowRankBeside, SharedAligner
 from promptmix.clip import reference
 from promptmix.errors import SettingError
 from promptmix.prompts.learner import Learner
+from promptmix.prompts.losses import CrossEntropy
 from tests.trainers.golden import close, compare, golden_clip, golden_task, images, numbers
 from tests.trainers.toy import scores, toy_trainer
 
@@ -58,7 +59,7 @@ def learner(case: str, fuses: bool = False, rep_layers=(2, 3)) -> Learner:
     make_bank, make_projection = kinds[case]
     bank = make_bank(task, rep_layers=rep_layers)
     head = ClassAndRepresentation(task, bank, make_projection(task), alpha=0.7, fuses=fuses)
-    own, tokens = OwnCrossEntropy(head.class_scores).named("ce"), OwnCrossEntropy(head.token_scores).named("ce_rep")
+    own, tokens = CrossEntropy(head.class_scores), CrossEntropy(head.token_scores, "ce_rep")
     image, text = FrozenImageCosine(task, bank).named("image"), CosineToHard(task, bank)
     return Learner(task, bank, head=head, loss=0.7 * own + 0.3 * tokens + 0.5 * image + 0.5 * text)
 

@@ -19,7 +19,7 @@ from promptmix.data.fewshot import say_fewer, subsample_classes, unlabeled
 from promptmix.data.reading.images import open_member
 from promptmix.errors import ConfigError
 from promptmix.hookspecs import hookimpl
-from promptmix.registry import Registry
+from promptmix.registry import register
 from promptmix.utils import atomic_write
 
 STYLES = ("openmoji_color", "openmoji_black", "fluent_3d", "fluent_high_contrast")
@@ -125,6 +125,7 @@ def _in_order(names: Sequence[str], cfg: CfgNode) -> list[str]:
     return ordered
 
 
+@register
 class EmojiFamilies(_EmojiBase):
     """41 visual families of emoji (bird, clock, vehicle, ...): no emoji is in train and test, in whatever style.
 
@@ -141,6 +142,7 @@ class EmojiFamilies(_EmojiBase):
         super().__init__(cfg, classes, train, val, self._pictures(targets, split["test"], classes))
 
 
+@register
 class EmojiConcepts(_EmojiBase):
     """Single emoji as classes, one picture a style: trains on some styles, tests on others.
 
@@ -184,10 +186,3 @@ def extend_config(cfg: CfgNode) -> None:
     declare(cfg.DATASET.EMOJI, "NUM_CONCEPTS", 150, Setting(comment, low=2, high=100_000))
     comment = "EmojiConcepts: novel: those kept out of the tiny models' pretraining"
     declare(cfg.DATASET.EMOJI, "CONCEPTS", "seen", Setting(comment, choices=("seen", "novel", "all")))
-
-
-@hookimpl
-def register_datasets(registry: Registry) -> None:
-    """Add both data sets."""
-    registry.register(EmojiFamilies)
-    registry.register(EmojiConcepts)

@@ -23,7 +23,7 @@ from promptmix.data.leaks import alike, find_leaks
 from promptmix.data.templates import groups_of
 from promptmix.errors import ConfigError, DataError
 from promptmix.hookspecs import hookimpl
-from promptmix.registry import Registry
+from promptmix.registry import register
 from promptmix.utils import get_logger, read_text
 
 PARTS = ("train", "val", "test")
@@ -137,6 +137,7 @@ def _in_order(labels: Iterable[str]) -> list[str]:
     return sorted(found, key=int) if all(label.isdecimal() for label in found) else found
 
 
+@register
 class ImageFolder(_Own):
     """Folders named by class below ``train/``, ``val/`` and ``test/``, or class folders alone, which are split.
 
@@ -263,6 +264,7 @@ def _say_if_domains(where: Path, found: list[Found]) -> None:
         )
 
 
+@register
 class CSV(_Own):
     """A table with the columns ``path`` and ``label``, and ``split`` (train, val, test) and ``domain`` where wanted.
 
@@ -359,10 +361,3 @@ def validate_config(cfg: CfgNode) -> None:
                 f"{keys[0]} (set by {sources(cfg)[keys[0]]}) would be ignored by data set {cfg.DATASET.NAME}; remove it"
             )
         check_templates(f"DATASET.{name}.TEMPLATES", cfg.DATASET[name].TEMPLATES)
-
-
-@hookimpl
-def register_datasets(registry: Registry) -> None:
-    """Add both."""
-    registry.register(ImageFolder)
-    registry.register(CSV)
