@@ -58,6 +58,7 @@ FLOORS = (
     {"errors", "version"},
     {"assets"},
     {"files"},
+    {"parallel"},
     {"registry", "utils"},
     {"hookspecs"},
     {"plugin_manager"},
@@ -74,6 +75,7 @@ FLOORS = (
     {"bench"},
     {"commands"},
     {"cli"},
+    {"__main__"},
     {"promptmix"},
 )
 FLOOR = {part: number for number, parts in enumerate(FLOORS) for part in parts}

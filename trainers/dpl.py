@@ -41,6 +41,7 @@ from promptmix.config.declare import Setting
 from promptmix.data.templates import IMAGENET_60
 from promptmix.engine.layout import Layout, Rule
 from promptmix.errors import ConfigError, DataError, SettingError
+from promptmix.parallel import group
 from promptmix.prompts.bilevel import BilevelTrainer
 from promptmix.prompts.deep import STD, check_depth
 from promptmix.prompts.heads import Cosine
@@ -225,7 +226,8 @@ class DPLSearch(BilevelTrainer):
         bank: Any = self.model.bank
         lengths = {"vision": bank.image.lengths(), "text": bank.text.lengths()}
         get_logger().info("Lengths: vision %s, text %s", lengths["vision"], lengths["text"])
-        write_json({**lengths, "epoch": self.epoch + 1}, Path(self.output_dir, LENGTHS_FILE))
+        if group.writes():
+            write_json({**lengths, "epoch": self.epoch + 1}, Path(self.output_dir, LENGTHS_FILE))
 
 
 @register

@@ -35,6 +35,7 @@ from promptmix import register
 from promptmix.config.declare import Setting, inherits
 from promptmix.engine.layout import Layout, Rule
 from promptmix.errors import SettingError
+from promptmix.parallel import group
 from promptmix.prompts.learner import Learner, LossTerms
 from promptmix.prompts.roles import Task
 from promptmix.prompts.trainer import PromptTrainer
@@ -97,5 +98,6 @@ class ProGrad(PromptTrainer):
         learned = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         general = torch.autograd.grad(terms.parts["kl"], learned, retain_graph=True)
         specific = torch.autograd.grad(loss, learned)
+        group.average((*general, *specific))
         for parameter, ours, theirs in zip(learned, specific, general, strict=True):
             parameter.grad = project(ours, theirs, self.factor)

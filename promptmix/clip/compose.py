@@ -16,6 +16,7 @@ from promptmix.clip.packed import Prompts, expand, packing
 from promptmix.clip.places import Changes, PromptStep
 from promptmix.clip.tokens import ClassTokens, Tokenizer
 from promptmix.errors import ConfigError
+from promptmix.parallel import group
 
 #: Deep prompts: {layer: tokens (E or 1, n, W), or (E or 1, C, n, W) where they differ by class}; before that layer they replace
 #: the n positions behind SOT. Layer 0 is the input itself. A ``PromptStep`` says otherwise what is removed and inserted there.
@@ -138,6 +139,18 @@ class PromptReader(nn.Module):
         ends = torch.tensor(prompts.lengths, device=prompts.tail.device) + start - 1
         return torch.stack(rows, dim=1), ends
 
+    def encode_parts(self, prompts: Prompts, changes: Changes, encode: Callable[[Prompts, Changes], Tensor]) -> Tensor:
+        """Encode this process's part of the classes, and gather the others' (``promptmix.parallel``)."""
+        if not group.divides():
+            return encode(prompts, changes)
+
+        def of(part: slice) -> Tensor:
+            before, own = sum(prompts.lengths[: part.start]), prompts.lengths[part]
+            some = replace(prompts, tail=prompts.tail.narrow(1, before, sum(own)), lengths=own)
+            return encode(some, cut(changes, partial(rows_of, part=part, dims=(4,), dim=1)))
+
+        return group.shared(len(prompts.lengths), of, dim=1, what="classes")
+
     def encode_chunks(
         self, prompts: Prompts, changes: Changes, chunk: int, encode: Callable[[Prompts, Changes], Tensor]
     ) -> Tensor:
@@ -192,6 +205,12 @@ def check_room(prompts: Prompts, steps: Mapping[int, PromptStep], begin: int) ->
 def portion_of(tokens: Tensor, *, size: int, index: int, dims: tuple[int, ...], dim: int) -> Tensor:
     """Return a part of ``tokens`` along ``dim``, where they have that axis and are not the same for all."""
     return tokens.split(size, dim)[index] if tokens.dim() in dims and tokens.shape[dim] > 1 else tokens
+
+
+def rows_of(tokens: Tensor, *, part: slice, dims: tuple[int, ...], dim: int) -> Tensor:
+    """Return the rows ``part`` of ``tokens`` along ``dim``, where they have that axis and are not the same for all."""
+    given = tokens.dim() in dims and tokens.shape[dim] > 1
+    return tokens.narrow(dim, part.start, part.stop - part.start) if given else tokens
 
 
 def cut(changes: Changes, cut: Callable[[Tensor], Tensor]) -> Changes:

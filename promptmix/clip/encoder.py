@@ -81,7 +81,9 @@ class EncoderTower(PromptReader):
             changes.check(self, len(self.blocks), "text")
             check_room(prompts, changes.steps, self.start)
             _check_joints(changes)
-        return self.encode_chunks(prompts, changes, self.class_chunk, self._encode)
+        return self.encode_parts(
+            prompts, changes, lambda some, own: self.encode_chunks(some, own, self.class_chunk, self._encode)
+        )
 
     def _encode(self, prompts: Prompts, changes: Changes) -> Tensor:
         x, ends = self.pad(prompts, trim=True)

@@ -144,6 +144,9 @@ class TextTower(PromptReader):
         if changes:
             changes.check(self, len(self.blocks), "text")
             check_room(prompts, changes.steps, self.start)
+        return self.encode_parts(prompts, changes, self._encode)
+
+    def _encode(self, prompts: Prompts, changes: Changes) -> Tensor:
         standard = all(map(is_standard, self.blocks))  # adapters may come at any time
         if standard and changes.is_shared and self._can_share and not self.shares_prefix:
             return self._encode_full(prompts, changes)  # the plain way was asked for

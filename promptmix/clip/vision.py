@@ -12,10 +12,12 @@ from open_clip.modified_resnet import ModifiedResNet
 from torch import Tensor, nn
 
 from promptmix.clip.blocks import first_token_layer, fits_caches, layer, values_layer
+from promptmix.clip.compose import cut, rows_of
 from promptmix.clip.places import Changes, LayerAction, PromptStep
 from promptmix.clip.visuals import ClipLayers, Layers, apply_step, can_read_places, layers_of, places_of
 from promptmix.clip.weights import Weights, beside, merged, run_changed
 from promptmix.errors import ConfigError
+from promptmix.parallel import group
 
 #: Pictures per CPU thread whose states between two layers of a ViT-B/16 stay in the caches; more at once are slower, not faster.
 _PICTURES_PER_THREAD = 8
@@ -141,6 +143,11 @@ class ImageTower(nn.Module):
             ConfigError: prompts, actions or patches were asked of a tower that has none, or a name is unknown.
         """
         changes = self._changes(prompts, weights, actions)
+        if not group.divides():
+            return self._forward(images, changes, tokens)
+        return group.shared(len(images), lambda part: self._forward(images[part], _some(changes, part), tokens))
+
+    def _forward(self, images: Tensor, changes: Changes, tokens: TokenKind | None) -> Tensor | tuple[Tensor, Tensor]:
         if tokens is None and not self.skips_unread and (self.layers is None or not changes):
             return self._whole(images, changes)
         tokens_of = [step.tokens for step in changes.steps.values()]
@@ -182,7 +189,11 @@ class ImageTower(nn.Module):
                 "states before the projection; choose a vision transformer such as ViT-B/16"
             )
         changes = self._changes(prompts, weights, actions)
-        x = self._run(images, changes, "values" if values else "all")
+        last: Literal["values", "all"] = "values" if values else "all"
+        if group.divides():
+            x = group.shared(len(images), lambda part: self._run(images[part], _some(changes, part), last))
+        else:
+            x = self._run(images, changes, last)
         count = layers.leading + layers.patches
         return ImageStates(x[:, 0], x[:, layers.leading : count], x[:, count:])
 
@@ -259,6 +270,11 @@ class ImageTower(nn.Module):
             else:
                 x = (self._last_layer if only_first else self._layer)(block, x)
         return x
+
+
+def _some(changes: Changes, part: slice) -> Changes:
+    """Return the changes for a part of the pictures."""
+    return cut(changes, partial(rows_of, part=part, dims=(3,), dim=0))
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from promptmix.config.flags import check_count, make_config
 from promptmix.errors import ConfigError
+from promptmix.parallel import launch
 
 if TYPE_CHECKING:
     from yacs.config import CfgNode
@@ -65,6 +66,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--plugin", action="append", default=[], metavar="MODULE|FILE", help="load a plugin; may be repeated")
     add("--device", choices=("auto", "cpu", "cuda"), help="where to compute")
+    add(
+        "--devices",
+        "--gpus",
+        type=int,
+        metavar="N",
+        help="train in N processes, each with a GPU of its own (with --device cpu: a part of the CPU)",
+    )
     add("--threads", type=int, metavar="N", help="CPU threads; default: as PyTorch chooses")
     add("--quiet", action="store_true", help="print nothing but errors; log.txt has it all")
     add("--list", action="store_true", help="show what is registered, as `promptmix list` does")
@@ -119,6 +127,13 @@ def run(args: argparse.Namespace) -> int:
                 f"{flag} is for --eval-only; to go on with a run give --resume DIR, to start from its tensors "
                 "MODEL.INIT_WEIGHTS FILE"
             )
+    if args.devices is not None:
+        check_count("--devices", args.devices)
+        if args.devices > 1 and launch.place()[1] == 1:
+            return launch.start(args.devices, args.argv)
+    if launch.place()[1] > 1 and args.coop_repo:
+        raise ConfigError("--coop-repo runs another program's trainer, which knows one device; leave --devices out")
+    launch.take_device()
     values: dict[str, Any] = vars(args)
     options: dict[str, Any] = {
         "eval_only": args.eval_only,
@@ -147,9 +162,12 @@ def run(args: argparse.Namespace) -> int:
     else:
         cfg = make_config([args.dataset_config_file, args.config_file], flags, args.opts, args.plugin)
     check_names(cfg)
+    from promptmix.engine.precision import choose_device
+    from promptmix.parallel import group
     from promptmix.runs.run import run as run_one
 
-    run_one(cfg, **options)
+    with group.joined(choose_device(cfg.DEVICE, cfg.USE_CUDA), cfg.TRAINER.NAME):
+        run_one(cfg, **options)
     return 0
 
 

@@ -21,13 +21,35 @@ from promptmix.engine.log import LazyWriter
 from promptmix.engine.resume import load_progress, save_progress, set_random_states
 from promptmix.engine.run_folder import RunFolder
 from promptmix.errors import CheckpointError, TrainingError
+from promptmix.parallel import group
 from promptmix.plugin_manager import get_plugin_manager
 from promptmix.registry import TRAINER_REGISTRY, Registry
 from promptmix.utils import get_logger, tolist_if_not
 
-__all__ = ["TrainerBase"]
+__all__ = ["TrainerBase", "training_events"]
 
 Names = str | list[str] | None
+
+
+def training_events() -> Any:
+    """Return the hooks that tell plugins of a training; of several processes, those of the one that writes hear of it."""
+    hook = get_plugin_manager().hook
+    return hook if group.size() == 1 else _Told(hook)
+
+
+class _Told:
+    """Hooks of one process among several, which does not wait for the others in them."""
+
+    def __init__(self, hook: Any) -> None:
+        self._hook = hook
+
+    def __getattr__(self, name: str) -> Any:
+        def tell(**what: Any) -> None:
+            if group.writes():
+                with group.paused():
+                    getattr(self._hook, name)(**what)
+
+        return tell
 
 
 class TrainerBase:
@@ -238,7 +260,7 @@ class TrainerBase:
 
     def write_scalar(self, tag: str, scalar_value: float, global_step: int | None = None) -> None:
         """Report a number to every logger plugin."""
-        get_plugin_manager().hook.log_scalar(trainer=self, tag=tag, value=scalar_value, step=global_step)
+        training_events().log_scalar(trainer=self, tag=tag, value=scalar_value, step=global_step)
 
     # The loop
 
@@ -246,7 +268,7 @@ class TrainerBase:
         """Run the epochs from ``start_epoch`` up to ``max_epoch``."""
         self.start_epoch = start_epoch
         self.max_epoch = max_epoch
-        hook = get_plugin_manager().hook
+        hook = training_events()
         try:
             self.before_train()
             hook.before_train(trainer=self)
@@ -343,6 +365,7 @@ class TrainerBase:
         """Check the loss and propagate it."""
         self.detect_anomaly(loss)
         loss.backward()
+        group.average_gradients(p for optim in self._optimizers() for one in optim.param_groups for p in one["params"])
 
     def model_update(self, names: Names = None) -> None:
         """Step the models' optimizers."""

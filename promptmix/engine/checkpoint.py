@@ -20,6 +20,7 @@ from promptmix.engine.run_folder import BEST_FILE, EXPORT_FILE, EXPORT_NOTE, LAS
 from promptmix.engine.unpickle import Refused, read_pickled
 from promptmix.errors import CheckpointError
 from promptmix.files.digests import digest_of
+from promptmix.parallel import group
 from promptmix.utils import atomic_write, get_logger, mkdir_if_missing, read_json, write_json
 
 __all__ = [
@@ -60,6 +61,8 @@ def save_checkpoint(
     Raises:
         CheckpointError: ``state`` holds something else than tensors and plain values; the message names the key.
     """
+    if not group.writes():
+        return
     folder = Path(save_dir)
     mkdir_if_missing(folder)
     if remove_module_from_keys:

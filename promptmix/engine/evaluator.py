@@ -11,6 +11,7 @@ import torch
 from yacs.config import CfgNode
 
 from promptmix.errors import ConfigError, DataError, TrainingError
+from promptmix.parallel import group
 from promptmix.plugin_manager import get_plugin_manager
 from promptmix.registry import EVALUATOR_REGISTRY, Registry, register
 from promptmix.utils import get_logger, mkdir_if_missing
@@ -127,6 +128,8 @@ class Classification(EvaluatorBase):
 
     def _save_cmat(self, counts: torch.Tensor) -> None:
         """Save the confusion matrix, rows (true classes) summing to 1, over classes that occur in either role."""
+        if not group.writes():
+            return
         seen = (counts.sum(0) + counts.sum(1)) > 0
         counts = counts[seen][:, seen].double()
         path = Path(self.cfg.OUTPUT_DIR) / "cmat.pt"

@@ -20,6 +20,7 @@ from promptmix.data.reading.streams import get_streams, set_streams
 from promptmix.engine.checkpoint import load_checkpoint, load_state_dict_strict, save_plain
 from promptmix.engine.run_folder import RunFolder
 from promptmix.errors import CheckpointError
+from promptmix.parallel import group
 from promptmix.utils import get_logger
 
 #: A ``TrainerBase``, which knows this module.
@@ -36,6 +37,8 @@ def save_progress(trainer: Trainer, folder: RunFolder) -> None:
 
     A trainer whose state can't be stored without pickling code trains on, and says that it can't be resumed.
     """
+    if not group.writes():
+        return
     models = {}
     for name in trainer.get_model_names():
         optim, sched = trainer._optims[name], trainer._scheds[name]

@@ -17,7 +17,7 @@ from promptmix.console import signals
 from promptmix.data import DataManager
 from promptmix.data.reading.loaders import TrainLoader
 from promptmix.data.reading.streams import Streams, get_streams
-from promptmix.engine.base import Names, TrainerBase
+from promptmix.engine.base import Names, TrainerBase, training_events
 from promptmix.engine.checkpoint import load_checkpoint
 from promptmix.engine.evaluator import build_evaluator
 from promptmix.engine.log import progress
@@ -26,6 +26,7 @@ from promptmix.engine.precision import choose_device, clip_gradients
 from promptmix.engine.run_folder import BEST_FILE, RunFolder
 from promptmix.engine.samples import SampleKeeper
 from promptmix.errors import CheckpointError, ConfigError
+from promptmix.parallel import group
 from promptmix.plugin_manager import get_plugin_manager
 from promptmix.registry import TRAINER_REGISTRY
 from promptmix.utils import get_logger
@@ -118,8 +119,9 @@ class SimpleTrainer(TrainerBase):
             raise CheckpointError(f"nothing to resume in {directory}; --resume takes the output folder of a run")
         best_val = self.cfg.TEST.FINAL_MODEL == "best_val"
         if self.cfg.RESUME and best_val:
-            for name in self.get_model_names():  # the best epoch may be one of those done there
+            for name in self.get_model_names() if group.writes() else ():  # the best epoch may be one of those done there
                 RunFolder(self.output_dir).take_best(RunFolder(directory), name)
+            group.wait()
         if self._random_states is None:
             self.first_streams = get_streams()
             if self.start_epoch and best_val:
@@ -152,6 +154,7 @@ class SimpleTrainer(TrainerBase):
         if not self.cfg.TEST.NO_TEST:
             if self.cfg.TEST.FINAL_MODEL == "best_val":
                 log.info("Deploy the model with the best val performance")
+                group.wait()  # for who writes it
                 self.load_model(self.output_dir)
             else:
                 log.info("Deploy the last-epoch model")
@@ -199,7 +202,7 @@ class SimpleTrainer(TrainerBase):
         results = self.evaluator.evaluate()
         self.samples = {} if keeper is None else keeper.arrays(self.lab2cname)
         self.last_results[split] = results
-        get_plugin_manager().hook.after_test(trainer=self, split=split, results=results)
+        training_events().after_test(trainer=self, split=split, results=results)
         for name, value in results.items():
             self.write_scalar(f"{split}/{name}", value, self.epoch)
         return next(iter(results.values()))
@@ -251,6 +254,8 @@ class SimpleTrainer(TrainerBase):
             summary = self.forward_backward(*batch)
             batch_time.update(time.time() - end)
             losses.update(summary)
+            if not self.batch_idx:
+                self.check_processes(summary)
             shows = (self.batch_idx + 1) % freq == 0 or num_batches < freq
             if shows:
                 self.check_anomalies()
@@ -263,6 +268,12 @@ class SimpleTrainer(TrainerBase):
             end = time.time()
         self.check_anomalies()
         self._write_scalars(scalars)
+
+    def check_processes(self, summary: Any) -> None:  # what forward_backward returned
+        """Refuse a step after which the processes of a training on several devices don't hold the same."""
+        losses = [value for value in (summary or {}).values() if isinstance(value, torch.Tensor)]
+        learned = [p for optim in self._optimizers() for one in optim.param_groups for p in one["params"]]
+        group.refuse_differences(losses, learned)
 
     def _write_scalars(self, scalars: list[tuple[str, float | torch.Tensor, int]]) -> None:
         """Report and forget scalars; those that lie on a GPU are fetched together."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from promptmix.errors import ConfigError
+from promptmix.parallel import group
 from promptmix.prompts.learner import Learner
 from promptmix.prompts.roles import Head, Loss, LossSum, PromptBank, Task
 from promptmix.prompts.step import Step
@@ -84,6 +85,7 @@ class TestTimeLearner(Learner):
                     chosen = self.select(step)
                     step = Step(self, None, features=views[chosen], text=step.text)
                 (_SCALE * self.loss(step).total).backward()
+                group.average_gradients(tuned.values())
             for value in tuned.values():
                 if value.grad is not None:
                     value.grad /= _SCALE

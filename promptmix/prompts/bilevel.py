@@ -11,6 +11,7 @@ from torch import nn
 
 from promptmix.data.reading.loaders import streams_kept
 from promptmix.errors import ConfigError
+from promptmix.parallel import group
 from promptmix.prompts.learner import PromptLearner
 from promptmix.prompts.trainer import PromptTrainer
 
@@ -72,6 +73,7 @@ class BilevelTrainer(PromptTrainer):
         def backward(loss: torch.Tensor) -> None:
             self.detect_anomaly(loss)
             loss.backward(inputs=outer)
+            group.average_gradients(outer)
 
         self.precision.backward_and_update(terms.total, [self.outer_optimizer], backward=backward)
         return {**super().forward_backward(batch), "loss_val": terms.total.detach()}

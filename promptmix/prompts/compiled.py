@@ -18,6 +18,7 @@ from yacs.config import CfgNode
 
 from promptmix.engine.precision import clip_gradients
 from promptmix.errors import ConfigError
+from promptmix.parallel.group import size as processes
 from promptmix.prompts.learner import LossTerms, PromptLearner
 
 
@@ -37,6 +38,8 @@ def check_step(cfg: CfgNode, device: torch.device, *, changes_gradients: bool) -
         return
     if kind == "cuda_graph" and device.type != "cuda":
         raise ConfigError("TRAIN.STEP is 'cuda_graph', but this run computes on a CPU; set it to 'compiled' or 'eager'")
+    if processes() > 1:
+        raise ConfigError(f"TRAIN.STEP is {kind!r}, which is one graph of one device; with --devices set it to 'eager'")
     if cfg.MODEL.COMPILE:
         raise ConfigError(f"MODEL.COMPILE is True, but TRAIN.STEP {kind!r} compiles the whole step; leave one of them out")
     if cfg.MODEL.CLASS_CHUNK:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from promptmix.clip import CLIP
 from promptmix.errors import CheckpointError
+from promptmix.parallel import group
 from promptmix.prompts.step import Task
 from promptmix.utils import atomic_write
 
@@ -92,6 +93,8 @@ class ClassVectors:
         Raises:
             OutputError: it can't be written.
         """
+        if not group.writes():
+            return
         tensors = {"vectors": self.vectors.detach().float().cpu().contiguous(), "scale": torch.tensor(self.scale)}
         header = {"names": json.dumps(list(self.names)), "teacher": self.teacher}
         atomic_write(path, lambda file: save_file(tensors, file, metadata=header))

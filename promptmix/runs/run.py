@@ -24,6 +24,7 @@ from promptmix.engine.log import log_file
 from promptmix.engine.run_folder import RunFolder
 from promptmix.errors import CheckpointError, ConfigError, UserError
 from promptmix.hookspecs import hookimpl
+from promptmix.parallel import group
 from promptmix.plugin_manager import get_plugin_manager
 from promptmix.registry import TRAINER_REGISTRY
 from promptmix.runs import results, samples
@@ -59,7 +60,8 @@ def run(cfg: CN, *, eval_only: bool = False, no_train: bool = False, **options: 
             trainer.test()
         else:
             train_or_test(trainer)
-            result.step_gflops = step_gflops(trainer)
+            with group.paused():
+                result.step_gflops = step_gflops(trainer) if group.writes() else None
     return result
 
 
@@ -131,13 +133,15 @@ def running(
     recorder = _Recorder(on_epoch)
     folder, unknown = RunFolder(cfg.OUTPUT_DIR), False
     prints = prints or build is None and not hasattr(TRAINER_REGISTRY.get(cfg.TRAINER.NAME), "roles")
-    with contextlib.nullcontext() if no_train else folder.alone(), Output(cfg.OUTPUT_DIR, quiet, prints) as output:
+    writes, passes = group.writes(), no_train or not group.writes()
+    with contextlib.nullcontext() if passes else folder.alone(), Output(cfg.OUTPUT_DIR, quiet or not writes, prints) as output:
         if not no_train:
             refuse_other_run(result, folder.path, eval_only)
             if cfg.RESUME and not eval_only:
                 unknown = refuse_other_run(result, Path(cfg.RESUME), eval_only, "--resume ")
             folder.refuse_links()
-            folder.tidy()
+            if writes:
+                folder.tidy()
         before = None if no_train else finished(cfg)
         _seed(cfg)
         _print_header(cfg, arguments or {})
@@ -157,10 +161,13 @@ def running(
         if no_train:
             yield trainer, result
             return
-        output.open(cfg)
+        if writes:
+            output.open(cfg)
         recorder.ready()
         with _plugged(recorder):
             yield trainer, result
+        if not writes:
+            return
         recorder.fill(result)
         if before is not None and getattr(trainer, "start_epoch", 0) >= getattr(trainer, "max_epoch", 1) > 0:
             result.metrics = before.metrics | result.metrics  # it had ended, and was only tested again
@@ -308,6 +315,8 @@ def _refuse_choice_on_test(cfg: CN, trainer: Any) -> None:  # a trainer with Das
 
 def _seed(cfg: CN) -> None:
     deterministic = cfg.SEED >= 0
+    if not deterministic and group.size() > 1:
+        set_random_seed(group.same_seed())
     if deterministic:
         get_logger().info("Setting fixed seed: %d", cfg.SEED)
         set_random_seed(cfg.SEED)

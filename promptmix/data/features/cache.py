@@ -25,6 +25,7 @@ from promptmix.data.base import reading_of
 from promptmix.data.datum import Datum
 from promptmix.errors import DataError, OutputError, UserError
 from promptmix.files.digests import digest_of
+from promptmix.parallel import group
 from promptmix.utils import atomic_write, get_logger
 
 #: Raised when a file's meaning changes, so that old files are passed over.
@@ -138,6 +139,8 @@ class FeatureCache:
             tensors: on any device.
             about: what they are, for ``promptmix cache list``.
         """
+        if not group.writes():
+            return
         plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         size = sum(tensor.nbytes for tensor in plain.values())
         if self.limit and size > self.limit:

@@ -30,6 +30,7 @@ from promptmix.data.features.cache import FeatureCache, cache_folder, content_di
 from promptmix.data.reading.fast import FastTransform
 from promptmix.data.reading.images import read_image
 from promptmix.errors import DataError
+from promptmix.parallel import group
 from promptmix.utils import get_logger
 
 __all__ = ["KeptPictures", "PictureCache", "kept_pictures", "picture_folder", "split_transform"]
@@ -148,12 +149,13 @@ class KeptPictures:
         if self._key:
             return
         self._key = self._make_key()
-        if self._map():
-            get_logger().info("Found %d decoded pictures", len(self.items))
-            return
-        get_logger().info("Decoding %d training pictures, for all epochs, methods and seeds that read them", len(self.items))
-        self.cache.fill(self._key, self._decoded(), f"{self.name}, {len(self.items)} training pictures")
-        self._map()
+        with group.one_first():
+            if self._map():
+                get_logger().info("Found %d decoded pictures", len(self.items))
+                return
+            get_logger().info("Decoding %d training pictures, for all epochs, methods and seeds that read them", len(self.items))
+            self.cache.fill(self._key, self._decoded(), f"{self.name}, {len(self.items)} training pictures")
+            self._map()
 
     def picture(self, path: str) -> Image.Image | None:
         """Return a picture after ``steps``, or None where it is not kept."""

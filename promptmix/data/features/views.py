@@ -24,6 +24,7 @@ from promptmix.data.features.cache import FeatureCache, feature_key, same_random
 from promptmix.data.reading.loaders import TrainLoader
 from promptmix.data.reading.streams import get_streams, set_streams, streams_hash
 from promptmix.errors import ConfigError
+from promptmix.parallel import group
 from promptmix.utils import get_logger
 
 Encode = Callable[[Tensor], Tensor]
@@ -142,6 +143,8 @@ def cache_views(
     key = feature_key(cfg, tower, source.data_source, source.transform, **more) if cache else None
     shapes = {"features": (views, len(source)), "orders": (0 if steady else views,)}
     stored = cache.get(key, shapes) if cache and key else None
+    if not group.agree(stored is not None):  # another run may have filled it between two looks
+        stored = None
     if stored is None:
         get_logger().info("Encoding %d cached views of %d pictures", views, len(source))
         with same_randomness(), torch.no_grad():
@@ -225,6 +228,8 @@ def feature_loader(
     if key is None:
         return None
     stored = cache.get(key, {"features": (len(source),)})
+    if not group.agree(stored is not None):
+        stored = None
     if stored is None:
         get_logger().info("Encoding %d pictures of the %s split, for all methods and seeds", len(source), split)
         with same_randomness(), torch.no_grad():

@@ -30,6 +30,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
+from promptmix.parallel import group
+
 __all__ = ["ReadyLoader", "TrainLoader", "end_quietly", "seed_streams", "streams_kept"]
 
 
@@ -237,12 +239,9 @@ class _Seeded(Dataset[Any]):
             if self.sample_streams:
                 seed_streams(batch.seed, batch.place)
             return together(batch.indices)
-        items = []
-        for place, index in enumerate(batch.indices, start=batch.place):
-            if self.sample_streams:
-                seed_streams(batch.seed, place)
-            items.append(self.dataset[index])
-        return items
+        if self.sample_streams:  # what a picture draws changes nothing for others, so that this process may leave some out
+            return read_part(self.dataset, batch.indices, lambda place: seed_streams(batch.seed, batch.place + place))
+        return [self.dataset[index] for index in batch.indices]
 
     def _seed_worker(self, seed: int) -> None:
         """Seed this worker as torch seeds a new one."""
@@ -254,6 +253,26 @@ class _Seeded(Dataset[Any]):
         torch.manual_seed(info.seed)
         if self.seed_more:
             self.seed_more(info.id)
+
+
+def read_part(dataset: Any, indices: list[int], before: Callable[[int], None] = lambda place: None) -> list[Any]:
+    """Read a batch; of a training on several devices this process's part, with blank pictures in the places of the others.
+
+    The towers encode the very same part (``promptmix.parallel.group.part``), so that nobody looks at what is blank.
+
+    Args:
+        dataset: with a method ``blank(index, like)`` where it can do without a picture; otherwise all are read.
+        indices: of the batch's items.
+        before: called with the place in the batch of each item that is read.
+    """
+    part = group.part(len(indices)) if hasattr(dataset, "blank") else slice(0, len(indices))
+    own = range(part.start, max(part.stop, part.start + 1)) if part.stop > part.start else range(1)
+    items: list[Any] = [None] * len(indices)
+    for place in own:
+        before(place)
+        items[place] = dataset[indices[place]]
+    like = items[own[0]]
+    return [dataset.blank(index, like) if item is None else item for index, item in zip(indices, items, strict=True)]
 
 
 def end_quietly(_worker: int = 0) -> None:

@@ -18,10 +18,11 @@ from promptmix.data.datum import Datum
 from promptmix.data.features.pictures import kept_pictures
 from promptmix.data.reading.fast import FastTransform
 from promptmix.data.reading.images import read_image
-from promptmix.data.reading.loaders import ReadyLoader, TrainLoader, end_quietly
+from promptmix.data.reading.loaders import ReadyLoader, TrainLoader, end_quietly, read_part
 from promptmix.data.reading.samplers import build_sampler
-from promptmix.data.reading.transforms import INTERPOLATION_MODES, build_transform
+from promptmix.data.reading.transforms import INTERPOLATION_MODES, InstanceNormalization, build_transform
 from promptmix.errors import ConfigError, DataError
+from promptmix.parallel import group
 from promptmix.utils import get_logger
 
 __all__ = ["DataManager", "DatasetWrapper", "build_data_loader"]
@@ -86,6 +87,16 @@ class DatasetWrapper(Dataset[dict[str, Any]]):
             output["img0"] = self.to_tensor(img0)
         return output
 
+    def blank(self, idx: int, like: dict[str, Any]) -> dict[str, Any]:
+        """Return an item without its picture, which another process reads; pictures are zeros in the shapes of ``like``."""
+        item = self.data_source[idx]
+        zeros = {
+            name: [torch.zeros_like(one) for one in value] if isinstance(value, list) else torch.zeros_like(value)
+            for name, value in like.items()
+            if name.startswith("img")
+        }
+        return {"label": item.label, "domain": item.domain, "impath": item.impath, "index": idx, **zeros}
+
     def _read(self, path: str) -> tuple[Any, Transforms]:
         """Return a picture and what is still to be done to it."""
         if isinstance(self.transform, FastTransform) and not self.return_img0:  # img0 is made as ever
@@ -104,6 +115,14 @@ class DatasetWrapper(Dataset[dict[str, Any]]):
         return [tfm(img0) for _ in range(self.k_tfm)]
 
 
+class DividedWrapper(DatasetWrapper):
+    """The items of an evaluation, whose transform draws no random numbers: of a batch this process's part is read."""
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+        """Return a batch."""
+        return read_part(self, indices)
+
+
 def _seed_worker(worker_id: int) -> None:
     """Seed python and numpy in a worker from torch's seed, which differs for each worker and epoch."""
     if get_worker_info() is not None:
@@ -111,6 +130,12 @@ def _seed_worker(worker_id: int) -> None:
     seed = torch.initial_seed() % 2**32
     random.seed(seed)
     np.random.seed(seed)
+
+
+def _draws_nothing(transform: Transforms) -> bool:
+    """Tell whether a transform is known to draw no random numbers."""
+    known = (T.Resize, T.CenterCrop, T.ToTensor, T.Normalize, InstanceNormalization)
+    return isinstance(transform, T.Compose) and all(type(step) in known for step in transform.transforms)
 
 
 def build_data_loader(
@@ -144,7 +169,9 @@ def build_data_loader(
     if not data_source:
         raise DataError(f"a split of data set {cfg.DATASET.NAME} is empty; check its folder and the DATASET settings")
     sampler = build_sampler(sampler_type, cfg=cfg, data_source=data_source, batch_size=batch_size, n_domain=n_domain, n_ins=n_ins)
-    dataset = (dataset_wrapper or DatasetWrapper)(cfg, data_source, transform=tfm, is_train=is_train)
+    divided = group.size() > 1 and not is_train and _draws_nothing(tfm)
+    wrapper = dataset_wrapper or (DividedWrapper if divided else DatasetWrapper)
+    dataset = wrapper(cfg, data_source, transform=tfm, is_train=is_train)
     workers: int = cfg.DATALOADER.NUM_WORKERS
     # Evaluation loaders run once, and nothing in them is random.
     stays = is_train and workers > 0 and cfg.DATALOADER.PERSISTENT_WORKERS

@@ -1,0 +1,157 @@
+"""``--devices N``: starts one process for each device and follows them; what one of them must know of its place (no torch here).
+
+A process is told its place by the variables of ``torchrun``, which may start the processes as well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO
+
+from promptmix.errors import ConfigError, TrainingError
+
+#: Set for the processes that ``start`` started: the file where they meet.
+_OURS = "PROMPTMIX_MEETING"
+#: Exit code of a process that saw another one go: who that was is told by ``start``.
+_LEFT = 75
+#: Seconds that the others get to end by themselves once one of them has ended.
+_GRACE = 5.0
+
+
+def place() -> tuple[int, int]:
+    """Return this process's rank, counted from 0, and the number of processes."""
+    try:
+        rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    except (KeyError, ValueError):
+        return 0, 1
+    started = _OURS in os.environ or "MASTER_ADDR" in os.environ
+    return (rank, count) if started and count > 1 and 0 <= rank < count else (0, 1)
+
+
+def meeting_point() -> str:
+    """Return where the processes find each other, as ``init_process_group`` takes it."""
+    return f"file://{os.environ[_OURS]}" if _OURS in os.environ else "env://"
+
+
+def take_device() -> None:
+    """Have this process see its own GPU only, before CUDA starts.
+
+    Raises:
+        ConfigError: ``CUDA_VISIBLE_DEVICES`` names fewer GPUs than this machine has processes.
+    """
+    rank, count = place()
+    if count == 1:
+        return
+    local = int(os.environ.get("LOCAL_RANK", rank))
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = None if given is None else [name for name in given.split(",") if name.strip()]
+    if names and local >= len(names):
+        raise ConfigError(f"CUDA_VISIBLE_DEVICES names {len(names)} GPUs, but process {local + 1} needs one; lower --devices")
+    if names != []:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(local) if names is None else names[local]
+
+
+def leave_quietly() -> None:
+    """End this process at once where ``start`` started it, which says in one line who was lost."""
+    if _OURS in os.environ:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(_LEFT)
+
+
+def start(count: int, argv: Sequence[str]) -> int:
+    """Run ``promptmix`` with ``argv`` in ``count`` processes; the first one prints, of the others errors only.
+
+    Returns:
+        The exit code: that of the first process, unless another one failed.
+
+    Raises:
+        TrainingError: a process was killed; the message says which.
+    """
+    with tempfile.TemporaryDirectory(prefix="promptmix-") as room, contextlib.ExitStack() as around:
+        errors = [around.enter_context(open(Path(room, f"{rank}.txt"), "w+b")) for rank in range(1, count)]
+        workers: list[subprocess.Popen[bytes]] = []
+        try:
+            for rank in range(count):
+                workers.append(_worker(rank, count, argv, room, errors[rank - 1] if rank else None))
+            with _passing_on(workers):
+                codes = _follow(workers)
+        finally:
+            for worker in workers:
+                if worker.poll() is None:
+                    worker.kill()
+                worker.wait()
+        return _outcome(codes, errors)
+
+
+def _worker(rank: int, count: int, argv: Sequence[str], room: str, errors: IO[bytes] | None) -> subprocess.Popen[bytes]:
+    own: Mapping[str, str] = {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(count),
+        _OURS: str(Path(room, "meeting")),
+    }
+    # Each gets its share of the CPU, unless told otherwise; processes of one machine meet inside of it.
+    usual = {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // count, 1)), "GLOO_SOCKET_IFNAME": "lo"}
+    if sys.platform != "linux":
+        del usual["GLOO_SOCKET_IFNAME"]
+    out = None if errors is None else subprocess.DEVNULL
+    command = [sys.executable, "-m", "promptmix", *argv]
+    return subprocess.Popen(command, env={**usual, **os.environ, **own}, stdout=out, stderr=errors)
+
+
+def _follow(workers: Sequence[subprocess.Popen[bytes]]) -> list[int | None]:
+    """Wait for all; where one fails, the others get some seconds. Return the exit codes, None for who went on nevertheless."""
+    end = float("inf")
+    while any(worker.poll() is None for worker in workers) and time.monotonic() < end:
+        if end == float("inf") and any(worker.poll() for worker in workers):
+            end = time.monotonic() + _GRACE
+        time.sleep(0.05)
+    return [worker.poll() for worker in workers]
+
+
+@contextlib.contextmanager
+def _passing_on(workers: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
+    """Pass SIGTERM and SIGINT on to the workers, whose first one says what that means."""
+
+    def tell(number: int, _frame: object) -> None:
+        for worker in workers:
+            if worker.poll() is None:
+                worker.send_signal(number)
+
+    before = {number: signal.signal(number, tell) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _outcome(codes: Sequence[int | None], errors: Sequence[IO[bytes]]) -> int:
+    """Return the exit code of the training; what a process other than the first has to say is printed, or raised."""
+    if all(code == 0 for code in codes):
+        return 0
+    failed = [(rank, code) for rank, code in enumerate(codes) if code is not None and 0 < code != _LEFT]
+    for rank, code in failed:
+        if rank:
+            errors[rank - 1].seek(0)
+            said = errors[rank - 1].read().decode(errors="replace").strip().splitlines()
+            sys.stderr.write(f"{said[-1] if said else f'promptmix: process {rank + 1} exited with {code}'}\n")
+        return code
+    lost, how = next(
+        ((rank, f"was killed by signal {-code}") for rank, code in enumerate(codes) if code is not None and code < 0),
+        (next((rank for rank, code in enumerate(codes) if code != _LEFT), 0), "did not answer"),
+    )
+    how += " (out of memory?)" if codes[lost] == -signal.SIGKILL else ""
+    raise TrainingError(
+        f"process {lost + 1} of {len(codes)} {how}, and the others were ended; the same command goes on from the last epoch"
+    )

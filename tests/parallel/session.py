@@ -1,0 +1,83 @@
+"""What the two processes of a training do in the tests: some methods for some steps, and whole trainings."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from promptmix.parallel import group
+from promptmix.plugin_manager import get_plugin_manager
+from promptmix.registry import DATASET_REGISTRY
+from promptmix.runs.run import run
+from tests.trainers import toy
+
+#: Among them a router and experts, deep prompts in both towers, prompts by picture, two gradients.
+METHODS = ("CoOp", "CoCoOp", "MoCoOp", "MaPLe", "PromptSRC", "ProGrad")
+TIMEOUT = 60
+#: What is said before the run begins that only one process tells of.
+RUN = "the run"
+
+
+def few_steps(room: Path, name: str) -> dict[str, torch.Tensor]:
+    """Return what two batches of 3 pictures and an evaluation in batches of 7 (of 10) give: losses, learned tensors, scores."""
+    options = ("DATALOADER.TRAIN_X.BATCH_SIZE", 3, "DATALOADER.TEST.BATCH_SIZE", 7, "OPTIM.LR", 0.02)
+    trainer: Any = toy.toy_trainer(room, name, *options, classes="all")
+    trainer.set_model_mode("train")
+    trainer.num_batches, found = len(trainer.train_loader_x), {}
+    for place, batch in zip(range(2), trainer.train_loader_x, strict=False):
+        trainer.batch_idx = place
+        summary = trainer.forward_backward(batch)
+        trainer.check_processes(summary)
+        found |= {f"{key} {place}": torch.as_tensor(value) for key, value in summary.items()}
+    found |= {key: value.detach().clone() for key, value in trainer.model.named_parameters()}
+    return found | {"scores": trainer.scores("test")[0]}
+
+
+def train(room: Path, folder: Path, *, stop: bool = False) -> None:
+    """Train CoOp for two epochs into ``folder``, going on where a training there stopped; ``stop`` it after the first."""
+    options = ("OPTIM.MAX_EPOCH", 2, "INPUT.CACHED_VIEWS", 1, "INPUT.FEATURE_CACHE_DIR", str(folder.with_suffix(".cache")))
+    chosen = ("TEST.FINAL_MODEL", "best_val", "INPUT.TRANSFORMS", ("center_crop", "normalize"))
+    cfg = toy.toy_cfg(room, "CoOp", "OUTPUT_DIR", str(folder), *options, *chosen, classes="all")
+    if not stop:
+        run(cfg)
+        return
+    trainer: Any = toy.toy_trainer(room, "CoOp", "OUTPUT_DIR", str(folder), *options, *chosen, classes="all")
+
+    def end_in_the_second(epoch: int = 1) -> None:
+        if trainer.epoch == epoch:
+            raise InterruptedError
+
+    trainer.before_epoch = end_in_the_second
+    try:
+        trainer.train()
+    except InterruptedError:
+        return
+
+
+def together(room: Path) -> tuple[dict[str, dict[str, torch.Tensor]], str]:
+    """Go through everything as one of the processes, until the second one is gone without a word; return what the first hears."""
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    try:
+        with group.joined(torch.device("cpu"), "the tests"):
+            found |= {name: few_steps(room, name) for name in METHODS}
+            train(room, room / "2 to 1", stop=True)
+            sys.stdout.write(RUN)
+            train(room, room / "1 to 2")
+            group.wait()
+            if not group.writes():
+                os._exit(9)
+            group.wait()
+    except group.LostProcessError as error:
+        return found, str(error)
+    return found, ""
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    get_plugin_manager()
+    DATASET_REGISTRY._entries["ToyPictures"] = toy.ToyPictures
+    together(Path(sys.argv[1]))
