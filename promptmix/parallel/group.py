@@ -23,7 +23,6 @@ from torch import Tensor
 from promptmix.errors import ConfigError, TrainingError
 from promptmix.parallel import launch
 
-Encoded = TypeVar("Encoded", Tensor, "tuple[Tensor, ...]", Any)
 Returned = TypeVar("Returned")
 
 #: Seconds that a process waits for the others before the training ends; ``PROMPTMIX_TIMEOUT`` says otherwise.
@@ -125,7 +124,7 @@ def _part(count: int, rank: int, processes: int) -> slice:
     return slice(count * rank // processes, count * (rank + 1) // processes)
 
 
-def shared(count: int, encode: Callable[[slice], Encoded], dim: int = 0, what: str = "pictures") -> Encoded:
+def shared(count: int, encode: Callable[[slice], Any], dim: int = 0, what: str = "pictures") -> Any:
     """Return what ``encode`` gives for all ``count`` pictures or classes, of which it is asked for this process's part.
 
     Args:
@@ -145,7 +144,7 @@ def shared(count: int, encode: Callable[[slice], Encoded], dim: int = 0, what: s
     return tuple(_gathered(one, own, count, dim) for one in found)
 
 
-def _encoded(own: slice, encode: Callable[[slice], Encoded], what: str) -> Encoded:
+def _encoded(own: slice, encode: Callable[[slice], Any], what: str) -> Any:
     before = _random_states()
     found = encode(own if own.stop > own.start else slice(0, 1))
     if any(not torch.equal(a, b) for a, b in zip(before, _random_states(), strict=True)):

@@ -69,9 +69,7 @@ def test_a_process_that_hangs_is_named(start):
 
 
 def test_sigterm_is_passed_on(start):
-    what = (
-        "signal.signal(signal.SIGTERM, lambda *_: end(143)); os.kill(os.getppid(), 15) if rank else 0; time.sleep(60)"
-    )
+    what = "signal.signal(signal.SIGTERM, lambda *_: end(143)); os.kill(os.getppid(), 15) if rank else 0; time.sleep(60)"
     assert start(what) == 143
 
 
