@@ -11,7 +11,7 @@ import contextlib
 import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from typing import Any, TypeVar
@@ -39,6 +39,8 @@ class _Group:
     size: int
     #: Names the method in messages.
     what: str
+    #: What tensors on GPUs go through; those on a CPU go through gloo.
+    gpus: Any = None
 
 
 _group: _Group | None = None
@@ -79,12 +81,8 @@ def joined(device: torch.device, what: str) -> Iterator[None]:
         return
     on_gpu = device.type == "cuda"
     patience = timedelta(seconds=float(os.environ.get("PROMPTMIX_TIMEOUT", _PATIENCE)))
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and on_gpu else "gloo"
-    _guarded(
-        lambda: dist.init_process_group(
-            backend, init_method=launch.meeting_point(), rank=rank, world_size=count, timeout=patience
-        )
-    )
+    meet = partial(dist.init_process_group, "gloo", init_method=launch.meeting_point(), rank=rank, world_size=count)
+    _guarded(partial(meet, timeout=patience))
     _group = _Group(rank, count, what)
     try:
         kinds = _everyone(torch.tensor(float(on_gpu)))
@@ -93,6 +91,8 @@ def joined(device: torch.device, what: str) -> Iterator[None]:
                 f"{count} processes, but only {int(kinds.sum())} of them have a GPU; ask for as many (--devices), or for "
                 "--device cpu"
             )
+        if on_gpu:
+            _group = replace(_group, gpus=_guarded(partial(dist.new_group, timeout=patience, backend="nccl")))
         yield
     except LostProcessError:
         launch.leave_quietly()
@@ -194,7 +194,7 @@ def _all_parts(found: Tensor, count: int, dim: int) -> Tensor:
     padded = rows.new_zeros(max(sizes), *rows.shape[1:])
     padded[: len(rows)] = rows
     parts = [torch.empty_like(padded) for _ in sizes]
-    _guarded(lambda: dist.all_gather(parts, padded))
+    _guarded(partial(dist.all_gather, parts, padded, group=_way(padded)))
     return torch.cat([one[:held] for one, held in zip(parts, sizes, strict=True)]).movedim(0, dim)
 
 
@@ -209,7 +209,7 @@ def average(tensors: Iterable[Tensor | None]) -> None:
             by_kind.setdefault((tensor.dtype, tensor.device), []).append(tensor)
     for same in by_kind.values():
         flat = torch.cat([tensor.reshape(-1) for tensor in same])
-        _guarded(partial(dist.all_reduce, flat))
+        _guarded(partial(dist.all_reduce, flat, group=_way(flat)))
         for tensor, whole in zip(same, (flat / size()).split([tensor.numel() for tensor in same]), strict=True):
             tensor.copy_(whole.view_as(tensor))
 
@@ -271,10 +271,15 @@ def refuse_differences(numbers: Sequence[Tensor], exact: Sequence[Tensor]) -> No
         )
 
 
+def _way(tensor: Tensor) -> Any:
+    """Return the process group that ``tensor`` goes through."""
+    return _group.gpus if _group is not None and tensor.is_cuda else None
+
+
 def _everyone(value: Tensor) -> Tensor:
     """Return the CPU tensor ``value`` of every process, stacked."""
     found = [torch.empty_like(value) for _ in range(size())]
-    _guarded(lambda: dist.all_gather(found, value))
+    _guarded(partial(dist.all_gather, found, value))
     return torch.stack(found)
 
 
