@@ -69,6 +69,7 @@ def together(room: Path) -> tuple[dict[str, dict[str, torch.Tensor]], str]:
             train(room, room / "1 to 2")
             group.wait()
             if not group.writes():
+                sys.stdout.flush()
                 os._exit(9)
             group.wait()
     except group.LostProcessError as error:
