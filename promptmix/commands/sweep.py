@@ -15,6 +15,7 @@ from promptmix.files.links import open_own
 if TYPE_CHECKING:
     from promptmix.runs.backends import Backend, Options
     from promptmix.runs.protocols import Job
+    from promptmix.runs.search import Search
     from promptmix.runs.sweep import Sweep
 
 LOG = "sweep.log"
@@ -39,6 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of a Ray cluster (auto: the one that is found); default: start one here",
     )
     add("--dry-run", action="store_true", help="only check everything and show what would run")
+    add(
+        "--search",
+        action="store_true",
+        help="run the file's `search`, as many trials for each method, and write the sweep of those that won on val beside it",
+    )
     add("--format", default="github", help="format of the tables, as in `promptmix parse`")
 
 
@@ -52,14 +58,15 @@ def run(args: argparse.Namespace) -> int:
         UserError: a sweep that can't be run as written; nothing has run then.
     """
     from promptmix.registry import SWEEP_BACKEND_REGISTRY
-    from promptmix.runs import results, sweep
+    from promptmix.runs import search, sweep
     from promptmix.runs.protocols import check, is_done
     from promptmix.tables import tables
 
     tables.check_choice("--format", args.format, tables.FORMATS)
     if args.address and args.backend != "ray":
         raise UserError(f"--address {args.address} is for --backend ray, not {args.backend}; leave it out")
-    plan = sweep.read(args.file)
+    found = search.read(args.file) if args.search else None
+    plan = sweep.read(args.file) if found is None else sweep.Sweep(found.output, found.jobs, found.tree.get("slurm", {}))
     backend = SWEEP_BACKEND_REGISTRY.get(args.backend)
     if plan.slurm and args.backend != "slurm":
         plan.slurm.clear()
@@ -73,15 +80,38 @@ def run(args: argparse.Namespace) -> int:
             sys.stdout.write(f"{'done' if is_done(job) else 'to do'}  {job.protocol} {job.name}: {job.folder}\n")
         return 0
     failed = _run_all(plan.jobs, options, backend, Path(plan.output))
-    if len(failed) < len(plan.jobs):
-        rows, metrics, notes = tables.aggregate(results.find(plan.output)[0])
-        sys.stdout.write(f"\n{tables.render(rows + tables.averages(rows, metrics), metrics, args.format)}\n")
-        for note in notes:
-            sys.stderr.write(f"note: {note}\n")
+    if found is None and len(failed) < len(plan.jobs):
+        _show(plan.output, args.format)
     if failed:
         sys.stderr.write(f"{len(failed)} of {len(plan.jobs)} failed; the same command tries them again:\n")
         sys.stderr.writelines(f"  {job.protocol} {job.name}: {error}\n" for job, error in failed)
+    elif found is not None:
+        _choose(found, args.format)
     return 1 if failed else 0
+
+
+def _show(output: str, form: str) -> None:
+    """Print the tables of a results tree; of the val part where that is what all runs were evaluated on."""
+    from promptmix.runs import results
+    from promptmix.tables import tables
+
+    runs, _ = results.find(output)
+    split = "test" if any("test" in run.metrics for run in runs) else "val"
+    rows, metrics, notes = tables.aggregate(runs, split=split)
+    sys.stdout.write(f"\n{tables.render(rows + tables.averages(rows, metrics), metrics, form)}\n")
+    for note in notes:
+        sys.stderr.write(f"note: {note}\n")
+
+
+def _choose(found: Search, form: str) -> None:
+    """Print what every trial reached, and write the sweep of those that won."""
+    from promptmix.files.text import harmless
+    from promptmix.runs import search
+
+    numbers = search.scores(found)
+    path = search.write(found, numbers)
+    sys.stdout.write(f"\n{search.render(found, numbers, form)}\n")
+    sys.stderr.write(f"note: {harmless(path)} holds what won: promptmix sweep {harmless(path)}\n")
 
 
 def _options(args: argparse.Namespace, plan: Sweep) -> Options:

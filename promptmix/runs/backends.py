@@ -112,7 +112,10 @@ def work(job: Job, threads: int, command: Sequence[str] = (), directory: str = "
         text = " ".join(f"{type(error).__name__}: {error}".split())
         return Outcome(f"{text[:2000]} (traceback in {report})", seconds=time.monotonic() - begin)
     (job.place / "error.txt").unlink(missing_ok=True)
-    numbers = {Path(run.config["OUTPUT_DIR"]).name: run.metrics.get("test", {}).get("accuracy", float("nan")) for run in parts}
+    numbers = {
+        Path(run.config["OUTPUT_DIR"]).name: run.metrics.get(run.config["TEST"]["SPLIT"], {}).get("accuracy", float("nan"))
+        for run in parts
+    }
     return Outcome(numbers=numbers, seconds=time.monotonic() - begin)
 
 

@@ -11,7 +11,7 @@ config: configs/trainers/{trainer}/tiny.yaml
 targets: {cross-dataset: [...]}       # default: those of the papers
 set: {OPTIM.MAX_EPOCH: 10}            # for every run
 variants: {short: {OPTIM.MAX_EPOCH: 2}, long: {}}
-root: data                            # also: device, plugins, slurm
+root: data                            # also: device, plugins, slurm, search (see promptmix.runs.search)
 ```
 """
 
@@ -45,10 +45,17 @@ _KEYS: dict[str, type | tuple[type, ...]] = {
     "device": str,
     "plugins": list,
     "slurm": dict,
+    "search": dict,
 }
 _FOLDER_NAME = re.compile(r"[\w.+= -]{1,100}")
 _NEEDED = ("output", "protocols", "trainers", "datasets", "seeds")
-_TRAINER_KEYS: dict[str, type | tuple[type, ...]] = {"name": str, "config": str, "set": dict, "label": str}
+_TRAINER_KEYS: dict[str, type | tuple[type, ...]] = {
+    "name": str,
+    "config": str,
+    "set": dict,
+    "label": str,
+    "trials": dict,
+}
 _DATASET_KEYS: dict[str, type | tuple[type, ...]] = {"name": str, "set": dict}
 
 
@@ -76,14 +83,15 @@ def read(path: str) -> Sweep:
         ConfigError: the file can't be read, or has a key or value that no sweep has.
         UserError: a plugin that can't be loaded, or an unknown data set.
     """
-    from promptmix.config.flags import load_plugins, resolve_config
-
-    file = resolve_config(path)
-    tree = read_yaml(file, "sweep file")
-    _check(tree, _KEYS, _NEEDED, str(file))
-    plugins = tuple(_located(str(name), file) for name in tree.get("plugins", []))
-    load_plugins(plugins)
-    jobs = list(_jobs(tree, file, plugins))
+    file, tree, plugins = read_tree(path)
+    if "search" in tree:
+        raise ConfigError(
+            f"{file} has a `search`: run it with --search, which writes the sweep of each method's best trial, then that one"
+        )
+    for method in tree["trainers"]:
+        if isinstance(method, dict) and "trials" in method:
+            raise ConfigError(f"{file}: trials of {method.get('name')} would be ignored; add a `search`, or leave them out")
+    jobs = list(jobs_of(tree, file, plugins))
     folders: set[str] = set()
     for job in jobs:
         if job.folder in folders:
@@ -92,7 +100,24 @@ def read(path: str) -> Sweep:
     return Sweep(tree["output"], jobs, tree.get("slurm", {}))
 
 
-def _jobs(tree: dict[str, Any], file: Path, plugins: tuple[str, ...]) -> Iterable[Job]:
+def read_tree(path: str) -> tuple[Path, dict[str, Any], tuple[str, ...]]:
+    """Return a sweep file, what it holds, and its plugins, which are loaded.
+
+    Raises:
+        ConfigError: the file can't be read, or has a key that no sweep has.
+    """
+    from promptmix.config.flags import load_plugins, resolve_config
+
+    file = resolve_config(path)
+    tree = read_yaml(file, "sweep file")
+    check_keys(tree, _KEYS, _NEEDED, str(file))
+    plugins = tuple(_located(str(name), file) for name in tree.get("plugins", []))
+    load_plugins(plugins)
+    return file, tree, plugins
+
+
+def jobs_of(tree: dict[str, Any], file: Path, plugins: tuple[str, ...]) -> Iterable[Job]:
+    """Yield every job of what a sweep file holds."""
     where = str(file)
     for name in _list(tree["protocols"], f"{where}: protocols"):
         if name not in PROTOCOL_REGISTRY:
@@ -103,18 +128,18 @@ def _jobs(tree: dict[str, Any], file: Path, plugins: tuple[str, ...]) -> Iterabl
         if name not in tree["protocols"]:
             raise ConfigError(f"{where}: targets.{name} would be ignored; protocols: {', '.join(tree['protocols'])}")
     seeds, shots = (_integers(tree.get(key, []), f"{where}: {key}") for key in ("seeds", "shots"))
-    trainers = [_entry(value, _TRAINER_KEYS, f"{where}: trainers") for value in tree["trainers"]]
+    trainers = [method_entry(value, where) for value in tree["trainers"]]
     datasets = [_entry(value, _DATASET_KEYS, f"{where}: datasets") for value in tree["datasets"]]
     if not all(isinstance(name, str) for name in tree.get("variants", {})):
         raise ConfigError(f"{where}: variants: names must be text, not {', '.join(map(shown, tree['variants']))}")
-    variants = {str(name): _flat(values, f"{where}: variants.{name}") for name, values in tree.get("variants", {"": {}}).items()}
+    variants = {str(name): flat(values, f"{where}: variants.{name}") for name, values in tree.get("variants", {"": {}}).items()}
     for name in (*variants, *(str(method.get("label", "")) for method in trainers)):
         if name and (not _FOLDER_NAME.fullmatch(name) or not name.strip(".")):
             raise ConfigError(
                 f"{where}: {shown(name)} names a variant or label, which becomes part of a folder's name; "
                 "write it with letters, numbers, '.', '_', '-', '+', '=' and spaces"
             )
-    shared = _flat(tree.get("set", {}), f"{where}: set")
+    shared = flat(tree.get("set", {}), f"{where}: set")
     root = tree.get("root", "")
     if root and not Path(root).is_absolute() and (file.parent / root).is_dir():
         root = str(file.parent / root)
@@ -127,7 +152,7 @@ def _jobs(tree: dict[str, Any], file: Path, plugins: tuple[str, ...]) -> Iterabl
                 chosen = method.get("config") or tree.get("config") or default_config(method["name"], dataset)
                 for variant, values in variants.items():
                     label = "-".join(filter(None, (method.get("label", ""), variant)))
-                    own = (_flat(entry.get("set", {}), f"{where}: set of {entry['name']}") for entry in (data, method))
+                    own = (flat(entry.get("set", {}), f"{where}: set of {entry['name']}") for entry in (data, method))
                     every = [pair for pairs in (shared, *own, values) for pair in pairs.items()]
                     settings = tuple(item for key, value in every if _is_read(key, protocol, tree) for item in (key, value))
                     for shot in shots or [PROTOCOL_REGISTRY.get(protocol).shots]:
@@ -155,7 +180,7 @@ def _is_read(key: str, protocol: str, tree: dict[str, Any]) -> bool:
     return not key.startswith(others)
 
 
-def _check(tree: Any, keys: Mapping[str, Any], needed: Iterable[str], where: str) -> None:
+def check_keys(tree: Any, keys: Mapping[str, Any], needed: Iterable[str], where: str) -> None:
     """Refuse a tree with unknown or missing keys, or with values of another type.
 
     Raises:
@@ -174,20 +199,25 @@ def _check(tree: Any, keys: Mapping[str, Any], needed: Iterable[str], where: str
             raise ConfigError(f"{where}: {key} is missing (needed: {', '.join(needed)})")
 
 
+def method_entry(value: Any, where: str) -> dict[str, Any]:
+    """Return a trainer's entry, given as a name or as a mapping with a name."""
+    return _entry(value, _TRAINER_KEYS, f"{where}: trainers")
+
+
 def _entry(value: Any, keys: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Return an entry of a list, given as a name or as a mapping with a name."""
     entry = {"name": value} if isinstance(value, str) else value
-    _check(entry, keys, ("name",), where)
+    check_keys(entry, keys, ("name",), where)
     return dict(entry)
 
 
-def _flat(tree: Any, where: str, prefix: str = "") -> dict[str, Any]:
+def flat(tree: Any, where: str, prefix: str = "") -> dict[str, Any]:
     """Return overrides by dotted key, however deep they are nested in the file."""
     if not isinstance(tree, dict):
         raise ConfigError(f"{where} is {tree!r}, but must be a mapping of config keys to values")
     found: dict[str, Any] = {}
     for key, value in tree.items():
-        found |= _flat(value, where, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        found |= flat(value, where, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return found
 
 
