@@ -24,7 +24,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -142,7 +142,7 @@ def _trial(entry: dict[str, Any], name: Any, values: Any, tree: dict[str, Any], 
     label = "-".join(filter(None, (entry.get("label", ""), name)))
     own = sweep.flat(entry.get("set", {}), f"{file}: set of {entry['name']}")
 
-    def jobs(settings: Mapping[str, Any]) -> tuple[Job, ...]:
+    def jobs(settings: dict[str, Any]) -> tuple[Job, ...]:
         return tuple(sweep.jobs_of(tree | {"trainers": [entry | {"label": label, "set": own | settings}]}, file, plugins))
 
     settings = sweep.flat(values, f"{file}: trials.{name}")
