@@ -10,6 +10,7 @@ from promptmix.errors import ConfigError, OutputError, UserError
 from promptmix.registry import SWEEP_BACKEND_REGISTRY
 from promptmix.runs import backends, search, sweep
 from promptmix.runs.results import RunResult
+from tests.runs import made
 
 TRIALS = {"low": {"OPTIM.LR": "x0.5"}, "written": {}, "high": {"OPTIM": {"LR": "x3", "MAX_EPOCH": "x2"}}}
 
@@ -150,3 +151,20 @@ def test_command_searches_then_the_sweep_reports(tmp_path, capsys):
         assert "nan" not in (tmp_path / "out-search" / "sweep.log").read_text()
         assert main(["sweep", str(tmp_path / "grid-chosen.yaml"), "--backend", "here"]) == 0
         assert "| ZeroshotCLIP" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", sorted((made.ROOT / "configs" / "sweeps").glob("*-chosen.yaml")), ids=lambda path: path.stem)
+def test_shipped_choices_are_trials_of_their_search(path):
+    asked = yaml.safe_load(path.with_name(path.name.replace("-chosen", "")).read_text())
+    chosen = yaml.safe_load(path.read_text())
+    assert {key: value for key, value in asked.items() if key not in ("search", "trainers")} == {
+        key: value for key, value in chosen.items() if key != "trainers"
+    }
+    entries = [sweep.method_entry(entry, path.name) for entry in asked["trainers"]]
+    assert [entry["name"] for entry in entries] == [entry["name"] for entry in chosen["trainers"]]
+    for entry, won in zip(entries, chosen["trainers"], strict=True):
+        own = sweep.flat(entry.get("set", {}), path.name)
+        trials = entry.get("trials", asked["search"]["trials"])
+        added = {key: value for key, value in won.get("set", {}).items() if key not in own}
+        assert own.items() <= won.get("set", {}).items()
+        assert any(set(added) == set(sweep.flat(trial, path.name)) for trial in trials.values())
