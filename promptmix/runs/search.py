@@ -237,7 +237,7 @@ def _chosen(search: Search, numbers: list[list[float]]) -> str:
     lines = [
         f"{_MARK} from {search.file.name}: of {len(search.methods[0])} trials a method,",
         f"# the one with the best {search.metric} on the val part, mean over seeds {seeds}; of several the first.",
-        yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=120).rstrip("\n"),
+        yaml.safe_dump(tree, sort_keys=False, default_flow_style=None, allow_unicode=True, width=120).rstrip("\n"),
         "trainers:",
     ]
     for trials, reached in zip(search.methods, numbers, strict=True):
