@@ -59,3 +59,8 @@ class OutputError(UserError, OSError):
 
 class TrainingError(UserError, FloatingPointError):
     """A training whose loss is no number any more."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether ``error`` means that memory, of the GPU or of the machine, did not suffice: by PyTorch's words, without it."""
+    return isinstance(error, MemoryError) or "can't allocate memory" in str(error) or "out of memory" in str(error)

@@ -232,6 +232,9 @@ def test_what_is_unexpected_is_one_line_with_its_file(monkeypatch, capsys):
     fails(capsys, ["cache"], "unexpected IndexError: list index out of range", "please report", code=console.FAULT)
     with pytest.raises(IndexError):
         main(["cache", "--debug"])
+    full = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+    monkeypatch.setattr("promptmix.commands.cache.run", lambda args: (_ for _ in ()).throw(full))
+    fails(capsys, ["cache"], "memory does not suffice", "BATCH_SIZE")
 
 
 def test_a_limit_on_the_size_of_files_leaves_nothing(tmp_path):

@@ -184,7 +184,8 @@ def test_onnx_by_the_pages_code(runs, tmp_path, monkeypatch, trainer, capsys):
     ("trainer", "file", "words"),
     [
         ("MaPLe", "head.npz", "--format onnx"),
-        ("CoCoOp", "head.npz", "not linear"),
+        ("CoCoOp", "head.npz", "anew for each picture"),
+        ("CoCoOp", "model.onnx", "anew for each picture"),
         ("CoOp", "head.txt", ".npz"),
     ],
 )

@@ -132,6 +132,20 @@ def test_the_command_writes_table_json_lines_and_csv(runs, pictures, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 8
 
 
+def test_tables_are_read_and_what_is_hidden_is_not(runs, pictures, tmp_path, capsys):
+    shutil.copy(pictures / "cat-fluent_3d.webp", tmp_path / "cat.webp")
+    (tmp_path / "._cat.webp").write_bytes(b"\0\5\26\7")
+    (tmp_path / "own.csv").write_text("label,path\ncat,./cat.webp\n")
+    (tmp_path / "bare.csv").write_text("cat.webp\n")
+    command = ["predict", "--model-dir", str(runs / "ZeroshotCLIP"), "--format", "csv"]
+    for given in (tmp_path, tmp_path / "own.csv"):
+        assert main([*command, str(given)]) == 0
+        (row,) = csv.DictReader(io.StringIO(capsys.readouterr().out))
+        assert row["image"] == str(tmp_path / "cat.webp")
+    assert main([*command, str(tmp_path / "bare.csv")]) == 2
+    assert "no column 'path'" in capsys.readouterr().err
+
+
 def test_errors_are_one_line(runs, pictures, tmp_path, capsys):
     image = str(pictures / "cat-fluent_3d.webp")
     (tmp_path / "empty").mkdir()

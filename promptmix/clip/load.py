@@ -274,11 +274,19 @@ def _create(name: str, tag: str | None, quick_gelu: bool) -> open_clip.CLIP | op
         return open_clip.create_model(name, pretrained=tag, force_quick_gelu=quick_gelu, precision="fp32")
     except Exception as error:
         raise WeightsError(
-            f"weights of {name} ({tag}) can't be downloaded or loaded ({type(error).__name__}); connect to the network, set "
-            "MODEL.BACKBONE.WEIGHTS to a local file, or use the embedded backbone tiny-en"
+            f"weights of {name} ({tag}) can't be downloaded or loaded ({type(error).__name__}); connect to the network, or get "
+            f"{_source(name, tag)} elsewhere and set MODEL.BACKBONE.WEIGHTS to its file (fit, predict: --weights FILE); the "
+            "embedded backbone tiny-en needs none"
         ) from error
     finally:
         logging.disable(logging.NOTSET)
+
+
+def _source(name: str, tag: str | None) -> str:
+    """Return where the weights of open_clip's model ``name`` come from."""
+    known = get_pretrained_cfg(name, tag) or {} if tag else {}
+    hub = str(known.get("hf_hub", "")).strip("/")
+    return str(known.get("url") or (f"https://huggingface.co/{hub}" if hub else "them"))
 
 
 def _fill(model: nn.Module, state: Mapping[str, Tensor], what: str) -> None:

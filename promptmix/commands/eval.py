@@ -77,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
         progress.close()
     names = result.vocabulary.get("classnames", [])
     sys.stdout.write(f"among {len(names)} classes; {folder} has its results.json and log.txt\n")
-    if found is not None:
-        sys.stdout.write(calibration.in_words(found) + f"; kept in {Path(args.run, calibration.FILE)}\n")
+    if args.calibrate:
+        kept = f"; kept in {Path(args.run, calibration.FILE)}" if found is not None else ""
+        sys.stdout.write(calibration.in_words(found) + kept + "\n")
     return 0

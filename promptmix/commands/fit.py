@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import shlex
 import sys
 import time
@@ -34,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=1, help="default: 1")
     add("--output-dir", default="", metavar="DIR", help="runs go to DIR/TRAINER; default: output/<name of the pictures>")
     add("--no-baseline", action="store_true", help="leave out the zero-shot model that the prompts are compared with")
+    add("--skip-bad", action="store_const", const=True, help="leave out missing or damaged pictures instead of stopping")
     add("--device", choices=("auto", "cpu", "cuda"), default="", help="where to compute")
     add("--plugin", action="append", default=[], metavar="MODULE|FILE", help="load a plugin; may be repeated")
     add("opts", nargs="*", metavar="KEY VALUE", help="config overrides at the end (OPTIM.MAX_EPOCH 5)")
@@ -59,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
         args.seed,
         args.output_dir,
         args.device,
+        args.skip_bad,
         tuple(args.plugin),
         tuple(args.opts),
     )
@@ -67,7 +70,10 @@ def run(args: argparse.Namespace) -> int:
     started, command = time.monotonic(), ["promptmix", *args.argv]
     progress = Lines(total=len(jobs))
     try:
-        done = [_run(job, wish, progress, command) for job in jobs]
+        done = []
+        for job in jobs:
+            done.append(_run(job, wish, progress, command))
+            gc.collect()  # a trainer refers to itself: its model goes before the next one comes
     finally:
         progress.close()
     rows, metrics, _ = tables.aggregate(done)
@@ -119,7 +125,7 @@ def _run(cfg: CfgNode, wish: Wish, progress: Lines, command: list[str]) -> RunRe
             calibratable = trained and trainer.val_loader is not None and hasattr(trainer, "scores")
             found = calibrate(trainer, cfg.OUTPUT_DIR) if calibratable else None
     progress.end(result, skipped=False)
-    if found is not None:
+    if calibratable:
         out.write(f"  {in_words(found)}\n")
     return result
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
     add = parser.add_argument
-    add("images", nargs="+", metavar="IMAGE", help="pictures, or folders of pictures")
+    add("images", nargs="+", metavar="IMAGE", help="pictures, folders of pictures, or tables (CSV) with a column path")
     add("--model-dir", required=True, metavar="DIR", help="output folder of the run")
     add("--load-epoch", type=int, metavar="N", help="checkpoint of this epoch; default: the one that the run was tested with")
     add("--classnames", default="", metavar="A,B,C", help="names to choose from, or a file with one a line; default: the run's")
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     if args.embeddings and Path(args.embeddings).suffix not in (".npz", ".safetensors"):
         raise UserError(f"--embeddings {args.embeddings}: give a file name that ends with .npz or .safetensors")
     for name in args.images:
-        if Path(name).is_dir() and next(_pictures(name), None) is None:
+        if (Path(name).is_dir() or Path(name).suffix.lower() == ".csv") and next(_pictures(name), None) is None:
             raise DataError(f"no pictures below {name}; name pictures or a folder that holds some")
     from promptmix.predict import load
 
@@ -125,7 +125,17 @@ def class_names(text: str) -> list[str]:
 
 
 def _pictures(name: str) -> Iterator[str]:
-    """Yield ``name``, or the pictures below it if it is a folder: a folder's own first, then those of its folders, by name."""
+    """Yield ``name``, or the pictures that it leads to.
+
+    Those below a folder: its own first, then those of its folders, by name; what is hidden is left out. Or those of a table,
+    whose paths are relative to it.
+
+    Raises:
+        DataError: a table has no column ``path``.
+    """
+    if Path(name).suffix.lower() == ".csv":
+        yield from _of_table(Path(name))
+        return
     if not Path(name).is_dir():
         yield name
         return
@@ -133,11 +143,21 @@ def _pictures(name: str) -> Iterator[str]:
 
     known = Image.registered_extensions()
     for folder, inside, files in os.walk(name):
-        inside.sort()
+        inside[:] = sorted(below for below in inside if not below.startswith("."))
         for file in sorted(files):
             path = os.path.join(folder, file)
-            if os.path.splitext(file)[1].lower() in known and os.path.isfile(path):
+            if not file.startswith(".") and os.path.splitext(file)[1].lower() in known and os.path.isfile(path):
                 yield path
+
+
+def _of_table(table: Path) -> Iterator[str]:
+    """Yield the pictures that a table names."""
+    from promptmix.utils import read_text
+
+    rows = csv.DictReader(read_text(table).splitlines(), skipinitialspace=True)
+    if "path" not in (rows.fieldnames or ()):
+        raise DataError(f"{table} has no column 'path'; its first line must name the columns, such as path,label")
+    yield from (os.path.normpath(table.parent / row["path"].strip()) for row in rows if row["path"])
 
 
 def _with_progress(images: Iterable[str]) -> Iterator[str]:

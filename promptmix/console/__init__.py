@@ -10,7 +10,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from promptmix.errors import UserError
+from promptmix.errors import UserError, is_out_of_memory
 
 __all__ = ["FAULT", "describe", "finish", "ready", "silence"]
 
@@ -71,7 +71,7 @@ def describe(error: BaseException) -> tuple[str, int]:
     """
     if isinstance(error, UserError):
         return _one_line(str(error)), 2
-    if isinstance(error, MemoryError):
+    if is_out_of_memory(error):
         return f"memory does not suffice; {_REMEDIES[errno.ENOMEM]}", 2
     file, line = _origin(error)
     words = _words(error)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from yacs.config import CfgNode
 
 from promptmix.cost.count import Count, count
-from promptmix.errors import UserError
+from promptmix.errors import UserError, is_out_of_memory
 from promptmix.utils import get_logger
 
 #: Classes in memory at a time that the message proposes.
@@ -195,12 +195,6 @@ def explained(trainer: Counted) -> Iterator[None]:
     else:
         return
     raise UserError(advice)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether ``error`` means that memory, of the GPU or of the machine, did not suffice."""
-    text = str(error)
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text or "out of memory" in text
 
 
 def advise(trainer: Counted) -> str:

@@ -22,7 +22,7 @@ from promptmix.errors import ConfigError
 __all__ = ["OUR_FLAGS", "Early", "command_line", "flags_of", "groups", "has_main_block", "load", "surroundings"]
 
 #: Flags of `promptmix train` that a checkout's train.py never sees, with the number of words that each takes.
-_TAKING = ("--coop-repo", "--dassl", "--device", "--plugin")
+_TAKING = ("--coop-repo", "--dassl", "--device", "--plugin", "--threads")
 OUR_FLAGS = dict.fromkeys(_TAKING, 2) | dict.fromkeys(("--skip-bad", "--debug", "--quiet", "--list"), 1)
 _PATHS = {"--root", "--output-dir", "--resume", "--model-dir"}
 _CONFIGS = {"--config-file", "--dataset-config-file"}

@@ -23,7 +23,7 @@ from promptmix.predict.predictor import Predictor
 from promptmix.prompts.learner import Learner, PromptLearner
 from promptmix.version import __version__
 
-__all__ = ["Exported", "about", "arrays_of", "write"]
+__all__ = ["Exported", "about", "arrays_of", "refuse_text_of_pictures", "write"]
 
 #: Largest difference of scores that rounding explains, as a share of the largest score.
 _TOLERANCE = 1e-4
@@ -52,8 +52,12 @@ def arrays_of(predictor: Predictor, classnames: Sequence[str] | None = None) -> 
         CheckpointError: the run's prompts belong to its own classes.
     """
     learner, classifier = predictor.classifier(classnames)
+    refuse_text_of_pictures(predictor, learner)
     if not learner.image_is_frozen or learner.feature_kind or _encodes_itself(learner):
-        raise ConfigError(f"{_name(predictor)} changes or reads more of the image tower than its feature, {_REMEDY}")
+        raise ConfigError(
+            f"{_name(predictor)} is no classifier of the frozen tower's normalised feature alone (it changes the tower or the "
+            f"feature, or reads more of it), {_REMEDY}"
+        )
     scale = learner.clip.scale.detach().float()
     width, device = learner.clip.embed_dim, scale.device
     with torch.no_grad():
@@ -100,6 +104,19 @@ def _check(predictor: Predictor, arrays: dict[str, Tensor], features: Tensor, ow
     apart = (scores(arrays, features) - own).abs().max()
     if not bool(apart <= _TOLERANCE * own.abs().max()):  # NaN is refused too
         raise ConfigError(f"{_name(predictor)} gives scores that are not linear in the image feature, {_REMEDY}")
+
+
+def refuse_text_of_pictures(predictor: Predictor, learner: PromptLearner) -> None:
+    """Refuse a method whose text features are made anew for each picture: a file would need the text tower too.
+
+    Raises:
+        ConfigError: the method is such a one.
+    """
+    if getattr(getattr(learner, "bank", None), "per_image", False):
+        raise ConfigError(
+            f"{_name(predictor)} makes the text features anew for each picture, so no file of them can be written; use "
+            "`promptmix predict`, or promptmix.load in Python"
+        )
 
 
 def _encodes_itself(learner: PromptLearner) -> bool:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from promptmix.errors import ConfigError
-from promptmix.predict.export import about
+from promptmix.predict.export import about, refuse_text_of_pictures
 from promptmix.predict.predictor import Predictor, embedding_of
 from promptmix.utils import atomic_write
 
@@ -76,6 +76,7 @@ def write_onnx(predictor: Predictor, path: Path, classnames: Sequence[str] | Non
     if predictor.device.type != "cpu":
         raise ConfigError("an ONNX graph is drawn on the CPU; load the run there (--device cpu)")
     model = Deployed(predictor, classnames).eval()
+    refuse_text_of_pictures(predictor, model.learner)
     largest = 0.0
 
     def make(temporary: Path) -> None:
@@ -110,8 +111,9 @@ def _draw(model: Deployed, predictor: Predictor, path: Path) -> None:
         shapes = ({0: torch.export.Dim("batch")},)
         torch.onnx.export(model, (pictures,), str(path), dynamo=True, dynamic_shapes=shapes, external_data=False, **names)
     except Exception as error:
+        needs = " (it may need onnxscript: pip install 'promptmix[onnx]')" if isinstance(error, ImportError) else ""
         raise ConfigError(
-            f"TRAINER.NAME {predictor.result.trainer} can't be drawn as an ONNX graph ({type(error).__name__}); "
+            f"TRAINER.NAME {predictor.result.trainer} can't be drawn as an ONNX graph ({type(error).__name__}){needs}; "
             "use `promptmix predict`, or promptmix.load in Python"
         ) from first
 

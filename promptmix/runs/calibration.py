@@ -77,8 +77,12 @@ def expected_error(probabilities: Tensor, labels: Tensor) -> float:
     return 100 * float(torch.stack(gaps).sum() / max(len(labels), 1))
 
 
-def calibrate(trainer: Any, folder: str | Path, epoch: int | None = None) -> Calibration:  # a PromptTrainer
+def calibrate(trainer: Any, folder: str | Path, epoch: int | None = None) -> Calibration | None:  # a PromptTrainer
     """Fit T on the trainer's validation pictures and write it to the run's folder.
+
+    Returns:
+        What was measured; None, and no file, where the pictures can't tell: all are classified rightly, so that no T is too
+        small, or no T is too large.
 
     Args:
         trainer: with the learned tensors that the run is tested with.
@@ -96,6 +100,9 @@ def calibrate(trainer: Any, folder: str | Path, epoch: int | None = None) -> Cal
         raise UserError(f"{folder}: {type(trainer).__name__} is no PromptTrainer, so it gives no scores to calibrate")
     logits, labels = trainer.scores("val")
     temperature = fit_temperature(logits, labels)
+    if not 1.01 * _LOW < temperature < _HIGH / 1.01:
+        Path(folder, FILE).unlink(missing_ok=True)
+        return None
     numbers = [
         (float(F.cross_entropy(logits / t, labels)), expected_error((logits / t).softmax(dim=1), labels))
         for t in (temperature, 1.0)
@@ -124,8 +131,10 @@ def read(folder: str | Path) -> Calibration | None:
     return found
 
 
-def in_words(found: Calibration) -> str:
+def in_words(found: Calibration | None) -> str:
     """Return a line that says what the temperature does."""
+    if found is None:
+        return "no temperature: the val pictures can't tell how sure the model may be (all right, or no better than chance)"
     return (
         f"temperature {found.temperature:.3f} from {found.pictures:,} val pictures: expected calibration error there "
         f"{found.ece_before:.1f}% -> {found.ece:.1f}%, log-likelihood loss {found.nll_before:.3f} -> {found.nll:.3f}"

@@ -42,6 +42,7 @@ class Wish:
         seed: of the shots and the training.
         output: folder of the runs.
         device: auto, cpu or cuda.
+        skip_bad: whether pictures that can't be read are left out.
         plugins: modules or files to load.
         settings: ``KEY VALUE`` pairs, which come last.
     """
@@ -55,6 +56,7 @@ class Wish:
     seed: int = 1
     output: str = ""
     device: str = ""
+    skip_bad: bool | None = None
     plugins: tuple[str, ...] = ()
     settings: tuple[str, ...] = ()
 
@@ -139,6 +141,7 @@ def _flags(wish: Wish, trainer: str) -> dict[str, tuple[str, Any]]:
         "--backbone": ("MODEL.BACKBONE.NAME", wish.backbone),
         "--weights": ("MODEL.BACKBONE.WEIGHTS", wish.weights),
         "--shots": ("DATASET.NUM_SHOTS", wish.shots),
+        "--skip-bad": ("DATASET.SKIP_BAD", wish.skip_bad),
         "--seed": ("SEED", wish.seed),
         "--device": ("DEVICE", wish.device),
         "--output-dir": ("OUTPUT_DIR", str(wish.folder / trainer)),
@@ -186,7 +189,7 @@ def defaults(cfg: CfgNode, dataset: Any, wish: Wish) -> list[tuple[str, str]]:  
         ("method", f"{cfg.TRAINER.NAME}  [--trainer NAME; `promptmix list trainers`]"),
         ("backbone", _backbone(cfg)),
         ("recipe", _recipe(cfg, wish)),
-        ("split", f"{sizes}; {_split(cfg)}"),
+        ("split", f"{sizes}; {_split(cfg, dataset)}"),
         ("shots", f"{drawn}: {range_} a class  [--shots N]"),
         ("templates", _templates(dataset, cfg.DATASET.TEMPLATE_GROUPS)),
         ("runs", f"{wish.folder}  [--output-dir DIR]"),
@@ -210,14 +213,13 @@ def _recipe(cfg: CfgNode, wish: Wish) -> str:
     return f"{recipe_of(wish.trainer, wish.backbone)}: {numbers}  [OPTIM.MAX_EPOCH 50 at the end]"
 
 
-def _split(cfg: CfgNode) -> str:
-    root = Path(cfg.DATASET.ROOT)
-    if cfg.DATASET.NAME == "CSV":
-        return "as the table says, or else by DATASET.CSV.SPLIT_RATIO"
-    if any((root / name).is_dir() for name in ("train", "training")):
-        return "as the folders say"
-    ratio = ", ".join(f"{share:g}" for share in cfg.DATASET.IMAGEFOLDER.SPLIT_RATIO)
-    return f"{ratio} of each class  [folders train/ and test/ are taken as they are]"
+def _split(cfg: CfgNode, dataset: Any) -> str:
+    is_table = cfg.DATASET.NAME == "CSV"
+    if dataset.comes_in_parts:
+        return "as the table says" if is_table else "as the folders say"
+    ratio = ", ".join(f"{share:g}" for share in cfg.DATASET[cfg.DATASET.NAME.upper()].SPLIT_RATIO)
+    given = "a column split is taken as it is" if is_table else "folders train/ and test/ are taken as they are"
+    return f"{ratio} of each class  [{given}]"
 
 
 def _templates(dataset: Any, groups: Any) -> str:

@@ -8,8 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from promptmix.clip.reference import encode_plain, plain
 from promptmix.cost.count import count
-from promptmix.cost.estimate import estimate, is_out_of_memory
-from promptmix.errors import UserError
+from promptmix.cost.estimate import estimate
+from promptmix.errors import UserError, is_out_of_memory
 from tests.clip.test_text import SHARED, TOKENIZER, WORDS
 from tests.trainers.golden import golden_clip
 from tests.trainers.toy import first_step, toy_trainer

@@ -95,6 +95,10 @@ def test_a_forks_own_flags_are_taken(room):
     assert run(room, "--note", "ab", "--twice")["config"]["TRAINER"]["WORDBIAS"]["NOTE"] == "abab"
 
 
+def test_flags_of_ours_stay_with_us(room):
+    assert run(room, "--threads", "1")["config"]["TRAINER"]["NAME"] == "WordBias"
+
+
 def test_a_flag_that_nobody_knows(room, capsys):
     error = refused(room, capsys, "--noet", "ab")
     assert "train.py refuses its command line: unrecognized arguments: --noet; it takes --backbone," in error

@@ -130,7 +130,7 @@ def test_csv_without_a_split_and_with_numbers_for_labels(tmp_path):
         ("path,label,split", ["a.jpg,cat,train", "a.jpg,cat,"], "some rows have a split"),
         ("path,label", ["a.jpg,"], "line 2"),
         ("path,label", [], "no pictures"),
-        ("path,label", ["a.jpg,cat"], "too few to split"),
+        ("path,label", ["a.jpg,cat"], "1 picture of 'cat': too few to train on and to test on"),
         ("path,label,split", ["gone.jpg,cat,train", "a.jpg,cat,test"], "gone.jpg: missing"),
         ("path,label,split", ["a.jpg,cat,train"], "no test pictures"),
     ],
@@ -141,6 +141,20 @@ def test_csv_refuses_in_one_line(tmp_path, header, lines, words):
     with pytest.raises(DataError, match=words) as caught:
         build("CSV", tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_two_or_three_pictures_a_class_are_enough_and_empty_folders_are_named(tmp_path, caplog):
+    for name, count in (("cat", 2), ("dog", 3), ("owl", 4)):
+        for k in range(count):
+            tiny_jpeg(tmp_path / name / f"{k}.jpg", (40 * k, len(name), count))
+    (tmp_path / "fox" / "later").mkdir(parents=True)
+    with caplog.at_level("WARNING", "promptmix"):
+        dataset = own("ImageFolder", tmp_path)
+    assert [len(part) for part in (dataset.train_x, dataset.val, dataset.test)] == [5, 1, 3]
+    assert not dataset.comes_in_parts and dataset.classnames == ["cat", "dog", "owl"]
+    said = " ".join(caplog.messages)
+    assert "2 classes have too few pictures for a val part, such as 'cat'" in said
+    assert f"1 folders hold no picture and are no classes: {tmp_path / 'fox'}" in said
 
 
 def test_folders_refuse(tmp_path):

@@ -98,6 +98,15 @@ def test_error_of_perfect_confidence_is_the_error_rate():
     assert calibration.expected_error(sure, torch.tensor([0, 0, 1, 0])) == pytest.approx(25)
 
 
+def test_pictures_that_cant_tell_leave_no_temperature(tmp_path):
+    from types import SimpleNamespace
+
+    right = SimpleNamespace(val_loader=[], scores=lambda part: (torch.eye(3), torch.arange(3)))
+    (tmp_path / calibration.FILE).write_text("{}")
+    assert calibration.calibrate(right, tmp_path) is None and not (tmp_path / calibration.FILE).exists()
+    assert "can't tell" in calibration.in_words(None)
+
+
 @pytest.mark.parametrize("content", ["[]", '{"temperature": 0}', '{"temperature": "x", "pictures": 1}'])
 def test_a_calibration_that_is_none_is_refused(tmp_path, content):
     from promptmix.errors import DataError

@@ -52,6 +52,18 @@ def test_few_pictures_are_said_with_numbers(pictures, tmp_path, capsys):
     assert "note: 16 shots: 2 of 3 classes have fewer training pictures (10)" in capsys.readouterr().out
 
 
+def test_damaged_pictures_stop_it_or_are_left_out(pictures, tmp_path, capsys):
+    damaged = pictures / "bird" / "damaged.webp"
+    damaged.write_bytes(b"none")
+    flags = ["--trainer", "ZeroshotCLIP"]
+    try:
+        assert fit(pictures, tmp_path / "out", *flags) == 2
+        assert "--skip-bad" in capsys.readouterr().err and not (tmp_path / "out").exists()
+        assert fit(pictures, tmp_path / "out", *flags, "--skip-bad") == 0
+    finally:
+        damaged.unlink()
+
+
 def test_a_table_and_templates(pictures, tmp_path, capsys):
     rows = [f"{path.relative_to(pictures)},{path.parent.name}" for path in sorted(pictures.rglob("*.webp"))]
     table = pictures / "labels.csv"

@@ -68,7 +68,8 @@ class _Own(AssembledDataset):
             return Datum(path, labels[label], self.domains.index(domain), names.get(label, label))
 
         given = {part: [datum(entry) for entry in found if entry[0] == part] for part in PARTS}
-        if any(entry[0] for entry in found):
+        self.comes_in_parts = any(entry[0] for entry in found)
+        if self.comes_in_parts:
             # Without a test part the validation part is what is tested, as with ImageNet.
             splits = given | {"test": given["test"] or given["val"]}
         else:
@@ -237,6 +238,10 @@ def _say_left_out(where: Path, parts: dict[str, Path], found: list[Found]) -> No
     left = [path for path in _below(str(where), (os.path.realpath(where),)) if path not in taken]
     loose = [path for path in left if _is_picture(path)]
     other = Counter(Path(path).suffix.lower() for path in left if not _is_picture(path))
+    empty = _without_pictures(parts, found) if found else []
+    if empty:
+        shown = ", ".join(empty[:3]) + (", ..." if len(empty) > 3 else "")
+        get_logger().warning("%s: %d folders hold no picture and are no classes: %s", where, len(empty), shown)
     if loose:
         inside = f"below {', '.join(folder.name for folder in parts.values())}" if "" not in parts else "in class folders"
         get_logger().warning("%s: %d pictures are not %s and are left out, such as %s", where, len(loose), inside, loose[0])
@@ -244,6 +249,18 @@ def _say_left_out(where: Path, parts: dict[str, Path], found: list[Found]) -> No
         kinds = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in other.most_common(5))
         log = get_logger().warning if set(other) & _UNREAD_PICTURES else get_logger().info
         log("%s: %d files are of no picture format that is read here and are left out (%s)", where, other.total(), kinds)
+
+
+def _without_pictures(parts: dict[str, Path], found: list[Found]) -> list[str]:
+    """Return those folders that stand where class folders do and hold no picture."""
+    full = {(part, name) for part, domain, label, _ in found for name in (domain, label)}
+    above = [(part, folder) for part, folder in parts.items() if part in ("", "train")]
+    return [
+        str(folder / entry.name)
+        for part, folder in above
+        for entry in _entries(folder)
+        if entry.is_dir() and (part, entry.name) not in full
+    ]
 
 
 def _say_if_domains(where: Path, found: list[Found]) -> None:

@@ -199,6 +199,8 @@ def _class_folders(images: Path) -> dict[str, list[str]]:
 def shuffled_split(groups: Iterable[Sequence[Datum]], ratio: Sequence[float], seed: int, where: Path) -> Splits:
     """Split each group by ratio, shuffled by ``seed`` alone.
 
+    A group that is too small for three parts gives its val part up first.
+
     Args:
         groups: items of one class each (or of one class and domain).
         ratio: shares of train, val and test; the test part gets what is left. A share of 0 makes an empty part.
@@ -206,21 +208,30 @@ def shuffled_split(groups: Iterable[Sequence[Datum]], ratio: Sequence[float], se
         where: folder or file, for the message.
 
     Raises:
-        DataError: a group has too few pictures for its parts.
+        DataError: a group has too few pictures to train and to test on.
     """
     generator = random.Random(seed)
     splits: Splits = {"train": [], "val": [], "test": []}
+    without_val: list[str] = []
     for group in groups:
         items = list(group)
         generator.shuffle(items)
         first, second = (round(len(items) * share) for share in ratio[:2])
+        if ratio[1] and (not second or first + second >= len(items)):
+            second = 0
+            without_val.append(items[0].classname)
         parts = {"train": items[:first], "val": items[first : first + second], "test": items[first + second :]}
-        for (part, chosen), share in zip(parts.items(), ratio, strict=True):
-            if share > 0 and not chosen:
+        for part in ("train", "test"):
+            if not parts[part]:
                 raise DataError(
-                    f"{where}: {len(items)} pictures of {items[0].classname!r} are too few to split by {tuple(ratio)}; add some"
+                    f"{where}: {len(items)} picture{'s' * (len(items) > 1)} of {items[0].classname!r}: too few to train on and "
+                    "to test on; add some (2 at least, better 20), take the class away, or make folders train/ and test/ yourself"
                 )
-            splits[part] += chosen
+        splits = {part: splits[part] + chosen for part, chosen in parts.items()}
+    if without_val:
+        get_logger().warning(
+            "%s: %d classes have too few pictures for a val part, such as %r", where, len(without_val), without_val[0]
+        )
     return splits
 
 
