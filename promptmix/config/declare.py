@@ -154,7 +154,7 @@ def settings_of(function: Callable[..., Any]) -> dict[str, Declared]:
     """
     if isinstance(function, type):
         function = function.__init__  # type: ignore[misc]
-    return dict(_settings_of(function))
+    return dict(_settings_of(getattr(function, "__func__", function)))  # a bound method would keep its trainer alive
 
 
 @cache

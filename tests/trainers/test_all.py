@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -34,10 +36,16 @@ def learned_tensors(trainer):
 
 @pytest.mark.parametrize("name", TRAINERS)
 def test_builds_from_its_defaults_and_scores_every_class(room, name):
-    found = scores(toy_trainer(room, name))
+    trainer = toy_trainer(room, name)
+    found = scores(trainer)
     assert found.shape == (2 * BASE, BASE)
     assert found.dtype == torch.float32
     assert found.isfinite().all()
+    kept = weakref.ref(trainer)
+    del trainer
+    if kept() is not None:
+        gc.collect()
+    assert kept() is None, "something keeps each trainer that was ever built"
 
 
 @pytest.mark.parametrize("name", LEARNED)
