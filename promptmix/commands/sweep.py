@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from promptmix.runs.sweep import Sweep
 
 LOG = "sweep.log"
+#: CPUs that each run asks Slurm for, unless it is told.
+ASKED = 4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("file", metavar="FILE.yaml", help="methods, data sets, seeds, protocols, overrides (see configs/sweeps/emoji.yaml)")
     add("--jobs", type=int, metavar="N", help="runs at a time; default: one per GPU, or per CPU where there is none")
-    add("--threads", type=int, metavar="N", help="CPU threads of each run; default: CPUs / jobs")
+    add(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="CPU threads of each run; default: `task: cpus` of the file, else CPUs / jobs (Slurm: 4)",
+    )
     add(
         "--backend",
         default="local",
@@ -124,9 +131,20 @@ def _options(args: argparse.Namespace, plan: Sweep) -> Options:
 
     gpus = 0 if all(job.device == "cpu" for job in plan.jobs) else torch.cuda.device_count()
     jobs = args.jobs or gpus or cpus()
-    threads = args.threads or max(1, cpus() // jobs)
+    spread = ASKED if args.backend == "slurm" else max(1, cpus() // jobs)  # not what this login node has
+    threads = args.threads or plan.task.get("cpus") or spread
+    share = plan.task.get("gpus")
     command = ("promptmix", *args.argv)
-    return Options(jobs, threads, gpus, args.address, plan.slurm, plan.output, command)
+    return Options(
+        jobs=jobs,
+        threads=threads,
+        gpus=gpus,
+        address=args.address,
+        slurm=plan.slurm,
+        folder=plan.output,
+        command=command,
+        share=None if share is None else float(share),
+    )
 
 
 def _run_all(jobs: list[Job], options: Options, backend: Backend, output: Path) -> list[tuple[Job, str]]:

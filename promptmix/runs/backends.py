@@ -62,6 +62,7 @@ class Options:
         slurm: parameters of submitit's executor (``timeout_min``, ``slurm_partition``, ...).
         folder: where a backend keeps its own files.
         command: command line, kept in every ``results.json``.
+        share: of a GPU that each job asks for, on Ray and Slurm; None = one where the jobs may use it.
     """
 
     jobs: int = 1
@@ -71,11 +72,19 @@ class Options:
     slurm: dict[str, Any] = field(default_factory=dict)
     folder: str = "."
     command: tuple[str, ...] = ()
+    share: float | None = None
 
 
 Started = Callable[[int], None]
 #: Runs jobs; a generator, so that closing it ends what still runs.
 Backend = Callable[[Sequence[Job], Options, Started], Generator[tuple[int, Outcome], None, None]]
+
+
+def share_of(jobs: Sequence[Job], options: Options) -> float:
+    """Return how much of a GPU each job asks for."""
+    if options.share is not None:
+        return options.share
+    return 0.0 if all(job.device == "cpu" for job in jobs) else 1.0
 
 
 def cpus() -> int:
@@ -234,7 +243,8 @@ def on_ray(jobs: Sequence[Job], options: Options, started: Started) -> Generator
         where = f"--address {options.address}" if options.address else "--backend ray"
         raise UserError(f"{where}: {' '.join(str(error).split())}; start Ray there, or leave --address out") from error
     try:
-        gpus = 1 if ray.cluster_resources().get("GPU", 0) and all(job.device != "cpu" for job in jobs) else 0
+        has_gpus = options.share is not None or ray.cluster_resources().get("GPU", 0)
+        gpus = share_of(jobs, options) if has_gpus else 0
         # A crashed worker is a failed job, which the next sweep repeats; tasks with a GPU get a process of their own.
         task: Any = ray.remote(num_cpus=options.threads, num_gpus=gpus, max_retries=0)(work)
         pending: dict[Any, int] = {}
@@ -273,13 +283,18 @@ def on_slurm(
         import submitit
     except ImportError as error:
         raise UserError("--backend slurm needs submitit; install it with: pip install 'promptmix[slurm]'") from error
+    share = share_of(jobs, options)
+    if not share.is_integer():
+        raise UserError(f"task: gpus is {share}, and Slurm gives whole GPUs only; set it to 0 or 1 for --backend slurm")
+    asked = {"cpus_per_task": options.threads, "slurm_array_parallelism": options.jobs}
+    told = (*options.slurm, *options.slurm.get("slurm_additional_parameters", {}))
+    if share and not any("gpu" in key or "gres" in key for key in told):
+        asked["slurm_gpus_per_task"] = int(share)
     if cluster == "slurm" and shutil.which("sbatch") is None:
         raise UserError("--backend slurm: no sbatch on the PATH; run the sweep on a login node of your cluster")
     try:
         executor = submitit.AutoExecutor(folder=str(Path(options.folder, "slurm")), cluster=cluster)
-        executor.update_parameters(
-            **{"name": "promptmix", "cpus_per_task": options.threads, "slurm_array_parallelism": options.jobs} | options.slurm
-        )
+        executor.update_parameters(**{"name": "promptmix"} | asked | options.slurm)
     except (NameError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"slurm: {' '.join(str(error).split())}; give parameters of submitit's AutoExecutor") from error
     with executor.batch():

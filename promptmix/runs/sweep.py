@@ -12,6 +12,7 @@ targets: {cross-dataset: [...]}       # default: those of the papers
 set: {OPTIM.MAX_EPOCH: 10}            # for every run
 variants: {short: {OPTIM.MAX_EPOCH: 2}, long: {}}
 root: data                            # also: device, plugins, slurm, search (see promptmix.runs.search)
+task: {cpus: 4, gpus: 0.5}            # what each run asks Ray or Slurm for; Slurm gives whole GPUs
 ```
 """
 
@@ -46,7 +47,9 @@ _KEYS: dict[str, type | tuple[type, ...]] = {
     "plugins": list,
     "slurm": dict,
     "search": dict,
+    "task": dict,
 }
+_TASK_KEYS: dict[str, type | tuple[type, ...]] = {"cpus": int, "gpus": (int, float)}
 _FOLDER_NAME = re.compile(r"[\w.+= -]{1,100}")
 _NEEDED = ("output", "protocols", "trainers", "datasets", "seeds")
 _TRAINER_KEYS: dict[str, type | tuple[type, ...]] = {
@@ -67,11 +70,13 @@ class Sweep:
         output: results tree.
         jobs: every job, neighbours on the same data set.
         slurm: parameters for submitit.
+        task: ``cpus`` and ``gpus`` that each run asks for.
     """
 
     output: str
     jobs: list[Job]
     slurm: dict[str, Any] = field(default_factory=dict)
+    task: dict[str, Any] = field(default_factory=dict)
 
 
 def read(path: str) -> Sweep:
@@ -97,7 +102,24 @@ def read(path: str) -> Sweep:
         if job.folder in folders:
             raise ConfigError(f"{file}: {job.name} ({job.protocol}) is there twice; give one of the trainers a `label`")
         folders.add(job.folder)
-    return Sweep(tree["output"], jobs, tree.get("slurm", {}))
+    return Sweep(tree["output"], jobs, tree.get("slurm", {}), _task(tree.get("task", {}), str(file)))
+
+
+def _task(tree: dict[str, Any], where: str) -> dict[str, Any]:
+    """Check what each run asks for.
+
+    Raises:
+        ConfigError: a number that no run can have.
+    """
+    check_keys(tree, _TASK_KEYS, (), f"{where}: task")
+    cpus, gpus = tree.get("cpus", 1), tree.get("gpus", 0)
+    if isinstance(cpus, bool) or cpus < 1:
+        raise ConfigError(f"{where}: task: cpus is {cpus}, but must be 1 or more")
+    if isinstance(gpus, bool) or not 0 <= gpus <= 1:
+        raise ConfigError(
+            f"{where}: task: gpus is {gpus}, but must be from 0 to 1: a run of a sweep uses one GPU or a part of it"
+        )
+    return tree
 
 
 def read_tree(path: str) -> tuple[Path, dict[str, Any], tuple[str, ...]]:
@@ -193,7 +215,9 @@ def check_keys(tree: Any, keys: Mapping[str, Any], needed: Iterable[str], where:
             raise ConfigError(f"{where}: unknown key {key!r}{closest(str(key), list(keys))} (keys: {', '.join(keys)})")
         if not isinstance(value, keys[key]) or value in ([], ""):
             shown = "empty" if value in (None, [], "") else repr(value)
-            raise ConfigError(f"{where}: {key} is {shown}, but must be a {keys[key].__name__}")
+            kind = keys[key]
+            wanted = kind.__name__ if isinstance(kind, type) else "number"
+            raise ConfigError(f"{where}: {key} is {shown}, but must be a {wanted}")
     for key in needed:
         if key not in tree:
             raise ConfigError(f"{where}: {key} is missing (needed: {', '.join(needed)})")

@@ -1,5 +1,6 @@
 """A sweep: the same numbers however it runs and however often it is killed; failures are told and cost one run each."""
 
+import argparse
 import importlib.util
 import os
 import shutil
@@ -7,12 +8,16 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import yaml
 
 from promptmix.cli import main
+from promptmix.commands import sweep as command
 from promptmix.errors import ConfigError, UserError
 from promptmix.runs import backends, sweep
 from tests.runs import made
@@ -191,6 +196,63 @@ def test_slurm_queues_every_job_and_reads_how_each_ended(submitit):
     assert "out of memory" in found[1].error and "17.err" in found[1].error
 
 
+@pytest.mark.parametrize(
+    ("device", "share", "slurm", "asked"),
+    [
+        ("", None, {}, 1),
+        ("cpu", None, {}, None),
+        ("", 0.0, {}, None),
+        ("cpu", 1.0, {}, 1),
+        ("", None, {"slurm_gpus_per_node": "a100:1"}, None),
+        ("", None, {"slurm_additional_parameters": {"gres": "gpu:1"}}, None),
+    ],
+)
+def test_slurm_is_asked_for_a_gpu_once(submitit, device, share, slurm, asked):
+    wanted = [replace(job, device=device) for job in jobs("CoOp")]
+    list(backends.on_slurm(wanted, backends.Options(threads=3, share=share, slurm=slurm), print))
+    assert submitit.parameters.get("slurm_gpus_per_task") == asked and submitit.parameters["cpus_per_task"] == 3
+
+
+def test_slurm_gives_no_part_of_a_gpu(submitit):
+    with pytest.raises(UserError, match="gpus is 0.5, and Slurm gives whole GPUs"):
+        next(backends.on_slurm(jobs("CoOp"), backends.Options(share=0.5), print))
+
+
+@pytest.mark.parametrize(("gpus", "share", "asked"), [(2, None, 1), (0, None, 0), (2, 0.25, 0.25), (0, 0.25, 0.25)])
+def test_ray_is_asked_for_part_of_a_gpu(monkeypatch, gpus, share, asked):
+    class Ray:
+        """Stands in for the parts of Ray's API that the backend uses."""
+
+        asked: ClassVar[dict[str, float]] = {}
+
+        @staticmethod
+        def remote(**asked):
+            Ray.asked = asked
+            return lambda work: SimpleNamespace(remote=lambda *arguments: "job")
+
+        init = shutdown = staticmethod(lambda *arguments, **options: None)
+        cluster_resources = staticmethod(lambda: {"GPU": gpus})
+        wait = staticmethod(lambda refs, num_returns: (refs, []))
+        get = staticmethod(lambda ref: backends.Outcome(numbers={"base": 50.0}))
+
+    monkeypatch.setitem(sys.modules, "ray", Ray)
+    list(backends.on_ray(jobs("CoOp"), backends.Options(threads=3, share=share), print))
+    assert Ray.asked == {"num_cpus": 3, "num_gpus": asked, "max_retries": 0}
+
+
+@pytest.mark.parametrize(
+    ("flags", "task", "threads"),
+    [(["--threads", "2"], {"cpus": 8}, 2), ([], {"cpus": 8}, 8), ([], {}, 4)],
+)
+def test_slurm_is_asked_for_cpus_of_the_task_not_of_this_machine(tmp_path, flags, task, threads):
+    plan = sweep.read(str(made.make_sweep(tmp_path, tmp_path / "out", **({"task": task} if task else {}))))
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    args = parser.parse_args(["sweep.yaml", "--backend", "slurm", "--jobs", "9", *flags], argparse.Namespace(argv=[]))
+    options = command._options(args, plan)
+    assert options.threads == threads and options.jobs == 9
+
+
 def test_interrupted_driver_cancels_what_is_queued(submitit):
     running = backends.on_slurm(jobs("CoOp", "KgCoOp"), backends.Options(), lambda index: None)
     next(running)
@@ -225,6 +287,10 @@ def test_missing_extra_is_one_line(name, module, monkeypatch):
         ({"targets": {"cross-dataset": ["EuroSAT"]}}, ["targets.cross-dataset", "ignored"]),
         ({"variants": {"short": 3}}, ["variants.short", "mapping"]),
         ({"plugins": ["missing_plugin.py"]}, ["missing_plugin.py"]),
+        ({"task": {"gpu": 1}}, ["task", "unknown key 'gpu'", "did you mean 'gpus'"]),
+        ({"task": {"gpus": 2}}, ["task", "gpus is 2", "from 0 to 1"]),
+        ({"task": {"cpus": 0}}, ["task", "cpus is 0", "1 or more"]),
+        ({"task": {"gpus": "one"}}, ["task", "gpus", "number"]),
     ],
     ids=str,
 )
