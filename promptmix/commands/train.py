@@ -162,6 +162,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         cfg = make_config([args.dataset_config_file, args.config_file], flags, args.opts, args.plugin)
     check_names(cfg)
+    _refuse_undivided(cfg)
     from promptmix.engine.precision import choose_device
     from promptmix.parallel import group
     from promptmix.runs.run import run as run_one
@@ -176,6 +177,14 @@ def _refuse_beside_run(args: argparse.Namespace) -> None:
     for flag, given in (("--config-file", args.config_file), ("--dataset-config-file", args.dataset_config_file)):
         if given:
             raise ConfigError(f"{flag} {given} beside --from-run {args.from_run}: leave one out; single keys go at the end")
+
+
+def _refuse_undivided(cfg: CfgNode) -> None:
+    """Refuse several processes for a trainer without the towers that they share."""
+    from promptmix.registry import TRAINER_REGISTRY
+
+    if launch.place()[1] > 1 and not hasattr(TRAINER_REGISTRY.get(cfg.TRAINER.NAME), "roles"):
+        raise ConfigError(f"TRAINER.NAME {cfg.TRAINER.NAME} is no prompt trainer, whose towers --devices divides; leave it out")
 
 
 def set_threads(number: int | None) -> None:

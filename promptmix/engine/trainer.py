@@ -191,12 +191,15 @@ class SimpleTrainer(TrainerBase):
             split, loader = "test", self.test_loader
         get_logger().info("Evaluate on the *%s* set", split)
         most = self.cfg.TEST.get("PREDICTIONS", 0) if split == "test" else 0  # a real Dassl's tree lacks it
-        keeper = SampleKeeper(most) if most else None
+        keeper, checked = SampleKeeper(most) if most else None, False
         with signals.listening():
             for batch in progress(loader, desc=f"evaluate {split}"):
                 signals.check()
                 inputs, label = self.parse_batch_test(batch)
                 scores = self.score_batch(inputs, label)
+                if not checked:
+                    group.refuse_differences([scores])
+                    checked = True
                 if keeper is not None:
                     keeper.take(scores, label, batch.get("impath"), self.kept_beside_scores())
         results = self.evaluator.evaluate()

@@ -247,11 +247,11 @@ def same_seed() -> int:
     return seed if _group is None else int(_everyone(torch.tensor(float(seed), dtype=torch.float64))[0])
 
 
-def refuse_differences(numbers: Sequence[Tensor], exact: Sequence[Tensor]) -> None:
+def refuse_differences(numbers: Sequence[Tensor], exact: Sequence[Tensor] = ()) -> None:
     """Stop a training whose processes went different ways: then its numbers would not be those of one device.
 
     Args:
-        numbers: that all processes computed from the whole batch, equal up to rounding, such as the loss.
+        numbers: that all processes computed from the whole batch, equal up to rounding, such as loss and scores.
         exact: the learned tensors, which the same gradients moved.
 
     Raises:
@@ -259,15 +259,17 @@ def refuse_differences(numbers: Sequence[Tensor], exact: Sequence[Tensor]) -> No
     """
     if not divides() or _group is None:
         return
-    near = torch.stack([number.detach().double().cpu().reshape(()) for number in numbers])
+    near = torch.cat([torch.zeros(1), *(number.detach().cpu().reshape(-1) for number in numbers)]).double()
     sums = [torch.stack([one.detach().double().sum(), one.detach().double().square().sum()]).cpu() for one in exact]
-    every = _everyone(torch.cat([near, *sums]))
-    spread = (every.amax(0) - every.amin(0)).nan_to_num(0.0)
-    limit = torch.cat([1e-3 * (1 + near.abs()), torch.zeros(2 * len(sums), dtype=torch.float64)])
-    if (spread > limit).any():
+    same = bool((_everyone(torch.tensor(float(len(near)))) == len(near)).all())
+    if same:
+        every = _everyone(torch.cat([near, *sums]))
+        spread = (every.amax(0) - every.amin(0)).nan_to_num(0.0)
+        same = bool((spread[: len(near)] <= 1e-3 * (1 + near.abs().amax())).all() and (spread[len(near) :] == 0).all())
+    if not same:
         raise ConfigError(
-            f"{_group.what} goes different ways in the {_group.size} processes of --devices: it learns beside what they share; "
-            "leave it out"
+            f"{_group.what} comes to different numbers in the {_group.size} processes of --devices, since it works beside the "
+            "towers that they share; leave --devices out"
         )
 
 

@@ -239,4 +239,6 @@ def feature_loader(
 
 
 def _device(tower: torch.nn.Module) -> str:
-    return next(tower.parameters()).device.type
+    """Say what computes: parts of a batch in several processes round otherwise than the whole does."""
+    kind = next(tower.parameters()).device.type
+    return kind if group.size() == 1 else f"{kind} in {group.size()} processes"
