@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 
+from promptmix.errors import ConfigError
 from promptmix.parallel import group
 from promptmix.plugin_manager import get_plugin_manager
 from promptmix.registry import DATASET_REGISTRY
 from promptmix.runs.run import run
 from tests.trainers import toy
 
-#: Among them a router and experts, deep prompts in both towers, prompts by picture, two gradients.
-METHODS = ("CoOp", "CoCoOp", "MoCoOp", "MaPLe", "PromptSRC", "ProGrad")
+#: Among them a router with experts, deep prompts in both towers, and two gradients.
+METHODS = ("CoOp", "MoCoOp", "MaPLe", "PromptSRC", "ProGrad")
 TIMEOUT = 60
 #: What is said before the run begins that only one process tells of.
 RUN = "the run"
@@ -35,6 +36,17 @@ def few_steps(room: Path, name: str) -> dict[str, torch.Tensor]:
         found |= {f"{key} {place}": torch.as_tensor(value) for key, value in summary.items()}
     found |= {key: value.detach().clone() for key, value in trainer.model.named_parameters()}
     return found | {"scores": trainer.scores("test")[0]}
+
+
+def beside_the_towers(room: Path) -> str:
+    """Return how a loss of the pixels is refused, of which every process has its part."""
+    trainer: Any = toy.toy_trainer(room, "CoOp")
+    pixels = next(iter(trainer.train_loader_x))["img"]
+    try:
+        trainer.check_processes({"loss": pixels.mean()})
+    except ConfigError as error:
+        return str(error)
+    return ""
 
 
 def train(room: Path, folder: Path, *, stop: bool = False) -> None:
@@ -58,12 +70,18 @@ def train(room: Path, folder: Path, *, stop: bool = False) -> None:
         return
 
 
-def together(room: Path) -> tuple[dict[str, dict[str, torch.Tensor]], str]:
-    """Go through everything as one of the processes, until the second one is gone without a word; return what the first hears."""
+def together(room: Path) -> tuple[dict[str, dict[str, torch.Tensor]], str, str]:
+    """Go through everything as one of the processes, until the second one is gone without a word.
+
+    Returns:
+        What the methods gave, how pixels were refused, and what the first process heard of the second.
+    """
     found: dict[str, dict[str, torch.Tensor]] = {}
+    refused = ""
     try:
         with group.joined(torch.device("cpu"), "the tests"):
             found |= {name: few_steps(room, name) for name in METHODS}
+            refused = beside_the_towers(room)
             train(room, room / "2 to 1", stop=True)
             sys.stdout.write(RUN)
             train(room, room / "1 to 2")
@@ -73,8 +91,8 @@ def together(room: Path) -> tuple[dict[str, dict[str, torch.Tensor]], str]:
                 os._exit(9)
             group.wait()
     except group.LostProcessError as error:
-        return found, str(error)
-    return found, ""
+        return found, refused, str(error)
+    return found, refused, ""
 
 
 if __name__ == "__main__":

@@ -36,11 +36,11 @@ def ended(room, tmp_path_factory):
         command = [sys.executable, "-m", "tests.parallel.session", str(folder)]
         other = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "RANK": "1"}, stdout=subprocess.PIPE)
         try:
-            both, gone = session.together(folder)
+            both, *heard = session.together(folder)
         finally:
             said = other.communicate(timeout=session.TIMEOUT)[0].decode()
     session.train(folder, folder / "2 to 1")
-    return folder, alone, both, gone, said, other.returncode
+    return folder, alone, both, heard, said, other.returncode
 
 
 @pytest.mark.parametrize("name", session.METHODS)
@@ -74,6 +74,11 @@ def test_one_process_writes_and_the_other_is_quiet(ended):
 
 
 def test_a_process_that_is_gone_ends_the_training_in_one_line(ended):
-    *_, gone, _, code = ended
+    *_, (_, gone), _, code = ended
     assert code == 9
     assert gone.startswith("another process of this training is gone") and "\n" not in gone
+
+
+def test_what_is_computed_beside_the_towers_is_refused(ended):
+    *_, (refused, _), _, _ = ended
+    assert refused.startswith("the tests comes to different numbers in the 2 processes of --devices") and "\n" not in refused

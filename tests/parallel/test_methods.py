@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from promptmix.cost.count import count
 from promptmix.data.reading.loaders import streams_kept
 from promptmix.errors import ConfigError
 from promptmix.parallel import group
@@ -18,6 +19,15 @@ TRAINERS = [name for name in TRAINER_REGISTRY if TRAINER_REGISTRY.get(name).__mo
 REFUSED = {"CLIPLoRA"}
 #: What learns without steps on training batches is tested instead.
 NO_STEP = {"ZeroshotCLIP", "TipAdapter", "LinearProbe", "LPPlusPlus", "TPT"}
+
+SHARED = group.shared
+
+
+def of_others(found, size, dim):
+    """Stand in for what is gathered."""
+    shape = list(found.shape)
+    shape[dim] = size
+    return found.new_ones(shape)
 
 
 @pytest.fixture
@@ -68,3 +78,15 @@ def test_a_divided_step_is_that_of_one_device(room, name, divide):
     rounding = 1e-6 * sum(float(one.abs().sum()) for one in alone)  # of gradients that are zero but for it
     for one, other in zip(alone, together, strict=True):
         assert (one - other).abs().sum() <= 1e-4 * one.abs().sum() + rounding
+
+
+def test_each_process_does_its_part_of_the_work(room, divide, monkeypatch):
+    """Counted operations of a step on 4 pictures and 5 classes, whole and in one of 2 processes."""
+    trainer = toy_trainer(room, "MaPLe", classes="all")
+    images, labels = trainer.parse_batch_train(next(iter(trainer.train_loader_x)))
+    whole = count(lambda: step(trainer, images, labels)).gflops
+    divide(2)
+    monkeypatch.setattr(group, "shared", SHARED)
+    monkeypatch.setattr(group, "_all_parts", of_others)
+    part = count(lambda: step(trainer, images, labels)).gflops
+    assert part < 0.6 * whole
