@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     if args.address and args.backend != "ray":
         raise UserError(f"--address {args.address} is for --backend ray, not {args.backend}; leave it out")
     found = search.read(args.file) if args.search else None
-    plan = sweep.read(args.file) if found is None else sweep.Sweep(found.output, found.jobs, found.tree.get("slurm", {}))
+    plan = sweep.read(args.file) if found is None else sweep.plan_of(found.output, found.jobs, found.tree, found.file)
     backend = SWEEP_BACKEND_REGISTRY.get(args.backend)
     if plan.slurm and args.backend != "slurm":
         plan.slurm.clear()

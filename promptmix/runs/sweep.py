@@ -102,24 +102,27 @@ def read(path: str) -> Sweep:
         if job.folder in folders:
             raise ConfigError(f"{file}: {job.name} ({job.protocol}) is there twice; give one of the trainers a `label`")
         folders.add(job.folder)
-    return Sweep(tree["output"], jobs, tree.get("slurm", {}), _task(tree.get("task", {}), str(file)))
+    return plan_of(tree["output"], jobs, tree, file)
 
 
-def _task(tree: dict[str, Any], where: str) -> dict[str, Any]:
-    """Check what each run asks for.
+def plan_of(output: str, jobs: list[Job], tree: dict[str, Any], file: Path) -> Sweep:
+    """Return the sweep of ``jobs`` that asks for what the tree of a sweep file says."""
+    return Sweep(output, jobs, tree.get("slurm", {}), _task(tree.get("task", {}), f"{file}: task"))
+
+
+def _task(task: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return what each run asks for.
 
     Raises:
         ConfigError: a number that no run can have.
     """
-    check_keys(tree, _TASK_KEYS, (), f"{where}: task")
-    cpus, gpus = tree.get("cpus", 1), tree.get("gpus", 0)
+    check_keys(task, _TASK_KEYS, (), where)
+    cpus, gpus = task.get("cpus", 1), task.get("gpus", 0)
     if isinstance(cpus, bool) or cpus < 1:
-        raise ConfigError(f"{where}: task: cpus is {cpus}, but must be 1 or more")
+        raise ConfigError(f"{where}: cpus is {cpus}, but must be 1 or more")
     if isinstance(gpus, bool) or not 0 <= gpus <= 1:
-        raise ConfigError(
-            f"{where}: task: gpus is {gpus}, but must be from 0 to 1: a run of a sweep uses one GPU or a part of it"
-        )
-    return tree
+        raise ConfigError(f"{where}: gpus is {gpus}, but must be from 0 to 1: a run of a sweep uses one GPU or a part of it")
+    return task
 
 
 def read_tree(path: str) -> tuple[Path, dict[str, Any], tuple[str, ...]]:
