@@ -128,9 +128,13 @@ class Orthogonality(Loss):
 
     part = "diversity"
 
+    def __init__(self, bank: PromptDistribution) -> None:
+        super().__init__()
+        self.without_names = bank.without_names
+
     def forward(self, step: Step) -> Tensor | None:
         """Return the loss (scalar); None for one prompt."""
-        features = step.bank.without_names().float()
+        features = self.without_names().float()
         count = len(features)
         if count == 1:
             return None
@@ -154,4 +158,4 @@ class ProDA(PromptTrainer):
     ) -> Learner:
         """Return the prompts with the loss L_upper + lambda L_so."""
         prompts = PromptDistribution(task, n_prompt, n_ctx, prompt_bs)
-        return Learner(task, prompts, loss=UpperBound() + alpha * Orthogonality())
+        return Learner(task, prompts, loss=UpperBound() + alpha * Orthogonality(prompts))

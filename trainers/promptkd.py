@@ -51,22 +51,22 @@ class TeacherKL(Distiller):
     """T^2 KL(softmax(teacher / T) || softmax(student / T)) over all class names, base and new: mean over images and classes.
 
     Args:
+        bank: the student, which knows its teacher.
         t: temperature T.
     """
 
-    def __init__(self, t: float) -> None:
+    def __init__(self, bank: Student, t: float) -> None:
         super().__init__()
-        self.t = t
+        self.class_vectors, self.teacher, self.t = bank.class_vectors, bank.teacher, t
 
     def forward(self, step: Step) -> Tensor:
         """Return the loss (scalar)."""
         if step.images is None:
             raise ValueError("the teacher needs the pictures")
-        bank: Student = step.bank
-        vectors = bank.class_vectors(step.task.all_classnames)
+        vectors = self.class_vectors(step.task.all_classnames)
         with torch.no_grad():
-            seen = bank.teacher.image(step.images)
-            taught = (bank.teacher.scale * seen @ vectors.to(seen.dtype).T).float()
+            seen = self.teacher.image(step.images)
+            taught = (self.teacher.scale * seen @ vectors.to(seen.dtype).T).float()
         scores = step.scores(vectors).float()
         target, student = ((logits / self.t).log_softmax(dim=-1) for logits in (taught, scores))
         return self.t**2 * F.kl_div(student, target, reduction="batchmean", log_target=True) / vectors.shape[0]
@@ -131,7 +131,7 @@ class PromptKD(PromptTrainer):
             who = Backbone(task)
         given = ClassVectors.read(class_vectors) if class_vectors else None
         bank = Student(task, who, given, n_ctx_vision, prompt_depth_vision, bool(teacher or class_vectors))
-        loss = kd_weight * TeacherKL(t)
+        loss = kd_weight * TeacherKL(bank, t)
         return Learner(task, bank, head=Cosine(task, bank), loss=loss)
 
     def before_train(self) -> None:

@@ -99,11 +99,12 @@ class PromptLearner(nn.Module, ABC):
             images: pictures or features; the first view is the one that is learned from.
             labels: (B,).
         """
+        own: Any = self  # a learner without parts has a loss that asks for none
         if are_views(images):
-            return Step(self, images[0], labels, views=images)
+            return Step(own, images[0], labels, views=images)
         if are_pictures(images):
-            return Step(self, images, labels)
-        return Step(self, None, labels, features=images)
+            return Step(own, images, labels)
+        return Step(own, None, labels, features=images)
 
     @abstractmethod
     def classifier(self) -> Any:

@@ -3,49 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from promptmix.clip import CLIP
 from promptmix.clip.projection import map_last
-from promptmix.data.descriptions import Descriptions
+from promptmix.prompts.bank import ImageLevel, PromptBank
+from promptmix.prompts.task import Task
 from promptmix.utils import made_once
 
 Made = TypeVar("Made")
-
-
-@dataclass(frozen=True)
-class Task:
-    """What parts are built for: the frozen model, the data set's words, and the labels that training will show.
-
-    Attributes:
-        clip: the frozen model, on its device.
-        classnames: names of the C classes that are told apart, by label.
-        all_classnames: names of all classes of the data set, base classes first.
-        templates: the data set's hard templates, such as ``"a photo of a {}."``.
-        template_groups: hard templates in groups of similar ones (MoCoOp's experts).
-        train_labels: label of each training picture, in the data set's order; empty where there is no training set (``predict``).
-        open_world: all classes are told apart, by what was trained on the base ones (the first half).
-        descriptions: sentences about classes, for parts that read them.
-    """
-
-    clip: CLIP
-    classnames: tuple[str, ...]
-    all_classnames: tuple[str, ...]
-    templates: tuple[str, ...]
-    template_groups: tuple[tuple[str, ...], ...]
-    train_labels: tuple[int, ...] = ()
-    open_world: bool = False
-    descriptions: Descriptions = field(default_factory=lambda: Descriptions({}))
-
-    def label_rows(self, features: Tensor) -> Tensor:
-        """Pick from features (E, C_all, D) of all class names those of the classes told apart: (E, C, D)."""
-        rows = {name: row for row, name in reversed(list(enumerate(self.all_classnames)))}
-        return features[:, [rows[name] for name in self.classnames]]
 
 
 @dataclass(frozen=True)
@@ -74,6 +44,49 @@ class Routing:
         return cls(experts, kept.softmax(dim=-1), logits)
 
 
+class Composition(Protocol):
+    """What a step asks of the learner that it is of (``promptmix.prompts.learner.Learner``, which says what each of these is)."""
+
+    task: Task
+    bank: PromptBank
+    image_level: ImageLevel
+    image_is_frozen: bool
+    image_per_expert: bool
+    keeps_frozen: bool
+    stacks_images: bool
+    needs_raw_text: bool
+
+    @property
+    def router(self) -> Callable[[Step], Routing] | None:
+        """Sends images to experts."""
+
+    @property
+    def head(self) -> Scores:
+        """Scores classes."""
+
+    @property
+    def skips_experts(self) -> bool:
+        """Whether experts that no image chose are left out."""
+
+    @property
+    def frozen_text(self) -> Tensor:
+        """Normalised features (C, D) of the data set's first hard template."""
+
+    def features(self, images: Tensor) -> Tensor:
+        """Return what caches keep of images."""
+
+
+class Scores(Protocol):
+    """What a step asks of a head."""
+
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether it reads ``step.tokens``."""
+
+    def __call__(self, step: Step) -> Tensor:
+        """Return class scores (B, C)."""
+
+
 class Step:
     """What routers, heads and losses read of a batch.
 
@@ -90,7 +103,7 @@ class Step:
 
     def __init__(
         self,
-        learner: Any,  # a PromptLearner; a composition has all the parts
+        learner: Composition,
         images: Tensor | None,
         labels: Tensor | None = None,
         *,
@@ -116,7 +129,7 @@ class Step:
         return self.learner.task
 
     @property
-    def bank(self) -> Any:  # a PromptBank, which is made of this module's parts
+    def bank(self) -> PromptBank:
         """The experts' prompts."""
         return self.learner.bank
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from promptmix.clip import CLIP
 from promptmix.errors import CheckpointError
 from promptmix.parallel import group
-from promptmix.prompts.step import Task
+from promptmix.prompts.task import Task
 from promptmix.utils import atomic_write
 
 __all__ = ["Backbone", "ClassVectors", "Teacher"]

@@ -171,7 +171,7 @@ def test_promptkd():
     task = golden_task()
     teacher = GoldenTeacher()
     bank = Student(task, teacher, None, 4, 3, True)
-    learner = Learner(task, bank, head=Cosine(task, bank), loss=1000.0 * TeacherKL(1.0))
+    learner = Learner(task, bank, head=Cosine(task, bank), loss=1000.0 * TeacherKL(bank, 1.0))
     shapes = json.loads((FOLDER / "promptkd.json").read_text())["learned"]
     names = {name: rename(PromptKD.layout.rules, name)[0] for name in shapes}
     set_learned("promptkd", learner, names, starts=("VPT_image_trans.conv1.1.weight",))

@@ -170,7 +170,7 @@ def test_maple_atp():
 def test_proda():
     task = golden_task(frozen())
     bank = PromptDistribution(task, 8, 16, 8)
-    learner = Learner(task, bank, loss=UpperBound() + 0.1 * Orthogonality())
+    learner = Learner(task, bank, loss=UpperBound() + 0.1 * Orthogonality(bank))
     terms = compare("proda", learner, {"prompt_learner.ctx": "bank.ctx"})
     expected = numbers("proda")
     close(terms.parts["upper"], expected["loss_upper"])

@@ -1,0 +1,40 @@
+"""What parts are built for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from promptmix.clip import CLIP
+from promptmix.data.descriptions import Descriptions
+
+
+@dataclass(frozen=True)
+class Task:
+    """What parts are built for: the frozen model, the data set's words, and the labels that training will show.
+
+    Attributes:
+        clip: the frozen model, on its device.
+        classnames: names of the C classes that are told apart, by label.
+        all_classnames: names of all classes of the data set, base classes first.
+        templates: the data set's hard templates, such as ``"a photo of a {}."``.
+        template_groups: hard templates in groups of similar ones (MoCoOp's experts).
+        train_labels: label of each training picture, in the data set's order; empty where there is no training set (``predict``).
+        open_world: all classes are told apart, by what was trained on the base ones (the first half).
+        descriptions: sentences about classes, for parts that read them.
+    """
+
+    clip: CLIP
+    classnames: tuple[str, ...]
+    all_classnames: tuple[str, ...]
+    templates: tuple[str, ...]
+    template_groups: tuple[tuple[str, ...], ...]
+    train_labels: tuple[int, ...] = ()
+    open_world: bool = False
+    descriptions: Descriptions = field(default_factory=lambda: Descriptions({}))
+
+    def label_rows(self, features: Tensor) -> Tensor:
+        """Pick from features (E, C_all, D) of all class names those of the classes told apart: (E, C, D)."""
+        rows = {name: row for row, name in reversed(list(enumerate(self.all_classnames)))}
+        return features[:, [rows[name] for name in self.classnames]]
