@@ -38,6 +38,8 @@ class GatedHardPrompts(Distiller):
 
     teachers: Tensor
 
+    needs_all_images = False
+
     def __init__(
         self,
         task: Task,

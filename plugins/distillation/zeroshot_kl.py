@@ -32,6 +32,8 @@ class ZeroshotKL(Distiller):
 
     teacher: Tensor
 
+    needs_all_images = False
+
     def __init__(
         self,
         task: Task,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from promptmix import register
 from promptmix.config.declare import Setting
+from promptmix.prompts.heads import weigh
 from promptmix.prompts.roles import Head, PromptBank, Task
 from promptmix.prompts.step import Step
 
@@ -16,6 +17,9 @@ from promptmix.prompts.step import Step
 @register
 class Transport(Head):
     """``s * sum_mn T_mn <f_m, t_n>``: the plan T moves an image's M patches to a class's N prompts at the least cost 1 - cosine.
+
+    Experts that prompt the image tower each in its own way see patches of their own: each moves them to its own prompt, and the
+    router weighs the experts' scores.
 
     Args:
         task: the frozen model.
@@ -37,10 +41,14 @@ class Transport(Head):
     ) -> None:
         super().__init__()
         self.eps, self.max_iter, self.thresh = eps, max_iter, thresh
+        self.mixes = self.needs_tokens and bank.num_visual > 1
 
     def forward(self, step: Step) -> Tensor:
         """Return class scores (B, C)."""
-        return self.transport(step, step.tokens, step.text)
+        if step.tokens.dim() == 3:
+            return self.transport(step, step.tokens, step.text)
+        pairs = zip(step.tokens.unbind(1), step.text, strict=True)
+        return weigh(step, torch.stack([self.transport(step, tokens, text[None]) for tokens, text in pairs], dim=1))
 
     def transport(self, step: Step, tokens: Tensor, text: Tensor) -> Tensor:
         """Return the scores (B, C) of local features (B, M, D) and text features (N, C, D)."""

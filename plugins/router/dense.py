@@ -19,6 +19,8 @@ class SoftGate(Router):
         bank: the experts.
     """
 
+    reads_query_alone = True
+
     def __init__(self, task: Task, bank: PromptBank) -> None:
         super().__init__()
         self.gate = nn.Linear(task.clip.embed_dim, bank.num_experts)
@@ -41,6 +43,8 @@ class Uniform(Router):
         task: what is routed.
         bank: the experts.
     """
+
+    reads_query_alone = True
 
     def __init__(self, task: Task, bank: PromptBank) -> None:
         super().__init__()

@@ -53,6 +53,8 @@ class NoisyTopK(Router):
         ConfigError: ``k`` is below 1 or above the number of experts.
     """
 
+    reads_query_alone = True
+
     def __init__(
         self,
         task: Task,

@@ -27,6 +27,8 @@ class TopK(Router):
         ConfigError: ``k`` is below 1 or above the number of experts.
     """
 
+    reads_query_alone = True
+
     def __init__(self, task: Task, bank: PromptBank, k: Annotated[int, Setting("experts kept per image", low=1)] = 2) -> None:
         super().__init__()
         if not 1 <= k <= bank.num_experts:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, overload
 
@@ -275,6 +275,14 @@ class ImageTower(nn.Module):
 def _some(changes: Changes, part: slice) -> Changes:
     """Return the changes for a part of the pictures."""
     return cut(changes, partial(rows_of, part=part, dims=(3,), dim=0))
+
+
+def prompts_of(prompts: VisualPrompts, rows: Tensor) -> VisualPrompts:
+    """Return the prompts of some images: tokens that differ from image to image (B, n, W) are cut to these rows."""
+    return {
+        i: replace(step, tokens=step.tokens[rows]) if isinstance(step.tokens, Tensor) and step.tokens.dim() == 3 else step
+        for i, step in prompts.items()
+    }
 
 
 @dataclass(frozen=True)

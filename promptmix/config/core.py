@@ -161,7 +161,7 @@ def _add_model(cfg: CN) -> None:
     _key(cfg, "MODEL.BACKBONE.TOKENIZER", "", comment)
     comment = "ours: classes in memory at a time, the rest is computed again (exact, slower); 0 = all"
     _key(cfg, "MODEL.CLASS_CHUNK", 0, comment, low=0, high=_MANY)
-    comment = "ours: encode only experts that some picture of the batch chose, where no loss needs others"
+    comment = "ours: texts of chosen experts alone, pictures by those they chose alone, where no loss needs others"
     _key(cfg, "MODEL.SPARSE_EXPERTS", True, comment)
     _key(cfg, "MODEL.COMPILE", False, "ours: torch.compile the layers of both towers; a minute at the start")
     comment = "ours: every token through every layer, as the authors' code does; slow, to compare"

@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from yacs.config import CfgNode
@@ -165,6 +166,12 @@ class PromptBank(Component, ABC):
     def visual(self) -> Sequence[VisualPrompts]:
         """Return what the image tower's prompts are: one schedule that all experts share, one for each, or none."""
         return ()
+
+    @property
+    def num_visual(self) -> int:
+        """Number of sets of visual prompts: 1 where all experts share one, or where there are none."""
+        with torch.no_grad():
+            return max(len(self.visual()), 1)
 
     def image_changes(self) -> dict[str, Any]:
         """Return what else changes the image tower: ``weights`` inside layers and ``actions`` (``promptmix.clip.places``)."""

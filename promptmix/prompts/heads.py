@@ -37,15 +37,11 @@ class WeightedScores(Head):
 
     def forward(self, step: Step) -> Tensor:
         """Return class scores (B, C)."""
-        routing, image = step.routing, step.image
+        image = step.image
         text = step.text.to(image.dtype)
         images = "bed" if image.dim() == 3 else "bd"
         scores = torch.einsum(f"{images},{'b' if text.dim() == 4 else ''}ecd->bec", image, text)
-        if routing is None:
-            return _with_bias(step, (self.scale or step.task.clip.scale) * scores.mean(dim=1))
-        weights = routing.dense if step.experts is None else routing.dense[:, step.experts]
-        mixed = torch.einsum("be,bec->bc", weights.to(scores.dtype), scores)
-        return _with_bias(step, (self.scale or step.task.clip.scale) * mixed)
+        return _with_bias(step, (self.scale or step.task.clip.scale) * weigh(step, scores))
 
 
 @register
@@ -72,6 +68,14 @@ class Cosine(Head):
     def forward(self, step: Step) -> Tensor:
         """Return class scores (B, C)."""
         return _with_bias(step, step.scores(scale=self.scale))
+
+
+def weigh(step: Step, scores: Tensor) -> Tensor:
+    """Return the experts' scores (B, E, C) weighed by the router, equally without one: (B, C)."""
+    if step.routing is None:
+        return scores.mean(dim=1)
+    weights = step.routing.dense if step.experts is None else step.routing.dense[:, step.experts]
+    return torch.einsum("be,bec->bc", weights.to(scores.dtype), scores)
 
 
 def _with_bias(step: Step, logits: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from promptmix.clip import CLIP
 from promptmix.clip.projection import unprojected
+from promptmix.clip.vision import VisualPrompts, prompts_of
 from promptmix.data.features.views import are_pictures, are_views
 from promptmix.engine.layout import today
 from promptmix.errors import ConfigError, PluginError
@@ -208,13 +209,17 @@ class Learner(PromptLearner):
             raise ConfigError(
                 f"a part reads raw text features, which {type(bank).__name__} does not give; choose another of the two"
             )
-        with torch.no_grad():
-            #: Whether each expert has image features of its own.
-            self.image_per_expert = not bank.image_is_frozen and len(bank.visual()) > 1
+        #: Whether each expert has image features of its own.
+        self.image_per_expert = not bank.image_is_frozen and bank.num_visual > 1
         #: Whether the frozen tower's features stand in front of the experts' own, which route images or are mixed with them.
         self.keeps_frozen = router is not None or bank.per_image or bank.needs_frozen_image
         #: Whether several features of an image are kept side by side: (B, 1 + E, D), (B, E, D) or (B, 2, D).
         self.stacks_images = self.image_per_expert or bank.needs_frozen_image
+        if self.head.needs_tokens and bank.needs_frozen_image:
+            raise ConfigError(
+                f"{type(self.head).__name__} reads patches, and {type(bank).__name__} mixes features of whole images alone with "
+                "frozen ones; choose another of the two"
+            )
         self._frozen_text: Tensor | None = None
 
     @property
@@ -230,6 +235,13 @@ class Learner(PromptLearner):
         return self.sparse_experts and self.bank.takes_experts and not wanted and not self.clip.scale.is_meta
 
     @property
+    def skips_images(self) -> bool:
+        """Whether visual experts encode those images of a step alone that chose them: nothing looks at the others' features."""
+        wanted = any(loss.needs_all_images for loss in (*self.losses.values(), *self.measures.values()))
+        known = self.router is not None and self.router.reads_query_alone and not self.clip.scale.is_meta
+        return self.sparse_experts and self.image_per_expert and self.head.mixes and known and not wanted
+
+    @property
     def frozen_text(self) -> Tensor:
         """Normalised features (C, D) of the data set's first hard template."""
         if self._frozen_text is None or self._frozen_text.device != self.clip.scale.device:
@@ -242,32 +254,63 @@ class Learner(PromptLearner):
         Returns:
             (B, D), by ``image_level`` normalised, raw, or before the last linear map; (B, E, D) where each expert prompts the
             image tower in its own way, with a router (B, 1 + E, D), the frozen tower's features by which images are routed first,
-            (B, 2, D) where the bank mixes the frozen features with its own;
-            (B, 1 + M, D) with the patches' features behind the image's for heads with ``needs_tokens``.
+            (B, 2, D) where the bank mixes the frozen features with its own. For heads with ``needs_tokens`` the patches' features
+            stand behind those of their image: (B, 1 + M, D), or (B, 1 + E (1 + M), D) with experts of the image tower.
         """
-        encode = self._encoder
-        schedules, changes = self.bank.visual(), self.bank.image_changes()
-        if self.head.needs_tokens:
-            if self.stacks_images:
-                raise ConfigError(
-                    "a head over patches takes one set of image features; choose another head, or a bank of one expert that "
-                    "does not mix them with frozen ones"
-                )
-            image, tokens = encode(images, *schedules, **changes, tokens=self.head.token_kind)
-            return torch.cat([image[:, None], tokens], dim=1)
-        if self.stacks_images:
-            frozen = [self.clip.encode_frozen(lambda: encode(images))] if self.keeps_frozen else []
-            return torch.stack([*frozen, *(encode(images, schedule, **changes) for schedule in schedules or [{}])], dim=1)
-        features: Tensor = encode(images, *schedules, **changes)
-        return features
+        schedules: Sequence[VisualPrompts | None] = self.bank.visual() or [None]
+        changes = self.bank.image_changes()
+        if not self.stacks_images:
+            return self._encode_set(images, schedules[0], changes)
+        sets = [self.encode_unprompted(images)] if self.keeps_frozen else []
+        sets += [self._encode_set(images, schedule, changes) for schedule in schedules]
+        return torch.cat([found if found.dim() == 3 else found[:, None] for found in sets], dim=1)
 
-    @property
-    def _encoder(self) -> Callable[..., Any]:
+    def encode_unprompted(self, images: Tensor) -> Tensor:
+        """Return the frozen tower's features (B, D) of images, at the learner's ``image_level``."""
+        return self.clip.encode_frozen(lambda: self._encoder(self.clip.encode_image)(images))
+
+    def encode_chosen(self, images: Tensor, routing: Routing, unprompted: Tensor, experts: Tensor | None) -> Tensor:
+        """Return what visual experts give of the images that chose them.
+
+        Args:
+            images: (B, 3, S, S).
+            routing: of these images.
+            unprompted: the frozen tower's features (B, D), which stand in for images that did not choose an expert.
+            experts: those that are asked for (E',); None = all E.
+
+        Returns:
+            (B, E', D), or (B, E', 1 + M, D) with the patches behind the image's.
+        """
+        schedules, changes = self.bank.visual(), self.bank.image_changes()
+        choices = routing.experts.cpu()  # one wait for the device
+        idle, columns, found = [], [], None
+        for expert in range(len(schedules)) if experts is None else experts.tolist():
+            rows = (choices == expert).any(dim=1).nonzero()[:, 0].to(images.device)
+            if len(rows):
+                found = self._encode_set(images[rows], prompts_of(schedules[expert], rows), changes)
+            else:
+                idle += [step.tokens for step in schedules[expert].values() if isinstance(step.tokens, Tensor)]
+            columns.append((rows, found if len(rows) else None))
+        shape = found.shape[1:] if found is not None else unprompted.shape[1:]
+        others = (unprompted if len(shape) == 1 else unprompted[:, None]).expand(-1, *shape)
+        own = [others if new is None else others.to(new.dtype).index_copy(0, rows, new) for rows, new in columns]
+        stacked = torch.stack(own, dim=1)
+        # Idle experts get a gradient of zero, so that weight decay and momentum move them as if they had been encoded.
+        return stacked + 0.0 * torch.stack([tokens.sum() for tokens in idle]).sum() if idle else stacked
+
+    def _encode_set(self, images: Tensor, schedule: VisualPrompts | None, changes: Mapping[str, Any]) -> Tensor:
+        """Return (B, D), or (B, 1 + M, D) with the patches' features behind the image's."""
+        if not self.head.needs_tokens:
+            features: Tensor = self._encoder(self.clip.encode_image)(images, schedule, **changes)
+            return features
+        image, tokens = self._encoder(self.clip.encode_both)(images, schedule, **changes, tokens=self.head.token_kind)
+        return torch.cat([image[:, None], tokens], dim=1)
+
+    def _encoder(self, unit: Callable[..., Any]) -> Callable[..., Any]:
+        """Return what encodes images at ``image_level``: ``unit`` where that is the usual one."""
         if self.image_level == "unprojected":
             return partial(unprojected, self.clip.image)
-        if self.image_level == "raw":
-            return self.clip.image
-        return self.clip.encode_both if self.head.needs_tokens else self.clip.encode_image
+        return self.clip.image if self.image_level == "raw" else unit
 
     @property
     def feature_kind(self) -> str:

@@ -21,7 +21,8 @@ class CrossEntropy(Loss):
 
     def __init__(self, scores: Callable[[Step], Tensor] | None = None, part: str = "ce") -> None:
         super().__init__()
-        self.scores, self.part, self.needs_all_experts = scores, part, scores is not None
+        self.scores, self.part = scores, part
+        self.needs_all_experts = self.needs_all_images = scores is not None
 
     def forward(self, step: Step) -> Tensor:
         """Return the loss (scalar)."""
@@ -39,7 +40,7 @@ class RouterLoss(Loss):
     """
 
     part = "router"
-    needs_all_experts = False
+    needs_all_experts = needs_all_images = False
 
     def __init__(self, router: Router | None) -> None:
         super().__init__()

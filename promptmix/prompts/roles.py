@@ -40,6 +40,8 @@ class Router(Component, ABC):
     """Which experts an image is sent to."""
 
     registry: ClassVar[Registry] = ROUTER_REGISTRY
+    #: Whether ``forward`` reads nothing but ``step.query``, so that images can be routed before experts encode them.
+    reads_query_alone: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Say what to change in a router of promptmix 0.1's first form."""
@@ -70,7 +72,7 @@ class Head(Component, ABC):
     #: Whether it reads ``step.tokens``, the patches' features.
     needs_tokens: ClassVar[bool] = False
     #: Whether it weighs the experts by ``step.routing``, all equally without one.
-    mixes: ClassVar[bool] = False
+    mixes: bool = False
     #: Which: the patches as they leave the last layer, or its ``values``, where no attention has mixed them.
     token_kind: ClassVar[TokenKind] = "patches"
 
@@ -90,6 +92,8 @@ class Loss(Component, ABC):
     part: str = "loss"
     #: Whether it looks at the text features of experts that no image of the batch chose.
     needs_all_experts: bool = True
+    #: Whether it looks at the features that visual experts give of images that did not choose them.
+    needs_all_images: bool = True
 
     @abstractmethod
     def forward(self, step: Step) -> Tensor | None:
@@ -111,6 +115,7 @@ class TextSupervision(Loss):
 
     registry: ClassVar[Registry] = TEXT_SUPERVISION_REGISTRY
     part = "text"
+    needs_all_images = False
     #: Whether it also takes the features (B, E, C, D) of banks with ``per_image``.
     takes_per_image: bool = False
 

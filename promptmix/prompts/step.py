@@ -69,8 +69,18 @@ class Composition(Protocol):
         """Whether experts that no image chose are left out."""
 
     @property
+    def skips_images(self) -> bool:
+        """Whether visual experts encode those images alone that chose them."""
+
+    @property
     def frozen_text(self) -> Tensor:
         """Normalised features (C, D) of the data set's first hard template."""
+
+    def encode_unprompted(self, images: Tensor) -> Tensor:
+        """Return the frozen tower's features (B, D)."""
+
+    def encode_chosen(self, images: Tensor, routing: Routing, unprompted: Tensor, experts: Tensor | None) -> Tensor:
+        """Return visual experts' features of the images that chose them."""
 
     def features(self, images: Tensor) -> Tensor:
         """Return what caches keep of images."""
@@ -155,7 +165,11 @@ class Step:
 
     @made_once
     def image(self) -> Tensor:
-        """Image features (B, D), or (B, E, D) where each expert prompts the image tower in its own way."""
+        """Image features (B, D), or (B, E, D) where each expert prompts the image tower in its own way.
+
+        Those experts are the ones that ``text`` holds. Where a step is sparse (``Learner.skips_images``), the frozen tower's
+        features stand in for images that did not choose an expert.
+        """
         read = {"unit": lambda: self.unit_image, "raw": lambda: self.raw_image, "unprojected": lambda: self.unprojected_image}
         image = self.bank.adapt(read[self.bank.image_level]())
         return self.bank.join(image, self.frozen_image) if self.bank.needs_frozen_image else image
@@ -163,12 +177,12 @@ class Step:
     @made_once
     def unit_image(self) -> Tensor:
         """The tower's normalised features (B, D) or (B, E, D), before ``bank.adapt``."""
-        return self._split[0] if self.learner.image_level == "unit" else F.normalize(self.raw_image, dim=-1)
+        return self._image if self.learner.image_level == "unit" else F.normalize(self.raw_image, dim=-1)
 
     @made_once
     def raw_image(self) -> Tensor:
         """The tower's features (B, D) or (B, E, D) as they come, not normalised, for parts whose ``image_level`` is ``raw``."""
-        return self._split[0] if self.learner.image_level == "raw" else map_last(self.task.clip.image, self.unprojected_image)
+        return self._image if self.learner.image_level == "raw" else map_last(self.task.clip.image, self.unprojected_image)
 
     @made_once
     def unprojected_image(self) -> Tensor:
@@ -178,11 +192,11 @@ class Step:
             ValueError: no part says that it reads them.
         """
         self._check_unprojected()
-        return self._split[0]
+        return self._image
 
     @made_once
     def tokens(self) -> Tensor:
-        """Patch features (B, M, D), for heads with ``needs_tokens``.
+        """Patch features (B, M, D), or (B, E, M, D) as in ``image``, for heads with ``needs_tokens``.
 
         Raises:
             ValueError: the head does not say that it needs them.
@@ -205,22 +219,44 @@ class Step:
             raise ValueError("set image_level in the part that reads these image features")
 
     @property
+    def _image(self) -> Tensor:
+        return self._own[..., 0, :] if self.learner.head.needs_tokens else self._own
+
+    @property
     def _tokens(self) -> Tensor:
-        tokens = self._split[1]
-        if tokens is None:
+        if not self.learner.head.needs_tokens:
             raise ValueError(f"set needs_tokens in {type(self.learner.head).__name__}, which reads step.tokens")
-        return tokens
+        return self._own[..., 1:, :]
+
+    @property
+    def _is_sparse(self) -> bool:
+        known = self.images is not None and self._features is None and self._labels is not None
+        return known and self.learner.skips_images
 
     @made_once
-    def _split(self) -> tuple[Tensor, Tensor | None]:
-        """Image features and patches; or, where several features are kept side by side, the bank's own and the frozen ones."""
-        if self.learner.stacks_images:
-            begin = int(self.learner.keeps_frozen)
-            own = self.features[:, begin:] if self.learner.image_per_expert else self.features[:, begin]
-            return own, self.features[:, 0] if begin else None
-        if self.learner.head.needs_tokens:
-            return self.features[:, 0], self.features[:, 1:]
-        return self.features, None
+    def _own(self) -> Tensor:
+        """The bank's own features (B, D), of E' experts (B, E', D); with patches (B, 1 + M, D) or (B, E', 1 + M, D)."""
+        learner = self.learner
+        if self._is_sparse:
+            assert self.images is not None and self.routing is not None  # noqa: S101  (what sparse means)
+            return learner.encode_chosen(self.images, self.routing, self._unprompted, self.experts)
+        if not learner.stacks_images:
+            return self.features
+        begin = int(learner.keeps_frozen)
+        if not learner.image_per_expert:
+            return self.features[:, begin]
+        own = self.features[:, begin:]
+        if learner.head.needs_tokens:
+            own = own.unflatten(1, (self.bank.num_visual, -1))
+        return own if self.experts is None else own[:, self.experts]
+
+    @made_once
+    def _unprompted(self) -> Tensor:
+        """The frozen tower's features (B, D) at the learner's level, where they are kept beside the bank's own."""
+        if self._is_sparse:
+            assert self.images is not None  # noqa: S101  (what sparse means)
+            return self.learner.encode_unprompted(self.images)
+        return self.features[:, 0]
 
     @made_once
     def frozen_image(self) -> Tensor:
@@ -229,9 +265,8 @@ class Step:
         Raises:
             ValueError: the image tower is prompted, and the pictures are not at hand.
         """
-        kept = self._split[1] if self.learner.stacks_images else None
-        if kept is not None:
-            return kept if self.learner.image_level == "unit" else F.normalize(kept, dim=-1)
+        if self.learner.stacks_images and self.learner.keeps_frozen:
+            return self._unprompted if self.learner.image_level == "unit" else F.normalize(self._unprompted, dim=-1)
         if self.learner.image_is_frozen:
             return self.unit_image
         if self.images is None:
@@ -254,7 +289,7 @@ class Step:
     @made_once
     def query(self) -> Tensor:
         """What routers look at (B, D): the image features, or the frozen ones where each expert has image features of its own."""
-        return self.image if self.image.dim() == 2 else self.frozen_image
+        return self.frozen_image if self.learner.image_per_expert else self.image
 
     @made_once
     def routing(self) -> Routing | None:
