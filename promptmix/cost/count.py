@@ -33,8 +33,12 @@ class Count:
 
 def count(work: Callable[[], Any]) -> Count:
     """Do ``work`` once and count what it costs."""
-    with _Counter() as counter:
-        work()
+    counter = _Counter()
+    try:
+        with counter:
+            work()
+    finally:
+        counter.leave()
     return Count(counter.flops / 1e9, counter.peak / 2**20)
 
 
@@ -103,6 +107,12 @@ class _Counter(TorchDispatchMode):
         super().__init__()
         self.flops = self.now = self.peak = 0
         self._known: set[int] = set()
+        self._followed: list[weakref.finalize[Any, Any]] = []
+
+    def leave(self) -> None:
+        """Follow nothing any more; what lives on would keep this."""
+        for one in self._followed:
+            one.detach()
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -138,7 +148,7 @@ class _Counter(TorchDispatchMode):
         self._known.add(key)
         self.now += size
         self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._free, key, size)
+        self._followed.append(weakref.finalize(storage, self._free, key, size))
 
     def _free(self, key: int, size: int) -> None:
         self._known.discard(key)

@@ -14,6 +14,7 @@ from promptmix.engine import load_checkpoint
 from promptmix.errors import UserError
 from promptmix.plugin_manager import get_plugin_manager
 from promptmix.registry import TRAINER_REGISTRY
+from promptmix.runs.run import run
 from tests.trainers.toy import CLASSES, LAYERS, first_step, scores, toy_cfg, toy_trainer
 
 get_plugin_manager()
@@ -157,3 +158,12 @@ def test_defaults_fit_the_toy():
     """The toy has as many layers as ViT-B/16 and an odd number of classes; otherwise the tests above would show less."""
     assert LAYERS == 12
     assert len(CLASSES) == BASE + NEW
+
+
+def test_a_run_that_ended_is_held_by_nothing(room, tmp_path):
+    """Otherwise each run of a long process would cost its weights' memory."""
+    trainers = []
+    cfg = toy_cfg(room, "CoOp", "OPTIM.MAX_EPOCH", 1, "OUTPUT_DIR", str(tmp_path))
+    run(cfg, quiet=True, on_epoch=lambda trainer: trainers.append(weakref.ref(trainer)))
+    gc.collect()
+    assert [trainer() for trainer in trainers] == [None]
