@@ -133,8 +133,8 @@ def reset(cfg: CN, keys: Sequence[str], source: str | None) -> None:
     default = get_cfg_default()
     for key in keys:
         if source is not None and source_of(cfg, key) == source:
-            node, leaf = key.rpartition(".")[::2]
-            get_key(cfg, node)[leaf] = get_key(default, key)
+            node, dot, leaf = key.rpartition(".")
+            (get_key(cfg, node) if dot else cfg)[leaf] = get_key(default, key)
             del cfg.__dict__["_sources"][key]
 
 

@@ -81,7 +81,7 @@ def svg(figure: Any, name: str) -> str:  # matplotlib's figure
     text = text.replace(_INK, "currentColor").replace(_FAINT, "var(--faint)").replace("#000000", "currentColor")
     text = re.sub(r"font: ([\d.]+)px '?DejaVu Sans'?[^;\"]*", r"font: \1px system-ui, 'DejaVu Sans', sans-serif", text)
     label = harmless(name).replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
-    return re.sub(r"<svg ", f'<svg role="img" aria-label="{label}" ', text, count=1)
+    return text.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
 
 
 def reliability(found: Reliability, title: str) -> str:

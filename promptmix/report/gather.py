@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from promptmix.errors import DataError, UserError
-from promptmix.files.text import harmless
 from promptmix.report.thumbnails import Album
 from promptmix.runs import results, samples
 from promptmix.runs.results import RunResult
@@ -219,7 +218,7 @@ def provenance(runs: Iterable[RunResult]) -> list[dict[str, Any]]:
                 "finished": run.finished[:16].replace("T", " "),
                 "commit": (run.commit or "")[:12] + ("-dirty" if (run.commit or "").endswith("-dirty") else ""),
                 "versions": ", ".join(f"{name} {value}" for name, value in run.versions.items()),
-                "again": harmless(again),
+                "again": again,
                 "approximations": "; ".join(run.approximations),
             }
         )

@@ -74,7 +74,8 @@ def page(runs: list[RunResult], wish: Wish, notes: list[str]) -> str:
         sections = [section for section in _sections(rows, metrics, runs, wish, notes) if section.blocks]
     methods = list(dict.fromkeys(row.method for row in rows))
     datasets = list(dict.fromkeys(row.dataset for row in rows if not row.averages))
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
+    options = {"autoescape": True, "finalize": _shown, "trim_blocks": True, "undefined": jinja2.StrictUndefined}
+    environment = jinja2.Environment(**options)
     template = environment.from_string(files("promptmix.report").joinpath("page.html").read_text(encoding="utf-8"))
     for section in sections:
         for figure in (figure for block in section.blocks for figure in block.figures):
@@ -85,13 +86,18 @@ def page(runs: list[RunResult], wish: Wish, notes: list[str]) -> str:
     if dates:
         about += f" Runs of {dates[0]}" + (f" to {dates[-1]}." if dates[-1] != dates[0] else ".")
     return template.render(
-        title=harmless(wish.title or ", ".join(methods[:5]) + (f" and {len(methods) - 5} more" if len(methods) > 5 else "")),
-        about=harmless(about),
+        title=wish.title or ", ".join(methods[:5]) + (f" and {len(methods) - 5} more" if len(methods) > 5 else ""),
+        about=about,
         sections=sections,
-        notes=[harmless(note) for note in dict.fromkeys(notes)],
+        notes=list(dict.fromkeys(notes)),
         version=__version__,
         count=len(runs),
     )
+
+
+def _shown(value: Any) -> Any:  # whatever the template shows
+    """Write out the control characters of any text of the page; markup is ours."""
+    return value if hasattr(value, "__html__") else harmless(value)
 
 
 def _sections(rows: list[Row], metrics: list[str], runs: list[RunResult], wish: Wish, notes: list[str]) -> Iterator[Section]:

@@ -6,8 +6,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from promptmix.files.text import harmless
-
 __all__ = ["Block", "Cell", "Figure", "Section", "Table", "table"]
 
 
@@ -64,9 +62,6 @@ class Section:
 
 
 def table(caption: str, head: Sequence[str], rows: Iterable[Sequence[Any]], lead: int = 1, words: bool = False) -> Table:
-    """Return a table of cells or of anything that has a text, with control characters written out."""
-    cells = [[cell if isinstance(cell, Cell) else Cell(harmless(cell)) for cell in row] for row in rows]
-    for row in cells:
-        for cell in row:
-            cell.text = harmless(cell.text)
-    return Table(harmless(caption), [harmless(name) for name in head], cells, lead, words)
+    """Return a table of cells or of anything that has a text."""
+    cells = [[cell if isinstance(cell, Cell) else Cell(str(cell)) for cell in row] for row in rows]
+    return Table(caption, list(head), cells, lead, words)

@@ -152,6 +152,8 @@ def test_files_that_only_the_record_names_are_not_opened(run, tmp_path, capsys):
         assert "only the record of a run names" in error and "/somebody/elses" in error
         if key == "WEIGHTS":
             assert main(["eval", str(foreign)]) == 2 and "only the record" in capsys.readouterr().err
+        else:  # what a training started from is nothing to an evaluation
+            assert main(["eval", str(foreign), "--output-dir", str(tmp_path / key)]) == 0
         node[key] = ""
     tree["_BASE_"] = "/somebody/elses.yaml"
     (foreign / "run_config.yaml").write_text(yaml.safe_dump(tree))
