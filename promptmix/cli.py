@@ -47,6 +47,18 @@ class Parser(argparse.ArgumentParser):
         takes = [str(action.metavar or action.dest) for action in self._actions if not action.option_strings]
         self.error(f"{flag!r} is one too many: {self.prog} takes {' '.join(takes) or 'flags only'}; leave it out")
 
+    def refuse_empty(self, args: argparse.Namespace) -> None:
+        """Refuse an empty name or path, mostly a variable of the shell that nobody set; a path of none is the current folder.
+
+        Raises:
+            UserError: a word that the command can't do without is empty.
+        """
+        for action in self._actions:
+            if not action.option_strings and action.nargs in (None, argparse.ONE_OR_MORE):
+                given = getattr(args, action.dest)
+                if "" in (given if isinstance(given, list) else [given]):
+                    self.error(f"{action.metavar or action.dest} is empty; name one")
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command.
@@ -134,6 +146,7 @@ def _dispatch(arguments: list[str]) -> int:
     except SystemExit as done:  # --help
         return int(done.code or 0)
     parser.refuse_unknown(extra)
+    parser.refuse_empty(args)
     args.argv = arguments
     if args.no_plugin:
         from promptmix.plugin_manager import switch_off

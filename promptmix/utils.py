@@ -7,6 +7,7 @@ import logging
 import os
 import platform
 import random
+import stat
 import sys
 import tempfile
 import warnings
@@ -144,10 +145,12 @@ def atomic_write(path: str | os.PathLike[str], write: Callable[[Path], object]) 
         write: gets the temporary path and writes the whole content there.
 
     Raises:
-        OutputError: the file can't be written; the disk is full, or the folder can't be written to.
+        OutputError: the file can't be written; the disk is full, or the folder can't be written to; or the name is that of a folder,
+            a device or a named pipe.
     """
     target = Path(path)
     prefix = f".{target.name}."
+    _refuse_special(target)
     try:
         mkdir_if_missing(target.parent)
         _write_whole(target, prefix, write)
@@ -160,6 +163,17 @@ def atomic_write(path: str | os.PathLike[str], write: Callable[[Path], object]) 
         if not reason:
             raise
         raise OutputError(f"{target} can't be written: {reason}; make room or name another folder") from error
+
+
+def _refuse_special(target: Path) -> None:
+    """Refuse to put a file in the place of a device such as ``/dev/stdout``, which root could, or of a folder."""
+    for look in (target.lstat, target.stat):
+        try:
+            mode = look().st_mode
+        except (OSError, ValueError):  # nothing there, or no such name: the writing says so
+            return
+        if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
+            raise OutputError(f"{target} is {'a folder' if stat.S_ISDIR(mode) else 'a device or a pipe'}; name a file to write")
 
 
 def _no_room(words: str) -> str:

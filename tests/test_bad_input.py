@@ -227,6 +227,28 @@ def test_a_second_folder_for_parse(capsys):
     fails(capsys, ["parse", "a", "b"], "'b' is one too many", "takes DIR")
 
 
+@pytest.mark.parametrize("command", [["parse", ""], ["report", "runs", ""], ["card", ""], ["eval", ""], ["sweep", ""]])
+def test_an_empty_name_is_not_the_current_folder(command, capsys):
+    fails(capsys, command, "is empty; name one")
+
+
+def test_a_message_keeps_its_remedy_however_long_a_name_is():
+    line, code = console.describe(DataError(f"no {'a' * 5000}; name another"))
+    assert line.startswith("no aaa") and line.endswith("aaa; name another") and len(line) < 400 and code == 2
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_only_a_file_is_replaced(tmp_path, make):
+    target = tmp_path / "out"
+    make(target)
+    (tmp_path / "link").symlink_to(target)
+    before = target.lstat()
+    for path in (target, tmp_path / "link"):
+        with pytest.raises(OutputError, match="name a file"):
+            atomic_write(path, lambda temporary: temporary.write_text("x"))
+    assert target.lstat().st_ino == before.st_ino and (tmp_path / "link").is_symlink() and len(list(tmp_path.iterdir())) == 2
+
+
 def test_what_is_unexpected_is_one_line_with_its_file(monkeypatch, capsys):
     monkeypatch.setattr("promptmix.commands.cache.run", lambda args: [][1])
     fails(capsys, ["cache"], "unexpected IndexError: list index out of range", "please report", code=console.FAULT)

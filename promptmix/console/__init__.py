@@ -106,8 +106,9 @@ def _short(path: str) -> str:
 
 
 def _one_line(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= 2000 else f"{text[:2000]}..."
+    """Return the text on one line, with what is too long cut in its middle: a message begins with the key and ends with the remedy."""
+    text = " ".join(map(_short, text.split()))
+    return text if len(text) <= 2000 else f"{text[:1000]}...{text[-1000:]}"
 
 
 def _origin(error: BaseException) -> tuple[str, int]:

@@ -154,6 +154,8 @@ def check(folder: Path) -> dict[str, Any]:
         DataError: one is missing, changed, or was not packed; or the note can't be read.
     """
     path = folder / NOTE
+    if not path.is_file():
+        raise DataError(f"{folder} holds no {NOTE}; name a folder that `promptmix hub pack` made, or {SCHEME}NAME")
     remedy = "get the folder again from who gave it to you"
     try:
         note = json.loads(read_text(path, most=2**20))
