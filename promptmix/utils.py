@@ -145,8 +145,8 @@ def atomic_write(path: str | os.PathLike[str], write: Callable[[Path], object]) 
         write: gets the temporary path and writes the whole content there.
 
     Raises:
-        OutputError: the file can't be written; the disk is full, or the folder can't be written to; or the name is that of a folder,
-            a device or a named pipe.
+        OutputError: the file can't be written; the disk is full, or the folder can't be written to; or the name is a folder's, a
+            device's or a pipe's.
     """
     target = Path(path)
     prefix = f".{target.name}."

@@ -106,7 +106,7 @@ def _short(path: str) -> str:
 
 
 def _one_line(text: str) -> str:
-    """Return the text on one line, with what is too long cut in its middle: a message begins with the key and ends with the remedy."""
+    """Return the text on one line, cut in the middle where it is long: a message begins with the key and ends with the remedy."""
     text = " ".join(map(_short, text.split()))
     return text if len(text) <= 2000 else f"{text[:1000]}...{text[-1000:]}"
 
