@@ -226,13 +226,15 @@ def read_json(fpath: str | os.PathLike[str]) -> Any:
     """Return the content of a JSON file.
 
     Raises:
-        DataError: the file is missing or isn't JSON; the message names it.
+        DataError: the file is missing, no file of text, or isn't JSON; the message names it.
     """
     try:
-        return json.loads(Path(fpath).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise DataError(f"no file {fpath}; check the path") from error
-    except ValueError as error:
+        text = read_text(fpath)
+    except DataError as error:
+        raise DataError(f"{error}; check the path") from error
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{fpath} is not valid JSON ({error}); mend it or make it anew") from error
 
 

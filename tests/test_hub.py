@@ -87,7 +87,14 @@ def test_a_changed_file_is_refused(packed, tmp_path, picture):
     assert promptmix.load(tmp_path / "copy").predict(picture)
 
 
-@pytest.mark.parametrize("change", ["{}", "[]", "x", '{"format": 9, "files": {}}', '{"format": 1, "files": {"../x": "0"}}'])
+@pytest.mark.parametrize(
+    "change",
+    [
+        *("{}", "[]", "x", "[" * 100_000, '{"format": 9, "files": {}}', '{"format": 1, "files": {"results.json": "0"}}'),
+        '{"format": 1, "trainer": "CoOp", "backbone": "tiny-en", "files": {"../x": "0"}}',
+        '{"format": 1, "trainer": "CoOp", "backbone": "tiny-en", "files": {"a\\u0000b": "0"}}',
+    ],
+)
 def test_a_bad_note_is_one_line(packed, change, capsys):
     (packed / "hub.json").write_text(change)
     assert main(["hub", "check", str(packed)]) == 2
@@ -113,6 +120,7 @@ def test_what_can_not_be_packed_is_one_line(run, packed, tmp_path, capsys):
         ("pack", str(run)): "--as NAME",
         ("pack",): "needs the output folder",
         ("list", "x"): "takes no folder",
+        ("check", str(tmp_path)): "name a folder that `promptmix hub pack` made",
         ("check", "hub:anna/emojy"): "did you mean 'anna/emoji'",
     }.items():
         capsys.readouterr()

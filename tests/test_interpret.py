@@ -193,6 +193,7 @@ def test_bad_calls_end_in_one_line(runs, tmp_path, capsys):
         (folder, "--words", "0"): "--words is 0",
         (folder, "--format", "htlm"): "did you mean 'html'",
         (folder, "--load-epoch", "9"): "no checkpoint",
+        (folder, "--root", "nowhere"): "--root nowhere: no such folder",
     }.items():
         capsys.readouterr()
         assert main(["interpret", *flags]) == 2

@@ -32,8 +32,10 @@ def run(args: argparse.Namespace) -> int:
     if (args.action == "list") == bool(args.what):
         need = "takes no folder" if args.action == "list" else "needs the output folder of a run"
         raise UserError(f"hub {args.action} {need}")
-    if (args.action == "pack") != bool(args.name):
-        raise UserError("hub pack needs --as NAME, by which the prompts are loaded" if not args.name else "--as is for hub pack")
+    if args.action == "pack" and not args.name:
+        raise UserError("hub pack needs --as NAME, by which the prompts are loaded")
+    if args.action != "pack" and args.name:
+        raise UserError(f"--as {args.name} is for hub pack; leave it out")
     from promptmix.runs import hub
 
     folder = hub.hub_folder(args.hub)

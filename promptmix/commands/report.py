@@ -33,14 +33,17 @@ def run(args: argparse.Namespace) -> int:
     out = Path(args.out)
     if out.is_dir() or out.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"--out {args.out}: must name a file that ends in .html")
+    from promptmix.config.flags import check_place, load_plugins
     from promptmix.report import gather
     from promptmix.report.inside import insights
     from promptmix.report.page import Wish, page
     from promptmix.utils import atomic_write
 
+    check_place("--root", args.root)
     with contextlib.redirect_stdout(sys.stderr):
+        load_plugins(args.plugin)
         runs, notes = gather.find(args.runs)
-        found = {} if args.no_interpret else insights(runs, notes, root=args.root, device=args.device, plugins=args.plugin)
+        found = {} if args.no_interpret else insights(runs, notes, root=args.root, device=args.device)
         text = page(runs, Wish(args.title, args.root, args.compare, found), notes)
     atomic_write(out, lambda path: path.write_text(text, encoding="utf-8", errors="backslashreplace"))
     for note in dict.fromkeys(notes):

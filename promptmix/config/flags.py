@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path, PurePath
@@ -32,6 +33,16 @@ def check_count(flag: str, number: int | None, most: int = 4096) -> None:
     """
     if number is not None and not 1 <= number <= most:
         raise UserError(f"{flag} is {number}, but must be from 1 to {most}")
+
+
+def check_place(flag: str, path: str) -> None:
+    """Refuse a flag's folder or file that is not there.
+
+    Raises:
+        UserError: it is not; "" = the flag was not given.
+    """
+    if path and not os.path.exists(os.path.expanduser(path)):
+        raise UserError(f"{flag} {path}: no such folder; check the path, or leave {flag} out")
 
 
 def resolve_config(path: str) -> Path:

@@ -118,7 +118,7 @@ def merge_opts(cfg: CN, opts: Sequence[Any], source: str = "command line") -> No
         ConfigError: a key without a value, an unknown key, or a value of the wrong type.
     """
     if len(opts) % 2:
-        raise ConfigError(f"{source}: overrides come as KEY VALUE pairs, but {opts[-1]!r} has no value")
+        raise ConfigError(f"{source}: overrides come as KEY VALUE pairs, but {opts[-1]!r} has no value; give it one")
     for key, text in zip(opts[::2], opts[1::2], strict=True):
         _set(cfg, key, text, source)
 

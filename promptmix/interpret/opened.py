@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from promptmix import config
+from promptmix.config.flags import check_place, load_plugins
 from promptmix.errors import ConfigError, DataError
-from promptmix.plugin_manager import check_plugins, load_plugin
 from promptmix.predict import Predictor, forget_places, quiet, read_result
 from promptmix.prompts.trainer import PromptTrainer
 from promptmix.registry import TRAINER_REGISTRY
@@ -66,9 +66,8 @@ def open_run(
     Raises:
         UserError: the folder holds no run, or its method can't be rebuilt.
     """
-    check_plugins()
-    for plugin in plugins:
-        load_plugin(plugin)
+    load_plugins(plugins)
+    check_place("--root", root)
     folder = place_of(run)
     result = read_result(folder)
     trainer_class = TRAINER_REGISTRY.get(result.trainer)

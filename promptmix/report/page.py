@@ -74,8 +74,8 @@ def page(runs: list[RunResult], wish: Wish, notes: list[str]) -> str:
         sections = [section for section in _sections(rows, metrics, runs, wish, notes) if section.blocks]
     methods = list(dict.fromkeys(row.method for row in rows))
     datasets = list(dict.fromkeys(row.dataset for row in rows if not row.averages))
-    options = {"autoescape": True, "finalize": _shown, "trim_blocks": True, "undefined": jinja2.StrictUndefined}
-    environment = jinja2.Environment(**options)
+    undefined = jinja2.StrictUndefined
+    environment = jinja2.Environment(autoescape=True, finalize=_shown, trim_blocks=True, undefined=undefined)
     template = environment.from_string(files("promptmix.report").joinpath("page.html").read_text(encoding="utf-8"))
     for section in sections:
         for figure in (figure for block in section.blocks for figure in block.figures):

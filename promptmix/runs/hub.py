@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from promptmix.config.declare import shown
 from promptmix.engine import convert
 from promptmix.errors import CheckpointError, DataError, UserError
 from promptmix.files.sums import file_digest
@@ -159,24 +160,35 @@ def check(folder: Path) -> dict[str, Any]:
     remedy = "get the folder again from who gave it to you"
     try:
         note = json.loads(read_text(path, most=2**20))
-        files = note["files"]
-        if int(note["format"]) > FORMAT:
-            raise DataError(f"{path} has format {note['format']}, this promptmix reads up to {FORMAT}; upgrade it")
-        inside = folder.resolve()
-        for name, digest in files.items():
-            file = folder / name
-            if not file.resolve().is_relative_to(inside):
-                raise DataError(f"{path} names {name!r}, which leads out of its folder; {remedy}")
-            if not file.is_file() or file_digest(file) != digest:
-                raise DataError(f"{file} is missing or not what was packed (another SHA-256); {remedy}")
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        files, newer = dict(note["files"].items()), int(note["format"]) > FORMAT
+        if not newer and not all(isinstance(note[name], str) for name in ("trainer", "backbone")):
+            raise TypeError("trainer and backbone are names")
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
         raise DataError(f"{path} is no note of packed prompts ({type(error).__name__}: {error}); {remedy}") from error
+    if newer:
+        raise DataError(f"{path} has format {note['format']}, this promptmix reads up to {FORMAT}; upgrade it")
+    for name, digest in files.items():
+        problem = _problem_of(folder, name, digest)
+        if problem:
+            raise DataError(f"{path} names {shown(name)}, which {problem}; {remedy}")
     strange = [file for file in folder.glob("*/model.*") if file.relative_to(folder).as_posix() not in files]
     strange += [file for file in folder.glob("*/*.pth.tar*")]
     if strange or results.FILE_NAME not in files:
         what = f"{strange[0]} was not packed" if strange else f"{path} lacks {results.FILE_NAME}"
         raise DataError(f"{what}; {remedy}")
     return dict(note)
+
+
+def _problem_of(folder: Path, name: str, digest: object) -> str:
+    """Return what is wrong with a file of a packed folder, "" for nothing."""
+    file = folder / name
+    try:
+        if not file.resolve().is_relative_to(folder.resolve()):
+            return "leads out of its folder"
+        as_packed = file.is_file() and file_digest(file) == digest
+    except (OSError, ValueError, RuntimeError) as error:  # too long, with NUL, or a link to itself
+        return f"can't be read ({error})"
+    return "" if as_packed else "is missing or not what was packed (another SHA-256)"
 
 
 def entries(hub: Path) -> Iterator[tuple[str, dict[str, Any] | None]]:

@@ -105,7 +105,7 @@ def read_note(job: Job, part: Part) -> dict[str, Any] | None:
     """Return what went into a part, or None where nobody has begun it."""
     try:
         found = json.loads(Path(job.folder, part.name, NOTE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
 

@@ -212,6 +212,8 @@ def refuse_other_run(new: RunResult, folder: Path, eval_only: bool, flag: str = 
         old = _begun(folder / CONFIG_NAME)
     else:
         return True
+    if new.checkpoint and old.checkpoint is None and old.learned_parameters and old.metrics:
+        raise UserError(f"{folder} has the record of a training, which an evaluation would replace; choose another --output-dir")
     if not old.config:
         if flag:
             return True

@@ -120,6 +120,7 @@ def test_a_calibration_that_is_none_is_refused(tmp_path, content):
     ("arguments", "words"),
     [
         (["eval", "RUN", "--load-epoch", "7"], "model.pth.tar-7"),
+        (["eval", "RUN", "--output-dir", "RUN"], "which an evaluation would replace"),
         (["eval", "nowhere"], "no run_config.yaml"),
         (["eval", "RUN", "--on", "Nothing"], "unknown dataset 'Nothing'"),
         (["eval", "RUN", "--on", "EmojiFamilies", "--calibrate"], "leave out --on"),
