@@ -80,7 +80,7 @@ def read(path: str) -> list[Row]:
             for row in read_json(path)["results"]
         ]
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is no file of `promptmix bench --json` ({type(error).__name__}: {error})") from error
+        raise UserError(f"{path} is no file of `promptmix bench --json` ({type(error).__name__}: {error}); name one") from error
 
 
 def compare(old: list[Row], new: list[Row], form: str = "github") -> str:

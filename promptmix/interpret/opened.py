@@ -64,7 +64,7 @@ def open_run(
         plugins: modules or files that the run loaded.
 
     Raises:
-        UserError: the folder holds no run, or its method can't be rebuilt.
+        UserError: the folder holds no run, its method can't be rebuilt, or ``root`` has no such data.
     """
     load_plugins(plugins)
     check_place("--root", root)
@@ -85,6 +85,8 @@ def open_run(
         try:
             trainer = trainer_class(cfg)
         except DataError as error:
+            if root:
+                raise
             predictor = Predictor(folder, epoch=epoch, device=device, weights=weights)
             return Opened(folder, result, predictor.trainer, f"{error}; give --root DIR, the folder of the data sets")
         names = [trainer.lab2cname[label] for label in range(trainer.num_classes)]

@@ -5,14 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from promptmix.errors import UserError
+from promptmix.errors import DataError, UserError
 from promptmix.interpret.look import Insight, look
-from promptmix.interpret.opened import open_run
+from promptmix.interpret.opened import Opened, open_run
 from promptmix.runs.results import RunResult
 
 __all__ = ["insights"]
 
 MOST = 6
+
+
+def _opened(folder: Path, **options: Any) -> Opened:
+    """Open a run, without its pictures where those of the caller's folder are of other runs."""
+    try:
+        return open_run(folder, **options)
+    except DataError:
+        return open_run(folder, **options | {"root": ""})
 
 
 def insights(runs: list[RunResult], notes: list[str], **options: Any) -> dict[str, Insight]:
@@ -33,7 +41,7 @@ def insights(runs: list[RunResult], notes: list[str], **options: Any) -> dict[st
     found = {}
     for name, run in list(first.items())[:MOST]:
         try:
-            insight = look(open_run(Path(run.source).parent, **options))
+            insight = look(_opened(Path(run.source).parent, **options))
         except UserError as error:
             notes.append(f"{name}: what it learned is not told: {error}")
             continue

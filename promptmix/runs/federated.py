@@ -41,9 +41,9 @@ if TYPE_CHECKING:
 class Plan:
     """Who trains on what, and what is shared."""
 
-    clients: Annotated[int, Setting("clients", low=1, high=100_000)] = 10
+    clients: Annotated[int, Setting("clients", low=1, high=1000)] = 10
     fraction: Annotated[float, Setting("share of the clients that train in a round, at least one", above=0, high=1)] = 1.0
-    rounds: Annotated[int, Setting("rounds; OPTIM.MAX_EPOCH counts a client's epochs in each", low=1, high=10_000)] = 10
+    rounds: Annotated[int, Setting("rounds; OPTIM.MAX_EPOCH counts a client's epochs in each", low=1, high=1000)] = 10
     num_experts: Annotated[int, Setting("K: prompts of a client, its own one included", low=1)] = 10
     selection: Annotated[str, Setting("whose prompts a client gets", choices=("nearest", "random"))] = "nearest"
     split: Annotated[

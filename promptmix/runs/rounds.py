@@ -51,9 +51,12 @@ class Rounds(Protocol):
         return Part(name, job.dataset, self.classes, settings=("DATASET.SUBSET", note), trains=True, wave=wave)
 
     def check(self, job: Job) -> None:
-        """Refuse targets, which a protocol in rounds has none of."""
+        """Refuse targets, which a protocol in rounds has none of, and settings that no round could be planned with."""
+        from promptmix import config
+
         if job.targets:
             raise ConfigError(f"--targets {' '.join(job.targets)}: {job.protocol} has no targets; leave them out")
+        config.check_values(make_part_config(job, Part("", job.dataset, self.classes)))
 
     def inputs(self, job: Job, part: Part, before: Sequence[RunResult]) -> dict[str, Any]:
         """Return what goes into a part, as plain values; ``train`` and ``test`` number pictures."""

@@ -180,5 +180,10 @@ def _check(found: Mapping[str, np.ndarray]) -> None:
             raise ValueError(f"its array {name} has classes without a name")
     if found["log_norm"].shape[1] != len(found["temperature"]) or len(found["temperature"]) < 2:
         raise ValueError("its arrays log_norm and temperature don't fit")
+    if not (found["temperature"][0] > 0 and (np.diff(found["temperature"]) > 0).all()):
+        raise ValueError("its array temperature does not rise from above 0")
+    for name in ("temperature", "top_probability", "own_gap", "log_norm"):
+        if not np.isfinite(found[name]).all():
+            raise ValueError(f"its array {name} holds what is no number")
     if "expert" in found and not 0 <= found["expert"].min() <= found["expert"].max() < found["router_logit"].shape[1]:
         raise ValueError("its array expert names experts that there are not")

@@ -135,6 +135,9 @@ def test_data_errors_are_one_line(capsys, tmp_path):
         (["prepare", "ImageNet", "--root", str(tmp_path)], "accept its terms"),
         (["prepare", "StanfordCars", "--root", str(tmp_path)], "cars_train"),
         (["check", "OxfordPets", "--root", str(tmp_path), "A.B", "1"], "takes no config keys"),
+        (["list", "OxfordPets"], "takes no NAME"),
+        (["list", "--fast"], "--fast is for data check"),
+        (["sample", str(tmp_path), "A.B", "1"], "takes a folder alone"),
     ):
         assert main(["data", *arguments]) == 2
         error = capsys.readouterr().err

@@ -331,6 +331,13 @@ def test_a_client_that_fails_is_told_and_the_others_stand(folder, tmp_path):
     assert "PROTOCOL.FEDERATED.CLIENTS is 7" in done.stderr
 
 
+@pytest.mark.parametrize(("key", "value"), [("CLIENTS", "0"), ("FRACTION", "1.5"), ("FRACTION", "nan"), ("ROUNDS", "99999")])
+def test_numbers_out_of_range_are_refused_before_clients_are_drawn(key, value, folder, tmp_path, capsys):
+    run = words(folder, "federated", tmp_path / "out", trainer="CoOp", opts=[f"PROTOCOL.FEDERATED.{key}", value])
+    fails(capsys, lambda: main(run), f"PROTOCOL.FEDERATED.{key} is {value}", "give ")
+    assert not (tmp_path / "out").exists()
+
+
 def test_any_method_with_a_learner_can_be_averaged(folder, tmp_path, capsys):
     assert federated(folder, tmp_path / "coop", "PROTOCOL.FEDERATED.FRACTION", "0.5", trainer="CoOp") == 0
     assert list(tree(tmp_path / "coop")) == sorted(tree(tmp_path / "coop"))

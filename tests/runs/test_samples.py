@@ -115,6 +115,8 @@ def test_pickles_are_never_read(tmp_path):
         ("top_probability", np.zeros((40, 3), np.int32)),
         ("log_norm", np.zeros((40, 3), np.float32)),
         ("path", np.zeros(40, np.float32)),
+        ("own_gap", np.full(40, np.nan, np.float32)),
+        ("temperature", np.zeros_like(kept(*made())["temperature"])),
         ("expert", np.full((40, 2), 9, np.int32)),
     ],
 )
