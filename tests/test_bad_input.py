@@ -227,6 +227,25 @@ def test_a_second_folder_for_parse(capsys):
     fails(capsys, ["parse", "a", "b"], "'b' is one too many", "takes DIR")
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--repeats", "-1"], "--repeats is -1, but must be from 0"),
+        (["--context", "4", "0"], "--context is 0"),
+        (["--measure", "nan"], "--measure is nan"),
+        (["--steps", "CoOp:4"], "give METHOD:BATCH:CLASSES"),
+        (["--evaluations", "CoOp:0:5"], "give METHOD:BATCH:CLASSES"),
+    ],
+)
+def test_sizes_of_a_measurement_that_can_not_be(flags, words, capsys):
+    fails(capsys, ["bench", "text", *flags], words)
+
+
+def test_a_lack_of_memory_says_what_helps():
+    line, code = console.describe(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"))
+    assert code == 2 and line.startswith("memory does not suffice; lower DATALOADER.TRAIN_X.BATCH_SIZE")
+
+
 @pytest.mark.parametrize("command", [["parse", ""], ["report", "runs", ""], ["card", ""], ["eval", ""], ["sweep", ""]])
 def test_an_empty_name_is_not_the_current_folder(command, capsys):
     fails(capsys, command, "is empty; name one")

@@ -16,9 +16,10 @@ from promptmix.errors import UserError
 if TYPE_CHECKING:
     from promptmix.bench.measure import Row
 
+#: Flags that count something, with the smallest number.
+_COUNTS = {"classes": 1, "prompts": 1, "pictures": 1, "epochs": 1, "shots": 1, "kills": 1, "context": 1, "gpu_classes": 1}
+_COUNTS |= {"repeats": 0, "class_chunk": 0, "experts": 0, "workers": 0, "measure": 0, "minutes": 0}
 #: Suite to its module in ``promptmix.bench``.
-#: Flags that count something: at least one of it.
-_COUNTS = ("classes", "prompts", "pictures", "epochs", "shots", "kills")
 SUITES = {"text": "text", "step": "step", "eval": "evaluate", "data": "data", "startup": "startup", "run": "wholerun"}
 RECORD = "benchmarks/ci_flops.json"
 STEPS = ("CoOp:4:100", "CoOp:32:100", "CoCoOp:4:50", "MaPLe:4:100")
@@ -87,8 +88,12 @@ def run(args: argparse.Namespace) -> int:
         return _show(args)
     if args.files:
         raise UserError(f"bench {args.suite} takes no file, but got {args.files[0]}; --json FILE writes one")
-    for flag in _COUNTS:
-        check_count(f"--{flag.replace('_', '-')}", getattr(args, flag), most=10**6)
+    for name, least in _COUNTS.items():
+        given = getattr(args, name)
+        for number in given if isinstance(given, list) else [given]:
+            check_count(f"--{name.replace('_', '-')}", number, most=10**6, least=least)
+    for flag, cases in {"--steps": args.steps, "--evaluations": args.evaluations}.items():
+        _check_cases(flag, cases)
     set_threads(args.threads)
     import torch
 
@@ -107,6 +112,18 @@ def run(args: argparse.Namespace) -> int:
             return _count(args, Path(folder))
         _measure(args, Path(folder))
     return 0
+
+
+def _check_cases(flag: str, cases: list[str]) -> None:
+    """Refuse what is no ``METHOD:BATCH:CLASSES``.
+
+    Raises:
+        UserError: one is none.
+    """
+    for case in cases:
+        _, *sizes = case.split(":")
+        if len(sizes) != 2 or not all(size.isdecimal() and 1 <= int(size) <= 10**6 for size in sizes):
+            raise UserError(f"{flag} {case}: give METHOD:BATCH:CLASSES, such as {STEPS[0]}, with numbers from 1 to {10**6}")
 
 
 def _show(args: argparse.Namespace) -> int:

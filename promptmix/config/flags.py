@@ -20,19 +20,20 @@ if TYPE_CHECKING:
 OF_ONE_DATASET = ("DATASET.SOURCE_DOMAINS", "DATASET.TARGET_DOMAINS", "DATASET.SUBSAMPLE_CLASSES")
 
 
-def check_count(flag: str, number: int | None, most: int = 4096) -> None:
+def check_count(flag: str, number: float | None, most: int = 4096, least: int = 1) -> None:
     """Refuse a flag's number of threads, jobs, pictures or the like that can't be one.
 
     Args:
         flag: its name.
         number: what was given; None = nothing.
         most: the largest that makes sense.
+        least: the smallest.
 
     Raises:
-        UserError: it is below 1 or above ``most``.
+        UserError: it is below ``least`` or above ``most``, or no number.
     """
-    if number is not None and not 1 <= number <= most:
-        raise UserError(f"{flag} is {number}, but must be from 1 to {most}")
+    if number is not None and not least <= number <= most:
+        raise UserError(f"{flag} is {number}, but must be from {least} to {most}")
 
 
 def check_place(flag: str, path: str) -> None:
