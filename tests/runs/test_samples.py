@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import os
 import pickle
 import zipfile
 
@@ -126,6 +127,12 @@ def test_arrays_that_do_not_belong_together_are_refused(tmp_path, name, value):
     samples.read(write(tmp_path / "fine.npz", arrays))
     with pytest.raises(DataError, match="no file of predictions"):
         samples.read(write(tmp_path / "p.npz", arrays | {name: value}))
+
+
+def test_a_named_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "p.npz")
+    with pytest.raises(DataError, match="no regular file"):
+        samples.read(tmp_path / "p.npz", "0" * 64)
 
 
 def test_what_claims_to_be_huge_is_refused(tmp_path):
