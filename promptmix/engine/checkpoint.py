@@ -30,6 +30,7 @@ __all__ = [
     "load_state_dict_strict",
     "read_export",
     "read_model",
+    "refuse_broken",
     "resume_from_checkpoint",
     "save_checkpoint",
     "save_plain",
@@ -118,7 +119,7 @@ def load_checkpoint(fpath: StrPath) -> dict[str, Any]:
         ) from error
     if not isinstance(checkpoint, dict):
         kind = type(checkpoint).__name__
-        raise CheckpointError(f"{path} is no checkpoint: it holds a {kind}, not a dict with 'state_dict'")
+        raise CheckpointError(f"{path} is no checkpoint: it holds a {kind}, not a dict with 'state_dict'; name another file")
     _check_digest(checkpoint, {key: value for key, value in checkpoint.items() if key != DIGEST}, path)
     state, epoch = checkpoint.get("state_dict", {}), checkpoint.get("epoch", 0)
     if not isinstance(state, Mapping) or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()):
@@ -217,13 +218,22 @@ def load_state_dict_strict(model: nn.Module, state_dict: Mapping[str, Any], sour
             f"{source} doesn't fit {type(model).__name__}: it {'; '.join(problems)}. "
             "It is of another method or config; use those that wrote it"
         )
-    broken = [key for key in own if not _is_finite(state_dict[key])]
+    refuse_broken({key: state_dict[key] for key in own}, source)
+    model.load_state_dict(dict(state_dict))
+
+
+def refuse_broken(tensors: Mapping[str, torch.Tensor], source: str) -> None:
+    """Refuse tensors with numbers that are none.
+
+    Raises:
+        CheckpointError: there are some.
+    """
+    broken = [key for key, tensor in tensors.items() if not _is_finite(tensor)]
     if broken:
         raise CheckpointError(
             f"{source} holds numbers that are NaN or infinite ({shorten(broken)}): training diverged, or the file is damaged; "
             "take an earlier epoch, or train again with a lower OPTIM.LR"
         )
-    model.load_state_dict(dict(state_dict))
 
 
 def _clash(key: str, theirs: Any, ours: torch.Tensor) -> str:

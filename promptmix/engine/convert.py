@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from promptmix.engine.checkpoint import export_model, load_checkpoint, read_export, save_checkpoint
+from promptmix.engine.checkpoint import export_model, load_checkpoint, read_export, refuse_broken, save_checkpoint
 from promptmix.engine.layout import Layout, rename, today
 from promptmix.engine.run_folder import EXPORT_FILE, EXPORT_NOTE, RunFolder
 from promptmix.errors import CheckpointError
@@ -64,6 +64,11 @@ class Learned:
     epoch: int | None = None
     val_result: float | None = None
     frozen: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that are none, which nobody could load."""
+        for tensors in (*self.models.values(), self.frozen):
+            refuse_broken(tensors, self.source)
 
 
 def layouts() -> dict[str, Layout]:

@@ -140,6 +140,12 @@ def test_every_layout_is_of_a_trainer_and_goes_both_ways():
             assert back == name or rename(layout.rules, back)[0] == ours
 
 
+def test_numbers_that_are_none_are_not_handed_on(tmp_path):
+    broken = {name: tensor * float("nan") for name, tensor in theirs("kgcoop").items()}
+    with pytest.raises(CheckpointError, match="NaN or infinite"):
+        convert.find_theirs(save(tmp_path, "kgcoop", broken), "KgCoOp")
+
+
 def test_a_left_over_name_is_an_error(tmp_path):
     folder = save(tmp_path, "kgcoop", {**theirs("kgcoop"), "adapter.fc.weight": torch.zeros(1)})
     with pytest.raises(CheckpointError, match=r"adapter.fc.weight is not known of KgCoOp as its authors saved it"):
