@@ -21,6 +21,7 @@ from promptmix.config.yamlfile import read_yaml
 from promptmix.data.reading.images import read_image
 from promptmix.data.reading.pictures import quick_problem
 from promptmix.errors import ConfigError, DataError, OutputError
+from promptmix.files.whole import whole
 from promptmix.utils import atomic_write
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -291,6 +292,19 @@ def test_a_limit_on_the_size_of_files_leaves_nothing(tmp_path):
     assert len(lines) == 2
     assert all("file can't be written" in line and "make room" in line for line in lines)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_picture_or_package_that_can_not_be_written_leaves_what_was_there(tmp_path, monkeypatch, capsys):
+    (tmp_path / "a.png").write_text("old")
+    with pytest.raises(OSError, match="full"), whole(tmp_path / "a.png") as part:
+        part.write_text("half")
+        raise OSError(28, "full")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a.png", "old")]
+    monkeypatch.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
+    fails(
+        capsys, ["new-plugin", "Foo", "--directory", tmp_path], "promptmix-foo can't be written: full; choose another --directory"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 
 def test_a_file_that_fails_names_the_target(tmp_path):

@@ -9,6 +9,7 @@ import keyword
 import re
 import shlex
 import sys
+import tempfile
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -66,13 +67,16 @@ def run(args: argparse.Namespace) -> int:
     if folder.exists():
         raise UserError(f"{folder} is there already; choose another NAME or --directory")
     _refuse_taken(args.name, KINDS[args.kind].registry)
-    for path, text in texts.items():
-        target = folder / path
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"{target}: {error.strerror or error}; choose another --directory") from error
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent) as room:
+            made = Path(room, folder.name)
+            for path, text in texts.items():
+                (made / path).parent.mkdir(parents=True, exist_ok=True)
+                (made / path).write_text(text, encoding="utf-8")
+            made.rename(folder)
+    except OSError as error:
+        raise UserError(f"{folder} can't be written: {error.strerror or error}; choose another --directory") from error
     # A path, not a name: names belong to whoever takes them first in a package index.
     here = str(folder) if folder.is_absolute() else f"./{folder}"
     sys.stdout.write(f"{folder}: {', '.join(texts)}\nNext: pip install -e {shlex.quote(here)}, then see {folder / 'README.md'}\n")

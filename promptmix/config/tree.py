@@ -284,7 +284,7 @@ def _hint(parents: list[str], leaf: str, depth: int, names: list[str]) -> str:
     if leaf == "PREC" and parents[:1] == ["TRAINER"]:  # each of the authors' methods has a key of its own
         return "; one key serves all methods: TRAINER.PREC (fp32, amp or bf16)"
     where = f"under {'.'.join(parents[:depth])}" if depth else "at the top of the tree"
-    keys = f" (keys {where}: {', '.join(names)})" if names else ""
+    keys = f" (keys {where}: {', '.join(names)})" if names else f"; {'.'.join(parents[:depth])} is a value, not a group of keys"
     return f"{closest([*parents, leaf][depth], names)}{keys}"
 
 

@@ -164,7 +164,8 @@ def export_model(state_dict: Mapping[str, torch.Tensor], folder: StrPath, note: 
         The file with the tensors.
     """
     path = Path(folder, EXPORT_FILE)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
+    # Copies, since safetensors takes no two names for one storage.
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state_dict.items()}
     atomic_write(path, lambda temporary: save_file(tensors, temporary))
     shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
     whole = {"schema_version": _EXPORT_VERSION, **note, "tensors": shapes, DIGEST: digest_of(dict(sorted(tensors.items())))}

@@ -118,7 +118,7 @@ class RunFolder:
         lines = note.read_text(encoding="utf-8", errors="replace").splitlines()
         file = lines[0].strip() if lines else ""
         path = folder / file
-        if not file or path.resolve().parent != folder.resolve():
+        if not file or "\0" in file or path.resolve().parent != folder.resolve():
             raise CheckpointError(f"{note} names {file!r}, but must name a file in its own folder; write such a name there")
         return path
 

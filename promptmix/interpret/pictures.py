@@ -9,6 +9,7 @@ from typing import Any
 
 from promptmix.errors import UserError
 from promptmix.files.text import harmless
+from promptmix.files.whole import whole
 from promptmix.interpret.look import Insight
 from promptmix.interpret.mixture import BEST, TRAINED, Mixture
 
@@ -54,7 +55,8 @@ def write(found: Insight, folder: Path, formats: Sequence[str], name: str = "") 
             for title, figure in figures(found):
                 for ending in formats:
                     path = folder / f"{name}{title}.{ending}"
-                    figure.savefig(path, metadata={"Date": None} if ending == "svg" else None)
+                    with whole(path) as part:
+                        figure.savefig(part, metadata={"Date": None} if ending == "svg" else None)
                     written.append(path)
                 pyplot.close(figure)
     except OSError as error:

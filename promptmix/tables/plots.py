@@ -15,6 +15,7 @@ from typing import Any
 
 from promptmix.errors import UserError
 from promptmix.files.text import harmless
+from promptmix.files.whole import whole
 from promptmix.tables.rows import Cell, Row
 from promptmix.tables.tables import spreads_in
 
@@ -75,7 +76,8 @@ def write(rows: list[Row], metric: str, folder: Path) -> list[Path]:
         with pyplot.rc_context(_STYLE):
             for name, figure in figures(rows, metric):
                 path = folder / f"{name}.png"
-                figure.savefig(path)
+                with whole(path) as part:
+                    figure.savefig(part)
                 pyplot.close(figure)
                 found.append(path)
     except OSError as error:
