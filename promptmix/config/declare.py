@@ -109,7 +109,7 @@ class Setting:
 def shown(value: Any) -> str:
     """Return ``value`` as a message shows it: on one line, cut where it is long."""
     try:
-        text = repr(value)
+        text = " ".join(repr(value).splitlines())  # of an array there are several
     except (ValueError, RecursionError):  # a number of more digits than Python prints, or a list that holds itself
         return f"a {type(value).__name__} too large to show"
     return text if len(text) <= 200 else f"{text[:197]}..."

@@ -132,6 +132,8 @@ class Predictor:
         if reading not in ("", *READINGS):
             raise ConfigError(f"reading is {reading!r}; choose from {', '.join(map(repr, READINGS))}, or leave it out")
         check_plugins()
+        if not isinstance(plugins, (list, tuple)):
+            raise ConfigError(f"plugins is {shown(plugins)}; give a list of modules or files")
         for plugin in plugins:
             load_plugin(plugin)
         if not isinstance(run, (str, Path)) or "\0" in str(run):
