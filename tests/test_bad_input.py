@@ -294,6 +294,21 @@ def test_a_limit_on_the_size_of_files_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_training_that_a_full_disk_stopped_keeps_what_it_goes_on_from(train, tmp_path, monkeypatch, capsys):
+    from promptmix.runs import samples
+
+    def full(*_):
+        raise OutputError("predictions.npz can't be written: No space left on device; make room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(samples, "keep", full)
+        fails(capsys, [*train, "TRAIN.CHECKPOINT_FREQ", "1", "VERBOSE", "False"], "No space left")
+    kept = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"log.txt", "run_config.yaml", "prompt_learner"} <= kept and "results.json" not in kept
+    fails(capsys, [*train, "OPTIM.LR", "0.5"], "holds another run (OPTIM.LR")
+    assert main([*train, "TRAIN.CHECKPOINT_FREQ", "1", "VERBOSE", "False"]) == 0
+
+
 def test_a_picture_or_package_that_can_not_be_written_leaves_what_was_there(tmp_path, monkeypatch, capsys):
     (tmp_path / "a.png").write_text("old")
     with pytest.raises(OSError, match="full"), whole(tmp_path / "a.png") as part:

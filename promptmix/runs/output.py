@@ -14,6 +14,7 @@ from typing import cast
 from yacs.config import CfgNode as CN
 
 from promptmix.engine.log import Logger, RunLog, log_file
+from promptmix.engine.run_folder import RunFolder
 from promptmix.errors import TrainingError, UserError
 from promptmix.files.links import open_own
 from promptmix.runs.results import CONFIG_NAME
@@ -23,7 +24,7 @@ from promptmix.utils import ConsoleHandler, atomic_write, get_logger
 class Output:
     """The run's folder and log: keeps what is logged until ``open``, then writes it to ``log.txt``.
 
-    A user error takes away what this run made, so that nothing half-written stays behind.
+    A user error takes away what this run made, so that nothing half-written stays behind, unless a run can go on from it.
 
     Args:
         directory: the run's output folder.
@@ -72,7 +73,8 @@ class Output:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._around.close()
-        if isinstance(error, UserError) and not isinstance(error, TrainingError):  # whose log shows how it came about
+        if isinstance(error, UserError) and not (isinstance(error, TrainingError) or RunFolder(self._directory).has_trained()):
+            # Of a loss that is no number the log shows how it came about; what can go on, as from a full disk, needs its config.
             for path in self._made:
                 with contextlib.suppress(OSError):  # a folder that got a checkpoint stays
                     path.rmdir() if path.is_dir() else path.unlink()
