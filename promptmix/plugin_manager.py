@@ -113,9 +113,8 @@ def get_plugin_manager() -> pluggy.PluginManager:
         return _Loaded.manager
     manager = pluggy.PluginManager("promptmix")
     manager.add_hookspecs(hookspecs)
-    for package in _BUILT_IN:
-        for module in _walk(importlib.import_module(package)):
-            _register(manager, module, module.__name__)
+    for module in import_built_in():
+        _register(manager, module, module.__name__)
     _Loaded.manager = manager  # what is checked next asks for it
     for name, package, load in _entry_points():
         if {name, package} & _switched_off():
@@ -126,6 +125,11 @@ def get_plugin_manager() -> pluggy.PluginManager:
         except PluginError as error:
             _Loaded.failed[name] = error
     return manager
+
+
+def import_built_in() -> list[ModuleType]:
+    """Return the built-in plugins, none of them registered."""
+    return [module for package in _BUILT_IN for module in _walk(importlib.import_module(package))]
 
 
 def failed_plugins() -> dict[str, PluginError]:

@@ -19,7 +19,7 @@ from promptmix.commands import COMMANDS, train
 from promptmix.config.flags import resolve_config
 from promptmix.engine import load_checkpoint
 from promptmix.errors import ConfigError, UserError
-from promptmix.runs import results
+from promptmix.runs import backends, results
 
 HERE = Path(__file__).resolve().parent
 PLUGIN = str(HERE / "dots_plugin.py")
@@ -364,7 +364,7 @@ def comparison(dots, tmp_path):
     tree["DATASET"]["ROOT"] = str(tmp_path / "data")
     config.write_text(yaml.safe_dump(tree))
     words = ["--plugin", PLUGIN, "--config-file", str(config), "--seeds", "1", "2", "--trainers", "Linear"]
-    return ["quickstart", *words, "--output-dir", str(tmp_path / "quick")]
+    return ["quickstart", *words, "--jobs", "1", "--output-dir", str(tmp_path / "quick")]
 
 
 def test_quickstart_trains_on_base_tests_on_new_and_prints_the_table(comparison, tmp_path, capsys):
@@ -381,6 +381,28 @@ def test_quickstart_trains_on_base_tests_on_new_and_prints_the_table(comparison,
     assert (base.subsample_classes, new.subsample_classes) == ("base", "new")
     assert new.checkpoint == {"directory": str(tmp_path / "quick" / "Linear" / "seed1" / "base"), "epoch": 2}
     assert "=> result" in (tmp_path / "quick" / "Linear" / "seed2" / "new" / "log.txt").read_text()
+
+
+def test_quickstart_side_by_side_makes_the_same_table(comparison, tmp_path, capsys, monkeypatch):
+    given = []
+
+    def local(jobs, options, started):
+        """Stands in for processes; what they do is the sweep's, and tested there."""
+        given.append(options)
+        for index in (1, 0):
+            started(index)
+            yield index, backends.work(jobs[index], 1)
+
+    assert main(comparison) == 0
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    monkeypatch.setattr(backends, "local", local)
+    again = [*comparison, "--output-dir", str(tmp_path / "again"), "--jobs", "2"]
+    assert main(again) == 0
+    shown = capsys.readouterr().out
+    assert [line for line in shown.splitlines() if line.startswith("|")] == table
+    assert "[1/2] base-to-new Linear seed 2: base" in shown and given[0].jobs == 2 and given[0].threads == 1
+    assert main(again) == 0  # nothing is left to run side by side
+    assert capsys.readouterr().out.count("finished before") == 4 and len(given) == 1
 
 
 def test_quickstart_goes_on_where_it_stopped(comparison, tmp_path, capsys):

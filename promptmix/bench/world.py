@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,8 @@ class World:
             registry.register(entry, name=_NAME, force=True)
         validate(cfg)
         torch.manual_seed(0)
-        trainer: Any = build_trainer(cfg)
+        with _one_template(self.clip) if self.device.type == "meta" else nullcontext():
+            trainer: Any = build_trainer(cfg)
         trainer.epoch, trainer.batch_idx, trainer.num_batches = 0, 0, 2
         trainer.set_model_mode("train")
         if self.device.type == "meta":
@@ -153,6 +154,21 @@ def _dataset(paths: list[str], classes: int, pictures: int, test: int, experts: 
         return dataset
 
     return build
+
+
+@contextmanager
+def _one_template(clip: CLIP) -> Iterator[None]:
+    """Have one template's features stand for all of an ensemble: what is counted afterwards asks for their shape alone."""
+    encode = clip._raw_features
+
+    def first(templates: Sequence[str], names: Sequence[str], verbatim: bool = False) -> Tensor:
+        return encode(templates[:1], names, verbatim).repeat(len(templates), 1, 1)
+
+    clip._raw_features = first  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del clip._raw_features
 
 
 def learn(trainer: PromptTrainer, batch: dict[str, Tensor]) -> None:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from promptmix.commands.train import set_threads
+from promptmix.config.flags import check_count
 
 CONFIG = "configs/quickstart.yaml"
 
@@ -18,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--trainers", nargs="+", default=["ZeroshotCLIP", "CoOp", "MoCoOp"], metavar="NAME", help="methods to compare")
     add("--config-file", default=CONFIG, metavar="YAML", help=f"default: {CONFIG}")
     add("--device", choices=("auto", "cpu", "cuda"), default="", help="where to compute")
+    add("--jobs", type=int, metavar="N", help="methods and seeds at a time; default: one per CPU, or 1 where there is a GPU")
     add("--threads", type=int, default=1, help="CPU threads; the embedded models are so small that more wait on each other")
     add("--plugin", action="append", default=[], metavar="MODULE|FILE", help="load a plugin; may be repeated")
     add("--format", default="github", help="format of the table, as in `promptmix parse`")
@@ -29,10 +31,14 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: something that can't be done.
     """
+    import torch
+
     from promptmix.commands.run import run_all
+    from promptmix.runs.backends import cpus
     from promptmix.runs.protocols import Job
 
     set_threads(args.threads)
+    check_count("--jobs", args.jobs)
     jobs = [
         Job(
             protocol="base-to-new",
@@ -47,5 +53,6 @@ def run(args: argparse.Namespace) -> int:
         for trainer in args.trainers
         for seed in args.seeds
     ]
-    run_all(jobs, args, sort="time")
+    at_once = args.jobs or (1 if args.device != "cpu" and torch.cuda.is_available() else min(cpus(), len(jobs)))
+    run_all(jobs, args, sort="time", at_once=at_once)
     return 0

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import sys
 import time
 from typing import TYPE_CHECKING
 
 from promptmix.commands.train import split_arguments
-from promptmix.errors import ConfigError
+from promptmix.errors import ConfigError, UserError
 from promptmix.registry import PROTOCOL_REGISTRY
 from promptmix.runs.active import ACTIVE
 from promptmix.runs.federated import FEDERATED
 from promptmix.runs.protocols import PROTOCOLS, Job
 
 if TYPE_CHECKING:
+    from promptmix.data.features.reuse import Reuse
     from promptmix.runs.results import RunResult
 
 __all__ = ["add_arguments", "run", "run_all", "split_arguments"]
@@ -82,21 +85,20 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def run_all(jobs: list[Job], args: argparse.Namespace, sort: str) -> list[RunResult]:
-    """Check every job, run them one after another in this process, and print the table.
+def run_all(jobs: list[Job], args: argparse.Namespace, sort: str, at_once: int = 1) -> list[RunResult]:
+    """Check every job, run them, and print the table.
 
     Args:
         jobs: what to run.
         args: flags ``format``, ``output_dir`` and the command line ``argv``.
         sort: order of the table's rows.
+        at_once: how many run side by side, in processes of their own; 1 = one after another in this process.
 
     Raises:
         UserError: a job that can't be done.
     """
     from promptmix.runs import results
-    from promptmix.runs.execute import execute
-    from promptmix.runs.progress import Lines
-    from promptmix.runs.protocols import check, parts
+    from promptmix.runs.protocols import check, is_done
     from promptmix.tables import tables
 
     started = time.monotonic()
@@ -106,6 +108,26 @@ def run_all(jobs: list[Job], args: argparse.Namespace, sort: str) -> list[RunRes
         raise ConfigError(f"{twice.name} is there twice; name each method, data set, number of shots and seed once")
     for job in jobs:  # a wrong name or setting shows now, not after the first methods have run
         check(job)
+    several = at_once > 1 and sum(not is_done(job) for job in jobs) > 1
+    done, reuse = _side_by_side(jobs, args, at_once) if several else _one_by_one(jobs, args)
+    rows, metrics, notes = tables.aggregate(done)
+    sys.stdout.write(f"\n{tables.render(rows + tables.averages(rows, metrics), metrics, args.format, sort=sort)}\n")
+    for note in notes:
+        sys.stderr.write(f"note: {note}\n")
+    took = f"{len(done)} runs in {time.monotonic() - started:.0f} s"
+    sys.stdout.write(f"\n{took}; each has its {results.FILE_NAME} and log.txt below {args.output_dir}\n")
+    if str(reuse):
+        sys.stdout.write(f"{reuse}\n")
+    return done
+
+
+def _one_by_one(jobs: list[Job], args: argparse.Namespace) -> tuple[list[RunResult], Reuse]:
+    from promptmix.data.features.reuse import reused
+    from promptmix.runs.execute import execute
+    from promptmix.runs.progress import Lines
+    from promptmix.runs.protocols import parts
+
+    before = reused()
     progress = Lines(total=sum(len(parts(job)) for job in jobs))
     done: list[RunResult] = []
     try:
@@ -113,10 +135,30 @@ def run_all(jobs: list[Job], args: argparse.Namespace, sort: str) -> list[RunRes
             done += execute(job, progress, ["promptmix", *args.argv])
     finally:
         progress.close()
-    rows, metrics, notes = tables.aggregate(done)
-    sys.stdout.write(f"\n{tables.render(rows + tables.averages(rows, metrics), metrics, args.format, sort=sort)}\n")
-    for note in notes:
-        sys.stderr.write(f"note: {note}\n")
-    took = f"{len(done)} runs in {time.monotonic() - started:.0f} s"
-    sys.stdout.write(f"\n{took}; each has its {results.FILE_NAME} and log.txt below {args.output_dir}\n")
-    return done
+    return done, reused() - before
+
+
+def _side_by_side(jobs: list[Job], args: argparse.Namespace, at_once: int) -> tuple[list[RunResult], Reuse]:
+    """Run jobs in processes of their own; the first that fails ends the others, which the same command goes on with.
+
+    Raises:
+        UserError: what a job failed with.
+    """
+    from promptmix.data.features.reuse import Reuse
+    from promptmix.runs import backends
+    from promptmix.runs.progress import Grid
+    from promptmix.runs.protocols import done_parts
+
+    options = backends.Options(jobs=at_once, threads=args.threads, command=("promptmix", *args.argv))
+    reuse = Reuse()
+    grid = Grid(jobs, io.StringIO())  # each run has a log of its own
+    try:
+        with contextlib.closing(backends.local(jobs, options, grid.started)) as outcomes:
+            for index, outcome in outcomes:
+                grid.ended(index, outcome)
+                reuse += outcome.reuse or Reuse()
+                if outcome.error:
+                    raise UserError(f"{jobs[index].name}: {outcome.error}")
+    finally:
+        grid.close()
+    return [result for job in jobs for _, _, result, _ in done_parts(job) if result is not None], reuse

@@ -149,6 +149,7 @@ def _options(args: argparse.Namespace, plan: Sweep) -> Options:
 
 def _run_all(jobs: list[Job], options: Options, backend: Backend, output: Path) -> list[tuple[Job, str]]:
     """Run the jobs that have not finished before; return those that failed, with the reason."""
+    from promptmix.data.features.reuse import Reuse
     from promptmix.runs.backends import Outcome
     from promptmix.runs.progress import Grid
     from promptmix.runs.protocols import is_done
@@ -160,6 +161,7 @@ def _run_all(jobs: list[Job], options: Options, backend: Backend, output: Path) 
     except OSError as error:
         raise UserError(f"output {output}: {error.strerror or error}; choose another in the sweep file") from error
     failed: list[tuple[Job, str]] = []
+    reuse = Reuse()
     with log:
         grid = Grid(jobs, log)
         try:
@@ -175,8 +177,11 @@ def _run_all(jobs: list[Job], options: Options, backend: Backend, output: Path) 
             with contextlib.closing(running) as outcomes:
                 for place, outcome in outcomes:
                     grid.ended(left[place], outcome)
+                    reuse += outcome.reuse or Reuse()
                     if outcome.error:
                         failed.append((jobs[left[place]], outcome.error))
+            if str(reuse):
+                grid.say(str(reuse))
         finally:
             grid.close()
     return failed

@@ -14,10 +14,13 @@ from yacs.config import CfgNode
 
 from promptmix.cost.count import Count, count
 from promptmix.errors import UserError, is_out_of_memory
+from promptmix.files.digests import digest_of
 from promptmix.utils import get_logger
 
 #: Classes in memory at a time that the message proposes.
 _CHUNK = 64
+#: Operations of a step, by what they follow from: the seeds of an experiment have the same, and counting takes a second.
+_counted: dict[tuple[type, type, str], float] = {}
 
 
 class Counted(Protocol):
@@ -106,11 +109,26 @@ def step_gflops(trainer: Any) -> float | None:  # any class with Dassl's interfa
     if not hasattr(trainer, "clip") or loader is None or trainer.cfg.MODEL.COMPILE:
         return None
     try:
-        on_meta(trainer)
-        return round(step_count(trainer, min(loader.batch_size or 1, len(loader.dataset))).gflops, 3)
+        size = min(loader.batch_size or 1, len(loader.dataset))
+        key = type(trainer), type(trainer.model), _shapes(trainer, size)
+        if key not in _counted:
+            on_meta(trainer)
+            _counted[key] = round(step_count(trainer, size).gflops, 3)
+        return _counted[key]
     except (RuntimeError, NotImplementedError, ValueError, AttributeError):  # a training that ended is not lost over a count
         get_logger().debug("The step can't be counted", exc_info=True)
         return None
+
+
+def _shapes(trainer: Any, size: int) -> str:
+    """Return a digest of all that the operations of a step on ``size`` pictures follow from; a seed is no part of it."""
+    model, task = trainer.model, trainer.model.task
+    words: list[Any] = [task.classnames, task.all_classnames, task.templates, task.template_groups, task.train_labels]
+    words.append(task.descriptions.plain(task.all_classnames))
+    tensors = [*model.named_parameters(), *model.named_buffers(), *trainer.clip.named_parameters()]
+    shapes = [(name, tuple(tensor.shape), tensor.requires_grad) for name, tensor in tensors]
+    config = {key: str(value) for key, value in trainer.cfg.items() if key not in ("SEED", "OUTPUT_DIR", "RESUME")}
+    return digest_of([size, words, shapes, config])
 
 
 def on_meta(trainer: Counted) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from promptmix.errors import CheckpointError, UserError
+from promptmix.files.locks import held, holder
 from promptmix.utils import atomic_write
 
 __all__ = ["BEST_FILE", "EXPORT_FILE", "EXPORT_NOTE", "LAST_FILE", "PROGRESS_FILE", "RunFolder", "shorten", "what_is_there"]
@@ -22,22 +23,6 @@ BEST_FILE = "model-best.pth.tar"
 EXPORT_FILE, EXPORT_NOTE = "model.safetensors", "model.json"
 #: Everything that a training needs to go on as if nothing had happened; there until the run has its results.
 PROGRESS_FILE = "progress.pth"
-#: Errors of a file system that has no locks.
-_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
-
-_held: set[int] = set()
-
-
-def _forget_locks() -> None:
-    """Close the locks' files in a forked worker, which may outlive this process by seconds and would hold them."""
-    for handle in _held:
-        with contextlib.suppress(OSError):
-            os.close(handle)
-    _held.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_locks)
 
 
 class RunFolder:
@@ -183,73 +168,29 @@ class RunFolder:
         Raises:
             UserError: another process works there, or the lock can't be made.
         """
-        try:
-            import fcntl
-        except ImportError:  # Windows
-            yield
-            return
         target = Path(os.path.abspath(self.path))
         inside = target.is_dir() and not os.access(target.parent, os.W_OK)
         lock = target / ".lock" if inside else target.with_name(f".{target.name}.lock")
         made = [path for path in lock.parents if not path.exists()]
-        try:
-            handle = _locked(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError as error:
-            raise UserError(
-                f"OUTPUT_DIR {self.path} is in use by another process{_holder(lock)}; "
-                "wait until it has ended, or choose another --output-dir"
-            ) from error
-        except OSError as error:
-            if error.errno in _NO_LOCKS:
-                yield
-                return
-            what = f"{lock} is a link" if error.errno == errno.ELOOP else error.strerror or error
-            raise UserError(f"OUTPUT_DIR {self.path}: {what}; choose another --output-dir") from error
-        _held.add(handle)
-        try:
+        with contextlib.ExitStack() as stack:
+            stack.callback(_remove_empty, made)
+            try:
+                stack.enter_context(held(lock, wait=wait))
+            except BlockingIOError as error:
+                raise UserError(
+                    f"OUTPUT_DIR {self.path} is in use by another process{holder(lock)}; "
+                    "wait until it has ended, or choose another --output-dir"
+                ) from error
+            except OSError as error:
+                what = f"{lock} is a link" if error.errno == errno.ELOOP else error.strerror or error
+                raise UserError(f"OUTPUT_DIR {self.path}: {what}; choose another --output-dir") from error
             yield
-        finally:
-            lock.unlink(missing_ok=True)
-            _held.discard(handle)
-            os.close(handle)
-            for path in made:
-                with contextlib.suppress(OSError):  # not empty
-                    path.rmdir()
 
 
-def _locked(lock: Path, how: int) -> int:
-    """Return the handle of ``lock``, which this process now holds."""
-    import fcntl
-
-    vanished = 0
-    while True:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-        except FileNotFoundError:
-            # Another process removed the folder, which was empty; where it happens again and again, nothing can be made there.
-            vanished += 1
-            if vanished > 100:
-                raise
-            continue
-        try:
-            fcntl.flock(handle, how)
-            if lock.exists() and os.path.samestat(os.fstat(handle), lock.stat()):
-                if os.fstat(handle).st_nlink > 1:
-                    raise OSError(errno.EMLINK, f"{lock} is the same file as another elsewhere")
-                os.ftruncate(handle, 0)
-                os.write(handle, f"{os.getpid()}\n".encode())
-                return handle
-        except BaseException:
-            os.close(handle)
-            raise
-        os.close(handle)  # the one before us removed the file that we waited for
-
-
-def _holder(lock: Path) -> str:
-    with contextlib.suppress(OSError, ValueError):
-        return f" (pid {int(lock.read_text())})"
-    return ""
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        with contextlib.suppress(OSError):  # not empty
+            folder.rmdir()
 
 
 def what_is_there(folder: Path) -> str:

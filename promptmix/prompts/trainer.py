@@ -19,7 +19,8 @@ from promptmix.config.declare import declare_all, inherited_by, key_of, settings
 from promptmix.cost.estimate import explained
 from promptmix.data.descriptions import Descriptions, parse_descriptions, read_descriptions
 from promptmix.data.features.cache import FeatureCache, open_cache
-from promptmix.data.features.views import ReplayLoader, cache_views, feature_loader, in_order, is_steady
+from promptmix.data.features.rows import in_order
+from promptmix.data.features.views import ReplayLoader, cache_views, feature_loader, is_steady
 from promptmix.data.reading.streams import get_streams
 from promptmix.engine import TrainerX, build_lr_scheduler, build_optimizer, convert
 from promptmix.engine.checkpoint import load_pretrained_weights, load_state_dict_strict, read_model

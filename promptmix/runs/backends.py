@@ -17,12 +17,12 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from promptmix.errors import UserError
 from promptmix.files.links import open_own
@@ -30,8 +30,11 @@ from promptmix.hookspecs import hookimpl
 from promptmix.registry import Registry
 from promptmix.runs.protocols import Job
 
+if TYPE_CHECKING:
+    from promptmix.data.features.reuse import Reuse
+
 #: Imported once by the process that local jobs are forked from: a job then starts in a fraction of a second.
-_PRELOAD = ["open_clip", "torch.utils.tensorboard", "promptmix.runs.execute", "promptmix.prompts.trainer"]
+_PRELOAD = ["torch.utils.tensorboard", "promptmix.runs.execute", "promptmix.runs.warm"]
 _POLL_SECONDS = 2.0  # between two looks at Slurm's queue
 
 
@@ -43,11 +46,13 @@ class Outcome:
         error: one line, where it failed.
         numbers: accuracy of each part, in percent.
         seconds: how long it took.
+        reuse: what the cache of features did.
     """
 
     error: str = ""
     numbers: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
+    reuse: Reuse | None = None
 
 
 @dataclass(frozen=True)
@@ -103,9 +108,10 @@ def work(job: Job, threads: int, command: Sequence[str] = (), directory: str = "
     """
     import torch
 
+    from promptmix.data.features.reuse import reused
     from promptmix.runs.execute import execute
 
-    begin = time.monotonic()
+    begin, before = time.monotonic(), reused()
     try:
         if directory:
             os.chdir(directory)
@@ -125,7 +131,32 @@ def work(job: Job, threads: int, command: Sequence[str] = (), directory: str = "
         Path(run.config["OUTPUT_DIR"]).name: run.metrics.get(run.config["TEST"]["SPLIT"], {}).get("accuracy", float("nan"))
         for run in parts
     }
-    return Outcome(numbers=numbers, seconds=time.monotonic() - begin)
+    return Outcome(numbers=numbers, seconds=time.monotonic() - begin, reuse=reused() - before)
+
+
+# What shares features
+
+
+def _data(job: Job) -> tuple[str, str]:
+    """Return what jobs have in common that read the same pictures."""
+    return job.dataset, job.root
+
+
+def next_job(jobs: Sequence[Job], waiting: Sequence[int], led: Collection[tuple[str, str]]) -> int:
+    """Return which waiting job to start: the first whose features no running job is the first to make, or else the first.
+
+    Args:
+        jobs: all jobs.
+        waiting: indices of those that wait.
+        led: data whose first job still runs; others would wait for its features.
+    """
+    return next((index for index in waiting if _data(jobs[index]) not in led), waiting[0])
+
+
+def leaders_first(jobs: Sequence[Job]) -> list[int]:
+    """Return the order for a queue: the first job of each data set, which makes features, then the others."""
+    first = {_data(job): index for index, job in reversed(list(enumerate(jobs)))}
+    return sorted(range(len(jobs)), key=lambda index: first[_data(jobs[index])] != index)
 
 
 # This machine
@@ -145,13 +176,16 @@ def local(jobs: Sequence[Job], options: Options, started: Started) -> Generator[
     os.environ.setdefault("OMP_NUM_THREADS", str(options.threads))
     waiting, running = deque(range(len(jobs))), dict[Any, _Running]()
     free = deque(range(options.jobs))
+    led, ended = set[tuple[str, str]](), set[tuple[str, str]]()
     try:
         while waiting or running:
             while waiting and free:
-                index, slot = waiting.popleft(), free.popleft()
+                index, slot = next_job(jobs, waiting, led), free.popleft()
+                waiting.remove(index)
+                led |= {_data(jobs[index])} - ended
                 gpu = slot % options.gpus if options.gpus else None
                 receiver, sender = context.Pipe(duplex=False)
-                process = context.Process(target=_child, args=(jobs[index], options, gpu, sender))
+                process = context.Process(target=_child, args=(jobs[index], options, gpu, dict(os.environ), sender))
                 process.start()
                 sender.close()
                 running[process.sentinel] = _Running(index, slot, process, receiver)
@@ -159,6 +193,8 @@ def local(jobs: Sequence[Job], options: Options, started: Started) -> Generator[
             for sentinel in connection.wait(list(running)):
                 one = running.pop(sentinel)
                 free.append(one.slot)
+                ended.add(_data(jobs[one.index]))
+                led -= ended
                 yield one.index, _received(one)
     finally:
         for one in running.values():
@@ -175,8 +211,9 @@ def _context() -> Any:  # multiprocessing's contexts share no useful type
     return context
 
 
-def _child(job: Job, options: Options, gpu: int | None, sender: connection.Connection) -> None:
+def _child(job: Job, options: Options, gpu: int | None, environ: dict[str, str], sender: connection.Connection) -> None:
     """Run a job in its own process and send its outcome."""
+    be_fresh(environ)
     multiprocessing.set_start_method(None, force=True)  # workers that read pictures start as usual, not through another server
     gc.freeze()  # what was imported before the fork stays shared, and no collection walks through it
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the driver, which ends its jobs
@@ -199,6 +236,18 @@ def _child(job: Job, options: Options, gpu: int | None, sender: connection.Conne
         console.unlink(missing_ok=True)
     sender.send(outcome)
     sender.close()
+
+
+def be_fresh(environ: dict[str, str]) -> None:
+    """Make a forked process what a new one would be: the driver's environment, and random numbers that no other job has.
+
+    Python draws anew by itself after a fork, and torch begins with the same number in every process.
+    """
+    import numpy as np
+
+    os.environ.clear()
+    os.environ.update(environ)
+    np.random.seed()
 
 
 def _follow_parent() -> None:
@@ -248,7 +297,8 @@ def on_ray(jobs: Sequence[Job], options: Options, started: Started) -> Generator
         # A crashed worker is a failed job, which the next sweep repeats; tasks with a GPU get a process of their own.
         task: Any = ray.remote(num_cpus=options.threads, num_gpus=gpus, max_retries=0)(work)
         pending: dict[Any, int] = {}
-        for index, job in enumerate(jobs):
+        for index in leaders_first(jobs):
+            job = jobs[index]
             pending[task.remote(job, options.threads, options.command, str(Path.cwd()))] = index
             started(index)
         while pending:
@@ -297,11 +347,12 @@ def on_slurm(
         executor.update_parameters(**{"name": "promptmix"} | asked | options.slurm)
     except (NameError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"slurm: {' '.join(str(error).split())}; give parameters of submitit's AutoExecutor") from error
+    order = leaders_first(jobs)
     with executor.batch():
-        queued = [executor.submit(work, job, options.threads, options.command, str(Path.cwd())) for job in jobs]
+        queued = [executor.submit(work, jobs[index], options.threads, options.command, str(Path.cwd())) for index in order]
     for index in range(len(jobs)):
         started(index)
-    pending = dict(enumerate(queued))
+    pending = dict(zip(order, queued, strict=True))
     try:
         while pending:
             for index in [index for index, one in pending.items() if one.done()]:

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Generator, Sequence
 from statistics import fmean
 
+from promptmix.data.features.reuse import Reuse
 from promptmix.runs.backends import Backend, Options, Outcome, Started
 from promptmix.runs.protocols import Job, pieces
 
@@ -28,11 +29,12 @@ def in_waves(
     """
     left, ran = list(range(len(jobs))), set[tuple[int, str]]()
     sums = dict.fromkeys(left, 0.0)
+    reuses: dict[int, Reuse] = {}
     last: dict[int, dict[str, float]] = {}
     while left:
         wave = [(index, piece) for index in left for piece in pieces(jobs[index])]
         for index in set(left) - {index for index, _ in wave}:
-            yield index, Outcome(numbers=last.get(index, {}), seconds=sums[index])
+            yield index, Outcome(numbers=last.get(index, {}), seconds=sums[index], reuse=reuses.get(index))
         left = sorted({index for index, piece in wave if piece.piece})
         found: dict[int, list[float]] = {index: [] for index in left}
         errors = {i: f"{p.piece} ran, but does not count; remove its folder" for i, p in wave if (i, p.piece) in ran}
@@ -45,11 +47,12 @@ def in_waves(
                     continue
                 ran.add((index, piece.piece))
                 sums[index] += outcome.seconds
+                reuses[index] = sum(filter(None, (reuses.get(index), outcome.reuse)), Reuse())
                 found[index] += outcome.numbers.values()
                 if outcome.error:
                     errors.setdefault(index, f"{piece.piece}: {outcome.error}")
         for index, error in errors.items():
-            yield index, Outcome(error, seconds=sums[index])
+            yield index, Outcome(error, seconds=sums[index], reuse=reuses.get(index))
         left = [index for index in left if index not in errors]
         last = {index: {"mean of the last round": fmean(found[index])} for index in left if found[index]}
 

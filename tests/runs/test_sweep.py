@@ -13,13 +13,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
 
+import numpy as np
 import pytest
+import torch
 import yaml
 
 from promptmix.cli import main
 from promptmix.commands import sweep as command
 from promptmix.errors import ConfigError, UserError
 from promptmix.runs import backends, sweep
+from promptmix.runs.execute import execute
 from tests.runs import made
 
 HERE = Path(__file__).resolve().parent
@@ -56,6 +59,41 @@ def test_table_of_three_methods_three_data_sets_three_seeds(undisturbed, folder)
         if path.name in ("console.txt", "error.txt") or "lock" in path.name
     ]
     assert not left
+    # Methods and seeds read the same test pictures; which pictures a seed trains on is another matter.
+    saved = next(line for line in shown.splitlines() if line.startswith("features: "))
+    encoded, taken = (int(word.replace(",", "")) for word in saved.split() if word.replace(",", "").isdigit())
+    assert 0 < encoded < taken and "which saved" in saved
+
+
+def test_a_job_of_a_warm_process_has_the_numbers_of_a_new_one(undisturbed, folder, monkeypatch):
+    """The jobs of a sweep are forked from one process; this one runs here, where other work went before."""
+    path = made.make_sweep(folder, folder / "here", trainers=["KgCoOp"], datasets=["prints.yaml"], seeds=[2])
+    torch.manual_seed(77)
+    monkeypatch.chdir(folder)
+    execute(sweep.read(str(path)).jobs[0])
+    here = made.numbers(folder / "here")
+    assert len(here) == 2
+    assert here == {name: numbers for name, numbers in undisturbed[1].items() if name in here}
+
+
+def test_forked_jobs_have_the_drivers_environment_and_random_numbers_of_their_own(monkeypatch):
+    monkeypatch.setattr(os, "environ", dict(os.environ))  # not the real one
+    np.random.seed(5)
+    first = np.random.rand()
+    np.random.seed(5)
+    backends.be_fresh({"ONLY": "this"})
+    assert os.environ == {"ONLY": "this"} and np.random.rand() != first
+
+
+def test_what_shares_features_does_not_start_together():
+    def job(data, trainer):
+        return backends.Job("base-to-new", trainer, data, f"out/{data}/{trainer}", 1)
+
+    jobs = [job("a", "CoOp"), job("a", "KgCoOp"), job("b", "CoOp"), job("b", "KgCoOp")]
+    assert backends.leaders_first(jobs) == [0, 2, 1, 3]
+    assert backends.next_job(jobs, [1, 2, 3], {("a", "")}) == 2
+    assert backends.next_job(jobs, [1, 3], {("a", ""), ("b", "")}) == 1  # better than to stand still
+    assert backends.next_job(jobs, [1, 3], {("b", "")}) == 1
 
 
 def test_killed_sweep_goes_on_and_gives_the_same_numbers(undisturbed, folder):

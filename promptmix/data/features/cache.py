@@ -23,14 +23,18 @@ from yacs.config import CfgNode
 
 from promptmix.data.base import reading_of
 from promptmix.data.datum import Datum
+from promptmix.data.features.reuse import tell
 from promptmix.errors import DataError, OutputError, UserError
 from promptmix.files.digests import digest_of
+from promptmix.files.locks import held
 from promptmix.parallel import group
 from promptmix.utils import atomic_write, get_logger
 
 #: Raised when a file's meaning changes, so that old files are passed over.
-_VERSION = 3
+_VERSION = 4
 _SUFFIX = ".safetensors"
+#: Tensor of a file: how long its making took.
+_SECONDS = "seconds"
 #: Keys of INPUT that change no pixel, or only through the transform, which is told beside them.
 _NO_PIXELS = (
     *("CACHED_VIEWS", "FEATURE_CACHE", "FEATURE_CACHE_DIR", "FEATURE_CACHE_GB"),
@@ -170,6 +174,50 @@ class FeatureCache:
             return
         self._shrink(target)
 
+    def obtain(
+        self, key: str, shapes: Mapping[str, tuple[int, ...]], make: Callable[[], Mapping[str, Tensor]], about: str, pictures: int
+    ) -> Mapping[str, Tensor]:
+        """Return the tensors under ``key``, made now where they are not there; one process makes them, others wait for it.
+
+        Args:
+            key: what ``feature_key`` returned.
+            shapes: as ``get`` takes them.
+            make: returns the tensors.
+            about: what they are, for ``promptmix cache list``.
+            pictures: how many ``make`` encodes, for the sum of what was saved.
+        """
+        shapes = {**shapes, _SECONDS: ()}
+        stored = self._agreed(key, shapes)
+        if stored is None:
+            with self.claim(key):
+                stored = self._agreed(key, shapes)  # of whom this process has waited for
+                if stored is None:
+                    start = time.monotonic()
+                    made = make()
+                    seconds = time.monotonic() - start
+                    tell(encoded=pictures, seconds=seconds)
+                    self.put(key, {**made, _SECONDS: torch.tensor(seconds, dtype=torch.float64)}, about)
+                    return made
+        tell(taken=pictures, saved=float(stored[_SECONDS]))
+        return stored
+
+    def _agreed(self, key: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor] | None:
+        """Return what all processes of a training have found; another run may fill the cache between two looks."""
+        found = self.get(key, shapes)
+        return found if group.agree(found is not None) else None
+
+    @contextlib.contextmanager
+    def claim(self, key: str) -> Iterator[None]:
+        """Be the only process that makes what belongs to ``key``; another waits, and looks again then.
+
+        The claim goes with its process, however that ends. Where the folder or its system has no locks, two may do the same work.
+        """
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(OSError):
+                if group.size() == 1:  # the processes of one training make things together
+                    stack.enter_context(held(self.folder / f".{key}.lock", wait=True))
+            yield
+
     def entries(self) -> list[Entry]:
         """Return every file, the one used last first."""
         found = []
@@ -252,13 +300,12 @@ def weights_hash(module: nn.Module) -> str:
     return _hashes[module][1]
 
 
-def items_hash(items: Sequence[Datum]) -> str:
-    """Return a hash of which pictures ``items`` are, in order: path, size and time of change of each file or pack.
+def picture_stamps(items: Sequence[Datum]) -> Iterator[bytes]:
+    """Yield for each picture a line that no other has: path, size and time of change of its file or pack, and its name there.
 
     Raises:
         UserError: a picture is missing.
     """
-    digest = hashlib.sha256()
     stamps: dict[str, str] = {}
     for item in items:
         file, _, member = item.impath.partition("::")
@@ -270,7 +317,18 @@ def items_hash(items: Sequence[Datum]) -> str:
                     f"no picture {item.impath} ({error.strerror}); check DATASET.ROOT, or get the data set again"
                 ) from error
             stamps[file] = f"{os.path.abspath(file)}|{state.st_size}|{state.st_mtime_ns}"
-        digest.update(f"{stamps[file]}|{member}\n".encode())
+        yield f"{stamps[file]}|{member}\n".encode()
+
+
+def items_hash(items: Sequence[Datum]) -> str:
+    """Return a hash of which pictures ``items`` are, in order (see ``picture_stamps``).
+
+    Raises:
+        UserError: a picture is missing.
+    """
+    digest = hashlib.sha256()
+    for stamp in picture_stamps(items):
+        digest.update(stamp)
     return digest.hexdigest()
 
 

@@ -10,7 +10,7 @@ epoch has one view in it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,13 +21,12 @@ from yacs.config import CfgNode
 
 from promptmix.data.datum import Datum
 from promptmix.data.features.cache import FeatureCache, feature_key, same_randomness
+from promptmix.data.features.rows import Encode, in_order, shared_features
 from promptmix.data.reading.loaders import TrainLoader
 from promptmix.data.reading.streams import get_streams, set_streams, streams_hash
 from promptmix.errors import ConfigError
 from promptmix.parallel import group
 from promptmix.utils import get_logger
-
-Encode = Callable[[Tensor], Tensor]
 
 #: Transforms that do the same to a picture each time.
 STEADY = frozenset({"center_crop", "normalize", "instance_norm"})
@@ -132,6 +131,9 @@ def cache_views(
     """
     source: Any = loader.dataset
     steady = is_steady(cfg.INPUT.TRANSFORMS)
+    shared = shared_features(loader, encode, cfg, cache, tower, kind) if steady and cache else None
+    if shared is not None:
+        return ReplayLoader(CachedViews(shared[None], source.data_source), torch.empty(0, 0, dtype=torch.int64), [], loader)
     views = 1 if steady else views
     more: dict[str, object] = {"split": "train", "batch": loader.batch_size, "device": _device(tower)}
     more |= {"kind": kind} if kind else {}
@@ -141,20 +143,22 @@ def cache_views(
         own = isinstance(loader, TrainLoader) and loader.sample_streams
         more |= {"workers": "any" if own else loader.num_workers, "between": draws_between, "sizes": str(dict(node.TRAIN_X))}
     key = feature_key(cfg, tower, source.data_source, source.transform, **more) if cache else None
-    shapes = {"features": (views, len(source)), "orders": (0 if steady else views,)}
-    stored = cache.get(key, shapes) if cache and key else None
-    if not group.agree(stored is not None):  # another run may have filled it between two looks
-        stored = None
-    if stored is None:
+
+    def make() -> dict[str, Tensor]:
         get_logger().info("Encoding %d cached views of %d pictures", views, len(source))
         with same_randomness(), torch.no_grad():
-            stored = _steady(loader, encode) if steady else _record(loader, views, encode, draws_between)
+            made = _steady(loader, encode) if steady else _record(loader, views, encode, draws_between)
         if isinstance(loader, TrainLoader):
             loader.close()  # the data manager keeps it, but nobody reads it again
-        if cache and key:
-            cache.put(key, stored, f"{cfg.DATASET.NAME}, {len(source)} training pictures, {views} view(s)")
+        return made
+
+    stored: Mapping[str, Tensor]
+    if cache and key:
+        shapes = {"features": (views, len(source)), "orders": (0 if steady else views,)}
+        about = f"{cfg.DATASET.NAME}, {len(source)} training pictures, {views} view(s)"
+        stored = cache.obtain(key, shapes, make, about, views * len(source))
     else:
-        get_logger().info("Found %d cached views of %d pictures", views, len(source))
+        stored = make()
     names = sorted({name.partition(".")[2] for name in stored if name.startswith("after.")})
     after = [{name: stored[f"after.{name}"][k] for name in names} for k in range(len(stored["orders"]))]
     return ReplayLoader(CachedViews(stored["features"], source.data_source), stored["orders"], after, loader)
@@ -192,17 +196,6 @@ def _record(loader: DataLoader[Any], views: int, encode: Encode, draws_between: 
     return {"features": torch.stack(features), "orders": pad_sequence(orders, batch_first=True, padding_value=-1), **states}
 
 
-def in_order(loader: DataLoader[Any], dataset: Dataset[Any] | None = None) -> DataLoader[Any]:
-    """Return a loader over ``dataset`` (default: that of ``loader``) from first to last, with nothing left out."""
-    return TrainLoader(
-        loader.dataset if dataset is None else dataset,
-        batch_size=loader.batch_size,
-        num_workers=loader.num_workers,
-        worker_init_fn=loader.worker_init_fn,
-        sample_streams=getattr(loader, "sample_streams", False),
-    )
-
-
 def feature_loader(
     loader: DataLoader[Any],
     encode: Encode,
@@ -222,20 +215,22 @@ def feature_loader(
     source: Any = loader.dataset
     if not isinstance(loader.sampler, torch.utils.data.SequentialSampler) or not hasattr(source, "data_source"):
         return None
-    more: dict[str, object] = {"split": "test", "batch": loader.batch_size, "device": _device(tower)}
-    more |= {"kind": kind} if kind else {}
-    key = feature_key(cfg, tower, source.data_source, source.transform, **more)
-    if key is None:
-        return None
-    stored = cache.get(key, {"features": (len(source),)})
-    if not group.agree(stored is not None):
-        stored = None
-    if stored is None:
-        get_logger().info("Encoding %d pictures of the %s split, for all methods and seeds", len(source), split)
-        with same_randomness(), torch.no_grad():
-            stored = {"features": torch.cat([encode(batch["img"]).cpu() for batch in loader])}
-        cache.put(key, stored, f"{cfg.DATASET.NAME}, {len(source)} pictures for evaluation")
-    return DataLoader(CachedViews(stored["features"][None], source.data_source), batch_size=loader.batch_size)
+    features = shared_features(loader, encode, cfg, cache, tower, kind)
+    if features is None:
+        more: dict[str, object] = {"split": "test", "batch": loader.batch_size, "device": _device(tower)}
+        more |= {"kind": kind} if kind else {}
+        key = feature_key(cfg, tower, source.data_source, source.transform, **more)
+        if key is None:
+            return None
+
+        def make() -> dict[str, Tensor]:
+            get_logger().info("Encoding %d pictures of the %s split, for all methods and seeds", len(source), split)
+            with same_randomness(), torch.no_grad():
+                return {"features": torch.cat([encode(batch["img"]).cpu() for batch in loader])}
+
+        about = f"{cfg.DATASET.NAME}, {len(source)} pictures for evaluation"
+        features = cache.obtain(key, {"features": (len(source),)}, make, about, len(source))["features"]
+    return DataLoader(CachedViews(features[None], source.data_source), batch_size=loader.batch_size)
 
 
 def _device(tower: torch.nn.Module) -> str:
