@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from promptmix.cli import main
+from promptmix.plugin_manager import load_plugin
 from promptmix.registry import PROTOCOL_REGISTRY, ROUTER_REGISTRY
+from tests.trainers.toy import first_step, toy_trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = ["--config-file", "configs/quickstart.yaml", "--seed", "1", "OPTIM.MAX_EPOCH", "1", "DATASET.NUM_SHOTS", "1"]
@@ -23,7 +25,7 @@ def blocks(page):
 
 
 def test_the_method_of_the_page_trains(tmp_path):
-    method, loss = blocks("write-a-method.md")
+    method, loss, bank = blocks("write-a-method.md")
     file = tmp_path / "near.py"
     # The page's second block, put to use as the page says.
     file.write_text(
@@ -34,6 +36,16 @@ def test_the_method_of_the_page_trains(tmp_path):
     flags = ["train", "--plugin", str(file), "--trainer", "Near", "--output-dir", str(tmp_path / "out")]
     assert main([*flags, *QUICK, "TRAINER.NEAR.WEIGHT", "4"]) == 0
     assert "entropy" in (tmp_path / "out" / "log.txt").read_text()
+
+
+def test_the_bank_of_the_page_learns_in_both_towers(room, tmp_path):
+    file = tmp_path / "two_deep.py"
+    file.write_text(blocks("write-a-method.md")[2])
+    load_plugin(str(file))
+    trainer = toy_trainer(room, "Mixture", "PROMPT_BANK.NAME", "TwoDeep")
+    first_step(trainer)
+    assert all(p.grad is not None and p.grad.any() for p in trainer.model.parameters())
+    assert not trainer.model.image_is_frozen
 
 
 def test_the_plugin_of_the_page_routes(tmp_path):

@@ -156,6 +156,17 @@ def test_nothing_of_the_skeleton_is_left(kind):
     assert all("Something of mine." in written[path] for path in ("setup.py", "README.md", "promptmix_tcp.py"))
 
 
+def test_new_plugins_please_a_linter_with_its_own_defaults(tmp_path):
+    for kind in KINDS:
+        for path, text in package(f"fresh-{kind}", kind).items():
+            target = tmp_path / f"promptmix-fresh-{kind}" / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(text)
+    command = [sys.executable, "-m", "ruff", "check", "--isolated", "--no-cache", "--select", "E4,E7,E9,F,I", "."]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_skeletons_are_modules(kind):
     importlib.import_module(f"promptmix.skeletons.{kind.replace('-', '_')}")

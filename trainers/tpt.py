@@ -32,10 +32,10 @@ from promptmix.config.declare import Setting, inherits
 from promptmix.data.reading.views import KINDS, Views
 from promptmix.engine.league import TEST_TIME
 from promptmix.errors import SettingError
-from promptmix.prompts.at_test import TestTimeLearner
 from promptmix.prompts.heads import Cosine
 from promptmix.prompts.roles import Loss, Task
 from promptmix.prompts.step import Step
+from promptmix.prompts.testtime import TestTimeLearner
 from promptmix.prompts.trainer import PromptTrainer
 
 

@@ -6,7 +6,13 @@ from pathlib import Path
 
 from promptmix import register
 from promptmix.config import CfgNode
-from promptmix.data import DatasetBase, Datum, generate_fewshot, require_folder, subsample_classes
+from promptmix.data import (
+    DatasetBase,
+    Datum,
+    generate_fewshot,
+    require_folder,
+    subsample_classes,
+)
 
 
 @register

@@ -16,9 +16,9 @@ from promptmix.data.reading.views import Views
 from promptmix.engine.convert import read, write_ours
 from promptmix.errors import ConfigError, UserError
 from promptmix.predict import load
-from promptmix.prompts.at_test import TestTimeLearner
 from promptmix.prompts.heads import Cosine
 from promptmix.prompts.step import Step
+from promptmix.prompts.testtime import TestTimeLearner
 from promptmix.runs.run import run
 from tests.trainers.golden import close, golden_clip, golden_task, numbers, seeded
 from tests.trainers.toy import scores, toy_cfg, toy_trainer
