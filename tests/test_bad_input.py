@@ -6,6 +6,7 @@ import os
 import struct
 import subprocess
 import sys
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -159,6 +160,10 @@ def test_pictures_that_are_none(tmp_path, capsys, train, pictures):
     (tmp_path / "large.png").write_bytes(header(60_000, 60_000))
     assert quick_problem(str(tmp_path / "pipe.png")) == "no file"
     assert "more than Pillow takes" in quick_problem(str(tmp_path / "large.png"))
+    with zipfile.ZipFile(tmp_path / "pack.zip", "w") as pack:
+        pack.writestr("a.png", b"")
+    found = [quick_problem(f"{tmp_path}/{name}") for name in ("none.zip::a.png", "pack.zip::b.png", "pack.zip::a.png")]
+    assert found == ["missing", "missing", "empty file"]
     for name in ("pipe.png", "large.png", "nul\0.png"):
         with pytest.raises(DataError, match="picture"):
             read_image(str(tmp_path / name))

@@ -31,11 +31,16 @@ def run(args: argparse.Namespace) -> int:
         UserError: OUT holds something already, or IN no checkpoint of a known method.
     """
     from promptmix.engine import convert
+    from promptmix.plugin_manager import get_plugin_manager
+    from promptmix.registry import TRAINER_REGISTRY
     from promptmix.runs.results import read_run
 
     target = Path(args.target)
     if target.is_dir() and any(target.iterdir()):
         raise UserError(f"{target} is not empty; name a new folder")
+    if args.trainer:
+        get_plugin_manager()
+        TRAINER_REGISTRY.get(args.trainer)
     logged = read_run(args.source)
     learned = convert.read(args.source, args.load_epoch, args.trainer, logged.trainer if logged else "")
     written = [convert.write_theirs(learned, target)] if args.to == "coop" else convert.write_ours(learned, target)

@@ -34,8 +34,9 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"hub {args.action} {need}")
     if args.action == "pack" and not args.name:
         raise UserError("hub pack needs --as NAME, by which the prompts are loaded")
-    if args.action != "pack" and args.name:
-        raise UserError(f"--as {args.name} is for hub pack; leave it out")
+    for flag, given in {"--as": args.name, "--license": args.license, "--load-epoch": args.load_epoch}.items():
+        if args.action != "pack" and given not in ("", None):
+            raise UserError(f"{flag} {given} is for hub pack; leave it out")
     from promptmix.runs import hub
 
     folder = hub.hub_folder(args.hub)

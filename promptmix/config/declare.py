@@ -166,12 +166,22 @@ def _settings_of(function: Callable[..., Any]) -> dict[str, Declared]:
             hint = eval(hint, function.__globals__)  # the annotation's own code, as typing.get_type_hints would run it
         if typing.get_origin(hint) is not Annotated:
             continue
-        for extra in typing.get_args(hint)[1:]:
+        kind, *extras = typing.get_args(hint)
+        for extra in extras:
             if isinstance(extra, Setting):
+                setting = extra if extra.items else replace(extra, items=_items_of(kind))
                 if parameter.default is inspect.Parameter.empty:
                     raise TypeError(f"{function.__qualname__}: setting {name!r} has no default")
-                found[name] = Declared(parameter.default, extra)
+                found[name] = Declared(parameter.default, setting)
     return found
+
+
+def _items_of(kind: Any) -> type | tuple[type, ...] | None:  # any annotation
+    """Return the type of each item of a list that is annotated with it (``Sequence[str]``); None where it is not said."""
+    item = next(iter(typing.get_args(kind)), None)
+    if not isinstance(typing.get_origin(kind), type) or not isinstance(item, type):
+        return None
+    return (int, float) if item is float else item
 
 
 def inherits(

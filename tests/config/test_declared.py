@@ -119,6 +119,7 @@ def test_a_value_that_was_assigned_is_checked_too(key):
         (["MODEL.BACKBONE.NAME", "tiny-vit", "MODEL.BACKBONE.TAG", "openai"], "tiny-vit has one set of weights"),
         (["MODEL.BACKBONE.NAME", "ViT-B/16", "MODEL.BACKBONE.TAG", "opneai"], "did you mean 'openai'"),
         (["MODEL.BACKBONE.NAME", "ViT-B/61"], "unknown backbone"),
+        (["TRAINER.KGCOOP.TEMPLATES", "({},)"], "each item must be a str"),
         (["DATASET.CSV.TEMPLATES", "['no place']", "DATASET.NAME", "CSV"], "one {} for the class name"),
     ],
 )
@@ -128,6 +129,13 @@ def test_what_does_not_fit_is_refused_with_who_set_it(opts, words):
     merge_opts(cfg, opts)
     with pytest.raises(UserError, match=words):
         validate(cfg)
+
+
+def test_every_list_says_what_its_items_are():
+    cfg = get_cfg()
+    declared = all_declared(cfg)
+    lists = [key for key, default in all_defaults(cfg).items() if isinstance(default, (list, tuple))]
+    assert len(lists) > 40 and [key for key in lists if declared[key].items is None] == []
 
 
 def test_text_stays_as_typed():

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import os
+import warnings
 import zipfile
 from functools import lru_cache
 from typing import IO
@@ -22,6 +23,9 @@ from promptmix.config.core import READINGS
 from promptmix.errors import DataError
 
 __all__ = ["READINGS", "as_rgb", "member_size", "open_member", "read_bytes", "read_image"]
+
+# Of what Pillow can't make sense of in EXIF it warns; what matters it raises.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 _ORIENTATION = 0x0112  # EXIF's tag
 #: What undoes each orientation but 1.

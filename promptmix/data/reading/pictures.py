@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from PIL import Image
 
 from promptmix.data.datum import Datum
-from promptmix.data.reading.images import read_image
+from promptmix.data.reading.images import member_size, read_image
 from promptmix.errors import DataError
 from promptmix.utils import get_logger
 
@@ -25,8 +26,13 @@ def quick_problem(path: str) -> str:
 
     A JPEG or PNG that ends as it should is taken for whole without decoding it; any other is decoded.
     """
-    if "::" in path:
-        return ""  # inside a pack, whose own checksums guard it
+    if "::" in path:  # inside a pack, whose own checksums guard what it has
+        try:
+            return "" if member_size(path) else "empty file"
+        except (FileNotFoundError, KeyError):
+            return "missing"
+        except (OSError, ValueError, zipfile.BadZipFile) as error:
+            return f"unreadable ({getattr(error, 'strerror', None) or error})"
     try:
         if os.path.exists(path) and not os.path.isfile(path):  # a named pipe would be waited for
             return "no file"
