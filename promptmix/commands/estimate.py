@@ -32,6 +32,7 @@ def run(args: argparse.Namespace) -> int:
     for flag in ("--eval-only", "--model-dir", "--load-epoch"):
         if getattr(args, flag[2:].replace("-", "_")) not in (False, "", None):
             raise ConfigError(f"{flag} is for a test, but estimate counts a training; leave it out")
+    train.set_threads(args.threads)
     values: dict[str, Any] = vars(args)
     flags = {flag: (key, values[flag[2:].replace("-", "_")]) for flag, key in train.FLAGS.items()}
     cfg = make_config([args.dataset_config_file, args.config_file], flags, [*args.opts, "VERBOSE", "False"], args.plugin)

@@ -39,6 +39,8 @@ __all__ = [
 StrPath = str | os.PathLike[str]
 
 _EXPORT_VERSION = 1
+_NOTE_TYPES: dict[str, tuple[type, ...]] = {"schema_version": (int,), "trainer": (str,)}
+_NOTE_TYPES |= {"epoch": (int, type(None)), "val_result": (int, float, type(None))}
 #: Where a file keeps the digest of everything else in it.
 DIGEST = "digest"
 
@@ -184,7 +186,9 @@ def read_export(folder: StrPath, epoch: int | None = None) -> dict[str, Any]:
         CheckpointError: it is of another epoch or a newer promptmix, or the tensors are missing or damaged.
     """
     note, path = read_json(Path(folder, EXPORT_NOTE)), Path(folder, EXPORT_FILE)
-    if not isinstance(note, dict) or note.get("schema_version", 0) > _EXPORT_VERSION or "trainer" not in note:
+    if not isinstance(note, dict) or not all(isinstance(note.get(name), kinds) for name, kinds in _NOTE_TYPES.items()):
+        raise CheckpointError(f"{Path(folder, EXPORT_NOTE)} is no note of an export; convert the checkpoint again")
+    if note["schema_version"] > _EXPORT_VERSION:
         raise CheckpointError(f"{Path(folder, EXPORT_NOTE)} is of another form than this promptmix writes; upgrade it")
     if epoch is not None and note.get("epoch") != epoch:
         raise CheckpointError(f"{path} is of epoch {note.get('epoch')}, not {epoch}; leave --load-epoch out")

@@ -1,5 +1,6 @@
 """Checkpoints: round trips, strictness, no code on loading, nothing half-written."""
 
+import json
 import os
 import pickle
 from collections import Counter
@@ -308,4 +309,13 @@ def test_an_export_that_was_changed_is_refused(tmp_path):
     assert list(read_export(tmp_path)["state_dict"]) == ["a", "b"]
     save_file({"a": torch.arange(4.0).flip(0).contiguous(), "b": torch.ones(2)}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"model.safetensors is not what was written"):
+        read_export(tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"schema_version": "x"}, {"schema_version": None}, {"trainer": []}, {"epoch": {}}])
+def test_an_export_with_an_odd_note_is_refused(tmp_path, change):
+    export_model({"a": torch.arange(4.0)}, tmp_path, {"trainer": "CoOp", "epoch": 1})
+    note = json.loads((tmp_path / "model.json").read_text())
+    (tmp_path / "model.json").write_text(json.dumps(note | change))
+    with pytest.raises(CheckpointError, match="is no note of an export"):
         read_export(tmp_path)
