@@ -52,6 +52,13 @@ def test_packed_prompts_predict_what_the_run_predicts(run, packed, picture):
     assert set(other.classnames) == {"cat", "dog"}
 
 
+def test_an_evaluation_stays_out_of_the_packed_folder(packed, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["eval", "hub:anna/emoji"]) == 0
+    assert (tmp_path / "output" / "eval" / "emoji" / "test" / "results.json").is_file()
+    assert not list(packed.rglob("log.txt")) and "output/eval/emoji/test" in capsys.readouterr().out
+
+
 def test_it_serves_evaluation_and_interpretation(packed, tmp_path, capsys):
     flags = ["train", "--trainer", "MoCoOp", "--eval-only", "--model-dir", "hub:anna/emoji"]
     flags += ["--output-dir", str(tmp_path / "new")]

@@ -167,6 +167,7 @@ def test_what_has_no_experts_says_so(runs):
     for name in ("PLOT", "CoOp", "ZeroshotCLIP"):
         found = look(runs(name))
         assert found.mixtures == [] and any("weighs no experts" in note for note in found.notes)
+    assert any("learned no tensor" in note for note in found.notes)
     assert all(one.degrees < 0.1 for one in found.moved)  # hard prompts are where they were
 
 

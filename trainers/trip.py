@@ -107,6 +107,7 @@ class TokenMixture(PromptLearner):
         capacity: factor on a cluster's room, in training and in evaluation.
     """
 
+    text_per_picture = True
     keys: Tensor
     teacher: Tensor
 

@@ -25,7 +25,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--split", choices=("test", "val"), default="", help="what is evaluated; default: as the run, mostly test")
     add("--calibrate", action="store_true", help="also fit a temperature on the val part and keep it, for `promptmix predict`")
     add("--weights", default="", metavar="FILE", help="the backbone's file, where the run had one of its own")
-    add("--output-dir", default="", metavar="DIR", help="default: RUN/eval/<what is evaluated>")
+    add(
+        "--output-dir",
+        default="",
+        metavar="DIR",
+        help="default: RUN/eval/<what is evaluated>; of packed prompts output/eval/NAME/...",
+    )
     add("--device", choices=("auto", "cpu", "cuda"), help="where to compute; default: as the run")
     add("--threads", type=int, metavar="N", help="CPU threads; default: as PyTorch chooses")
     add("--plugin", action="append", default=[], metavar="MODULE|FILE", help="load a plugin; may be repeated")
@@ -45,14 +50,16 @@ def run(args: argparse.Namespace) -> int:
     set_threads(args.threads)
     from promptmix.runs import calibration
     from promptmix.runs.again import read_config
-    from promptmix.runs.hub import place_of
+    from promptmix.runs.hub import NOTE, place_of
     from promptmix.runs.progress import Lines, warnings_to
     from promptmix.runs.protocols import title
     from promptmix.runs.run import running
 
     args.run = str(place_of(args.run))
     what = title(args.on.rstrip("/")).rpartition("/")[2] or args.on if args.on else args.split or "test"
-    folder = args.output_dir or str(Path(args.run, "eval", Path(what).stem or "data"))
+    # A packed folder is passed on: what is found out here stays out of it.
+    place = Path("output", "eval", Path(args.run).name) if Path(args.run, NOTE).is_file() else Path(args.run, "eval")
+    folder = args.output_dir or str(place / (Path(what).stem or "data"))
     flags: dict[str, tuple[str, Any]] = {
         "--root": ("DATASET.ROOT", args.root),
         "--split": ("TEST.SPLIT", args.split),

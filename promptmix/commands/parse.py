@@ -32,7 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also paired tests of every pair of methods, or of METHOD against each other one (csv, json: these alone)",
     )
     parser.add_argument("--cost", action="store_true", help="add learned parameters and seconds of training")
-    parser.add_argument("--plot", default="", metavar="DIR", help="also draw curves over shots, base against new, and bars")
+    about = "also draw curves over shots, base against new, and bars: PNG into a folder, or by FILE's suffix (.pdf, .svg, .png)"
+    parser.add_argument("--plot", default="", metavar="DIR|FILE", help=about)
 
 
 def run(args: argparse.Namespace) -> int:

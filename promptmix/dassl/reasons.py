@@ -7,6 +7,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -103,6 +104,11 @@ def _reason(error: BaseException, root: Path) -> UserError:
         return UserError(f"{place} asks for CUDA, but there is no GPU ({text}); change it to self.device, or use a GPU")
     if isinstance(error, FileNotFoundError) and error.filename:
         return UserError(f"{place} needs the file {error.filename}, which is not there; see the checkout's own page for it")
+    if isinstance(error, KeyError) and frames[-1].filename.endswith(("os.py", "<frozen os>")) and error.args:
+        return UserError(f"{place} reads the environment variable {error.args[0]}, which is not set; set it as its page says")
+    missing = re.search(r"(?:file|filename|path) '?([^\s']+)'? does not exist", text)
+    if missing:  # torch.jit says it so
+        return UserError(f"{place} needs the file {missing.group(1)}, which is not there; see the checkout's own page for it")
     owner = re.match(r"(\w+)\.\w+\(\) (got an unexpected|takes|missing)", text)
     if isinstance(error, TypeError) and owner and owner.group(1) in _OURS:
         return UserError(f"{place} calls Dassl otherwise than Dassl itself takes it ({text}); {_FORK}")
@@ -122,6 +128,12 @@ def _import_reason(error: ImportError, root: Path, place: str) -> UserError:
             f"{place} can't be imported: {text}; if the checkout needs a Dassl of its own, install that and give --dassl theirs"
         )
     if not isinstance(error, ModuleNotFoundError):
+        wanted = re.match(r"cannot import name '(\w+)' from '", text)
+        if wanted and name and not (root / top).exists():
+            return PluginError(
+                f"{place} needs {wanted.group(1)} of the package {top}, which the installed {_installed(top)} has not; install "
+                "the version that the checkout asks for"
+            )
         return PluginError(f"{place} can't be imported: {text}")
     if (root / top).is_dir() or (root / f"{top}.py").is_file():
         if top in sys.modules and "is not a package" in text:
@@ -133,3 +145,11 @@ def _import_reason(error: ImportError, root: Path, place: str) -> UserError:
     return PluginError(
         f"{place} needs the package {name}, which is not installed ({text}); install it, or remove that import from the checkout"
     )
+
+
+def _installed(package: str) -> str:
+    """Return a package's version, in words."""
+    try:
+        return f"version {metadata.version(package)}"
+    except metadata.PackageNotFoundError:
+        return "one"

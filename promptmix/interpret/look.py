@@ -12,6 +12,7 @@ from torch import Tensor
 from promptmix.interpret.mixture import Mixture, look_into, mixtures_of
 from promptmix.interpret.opened import Opened
 from promptmix.interpret.words import Position, nearest_words
+from promptmix.prompts.learner import PromptLearner
 from promptmix.prompts.roles import PromptBank
 
 __all__ = ["Insight", "Moved", "look"]
@@ -85,6 +86,10 @@ def look(run: Opened, words: int = 3) -> Insight:
         found.words = nearest_words(bank, learner.task, words)
         if not found.words:
             found.notes.append("nothing that the text tower reads differs from plain words, so there are no others to name")
+        if learner.text_per_picture and not bank.per_image:
+            found.notes.append(f"{result.trainer} tunes its prompt anew for each test picture; this is what it starts from")
+        elif not found.words:
+            found.notes.append(_elsewhere(learner, result.trainer))
         _compare_text(found, learner)
     else:
         found.notes.append(f"{result.trainer} has no bank of prompts, so there are no words to name")
@@ -109,6 +114,16 @@ def _text(learner: Any) -> Tensor:  # a Learner
     else:
         features = bank(task.classnames)
     return F.normalize(features.float(), dim=-1)
+
+
+def _elsewhere(learner: PromptLearner, trainer: str, most: int = 4) -> str:
+    """Return a line on what a method learned that no text prompt shows."""
+    tensors = [(name, value) for name, value in learner.state_dict().items() if value.is_floating_point()]
+    learned = [f"{name} {'×'.join(map(str, value.shape))}" for name, value in tensors if value.numel() > 1]
+    if not learned:
+        return f"{trainer} learned no tensor"
+    rest = f" and {len(learned) - most} more" if len(learned) > most else ""
+    return f"what {trainer} learned lies elsewhere: {', '.join(learned[:most])}{rest}"
 
 
 def _compare_text(found: Insight, learner: Any) -> None:

@@ -52,7 +52,10 @@ def grids(found: Insight) -> list[Grid]:
         ordered = sorted(found.moved, key=lambda one: -one.degrees)
         angles = [(one.classname, f"{one.degrees:.1f}", f"{one.least:.1f}", f"{one.most:.1f}") for one in ordered]
         title = f"How far each class's text feature is from {found.template!r}, in degrees"
-        parts.append(Grid(title, ("Class", "Mean", "Nearest expert", "Furthest expert"), angles, 1))
+        if len(found.experts) > 1:
+            parts.append(Grid(title, ("Class", "Mean", "Nearest expert", "Furthest expert"), angles, 1))
+        else:
+            parts.append(Grid(title, ("Class", "Degrees"), [row[:2] for row in angles], 1))
     for mixture in found.mixtures:
         parts += _of_mixture(found, mixture)
     return parts

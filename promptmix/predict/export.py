@@ -112,7 +112,7 @@ def refuse_text_of_pictures(predictor: Predictor, learner: PromptLearner) -> Non
     Raises:
         ConfigError: the method is such a one.
     """
-    if getattr(getattr(learner, "bank", None), "per_image", False):
+    if learner.text_per_picture:
         raise ConfigError(
             f"{_name(predictor)} makes the text features anew for each picture, so no file of them can be written; use "
             "`promptmix predict`, or promptmix.load in Python"

@@ -90,7 +90,10 @@ def write_onnx(predictor: Predictor, path: Path, classnames: Sequence[str] | Non
         onnx.save(graph, str(temporary))
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # errors come as exceptions
-        session = onnxruntime.InferenceSession(str(temporary), options, providers=["CPUExecutionProvider"])
+        try:
+            session = onnxruntime.InferenceSession(str(temporary), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime has its own kinds
+            raise _not_drawn(predictor, f"not one that onnxruntime reads ({type(error).__name__})") from error
         largest = max(_compare(session, model, predictor, size) for size in _COMPARED)
 
     atomic_write(path, make)
@@ -111,11 +114,15 @@ def _draw(model: Deployed, predictor: Predictor, path: Path) -> None:
         shapes = ({0: torch.export.Dim("batch")},)
         torch.onnx.export(model, (pictures,), str(path), dynamo=True, dynamic_shapes=shapes, external_data=False, **names)
     except Exception as error:
-        needs = " (it may need onnxscript: pip install 'promptmix[onnx]')" if isinstance(error, ImportError) else ""
-        raise ConfigError(
-            f"TRAINER.NAME {predictor.result.trainer} can't be drawn as an ONNX graph ({type(error).__name__}){needs}; "
-            "use `promptmix predict`, or promptmix.load in Python"
-        ) from first
+        needs = ": it needs onnxscript, pip install 'promptmix[onnx]'" if isinstance(error, ImportError) else ""
+        raise _not_drawn(predictor, f"not one of ONNX ({type(error).__name__}{needs})") from first
+
+
+def _not_drawn(predictor: Predictor, why: str) -> ConfigError:
+    return ConfigError(
+        f"the graph of TRAINER.NAME {predictor.result.trainer} is {why}, so nothing was written; use `promptmix predict`, or "
+        "promptmix.load in Python"
+    )
 
 
 def _compare(session: Any, model: Deployed, predictor: Predictor, size: int) -> float:

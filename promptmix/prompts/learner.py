@@ -48,6 +48,9 @@ class PromptLearner(nn.Module, ABC):
     #: Whether experts that no image of a batch chose may be left out, where no loss needs them (``MODEL.SPARSE_EXPERTS``).
     sparse_experts: bool = True
 
+    #: Whether each picture has text features of its own, so that no classifier can be written down.
+    text_per_picture: bool = False
+
     def __init__(self, task: Task) -> None:
         super().__init__()
         self.task = task  # a plain object, so that the frozen model does not become a submodule
@@ -203,6 +206,7 @@ class Learner(PromptLearner):
         #: Which image features the parts read, and so what is encoded and kept.
         self.image_level = max((part.image_level for part in self.components), key=IMAGE_LEVELS.index)
         self.image_is_frozen = bank.image_is_frozen
+        self.text_per_picture = bank.per_image or self.text_per_picture
         #: Whether text features are kept as they come from the tower.
         self.needs_raw_text = any(part.needs_raw_text for part in self.components)
         if self.needs_raw_text and bank.per_image:

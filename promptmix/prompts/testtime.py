@@ -37,6 +37,7 @@ class TestTimeLearner(Learner):
         ConfigError: the bank changes the image tower, or the head reads patches.
     """
 
+    text_per_picture = True
     __test__ = False  # for pytest, which takes the name for a test's
 
     def __init__(

@@ -164,7 +164,7 @@ def learning(rows: Sequence[Row]) -> dict[str, dict[str, tuple[list[float], list
         epochs = sorted(set.intersection(*(set(one) for one in read)))
         name = name_of(row, rows)
         losses = [float(np.mean([one[epoch][0] for one in read])) for epoch in epochs]
-        if losses and losses[0] > 0:
+        if len(losses) > 1 and losses[0] > 0:
             found[f"loss: {row.dataset}"][name] = (list(map(float, epochs)), [loss / losses[0] for loss in losses])
         told = [[value for value in (one[epoch][1] for one in read) if value is not None] for epoch in epochs]
         if all(told):

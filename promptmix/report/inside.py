@@ -39,7 +39,8 @@ def insights(runs: list[RunResult], notes: list[str], **options: Any) -> dict[st
         if run.learned_parameters and run.source.endswith("results.json"):
             first.setdefault(run.trainer, run)
     found = {}
-    for name, run in list(first.items())[:MOST]:
+    best = sorted(first, key=lambda name: -first[name].metrics.get("test", {}).get("accuracy", 0.0))[:MOST]
+    for name, run in ((name, run) for name, run in first.items() if name in best):
         try:
             insight = look(_opened(Path(run.source).parent, **options))
         except UserError as error:
@@ -47,5 +48,7 @@ def insights(runs: list[RunResult], notes: list[str], **options: Any) -> dict[st
             continue
         found[f"{name}, {run.dataset}, {run.subsample_classes} classes, seed {run.seed}"] = insight
     if len(first) > MOST:
-        notes.append(f"what was learned is told of {MOST} of {len(first)} methods; `promptmix interpret RUN` tells of any")
+        notes.append(
+            f"what was learned is told of the best {MOST} of {len(first)} methods; `promptmix interpret RUN` tells of any"
+        )
     return found

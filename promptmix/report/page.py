@@ -111,7 +111,8 @@ def _sections(rows: list[Row], metrics: list[str], runs: list[RunResult], wish: 
         "Is a confidence of 80% right in 80% of the cases? T is fitted on one half of the test pictures and judged on the other."
     )
     yield Section("reliability", "How sure it is", text, _reliability(by_place))
-    yield Section("learning", "How it learned", "", _learning(rows))
+    told = {detail.name for detail in details}
+    yield Section("learning", "How it learned", "", _learning(rows, told))
     yield Section(
         "inside", "What was learned", "", [block for name, one in wish.insights.items() for block in _inside(name, one)]
     )
@@ -141,19 +142,31 @@ def _headline(rows: list[Row], metrics: list[str]) -> list[Block]:
         parts = [part for part in _LABELS if any((metrics[0], part) in row.cells for row in mine)]
         for dataset in dict.fromkeys(row.dataset for row in mine):
             same = [row for row in mine if row.dataset == dataset]
+            many = len(same) > plots.MANY
+            if many:
+                same.sort(
+                    key=lambda row: (
+                        -max((cell.mean for c, cell in row.cells.items() if c == (metrics[0], parts[-1])), default=0.0)
+                    )
+                )
             columns = [(metric, part) for metric in metrics for part in parts]
             best = {c: max((row.cells[c].mean for row in same if c in row.cells), default=0.0) for c in columns}
             lines = []
             for row in same:
                 cells = [row.cells.get(c) for c in columns]
                 shown = [
-                    Cell(str(cell) if cell else "-", best=cell is not None and len(same) > 1 and cell.mean == best[c])
+                    Cell(
+                        str(cell) if cell else "-",
+                        best=cell is not None and len(same) > 1 and cell.mean == best[c],
+                        share=cell.mean if cell is not None and many else None,
+                    )
                     for cell, c in zip(cells, columns, strict=True)
                 ]
                 lines.append([_name(row), row.shots, str(len(row.seeds)), *shown])
             head = ["Method", "Shots", "Seeds", *(_title(metric, part) for metric, part in columns)]
             spread = "; ".join(tables.spreads_in(same))
             caption = f"{dataset}, {protocol}" + (f"; ± is {spread}" if spread else "")
+            caption += f"; by {_title(metrics[0], parts[-1])}, the best first" if many else ""
             blocks.append(Block(tables=[table(caption, head, lines)]))
     return blocks
 
@@ -168,7 +181,12 @@ def _title(metric: str, part: str) -> str:
 
 
 def _tests(rows: list[Row], wish: Wish, notes: list[str]) -> list[Block]:
-    found, more = paired.compare(rows, wish.baseline)
+    baseline = wish.baseline
+    methods = {row.method for row in rows}
+    if not baseline and len(methods) > plots.MANY:
+        baseline = "ZeroshotCLIP" if "ZeroshotCLIP" in methods else _best(rows, wish.metric)
+        notes.append(f"of {len(methods)} methods, {baseline} is compared with each other one; --compare METHOD chooses another")
+    found, more = paired.compare(rows, baseline)
     notes += more
     if not found:
         return []
@@ -190,6 +208,13 @@ def _tests(rows: list[Row], wish: Wish, notes: list[str]) -> list[Block]:
     text += f"{len(found)} comparisons; in colour where p after Holm's correction is below 0.05."
     one = table("Differences in accuracy", head, lines, lead=2)
     return [Block("Which differences hold", text, [one], closed="" if len(found) <= 12 else f"{len(found)} comparisons")]
+
+
+def _best(rows: list[Row], metric: str) -> str:
+    """Return the method with the best H or test accuracy."""
+    part = "h" if any((metric, "h") in row.cells for row in rows) else "test"
+    cells = [(row.cells[metric, part].mean, row.method) for row in rows if (metric, part) in row.cells]
+    return max(cells)[1] if cells else rows[0].method
 
 
 def _charts(rows: list[Row], metrics: list[str]) -> list[Block]:
@@ -256,9 +281,12 @@ def _reliability(by_place: dict[str, list[Detail]]) -> list[Block]:
     return blocks
 
 
-def _learning(rows: list[Row]) -> list[Block]:
+def _learning(rows: list[Row], told: set[str]) -> list[Block]:
     drawn = []
-    for title, lines in gather.learning(rows).items():
+    for title, every in gather.learning(rows).items():
+        lines = every if len(every) <= MOST else {name: line for name, line in every.items() if name in told}
+        if not lines:
+            continue
         label = "loss / that of the first epoch" if title.startswith("loss") else "accuracy of batches (%)"
         drawn.append(Figure(f"Training {title}", figures.curves(lines, label, f"Training {title}")))
     text = "Means over each epoch's batches and over the runs. Losses of different terms don't compare, so each begins at 1."
@@ -298,7 +326,8 @@ def _cost(rows: list[Row]) -> list[Block]:
         ]
         lines.append([_name(row), row.dataset, row.shots, *cells])
     head = ["Method", "Data set", "Shots", "Learned numbers", "Training, s", "Test, s", "Memory, MiB", "GPU, MiB"]
-    return [Block(tables=[table("Means over the runs", head, lines, lead=2)])] if lines else []
+    closed = f"{len(lines)} rows" if len(lines) > plots.MANY else ""
+    return [Block(tables=[table("Means over the runs", head, lines, lead=2)], closed=closed)] if lines else []
 
 
 def _settings(runs: list[RunResult]) -> list[Block]:

@@ -57,7 +57,7 @@ def execute(job: Job, watcher: Watcher | None = None, command: Sequence[str] = (
 
 def _options(job: Job, part: Part, cfg: CfgNode, before: Sequence[RunResult]) -> dict[str, Any]:
     """Return what ``promptmix.runs.run.run`` takes for a part."""
-    labels = {"protocol": job.protocol, "part": part.name, "title": title(part.dataset)}
+    labels = {"protocol": job.protocol, "part": part.name, "title": title(part.dataset), "variant": job.variant}
     if part.trains:
         return {"labels": labels, "new_classes": any(other.classes != part.classes for other in parts(job))}
     if PROTOCOL_REGISTRY.get(job.protocol).targets is not None:

@@ -42,7 +42,7 @@ _PLACES = ("OUTPUT_DIR", "RESUME", "DATASET.ROOT", "MODEL.INIT_WEIGHTS", "INPUT.
 _TOLD = (
     *("trainer", "dataset", "backbone", "subsample_classes", "source_domains", "target_domains", "shots", "seed", "metrics"),
     *("versions", "commit", "started", "finished", "seconds", "peak_memory_mb", "learned_parameters", "step_gflops", "league"),
-    *("vocabulary", "protocol", "part", "title", "trained_on"),
+    *("vocabulary", "protocol", "part", "title", "variant", "trained_on"),
 )
 _FILES = ("MODEL.BACKBONE.WEIGHTS", "MODEL.BACKBONE.TOKENIZER", "DATASET.DESCRIPTIONS")
 

@@ -114,6 +114,7 @@ class RunResult:
         protocol: the protocol of ``promptmix run`` that this run is part of; "" = by itself.
         part: which part of that protocol (``new``, ``round3/client0``).
         title: what tables call the data set; "" = ``dataset``.
+        variant: the sweep's name for these settings; "" = none.
         trained_on: what tables call the data set that the evaluated prompts come from, where it is another one.
         source: file that this was read from (not written).
     """
@@ -147,6 +148,7 @@ class RunResult:
     protocol: str = ""
     part: str = ""
     title: str = ""
+    variant: str = ""
     trained_on: str = ""
     source: str = ""
 

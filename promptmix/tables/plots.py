@@ -9,7 +9,7 @@ import math
 import re
 import textwrap
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from promptmix.tables.tables import spreads_in
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#999999")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _HATCHES = ("", "//", "..", "xx", "--")
+#: From how many methods on bars become a ranking, and how many of them keep a colour and a name in curves and scatters.
+MANY, _NAMED = 12, 7
 _PARTS = {"base": "Base", "new": "New", "h": "H", "test": "Test"}
 _STYLE: dict[Any, Any] = {
     "font.size": 10,
@@ -36,7 +38,11 @@ _STYLE: dict[Any, Any] = {
     "text.parse_math": False,  # a dollar sign in a name is no formula
     "savefig.dpi": 150,
     "savefig.bbox": "tight",
+    "pdf.fonttype": 42,  # TrueType, which conferences ask for
+    "svg.hashsalt": "promptmix",  # the same picture is the same file
 }
+#: Formats by suffix, with what a file must not say of itself so that the same picture is the same file.
+_FORMATS: dict[str, dict[str, Any]] = {".png": {}, ".pdf": {"CreationDate": None}, ".svg": {"Date": None}}
 
 
 @dataclass(frozen=True)
@@ -49,20 +55,24 @@ class _Series:
     hatch: str
 
 
-def write(rows: list[Row], metric: str, folder: Path) -> list[Path]:
+_OTHERS = _Series("others", "#b5b5b5", "o", "")
+
+
+def write(rows: list[Row], metric: str, place: Path) -> list[Path]:
     """Draw what the rows have: curves need two numbers of shots, the scatter base and new, bars always come.
 
     Args:
         rows: rows of a table, averages included.
         metric: the number that is drawn, in percent.
-        folder: where the PNG files go.
+        place: the folder of the PNG files; or a file name that ends with .png, .pdf or .svg, which the files' names begin with.
 
     Returns:
         The files.
 
     Raises:
-        UserError: matplotlib is not installed, or the folder can't be written.
+        UserError: matplotlib is not installed, the suffix is of no format, or the folder can't be written.
     """
+    folder, start, suffix = _place(place)
     try:
         import matplotlib
     except ImportError as error:
@@ -75,14 +85,27 @@ def write(rows: list[Row], metric: str, folder: Path) -> list[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         with pyplot.rc_context(_STYLE):
             for name, figure in figures(rows, metric):
-                path = folder / f"{name}.png"
+                path = folder / f"{start}{name}{suffix}"
                 with whole(path) as part:
-                    figure.savefig(part)
+                    figure.savefig(part, format=suffix[1:], metadata=_FORMATS[suffix])
                 pyplot.close(figure)
                 found.append(path)
     except OSError as error:
         raise UserError(f"--plot {folder}: {error.strerror or error}; choose another folder") from error
     return found
+
+
+def _place(place: Path) -> tuple[Path, str, str]:
+    """Return the folder of the files, what their names begin with, and their suffix.
+
+    Raises:
+        UserError: the suffix is of no format.
+    """
+    if not place.suffix or place.is_dir():
+        return place, "", ".png"
+    if place.suffix.lower() not in _FORMATS:
+        raise UserError(f"--plot {place}: give a folder, or a file name that ends with {', '.join(_FORMATS)}")
+    return place.parent, f"{place.stem}-", place.suffix.lower()
 
 
 def figures(rows: list[Row], metric: str) -> Iterator[tuple[str, Any]]:
@@ -101,7 +124,11 @@ def figures(rows: list[Row], metric: str) -> Iterator[tuple[str, Any]]:
             tail = f"{slug}-{shot}-shots"
             if any((metric, "base") in row.cells and (metric, "new") in row.cells for row in same):
                 yield f"base-new-{tail}", _scatter(same, metric, styles, shot)
-            yield f"bars-{tail}", _bars(same, metric, parts, styles, f"{protocol}, {shot} shots")
+            title = f"{protocol}, {shot} shots"
+            if len({_key(row) for row in same}) > MANY:
+                yield f"ranking-{tail}", _ranking(same, metric, parts, styles, title)
+            else:
+                yield f"bars-{tail}", _bars(same, metric, parts, styles, title)
 
 
 def _styles(rows: list[Row]) -> dict[tuple[str, str, str], _Series]:
@@ -116,6 +143,31 @@ def _styles(rows: list[Row]) -> dict[tuple[str, str, str], _Series]:
         marker = _MARKERS[(place + again) % len(_MARKERS)]
         found[key] = _Series(label, _COLOURS[place % len(_COLOURS)], marker, _HATCHES[again % len(_HATCHES)])
     return found
+
+
+def _ranked(rows: list[Row], metric: str) -> list[tuple[str, str, str]]:
+    """Return methods, the best first: by H or test accuracy, of the average over data sets where there is one."""
+    part = "h" if any((metric, "h") in row.cells for row in rows) else "test"
+    scores: dict[tuple[str, str, str], list[tuple[bool, float]]] = {}
+    for row in rows:
+        cell = row.cells.get((metric, part))
+        scores.setdefault(_key(row), []).append((bool(row.averages), cell.mean if cell is not None else 0.0))
+
+    def score(key: tuple[str, str, str]) -> float:
+        averaged = [value for is_average, value in scores[key] if is_average] or [value for _, value in scores[key]]
+        return sum(averaged) / len(averaged)
+
+    return sorted(scores, key=lambda key: (-score(key), key))
+
+
+def _named(rows: list[Row], metric: str, styles: dict[Any, _Series]) -> dict[Any, _Series]:
+    """Return the looks in one picture: of many methods, all but the best look alike and stand behind them."""
+    keys = _ranked(rows, metric)
+    if len(keys) <= MANY:
+        return styles
+    best = zip(keys[:_NAMED], _COLOURS, _MARKERS, strict=False)
+    found = dict.fromkeys(keys[_NAMED:], _OTHERS)
+    return found | {key: replace(styles[key], colour=colour, marker=marker) for key, colour, marker in best}
 
 
 def _key(row: Row) -> tuple[str, str, str]:
@@ -154,6 +206,7 @@ def _curves(rows: list[Row], metric: str, part: str, styles: dict[Any, _Series],
     """Accuracy over shots, a panel for each data set."""
     from matplotlib import pyplot
 
+    styles = _named(rows, metric, styles)
     panels = _panels([row for row in rows if (metric, part) in row.cells])
     across = min(len(panels), 4)
     down = math.ceil(len(panels) / across)
@@ -194,6 +247,7 @@ def _scatter(rows: list[Row], metric: str, styles: dict[Any, _Series], shots: st
 
     drawn = [row for row in rows if (metric, "base") in row.cells and (metric, "new") in row.cells]
     averaged = any(row.averages for row in drawn)
+    styles = _named(drawn, metric, styles)
     figure, ax = pyplot.subplots(figsize=(5.6, 5.2), layout="constrained")
     for row in sorted(drawn, key=lambda row: list(styles).index(_key(row))):
         style = styles[_key(row)]
@@ -242,6 +296,32 @@ def _square(ax: Any, cells: list[Cell]) -> None:
             if x < high - 1e-6:
                 continue  # it leaves at the bottom, where the axis has its numbers
             ax.annotate(f"H {h}", (x, y), xytext=(3, 0), textcoords="offset points", fontsize=8, color="#777777", va="center")
+
+
+def _ranking(rows: list[Row], metric: str, parts: list[str], styles: dict[Any, _Series], title: str) -> Any:
+    """A line for each of many methods, the best on top: a point for each of base, new and H, pale ones for each data set."""
+    from matplotlib import pyplot
+
+    keys = _ranked(rows, metric)[::-1]
+    shown = [part for part in parts if any((metric, part) in row.cells for row in rows)]
+    averaged = any(row.averages for row in rows)
+    size = (2.2 + 2.4 * len(shown), 1.0 + 0.21 * len(keys))
+    figure, grid = pyplot.subplots(1, len(shown), figsize=size, squeeze=False, layout="constrained", sharey=True)
+    for ax, part in zip(grid.flat, shown, strict=True):
+        for row in (row for row in rows if (metric, part) in row.cells):
+            cell, large = row.cells[metric, part], bool(row.averages) or not averaged
+            colour = _COLOURS[0] if large else "#b5b5b5"
+            bar = cell.bar if large and cell.bar else None
+            ax.errorbar(cell.mean, keys.index(_key(row)), xerr=bar, fmt="o", color=colour, markersize=5 if large else 3)
+            if row.method == "ZeroshotCLIP" and large:
+                ax.axvline(cell.mean, color="#888888", linestyle=":", linewidth=1, zorder=0)
+        ax.set_title(f"{_PARTS[part]} (%)", fontsize=10)
+        ax.set_ylim(-0.7, len(keys) - 0.3)
+    grid[0, 0].set_yticks(range(len(keys)), [styles[key].label.replace("\n", " ") for key in keys], fontsize=8.5)
+    told = ["dotted: ZeroshotCLIP"] if any(row.method == "ZeroshotCLIP" for row in rows) else []
+    told += ["pale: each data set"] if averaged else []
+    figure.suptitle("; ".join([f"{metric.replace('_', ' ')}, {title}", *told, *filter(None, [_bars_are(rows)])]), fontsize=9)
+    return figure
 
 
 def _bars(rows: list[Row], metric: str, parts: list[str], styles: dict[Any, _Series], title: str) -> Any:

@@ -215,7 +215,16 @@ def _by_settings(runs: list[RunResult]) -> dict[str, list[RunResult]]:
         fitting = {tuple(other.items()) for other in complete if text.items() <= other.items()}
         found = dict(next(iter(fitting))) if len(fitting) == 1 else text
         parts[" ".join(f"{key}={value}" for key, value in found.items())].append(run)
-    return dict(sorted(by_folder for key, same in parts.items() for by_folder in _by_folder(key, same)))
+    return dict(sorted(by_folder for key, same in _by_variant(parts).items() for by_folder in _by_folder(key, same)))
+
+
+def _by_variant(parts: dict[str, list[RunResult]]) -> dict[str, list[RunResult]]:
+    """Call settings by the names that a sweep gave them, where each has one name of its own."""
+    names = {key: {run.variant for run in same} for key, same in parts.items()}
+    called = [next(iter(own)) for own in names.values() if len(own) == 1]
+    if len(set(called)) < len(parts) or not any(called):
+        return parts
+    return dict(zip(called, parts.values(), strict=True))
 
 
 def _settings(run: RunResult, runs: list[RunResult]) -> dict[str, str]:

@@ -367,6 +367,21 @@ def test_pkg_resources_packaging(room):
             "open('gpt/words.json')",
             r"trainers/wordbias.py:1 needs the file gpt/words.json, which is not there",
         ),
+        (
+            "trainers/wordbias.py",
+            "raise ValueError('The provided filename ./clip/ViT-L-14.pt does not exist')",
+            r"trainers/wordbias.py:1 needs the file ./clip/ViT-L-14.pt, which is not there",
+        ),
+        (
+            "trainers/wordbias.py",
+            "from yacs.config import Feature",
+            r"wordbias.py:1 needs Feature of the package yacs, which the installed version [\d.]+ has not",
+        ),
+        (
+            "trainers/wordbias.py",
+            "__import__('os').environ['A_VARIABLE_NOBODY_HAS']",
+            r"wordbias.py:1 reads the environment variable A_VARIABLE_NOBODY_HAS, which is not set",
+        ),
         ("trainers/wordbias.py", "assert 1 > 2", r"trainers/wordbias.py:1 fails: AssertionError: assert 1 > 2 does not hold"),
         ("trainers/wordbias.py", "{}['Squares']", r"trainers/wordbias.py:1 fails: KeyError: 'Squares'"),
         ("train.py", "def broken(:", r"train.py:1 is not valid Python here"),

@@ -22,7 +22,7 @@ def run(trainer="CoOp", part="base", seed=1, accuracy=50.0, dataset="OxfordFlowe
         shots=shots,
         seed=seed,
         metrics={"test": {"accuracy": accuracy}},
-        config={"MODEL": {"BACKBONE": keys.pop("node", {})}, "DATASET": keys.pop("data", {})},
+        config={"MODEL": {"BACKBONE": keys.pop("node", {})}, "DATASET": keys.pop("data", {}), "OPTIM": keys.pop("settings", {})},
         started="2026",
         finished="2026",
         **keys,
@@ -141,6 +141,45 @@ def test_parse_draws_and_compares(tmp_path, capsys):
     assert {path.name for path in (tmp_path / "plots").iterdir()} == expected
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in (tmp_path / "plots").iterdir())
     assert main(["parse", str(tmp_path / "runs"), "--published", "--split", "val"]) == 2
+
+
+@pytest.mark.parametrize(("suffix", "start"), [("pdf", b"%PDF"), ("svg", b"<?xml")])
+def test_pictures_by_suffix_are_the_same_bytes_each_time(tmp_path, suffix, start):
+    rows, _ = table([run(), run(trainer="MoCoOp", accuracy=60.0)])
+    (first,) = plots.write(rows, "accuracy", tmp_path / "paper" / f"mine.{suffix}")
+    assert first.name == f"mine-bars-base-to-new-16-shots.{suffix}"
+    content = first.read_bytes()
+    assert content.startswith(start)
+    plots.write(rows, "accuracy", tmp_path / "paper" / f"mine.{suffix}")
+    assert first.read_bytes() == content
+    with pytest.raises(UserError, match="ends with .png, .pdf, .svg"):
+        plots.write(rows, "accuracy", tmp_path / "mine.jpg")
+
+
+def test_many_methods_are_ranked_and_only_the_best_have_colours():
+    runs = [
+        run(trainer=f"Method{n}", part=part, shots=shots, accuracy=40.0 + n + shots / 16)
+        for n in range(20)
+        for part in ("base", "new")
+        for shots in (1, 16)
+    ]
+    rows, _ = table(runs)
+    drawn = dict(plots.figures(rows, "accuracy"))
+    assert {"ranking-base-to-new-16-shots", "base-new-base-to-new-16-shots", "shots-base-to-new-h"} <= set(drawn)
+    names = [label.get_text() for label in drawn["ranking-base-to-new-16-shots"].axes[0].get_yticklabels()]
+    assert names == [f"Method{n}" for n in range(20)]
+    for name in ("base-new-base-to-new-16-shots", "shots-base-to-new-h"):
+        told = [text.get_text() for text in drawn[name].legends[0].get_texts()]
+        assert sorted(told) == sorted([*(f"Method{n}" for n in range(13, 20)), "others"])
+
+
+def test_names_that_a_sweep_gave_stand_for_settings():
+    pair = [run(variant="short", settings={"LR": 1}), run(variant="", accuracy=60.0, settings={"LR": 2})]
+    rows, metrics = table(pair)
+    assert {row.settings for row in rows} == {"", "short"} and "short" in tables.render(rows, metrics)
+    assert {style.label for style in plots._styles(rows).values()} == {"CoOp", "CoOp (short)"}
+    both, _ = table([run(variant="short", settings={"LR": 1}), run(variant="short", settings={"LR": 2})])
+    assert {row.settings for row in both} == {"OPTIM.LR=1", "OPTIM.LR=2"}
 
 
 def test_pictures_without_matplotlib_are_a_user_error(tmp_path, monkeypatch):
