@@ -70,6 +70,8 @@ class TrainerBase:
         self.last_results: dict[str, dict[str, float]] = {}
         #: Whether the training, if it goes on from an earlier one, is the same as unbroken.
         self.resumed_exactly = True
+        #: Whether it goes on in as many processes as it was in; others round otherwise.
+        self.resumed_alike = True
         #: Random states that the next epoch begins with, where an interrupted training goes on.
         self._random_states: dict[str, Any] | None = None
 

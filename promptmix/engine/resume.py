@@ -51,6 +51,7 @@ def save_progress(trainer: Trainer, folder: RunFolder) -> None:
         "version": _VERSION,
         "trainer": type(trainer).__name__,
         "epoch": trainer.epoch + 1,
+        "processes": group.size(),
         "models": models,
         "own": trainer.progress_state(),
         "random": get_random_states(trainer),
@@ -104,6 +105,7 @@ def load_progress(trainer: Trainer, folder: RunFolder) -> dict[str, Any] | None:
             ) from error
     trainer.load_progress_state(state["own"])
     trainer.start_epoch = int(state["epoch"])
+    trainer.resumed_alike = state.get("processes", 1) == group.size()
     trainer.epoch = trainer.start_epoch - 1
     log.info("Previous epoch: %s", state["epoch"])
     return dict(state["random"])

@@ -8,7 +8,6 @@ whatever every process computed from everything has its own gradient, as on one 
 from __future__ import annotations
 
 import contextlib
-import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -24,9 +23,6 @@ from promptmix.errors import ConfigError, TrainingError
 from promptmix.parallel import launch
 
 Returned = TypeVar("Returned")
-
-#: Seconds that a process waits for the others before the training ends; ``PROMPTMIX_TIMEOUT`` says otherwise.
-_PATIENCE = 1800.0
 
 
 class LostProcessError(TrainingError):
@@ -80,7 +76,7 @@ def joined(device: torch.device, what: str) -> Iterator[None]:
         yield
         return
     on_gpu = device.type == "cuda"
-    patience = timedelta(seconds=float(os.environ.get("PROMPTMIX_TIMEOUT", _PATIENCE)))
+    patience = timedelta(seconds=launch.patience())
     meet = partial(dist.init_process_group, "gloo", init_method=launch.meeting_point(), rank=rank, world_size=count)
     _guarded(partial(meet, timeout=patience))
     _group = _Group(rank, count, what)

@@ -41,6 +41,22 @@ def meeting_point() -> str:
     return f"file://{os.environ[_OURS]}" if _OURS in os.environ else "env://"
 
 
+def patience() -> float:
+    """Return how many seconds a process waits for the others before the training ends.
+
+    Raises:
+        ConfigError: ``PROMPTMIX_TIMEOUT`` is no such number.
+    """
+    given = os.environ.get("PROMPTMIX_TIMEOUT", "1800")
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = 0.0
+    if not 1 <= seconds <= 1e6:
+        raise ConfigError(f"PROMPTMIX_TIMEOUT is {given!r}, but must be seconds from 1 to a million; mend it, or leave it out")
+    return seconds
+
+
 def take_device() -> None:
     """Have this process see its own GPU only, before CUDA starts.
 

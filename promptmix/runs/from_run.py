@@ -14,6 +14,7 @@ from promptmix.config.declare import all_declared, all_defaults
 from promptmix.config.places import PLACES, places_of_parts
 from promptmix.errors import ConfigError
 from promptmix.files.places import is_own_place
+from promptmix.parallel import group
 from promptmix.runs import results
 from promptmix.runs.results import RunResult
 from promptmix.utils import get_logger
@@ -111,6 +112,8 @@ def replay_of(cfg: CfgNode, checkpoint: dict[str, Any] | None, plugins: Sequence
         return []
     command = ["promptmix", "train", "--from-run", cfg.OUTPUT_DIR, "--output-dir", f"{cfg.OUTPUT_DIR.rstrip('/')}-again"]
     command += ["--threads", str(torch.get_num_threads()), *(word for name in plugins for word in ("--plugin", name))]
+    if group.size() > 1:  # others round otherwise
+        command += ["--devices", str(group.size())]
     if checkpoint:
         epoch = checkpoint.get("epoch")
         command += ["--eval-only", "--model-dir", checkpoint["directory"]]

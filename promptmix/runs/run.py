@@ -179,7 +179,8 @@ def running(
         elif getattr(trainer, "start_epoch", 0) and not getattr(trainer, "resumed_exactly", True):
             result.approximations.append(f"resumed at epoch {trainer.start_epoch} without the random states of that moment")
         result.files = samples.keep(trainer, folder.path, cfg.DATASET.ROOT)
-        if load and not unknown and getattr(trainer, "resumed_exactly", True):  # not what a program loads by itself
+        as_one = all(getattr(trainer, name, True) for name in ("resumed_exactly", "resumed_alike"))
+        if load and not unknown and as_one:  # not what a program loads by itself
             result.replay = replay_of(cfg, result.checkpoint, plugins)
         get_logger().info("Results: %s", result.save(cfg.OUTPUT_DIR))
         folder.drop_progress()

@@ -16,8 +16,14 @@ from promptmix.registry import DATASET_REGISTRY
 from promptmix.runs.run import run
 from tests.trainers import toy
 
-#: Among them a router with experts, deep prompts in both towers, and two gradients.
-METHODS = ("CoOp", "MoCoOp", "MaPLe", "PromptSRC", "ProGrad")
+#: Methods with settings: among them a router with experts, deep prompts in both towers, two gradients, random crops.
+METHODS: dict[str, tuple[object, ...]] = {
+    "CoOp": ("INPUT.TRANSFORMS", ("random_resized_crop", "random_flip", "normalize")),
+    "MoCoOp": ("MODEL.CLASS_CHUNK", 2),
+    "MaPLe": ("TRAIN.CLIP_GRAD_NORM", 0.5),
+    "PromptSRC": (),
+    "ProGrad": (),
+}
 TIMEOUT = 60
 #: What is said before the run begins that only one process tells of.
 RUN = "the run"
@@ -26,7 +32,7 @@ RUN = "the run"
 def few_steps(room: Path, name: str) -> dict[str, torch.Tensor]:
     """Return what two batches of 3 pictures and an evaluation in batches of 7 (of 10) give: losses, learned tensors, scores."""
     options = ("DATALOADER.TRAIN_X.BATCH_SIZE", 3, "DATALOADER.TEST.BATCH_SIZE", 7, "OPTIM.LR", 0.02)
-    trainer: Any = toy.toy_trainer(room, name, *options, classes="all")
+    trainer: Any = toy.toy_trainer(room, name, *options, *METHODS[name], classes="all")
     trainer.set_model_mode("train")
     trainer.num_batches, found = len(trainer.train_loader_x), {}
     for place, batch in zip(range(2), trainer.train_loader_x, strict=False):
@@ -83,6 +89,7 @@ def together(room: Path) -> tuple[dict[str, dict[str, torch.Tensor]], str, str]:
             found |= {name: few_steps(room, name) for name in METHODS}
             refused = beside_the_towers(room)
             train(room, room / "2 to 1", stop=True)
+            train(room, room / "2 together")
             sys.stdout.write(RUN)
             train(room, room / "1 to 2")
             group.wait()

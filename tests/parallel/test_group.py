@@ -66,6 +66,13 @@ def test_a_training_goes_on_with_another_number_of_processes(ended, name):
     assert np.allclose(said["top_probability"], answers["top_probability"], atol=1e-4)
 
 
+def test_numbers_of_other_processes_are_not_said_to_be_replayed(ended):
+    replays = {name: run_of(ended[0] / name)[0]["replay"] for name in ("1 alone", "2 together", "2 to 1")}
+    assert replays["1 alone"] and "--devices" not in replays["1 alone"] and not replays["2 to 1"]
+    place = replays["2 together"].index("--devices")
+    assert replays["2 together"][place + 1] == "2"
+
+
 def test_one_process_writes_and_the_other_is_quiet(ended):
     folder, *_, said, _ = ended
     assert said.split(session.RUN)[1:] == [""]

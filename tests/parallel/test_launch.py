@@ -9,8 +9,12 @@ import sys
 import pytest
 
 from promptmix.cli import main
+from promptmix.commands import train
+from promptmix.config import get_cfg
+from promptmix.engine import SimpleTrainer
 from promptmix.errors import ConfigError, TrainingError
 from promptmix.parallel import launch
+from promptmix.registry import TRAINER_REGISTRY
 
 #: What a process does in place of a training: told by its rank.
 SCRIPT = """
@@ -94,3 +98,20 @@ def test_one_device_starts_nothing_and_none_is_refused(monkeypatch, capsys):
     assert main(["train", "--devices", "1"]) == 2  # goes on to what else is missing
     assert "TRAINER.NAME" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_trainer_without_towers_is_refused(monkeypatch):
+    cfg = get_cfg()
+    cfg.TRAINER.NAME = "Plain"
+    monkeypatch.setitem(TRAINER_REGISTRY._entries, "Plain", SimpleTrainer)
+    train._refuse_undivided(cfg)
+    monkeypatch.setattr(launch, "place", lambda: (0, 2))
+    with pytest.raises(ConfigError, match="TRAINER.NAME Plain is no prompt trainer"):
+        train._refuse_undivided(cfg)
+
+
+@pytest.mark.parametrize("given", ["soon", "0", "nan", "inf"])
+def test_a_timeout_is_a_number_of_seconds(monkeypatch, given):
+    monkeypatch.setenv("PROMPTMIX_TIMEOUT", given)
+    with pytest.raises(ConfigError, match="PROMPTMIX_TIMEOUT"):
+        launch.patience()

@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from promptmix.config import get_cfg
 from promptmix.cost.count import count
 from promptmix.data.reading.loaders import streams_kept
 from promptmix.errors import ConfigError
 from promptmix.parallel import group
 from promptmix.plugin_manager import get_plugin_manager
+from promptmix.prompts.compiled import check_step
 from promptmix.registry import TRAINER_REGISTRY
 from tests.trainers.toy import toy_trainer
 
@@ -78,6 +80,14 @@ def test_a_divided_step_is_that_of_one_device(room, name, divide):
     rounding = 1e-6 * sum(float(one.abs().sum()) for one in alone)  # of gradients that are zero but for it
     for one, other in zip(alone, together, strict=True):
         assert (one - other).abs().sum() <= 1e-4 * one.abs().sum() + rounding
+
+
+def test_a_compiled_step_is_refused(divide):
+    divide(2)
+    cfg = get_cfg()
+    cfg.TRAIN.STEP = "compiled"
+    with pytest.raises(ConfigError, match="TRAIN.STEP is 'compiled'.*--devices"):
+        check_step(cfg, torch.device("cpu"), changes_gradients=False)
 
 
 def test_each_process_does_its_part_of_the_work(room, divide, monkeypatch):
