@@ -19,6 +19,8 @@ from promptmix.utils import get_logger
 
 #: Classes in memory at a time that the message proposes.
 _CHUNK = 64
+#: Nodes of the config that no step reads; the data set's words are asked for themselves.
+_NO_SHAPES = ("SEED", "OUTPUT_DIR", "RESUME", "DATASET", "PROTOCOL")
 #: Operations of a step, by what they follow from: the seeds of an experiment have the same, and counting takes a second.
 _counted: dict[tuple[type, type, str], float] = {}
 
@@ -121,14 +123,17 @@ def step_gflops(trainer: Any) -> float | None:  # any class with Dassl's interfa
 
 
 def _shapes(trainer: Any, size: int) -> str:
-    """Return a digest of all that the operations of a step on ``size`` pictures follow from; a seed is no part of it."""
+    """Return a digest of all that the operations of a step on ``size`` pictures follow from.
+
+    Seed and training pictures are no part of it: what is learned of them has shapes of its own.
+    """
     model, task = trainer.model, trainer.model.task
-    words: list[Any] = [task.classnames, task.all_classnames, task.templates, task.template_groups, task.train_labels]
+    words: list[Any] = [task.classnames, task.all_classnames, task.templates, task.template_groups, task.open_world]
     words.append(task.descriptions.plain(task.all_classnames))
     tensors = [*model.named_parameters(), *model.named_buffers(), *trainer.clip.named_parameters()]
     shapes = [(name, tuple(tensor.shape), tensor.requires_grad) for name, tensor in tensors]
-    config = {key: str(value) for key, value in trainer.cfg.items() if key not in ("SEED", "OUTPUT_DIR", "RESUME")}
-    return digest_of([size, words, shapes, config])
+    config = {key: str(value) for key, value in trainer.cfg.items() if key not in _NO_SHAPES}
+    return digest_of([size, getattr(model, "taken", 0), words, shapes, config])
 
 
 def on_meta(trainer: Counted) -> None:
