@@ -137,7 +137,7 @@ def _what_next(cfg: CfgNode, wish: Wish) -> list[str]:
     lines = {
         "predict": f"promptmix predict --model-dir {run}{weights} {shlex.quote(wish.pictures)}",
         "eval": f"promptmix eval {run}{weights} --on OTHER_PICTURES",
-        "report": f"promptmix report {run} --root {shlex.quote(str(cfg.DATASET.ROOT))}",
+        "report": f"promptmix report {run}{weights} --root {shlex.quote(str(cfg.DATASET.ROOT))}",
         "export": f"promptmix export {run}{weights} --format npz",
     }
     again = f"promptmix fit {shlex.quote(wish.pictures)} --trainer MoCoOp"

@@ -19,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--title", default="", help="default: the methods")
     add("--compare", default="", metavar="METHOD", help="paired tests of METHOD against each other one; default: every pair")
     add("--root", default="", help="folder of the data sets, for thumbnails and routing; the embedded ones need none")
+    add("--weights", default="", metavar="FILE", help="the backbone's file, where the runs had one of their own")
     add("--no-interpret", action="store_true", help="leave out what was learned, which loads a run of each method")
     add("--device", choices=("auto", "cpu", "cuda"), default="", help="where to compute what was learned")
     add("--plugin", action="append", default=[], metavar="MODULE|FILE", help="load a plugin; may be repeated")
@@ -43,7 +44,8 @@ def run(args: argparse.Namespace) -> int:
     with contextlib.redirect_stdout(sys.stderr):
         load_plugins(args.plugin)
         runs, notes = gather.find(args.runs)
-        found = {} if args.no_interpret else insights(runs, notes, root=args.root, device=args.device)
+        options = {"root": args.root, "device": args.device, "weights": args.weights}
+        found = {} if args.no_interpret else insights(runs, notes, **options)
         text = page(runs, Wish(args.title, args.root, args.compare, found), notes)
     atomic_write(out, lambda path: path.write_text(text, encoding="utf-8", errors="backslashreplace"))
     for note in dict.fromkeys(notes):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 from yacs.config import CfgNode
 
@@ -13,14 +13,21 @@ from promptmix.errors import ConfigError
 __all__ = ["check_pairs", "check_templates"]
 
 
-def check_pairs(cfg: CfgNode) -> None:
+def check_pairs(cfg: CfgNode, given: Container[str]) -> None:
     """Refuse values that contradict each other.
+
+    Args:
+        cfg: the whole config tree.
+        given: keys that somebody set; what a program sets for all its trainers may go unread, as in Dassl.
 
     Raises:
         ConfigError: two values, or the items of one, can't be together; the message names both and the remedy.
     """
     _check_pictures(cfg.INPUT)
     _check_optimizer(cfg.OPTIM)
+    layers = tuple(cfg.OPTIM.NEW_LAYERS)
+    if layers and not cfg.OPTIM.STAGED_LR and "OPTIM.NEW_LAYERS" in given:
+        raise ConfigError(f"OPTIM.NEW_LAYERS is {layers}, which OPTIM.STAGED_LR False ignores; set it to True")
     for number, group in enumerate(cfg.DATASET.TEMPLATE_GROUPS):
         check_templates(f"DATASET.TEMPLATE_GROUPS, group {number}", group)
 
@@ -41,8 +48,6 @@ def _check_optimizer(node: CfgNode) -> None:
             f"OPTIM.SGD_NESTEROV is True with MOMENTUM {node.MOMENTUM} and SGD_DAMPNING {node.SGD_DAMPNING}; "
             "it needs momentum above 0 and no dampening"
         )
-    if list(node.NEW_LAYERS) and not node.STAGED_LR:
-        raise ConfigError(f"OPTIM.NEW_LAYERS is {tuple(node.NEW_LAYERS)}, which OPTIM.STAGED_LR False ignores; set it to True")
     steps = list(node.STEPSIZE)
     if node.LR_SCHEDULER != "cosine" and not steps:
         raise ConfigError(f"OPTIM.STEPSIZE is empty, but {node.LR_SCHEDULER} steps after some epochs; give such as (30,)")

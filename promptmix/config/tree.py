@@ -158,7 +158,7 @@ def check_values(cfg: CN) -> None:
         if key in defaults:
             _coerce(key, value, defaults[key], source or "config")
         declared.get(key, undeclared).check(key, value, source)
-    check_pairs(cfg)
+    check_pairs(cfg, given)
 
 
 def validate(cfg: CN) -> None:

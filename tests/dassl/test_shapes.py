@@ -95,6 +95,11 @@ def test_a_forks_own_flags_are_taken(room):
     assert run(room, "--note", "ab", "--twice")["config"]["TRAINER"]["WORDBIAS"]["NOTE"] == "abab"
 
 
+def test_what_a_program_sets_for_all_its_trainers_may_go_unread(room):
+    change(room, "train.py", ("NOTE = args.note", "NOTE = args.note; cfg.OPTIM.NEW_LAYERS = ['film']"))
+    assert run(room, "--note", "ab")["config"]["OPTIM"]["NEW_LAYERS"] == ["film"]
+
+
 def test_flags_of_ours_stay_with_us(room):
     assert run(room, "--threads", "1")["config"]["TRAINER"]["NAME"] == "WordBias"
 

@@ -111,6 +111,7 @@ def test_a_real_backbone_is_read_as_it_was_trained(room, pictures, tmp_path, cap
     size = ["INPUT.SIZE", "(32, 32)", "DATALOADER.NUM_WORKERS", "0", *QUICK]
     assert main(["fit", str(pictures), "--output-dir", str(tmp_path), "--shots", "1", *weights, *size]) == 0
     shown = capsys.readouterr().out
+    assert f"promptmix report {tmp_path}/CoOp --weights {room}/clip.safetensors --root" in shown
     assert "ViT-B/16, weights from" in shown and f"--weights {room}/clip.safetensors" in shown
     config = json.loads((tmp_path / "CoOp" / "zeroshot" / "results.json").read_text())["config"]
     assert config["MODEL"]["BACKBONE"]["WEIGHTS"] == weights[-1] and config["INPUT"]["PIXEL_MEAN"][0] == pytest.approx(0.48145466)
