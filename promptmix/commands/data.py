@@ -47,8 +47,8 @@ def run(args: argparse.Namespace) -> int:
     for flag, action in {"fast": "check", "all": "check", "keep": "prepare"}.items():
         if getattr(args, flag) and args.action != action:
             raise UserError(f"--{flag} is for data {action}, not for data {args.action}; leave it out")
-    if args.action == "list" and args.name:
-        raise UserError(f"data list takes no NAME and no config keys, but got {args.name}; leave it out")
+    if args.action == "list" and (args.name or args.opts):
+        raise UserError(f"data list takes no NAME and no config keys, but got {args.name or args.opts[0]}; leave it out")
     if args.action == "sample" and args.opts:
         raise UserError(f"data sample takes a folder alone, but got {' '.join(args.opts)} too; leave it out")
     load_plugins(args.plugin)

@@ -136,6 +136,7 @@ def test_data_errors_are_one_line(capsys, tmp_path):
         (["prepare", "StanfordCars", "--root", str(tmp_path)], "cars_train"),
         (["check", "OxfordPets", "--root", str(tmp_path), "A.B", "1"], "takes no config keys"),
         (["list", "OxfordPets"], "takes no NAME"),
+        (["list", "A.B", "1"], "takes no NAME"),
         (["list", "--fast"], "--fast is for data check"),
         (["sample", str(tmp_path), "A.B", "1"], "takes a folder alone"),
     ):
