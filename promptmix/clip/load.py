@@ -301,4 +301,6 @@ def _fill(model: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
-        raise WeightsError(f"weights of {what} don't fit MODEL.BACKBONE.NAME's architecture; name a file of that one: {reason}") from error
+        raise WeightsError(
+            f"weights of {what} don't fit MODEL.BACKBONE.NAME's architecture; name a file of that one: {reason}"
+        ) from error
