@@ -15,7 +15,7 @@ from promptmix.plugins.text_supervision.hard_prompts import L1ToEnsemble
 from promptmix.trainers.gallop import EachLocal, GlobalLocal, KeptGlobal, SparseLocal
 from promptmix.trainers.gmop import BaseOrNew, Detectors, OpenworldLoss
 from promptmix.trainers.plotpp import STARTS, USUAL, PromptSets, TransportOfSets
-from promptmix.trainers.surpl import Fine, Instance, Plain, SurrogateScores
+from promptmix.trainers.surpl import SurrogateScores
 from promptmix.trainers.trip import TokenMixture, cluster
 
 from promptmix.data.templates import IMAGENET_60
@@ -140,7 +140,7 @@ def test_surpl():
     bank = IndependentDeep(task, 4, 4, "a photo of a", 3, 3)
     head = SurrogateScores(task, bank, 4, 10)
     text, image = L1ToEnsemble(task, bank, IMAGENET_60), FrozenImageL1(task, bank)
-    scores = Plain(head) + Instance(head) + Fine(head)
+    scores = CrossEntropy(head.plain) + CrossEntropy(head.instance, "instance") + CrossEntropy(head.fine, "fine")
     loss = scores + 25.0 * text.named("text", weighted=True) + 10.0 * image.named("image", weighted=True)
     learner = Learner(task, bank, head=head, loss=loss)
     starts = ("SFG.ln_1.weight", "SFG.ln_2.weight", "feature_proj.linear.weight")
