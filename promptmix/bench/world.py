@@ -55,7 +55,7 @@ class World:
     def trainer(
         self,
         name: str,
-        classes: int,
+        classes: int | Sequence[str],
         *opts: object,
         pictures: int = 1,
         test_pictures: int = 1,
@@ -65,14 +65,15 @@ class World:
 
         Args:
             name: name in the trainer registry.
-            classes: C.
+            classes: C, or the class names; made-up ones otherwise.
             opts: config keys and values.
             pictures: training pictures of each class.
             test_pictures: test pictures in all.
             experts: E, template groups of the data set.
         """
         paths = draw(self.folder)
-        dataset = _dataset(paths, classes, pictures, test_pictures, experts)
+        names = class_names(classes) if isinstance(classes, int) else list(classes)
+        dataset = _dataset(paths, names, pictures, test_pictures, experts)
         cfg = self.config(name, *opts)
         if self.device.type == "meta":  # what an earlier trainer left without numbers is filled again
             self.clip.to_empty(device="cpu").load_state_dict(self._state)
@@ -141,16 +142,15 @@ def draw(folder: Path, count: int = 8) -> list[str]:
     return paths
 
 
-def _dataset(paths: list[str], classes: int, pictures: int, test: int, experts: int) -> Callable[[CfgNode], DatasetBase]:
-    names = class_names(classes)
-
+def _dataset(paths: list[str], names: list[str], pictures: int, test: int, experts: int) -> Callable[[CfgNode], DatasetBase]:
     def build(cfg: CfgNode) -> DatasetBase:
         train = [Datum(paths[(c + k) % len(paths)], c, 0, name) for c, name in enumerate(names) for k in range(pictures)]
-        tests = [Datum(paths[i % len(paths)], i % classes, 0, names[i % classes]) for i in range(test)]
-        dataset = DatasetBase(train_x=train, test=tests)
+        tests = [Datum(paths[i % len(paths)], i % len(names), 0, names[i % len(names)]) for i in range(test)]
+        dataset = DatasetBase(train_x=train, val=tests, test=tests)
         dataset.templates = list(IMAGENET_80[:3])
         dataset.template_groups = [list(IMAGENET_80[e::experts][:3]) for e in range(experts)]
         dataset.all_classnames = names
+        dataset.descriptions = {name: [f"A {name} seen from the front.", f"A {name} has parts."] for name in names}
         return dataset
 
     return build

@@ -22,6 +22,7 @@ _COUNTS |= {"repeats": 0, "class_chunk": 0, "experts": 0, "workers": 0, "measure
 #: Suite to its module in ``promptmix.bench``.
 SUITES = {"text": "text", "step": "step", "eval": "evaluate", "data": "data", "startup": "startup", "run": "wholerun"}
 RECORD = "benchmarks/ci_flops.json"
+ESTIMATES = "benchmarks/estimate.json"
 STEPS = ("CoOp:4:100", "CoOp:32:100", "CoCoOp:4:50", "MaPLe:4:100")
 EVALUATIONS = ("CoOp:100:100", "CoCoOp:4:100")
 
@@ -29,10 +30,11 @@ EVALUATIONS = ("CoOp:100:100", "CoCoOp:4:100")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags; sizes carry the suite they belong to in front."""
     add = parser.add_argument
-    choices = (*SUITES, "all", "show", "compare", "ci", "scaling", "kill", "gpu")
+    choices = (*SUITES, "all", "show", "compare", "ci", "scaling", "kill", "gpu", "estimate")
     about = "suite; show, compare: JSON files; ci: count and compare with the record; scaling: time and memory over sizes; "
     about += (
-        "kill: runs killed at random moments against unbroken ones; gpu: whether a GPU computes what a CPU does, and how fast"
+        "kill: runs killed at random moments against unbroken ones; gpu: whether a GPU computes what a CPU does, and how fast; "
+        "estimate: what `promptmix estimate` says of a step of every method, against what it took, added to --json"
     )
     add("suite", nargs="?", choices=choices, default="text", help=about)
     add("files", nargs="*", metavar="FILE", help="show: JSON files; compare: the old and the new one")
@@ -108,6 +110,8 @@ def run(args: argparse.Namespace) -> int:
             return kill.run(args, Path(folder))
         if args.suite == "gpu":
             return _gpu(args, Path(folder))
+        if args.suite == "estimate":
+            return _estimate(args, Path(folder))
         if args.suite in ("ci", "scaling"):
             return _count(args, Path(folder))
         _measure(args, Path(folder))
@@ -172,6 +176,17 @@ def _gpu(args: argparse.Namespace, folder: Path) -> int:
     if args.json:
         report.write_record(args, gpu.as_json(result), args.json)
     return int(bool(result.failed))
+
+
+def _estimate(args: argparse.Namespace, folder: Path) -> int:
+    from promptmix.bench import estimates
+    from promptmix.bench.world import silenced
+
+    path, said = args.json or ESTIMATES, sys.stderr
+    with silenced():
+        found = estimates.record(folder, path, lambda line: said.write(line + "\n"))
+    sys.stdout.write(estimates.table(found) + "\n")
+    return 0
 
 
 def _count(args: argparse.Namespace, folder: Path) -> int:

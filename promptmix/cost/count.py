@@ -6,13 +6,13 @@ Run on tensors of device ``meta``, the work takes a second whatever its size, an
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
@@ -31,11 +31,23 @@ class Count:
     live_mb: float
 
 
+class Listener(Protocol):
+    """Hears of every operator that ran, with its arguments, what it gave, and its floating-point operations."""
+
+    def __call__(self, func: Any, args: tuple[Any, ...], output: Any, flops: int) -> None:
+        """Take notice of a call."""
+
+
 def count(work: Callable[[], Any]) -> Count:
     """Do ``work`` once and count what it costs."""
-    counter = _Counter()
+    return counted(work)
+
+
+def counted(work: Callable[[], Any], listener: Listener | None = None) -> Count:
+    """``count``, with one who hears of every call; attention on ``meta`` is the one operator that devices have."""
+    counter = _Counter(listener)
     try:
-        with counter:
+        with _fused_attention(), counter:
             work()
     finally:
         counter.leave()
@@ -57,7 +69,7 @@ class Operations:
 
 def count_operations(work: Callable[[], Any]) -> Operations:
     """Do ``work`` once and count its operators; attention counts as one, also on ``meta``, where it runs in parts."""
-    with _Attention(), _Operators() as counter:
+    with _fused_attention(), _Operators() as counter:
         work()
     return Operations(counter.all, counter.launches)
 
@@ -85,16 +97,33 @@ class _Operators(TorchDispatchMode):
 _FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
-class _Attention(TorchFunctionMode):
-    """Runs attention on ``meta`` as the one operator that a CPU has."""
+@contextmanager
+def _fused_attention() -> Iterator[None]:
+    """Run attention (B, H, L, d) on ``meta`` as the one operator that a CPU has; of other shapes it runs in parts there too.
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention and args[0].is_meta:
-            return _FUSED(*args[:3], is_causal=kwargs.get("is_causal", False), attn_mask=kwargs.get("attn_mask"))[0]
-        return func(*args, **kwargs)
+    The function is exchanged, since PyTorch's modes don't hold where a backward pass computes something again.
+    """
+    own = F.scaled_dot_product_attention
+
+    def fused(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        if not query.is_meta or query.dim() != 4 or dropout_p:
+            return own(query, key, value, attn_mask, dropout_p, is_causal, **kwargs)
+        out: torch.Tensor = _FUSED(query, key, value, is_causal=is_causal, attn_mask=attn_mask)[0]
+        return out
+
+    F.scaled_dot_product_attention = fused
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = own
 
 
 class _Counter(TorchDispatchMode):
@@ -103,10 +132,11 @@ class _Counter(TorchDispatchMode):
     It stands in for ``FlopCounterMode``, which keeps alive what checkpointing frees and does not know attention on a CPU.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, listener: Listener | None = None) -> None:
         super().__init__()
         self.flops = self.now = self.peak = 0
         self._known: set[int] = set()
+        self._listener = listener
         self._followed: list[weakref.finalize[Any, Any]] = []
 
     def leave(self) -> None:
@@ -126,14 +156,10 @@ class _Counter(TorchDispatchMode):
             if parts is not NotImplemented:
                 return parts
         output = func(*args, **(kwargs or {}))
-        if packet in flop_registry:
-            self.flops += flop_registry[packet](*args, **(kwargs or {}), out_val=output)
-        elif packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
-            self.flops += sdpa_flop_count(*(part.shape for part in args[:3]))
-        elif packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
-            self.flops += sdpa_backward_flop_count(*(part.shape for part in args[:4]))
-        elif packet is torch.ops.aten._native_multi_head_attention:
-            self.flops += _attention_flops(*(part.shape for part in args[:3]))
+        flops = _flops(packet, args, kwargs or {}, output)
+        self.flops += flops
+        if self._listener is not None:
+            self._listener(func, args, output, flops)
         for leaf in tree_leaves(output):
             self._take(leaf, made=True)
         return output
@@ -153,6 +179,19 @@ class _Counter(TorchDispatchMode):
     def _free(self, key: int, size: int) -> None:
         self._known.discard(key)
         self.now -= size
+
+
+def _flops(packet: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> int:
+    """Floating-point operations of a call by PyTorch's formulas; 0 where it multiplies no matrices."""
+    if packet in flop_registry:
+        return int(flop_registry[packet](*args, **kwargs, out_val=output))
+    if packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
+        return int(sdpa_flop_count(*(part.shape for part in args[:3])))
+    if packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        return int(sdpa_backward_flop_count(*(part.shape for part in args[:4])))
+    if packet is torch.ops.aten._native_multi_head_attention:
+        return _attention_flops(*(part.shape for part in args[:3]))
+    return 0
 
 
 def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size) -> int:

@@ -1,21 +1,26 @@
-"""What a run will need, before it runs: memory and operations of a step counted by shapes, seconds from a short calibration."""
+"""What a run will need, before it runs: memory and operations of a step counted by shapes, seconds by the machine's numbers."""
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from yacs.config import CfgNode
 
+from promptmix.cost import memory
 from promptmix.cost.count import Count, count
+from promptmix.cost.machine import measure_machine
+from promptmix.cost.work import Work, work_of
 from promptmix.errors import UserError, is_out_of_memory
 from promptmix.files.digests import digest_of
 from promptmix.utils import get_logger
+
+#: Resident memory that a step takes for each byte of its live tensors: scratch inside kernels, and holes in the heap.
+HEAP = 1.5
 
 #: Classes in memory at a time that the message proposes.
 _CHUNK = 64
@@ -32,11 +37,19 @@ class Counted(Protocol):
     clip: Any
     model: Any
     device: torch.device
+    precision: Any
     train_loader_x: Any
+    waits_to_check: bool
 
     @property
     def num_classes(self) -> int:
         """Number of classes."""
+
+    def build_optimizer(self, model: Any) -> torch.optim.Optimizer:
+        """Return the optimizer of the learned tensors."""
+
+    def take_gradients(self, loss: torch.Tensor, terms: Any) -> None:
+        """Put gradients into the learned tensors."""
 
 
 @dataclass(frozen=True)
@@ -44,65 +57,140 @@ class Estimate:
     """What training is expected to need.
 
     Attributes:
-        step_gflops: operations of a step on pictures, in 10^9.
-        step_mb: peak of live tensors in a step, in MiB.
-        weights_mb: the frozen model, the learned tensors, their gradients and two moments of the optimizer, in MiB.
+        step: a step on pictures, with the optimizer's part.
+        ran: whether the step ran to be counted, since shapes don't tell what it does.
+        weights_mb: the frozen model, the learned tensors, their gradients and the optimizer's moments, in MiB.
+        peak_mb: peak of the process's resident memory, in MiB; None on a GPU, or where the system doesn't tell.
         batches: steps of an epoch.
-        gflops_per_second: what the calibration reached.
+        step_seconds: a step, by the machine's numbers.
         seconds_per_picture: reading and transforming, in one process.
         epoch_seconds: steps and reading of an epoch, one after the other.
+        dispatch_us: the host's microseconds for an operator, as measured.
     """
 
-    step_gflops: float
-    step_mb: float
+    step: Work
+    ran: bool
     weights_mb: float
+    peak_mb: float | None
     batches: int
-    gflops_per_second: float
+    step_seconds: float
     seconds_per_picture: float
     epoch_seconds: float
+    dispatch_us: float
+
+    @property
+    def step_gflops(self) -> float:
+        """Operations of a step, in 10^9."""
+        return self.step.gflops
+
+    @property
+    def step_mb(self) -> float:
+        """Peak of live tensors in a step, in MiB."""
+        return self.step.live_mb
 
 
 def estimate(trainer: Counted) -> Estimate:
-    """Return what training is expected to need. The trainer has no numbers afterwards and can't be used.
+    """Return what training is expected to need; the trainer is not to be used afterwards.
 
     Raises:
-        UserError: the method learns nothing by steps, or computes something that can't be counted by shapes.
+        UserError: the method learns nothing by steps, or a step of it can't be counted.
     """
     cfg, loader = trainer.cfg, trainer.train_loader_x
     if not any(parameter.requires_grad for parameter in trainer.model.parameters()):
         raise UserError(f"{cfg.TRAINER.NAME} learns nothing by steps of a training, so there is no step to estimate")
     reading = _reading(loader)
-    speed = _speed(trainer)
+    with trainer.precision.autocast():
+        machine = measure_machine(trainer.clip)
+    memory.reset_peak()
+    resident = memory.resident_mb() if trainer.device.type == "cpu" else None
     learned = sum(p.numel() for p in trainer.model.parameters()) * 4
     frozen = sum(p.numel() for p in trainer.clip.parameters()) * 4
     size = min(loader.batch_size or 1, len(loader.dataset))
-    views = cfg.INPUT.CACHED_VIEWS
-    on_meta(trainer)
     try:
-        step = step_count(trainer, size)
-        second: int = getattr(trainer, "outer_batch", 0)  # pictures of another loss in each step (bilevel training)
-        outer = step_count(trainer, second).gflops if second else 0.0
-        image = count(lambda: trainer.clip.encode_image(_images(trainer, size))).gflops if views else 0.0
+        step, ran = training_step(trainer, size)
+        image = _image_work(trainer, size) if cfg.INPUT.CACHED_VIEWS else Work()
     except (RuntimeError, NotImplementedError) as error:
         reason = str(error).splitlines()[0][:120]
-        raise UserError(
-            f"{cfg.TRAINER.NAME} can't be estimated, since a step of it can't be counted by shapes ({reason})"
-        ) from error
-    batches, epochs = len(loader), max(cfg.OPTIM.MAX_EPOCH, 1)
+        raise UserError(f"{cfg.TRAINER.NAME} can't be estimated, since a step of it can't be counted ({reason})") from error
+    batches, epochs, views = len(loader), max(cfg.OPTIM.MAX_EPOCH, 1), cfg.INPUT.CACHED_VIEWS
     # Cached views: pictures are read and encoded for K epochs only.
     share = min(views / epochs, 1.0) if views else 1.0
-    gflops = step.gflops + outer
-    seconds = batches * (gflops - image * (1 - share)) / speed
+    seconds = machine.seconds(step)
+    steps = batches * (seconds - (1 - share) * machine.seconds(image))
     reading_seconds = batches * size * reading * share / max(loader.num_workers, 1)
     return Estimate(
-        gflops,
-        step.live_mb,
+        step,
+        ran,
         (frozen + 4 * learned) / 2**20,
+        None if resident is None else peak_of(resident, step.live_mb),
         batches,
-        speed,
+        seconds,
         reading,
-        seconds + reading_seconds,
+        steps + reading_seconds,
+        machine.dispatch_us,
     )
+
+
+def peak_of(resident_mb: float, live_mb: float) -> float:
+    """Return the peak of resident memory in MiB.
+
+    Args:
+        resident_mb: before the first step, with weights and PyTorch itself.
+        live_mb: counted peak of live tensors in a step.
+    """
+    return resident_mb + HEAP * live_mb
+
+
+def training_step(trainer: Counted, size: int) -> tuple[Work, bool]:
+    """Count a whole step on ``size`` pictures, with the optimizer's part, and tell whether it had to run.
+
+    Shapes tell what most methods do; where numbers decide, the step runs once on the trainer's device.
+    """
+    second: int = getattr(trainer, "outer_batch", 0)  # pictures of another loss in each step (bilevel training)
+    try:
+        with _without_numbers(trainer):
+            return _whole_step(trainer, [size, *([second] if second else [])]), False
+    except (RuntimeError, NotImplementedError):
+        get_logger().debug("The step can't be counted by shapes", exc_info=True)
+    return _whole_step(trainer, [size, *([second] if second else [])]), True
+
+
+def _whole_step(trainer: Counted, sizes: Sequence[int]) -> Work:
+    batches = [_batch(trainer, size) for size in sizes]
+    optimizer = trainer.build_optimizer(trainer.model)
+
+    def step() -> None:
+        for images, labels in batches:
+            terms = trainer.model.loss(trainer.model.step(images, labels))
+            optimizer.zero_grad()
+            trainer.take_gradients(terms.total, terms)
+        optimizer.step()
+
+    trainer.waits_to_check = True  # no look at a loss that may have no number
+    step()  # what is built once
+    return work_of(step)
+
+
+def _image_work(trainer: Counted, size: int) -> Work:
+    with _without_numbers(trainer), torch.no_grad():
+        images = _batch(trainer, size)[0]
+        return work_of(lambda: trainer.clip.encode_image(images))
+
+
+@contextlib.contextmanager
+def _without_numbers(trainer: Counted) -> Iterator[None]:
+    """Take the numbers away from a trainer's models in the context, so that what they do is counted at no cost."""
+    modules = [*trainer.clip.modules(), *trainer.model.modules()]
+    kept = [(dict(module._parameters), dict(module._buffers)) for module in modules]
+    device = trainer.device
+    on_meta(trainer)
+    try:
+        yield
+    finally:
+        trainer.device = device
+        for module, (parameters, buffers) in zip(modules, kept, strict=True):
+            module._parameters.update(parameters)
+            module._buffers.update(buffers)
 
 
 def step_gflops(trainer: Any) -> float | None:  # any class with Dassl's interface
@@ -152,7 +240,7 @@ def step_count(trainer: Counted, size: int, class_chunk: int | None = None) -> C
         size: pictures in the batch.
         class_chunk: as ``MODEL.CLASS_CHUNK``; None leaves it as it is.
     """
-    images, labels = _images(trainer, size), torch.zeros(size, dtype=torch.long, device="meta")
+    images, labels = _batch(trainer, size)
     tower = trainer.clip.text
     before = tower.class_chunk
     tower.class_chunk = before if class_chunk is None else class_chunk
@@ -167,31 +255,10 @@ def step_count(trainer: Counted, size: int, class_chunk: int | None = None) -> C
         tower.class_chunk = before
 
 
-def _images(trainer: Counted, size: int) -> torch.Tensor:
-    return torch.empty(size, 3, *trainer.cfg.INPUT.SIZE, device="meta")
-
-
-def _speed(trainer: Counted) -> float:
-    """Return GFLOP per second of a small forward and backward pass through both towers."""
-    clip = trainer.clip
-    names = clip.tokenizer.class_tokens([f"class {i}" for i in range(20)])
-    context = torch.zeros(1, 8, clip.text.width, device=trainer.device)
-    images = torch.zeros(2, 3, *trainer.cfg.INPUT.SIZE, device=trainer.device)
-
-    def work() -> None:
-        F.normalize(clip.text(clip.text.compose(context.requires_grad_(), names)), dim=-1).sum().backward()
-        with torch.no_grad():
-            clip.encode_image(images)
-
-    gflops = count(work).gflops
-    best = float("inf")
-    for _ in range(2):
-        begin = time.perf_counter()
-        work()
-        if trainer.device.type == "cuda":
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - begin)
-    return gflops / best
+def _batch(trainer: Counted, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return made-up pictures (B, 3, S, S) and labels (B,) on the trainer's device."""
+    images = torch.zeros(size, 3, *trainer.cfg.INPUT.SIZE, device=trainer.device)
+    return images, torch.zeros(size, dtype=torch.long, device=trainer.device)
 
 
 def _reading(loader: Any) -> float:
