@@ -64,7 +64,7 @@ class Measured:
 def record(folder: Path, path: str, note: Callable[[str], Any]) -> dict[str, Any]:
     """Measure what ``path`` does not hold yet, and return all of it."""
     origin = "promptmix bench estimate: one thread, fp32, random weights; seconds of the processor, the fastest of 3 to 10 steps"
-    found = read_json(path) if Path(path).is_file() else {"origin": origin, "machine": {}, "steps": []}
+    found: dict[str, Any] = read_json(path) if Path(path).is_file() else {"origin": origin, "machine": {}, "steps": []}
     done = {step["case"] for step in found["steps"]}
     for backbone, classes, batch, methods in CASES:
         wanted = [name for name in methods or TRAINER_REGISTRY if f"{name}:{backbone}:{classes}:{batch}" not in done]

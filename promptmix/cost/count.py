@@ -119,7 +119,7 @@ def _fused_attention() -> Iterator[None]:
         out: torch.Tensor = _FUSED(query, key, value, is_causal=is_causal, attn_mask=attn_mask)[0]
         return out
 
-    F.scaled_dot_product_attention = fused
+    F.scaled_dot_product_attention = fused  # type: ignore[assignment]
     try:
         yield
     finally:
