@@ -23,6 +23,7 @@ _COUNTS |= {"repeats": 0, "class_chunk": 0, "experts": 0, "workers": 0, "measure
 SUITES = {"text": "text", "step": "step", "eval": "evaluate", "data": "data", "startup": "startup", "run": "wholerun"}
 RECORD = "benchmarks/ci_flops.json"
 ESTIMATES = "benchmarks/estimate.json"
+PAGE = "docs/limits.md"
 STEPS = ("CoOp:4:100", "CoOp:32:100", "CoCoOp:4:50", "MaPLe:4:100")
 EVALUATIONS = ("CoOp:100:100", "CoCoOp:4:100")
 
@@ -30,11 +31,12 @@ EVALUATIONS = ("CoOp:100:100", "CoCoOp:4:100")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags; sizes carry the suite they belong to in front."""
     add = parser.add_argument
-    choices = (*SUITES, "all", "show", "compare", "ci", "scaling", "kill", "gpu", "estimate")
+    choices = (*SUITES, "all", "show", "compare", "ci", "scaling", "kill", "gpu", "estimate", "scale")
     about = "suite; show, compare: JSON files; ci: count and compare with the record; scaling: time and memory over sizes; "
     about += (
         "kill: runs killed at random moments against unbroken ones; gpu: whether a GPU computes what a CPU does, and how fast; "
-        "estimate: what `promptmix estimate` says of a step of every method, against what it took, added to --json"
+        "estimate: what `promptmix estimate` says of a step of every method, against what it took, added to --json; "
+        "scale: steps with up to ImageNet-21k's class names, counted, and what limits them"
     )
     add("suite", nargs="?", choices=choices, default="text", help=about)
     add("files", nargs="*", metavar="FILE", help="show: JSON files; compare: the old and the new one")
@@ -44,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--repeats", type=int, default=2, help="timed rounds, plain, ours, plain, ours; the fastest counts; 0 only counts")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
     add("--json", metavar="FILE", help="also write the numbers with machine, versions and commit")
-    add("--update", action="store_true", help="ci: make the record anew instead of comparing with it")
+    add("--update", action="store_true", help=f"ci: make the record anew instead of comparing with it; scale: {PAGE}")
     add("--record", default=RECORD, metavar="FILE", help=f"ci: the recorded counts; default {RECORD}")
     add("--context", type=int, nargs="+", default=[16, 4], metavar="M", help="text: context vectors; several are run in turn")
     add("--prompts", type=int, default=1, help="text: E, prompts encoded together")
@@ -112,6 +114,8 @@ def run(args: argparse.Namespace) -> int:
             return _gpu(args, Path(folder))
         if args.suite == "estimate":
             return _estimate(args, Path(folder))
+        if args.suite == "scale":
+            return _scale(args, Path(folder))
         if args.suite in ("ci", "scaling"):
             return _count(args, Path(folder))
         _measure(args, Path(folder))
@@ -186,6 +190,20 @@ def _estimate(args: argparse.Namespace, folder: Path) -> int:
     with silenced():
         found = estimates.record(folder, path, lambda line: said.write(line + "\n"))
     sys.stdout.write(estimates.table(found) + "\n")
+    return 0
+
+
+def _scale(args: argparse.Namespace, folder: Path) -> int:
+    from promptmix.bench import scale
+    from promptmix.bench.world import World, silenced
+    from promptmix.utils import read_json
+
+    machine = read_json(ESTIMATES)["machine"][scale.BACKBONE]
+    with silenced():
+        tables = scale.study(World(scale.BACKBONE, folder, "meta"), machine)
+    if args.update:
+        scale.rewrite(Path(PAGE), tables)
+    sys.stdout.write("\n\n".join(tables.values()) + "\n")
     return 0
 
 
