@@ -40,7 +40,7 @@ def names(count: int) -> list[str]:
     Raises:
         ValueError: there are not so many.
     """
-    text = files("promptmix.data").joinpath("splits", "imagenet_classnames.txt").read_text(encoding="utf-8")
+    text = files("promptmix.data").joinpath("splits").joinpath("imagenet_classnames.txt").read_text(encoding="utf-8")
     found = {name.casefold(): name for name in (line.partition(" ")[2].strip() for line in text.splitlines())}
     info = files("timm.data").joinpath("_info")
     rows = info.joinpath("imagenet_synset_to_lemma.txt").read_text(encoding="utf-8").splitlines()
