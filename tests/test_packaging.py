@@ -64,7 +64,8 @@ FLOORS = (
     {"plugin_manager"},
     {"console"},
     {"config"},
-    {"clip", "cost"},
+    {"clip"},
+    {"cost"},  # measures the machine by passes through towers
     {"data"},
     {"engine"},
     {"prompts"},
