@@ -104,7 +104,7 @@ def test_failed_download_says_what_to_do(monkeypatch):
         raise OSError("no network")
 
     monkeypatch.setattr(open_clip, "create_model", offline)
-    with pytest.raises(WeightsError, match=r"can't be downloaded.*local file.*tiny-en"):
+    with pytest.raises(WeightsError, match=r"can't be downloaded.*elsewhere and set MODEL.BACKBONE.WEIGHTS.*tiny-en"):
         load_clip(cfg())
 
 
