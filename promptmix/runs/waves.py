@@ -47,7 +47,8 @@ def in_waves(
                     continue
                 ran.add((index, piece.piece))
                 sums[index] += outcome.seconds
-                reuses[index] = sum(filter(None, (reuses.get(index), outcome.reuse)), Reuse())
+                if outcome.reuse is not None:
+                    reuses[index] = reuses.get(index, Reuse()) + outcome.reuse
                 found[index] += outcome.numbers.values()
                 if outcome.error:
                     errors.setdefault(index, f"{piece.piece}: {outcome.error}")

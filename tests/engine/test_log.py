@@ -157,7 +157,7 @@ def test_json_is_whole_or_not_at_all(tmp_path):
     path.write_text("{")
     with pytest.raises(DataError, match="results.json is not valid JSON"):
         read_json(path)
-    with pytest.raises(DataError, match="no file .*gone.json"):
+    with pytest.raises(DataError, match="gone.json: No such file .*check the path"):
         read_json(tmp_path / "gone.json")
 
 
