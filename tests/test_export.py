@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import threading
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,8 @@ from promptmix.clip.load import openai_config, read_weights
 from promptmix.data.datasets.emoji import write_sample
 from promptmix.errors import ConfigError, DataError
 from promptmix.predict.export import arrays_of
+from promptmix.runs.calibration import Calibration
+from promptmix.utils import write_json
 from tests.trainers.toy import PIXELS, draw
 
 PAGE = (Path(__file__).resolve().parent.parent / "docs" / "export.md").read_text(encoding="utf-8")
@@ -41,6 +44,8 @@ def runs(room, tmp_path_factory):
     opts = ["INPUT.SIZE", f"({PIXELS}, {PIXELS})", "DATALOADER.NUM_WORKERS", "0", "OPTIM.MAX_EPOCH", "1"]
     for trainer in ("CoOp", "MoCoOp", "MaPLe", "CoCoOp"):
         assert main(["fit", str(pictures), "--trainer", trainer, "--output-dir", str(out), *flags, *opts]) == 0
+    # Random weights tell no temperature by themselves.
+    write_json(asdict(Calibration(1.7, 6, None, 0.9, 1.0, 8.0, 12.0)), out / "CoOp" / "calibration.json")
     draw(out / "toy")
     Image.open(out / "toy" / "test-0-0.png").save(out / "cat.png")
     return out
