@@ -54,7 +54,8 @@ def work(number):
     for key, found in held:
         same = found.keys() == expected[key].keys() and all(torch.equal(found[name], expected[key][name]) for name in found)
         seen["wrong"] += not same
-    print(json.dumps(seen), flush=True)
+    sys.stdout.write(json.dumps(seen) + "\\n")  # in one piece beside the other processes'
+    sys.stdout.flush()
 
 processes = [multiprocessing.get_context("fork").Process(target=work, args=(number,)) for number in range(4)]
 for process in processes:
