@@ -129,7 +129,7 @@ def _as_strangers(text: str) -> str:
     """Put a module's imports of promptmix among those of other packages, where a linter wants them outside of promptmix."""
     blocks = text.split("\n\n")
     for i, (before, block) in enumerate(zip(blocks, blocks[1:], strict=False)):
-        others = before.startswith(("import ", "from ")) and re.split(r"[ .]", before)[1] not in sys.stdlib_module_names
+        others = before.startswith(("import ", "from ")) and re.split(r"[ .\n]", before)[1] not in sys.stdlib_module_names
         if others and block.startswith("from promptmix"):
             lines = sorted([*before.split("\n"), *block.split("\n")], key=lambda line: (line.startswith("from"), line.split()[1]))
             return "\n\n".join([*blocks[:i], "\n".join(lines), *blocks[i + 2 :]])
