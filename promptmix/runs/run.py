@@ -142,7 +142,7 @@ def running(
             folder.refuse_links()
             if writes:
                 folder.tidy()
-        before = None if no_train else finished(cfg)
+        before = None if no_train else _recorded(cfg)  # of this run: another one was refused
         _seed(cfg)
         _print_header(cfg, arguments or {})
         trainer: Any = (build or build_trainer)(cfg)  # any class with Dassl's interface
@@ -188,11 +188,14 @@ def running(
 
 def finished(cfg: CN) -> RunResult | None:
     """Return the result in ``OUTPUT_DIR`` if a run with exactly this config finished there, else None."""
+    result = _recorded(cfg)
+    return result if result is not None and result.config == plain(cfg) and result.metrics else None
+
+
+def _recorded(cfg: CN) -> RunResult | None:
+    """Return what stands in ``OUTPUT_DIR``, such as of the same run with another number of workers, if anything does."""
     path = Path(cfg.OUTPUT_DIR) / FILE_NAME
-    if not path.is_file():
-        return None
-    result = results.load(path)
-    return result if result.config == plain(cfg) and result.metrics else None
+    return results.load(path) if path.is_file() else None
 
 
 def refuse_other_run(new: RunResult, folder: Path, eval_only: bool, flag: str = "") -> bool:

@@ -173,3 +173,12 @@ def test_every_record_reads_back(pictures, tmp_path, trainer):
     assert get_key(cfg, "DATASET.NAME") == "ImageFolder"
     again = ["train", "--config-file", str(record), "--output-dir", str(tmp_path / "again"), "--quiet"]
     assert main(again) == 0
+
+
+def test_a_run_that_ended_is_tested_again_with_all_its_numbers(tmp_path):
+    flags = ["train", "--trainer", "CoOp", "--config-file", "configs/quickstart.yaml", "--output-dir", str(tmp_path / "out")]
+    flags += ["--quiet", *QUICK, "TEST.FINAL_MODEL", "best_val", "DATASET.NUM_SHOTS", "1", "DATALOADER.NUM_WORKERS"]
+    assert main([*flags, "0"]) == 0
+    old = results.load(tmp_path / "out" / "results.json").metrics
+    assert main([*flags, "1"]) == 0
+    assert results.load(tmp_path / "out" / "results.json").metrics == old and {"val", "test"} <= set(old)
