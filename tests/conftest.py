@@ -52,3 +52,11 @@ def room(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(DATASET_REGISTRY._entries, "ToyPictures", toy.ToyPictures)
         yield folder
+
+
+@pytest.fixture
+def dots(tmp_path):
+    """The start of a command that trains a small method on four grey squares into tmp_path/out."""
+    from tests.dots import command
+
+    return command(tmp_path)

@@ -11,57 +11,22 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
-from PIL import Image
 
 from promptmix.cli import Parser, main
 from promptmix.commands import COMMANDS, train
 from promptmix.config.flags import resolve_config
 from promptmix.engine import load_checkpoint
 from promptmix.errors import ConfigError, UserError
-from promptmix.runs import backends, results
+from promptmix.runs import results
+from tests.dots import PLUGIN, fails
 
-HERE = Path(__file__).resolve().parent
-PLUGIN = str(HERE / "dots_plugin.py")
-
-
-@pytest.fixture
-def dots(tmp_path):
-    """Return the start of a command that trains `Linear` on `Dots` into tmp_path/out."""
-    folder = tmp_path / "data" / "dots"
-    folder.mkdir(parents=True)
-    for name, grey in {"black": 0, "dark": 80, "light": 160, "white": 255}.items():
-        Image.new("RGB", (8, 8), (grey, grey, grey)).save(folder / f"{name}.png")
-    config = tmp_path / "dots.yaml"
-    tree = {
-        "DATASET": {"NAME": "Dots"},
-        "DATALOADER": {"NUM_WORKERS": 0, "TRAIN_X": {"BATCH_SIZE": 4}},
-        "INPUT": {"SIZE": [8, 8], "TRANSFORMS": ["normalize"]},
-        "OPTIM": {"MAX_EPOCH": 2, "NAME": "sgd", "LR": 0.01},
-    }
-    config.write_text(yaml.safe_dump(tree))
-    return [
-        *("train", "--plugin", PLUGIN, "--config-file", str(config), "--root", str(tmp_path / "data")),
-        *("--output-dir", str(tmp_path / "out"), "--trainer", "Linear", "--seed", "1"),
-    ]
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def swap(command, flag, value):
     command = list(command)
     command[command.index(flag) + 1] = value
     return command
-
-
-def fails(capsys, argv, *words):
-    """Run a command that must end as a user error; return its line."""
-    assert main(argv) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("promptmix: error: ")
-    assert len(error.strip().splitlines()) == 1
-    assert "Traceback" not in error
-    for word in words:
-        assert word in error
-    return error
 
 
 def test_a_run_leaves_log_result_and_checkpoint(dots, tmp_path, capsys):
@@ -356,70 +321,6 @@ def test_overrides_win_over_flags_and_flags_over_files(dots, tmp_path):
     assert config["SEED"] == 3
 
 
-@pytest.fixture
-def comparison(dots, tmp_path):
-    """Return a quick start over two seeds of `Linear` on `Dots`, into tmp_path/quick."""
-    config = Path(dots[dots.index("--config-file") + 1])
-    tree = yaml.safe_load(config.read_text())
-    tree["DATASET"]["ROOT"] = str(tmp_path / "data")
-    config.write_text(yaml.safe_dump(tree))
-    words = ["--plugin", PLUGIN, "--config-file", str(config), "--seeds", "1", "2", "--trainers", "Linear"]
-    return ["quickstart", *words, "--jobs", "1", "--output-dir", str(tmp_path / "quick")]
-
-
-def test_quickstart_trains_on_base_tests_on_new_and_prints_the_table(comparison, tmp_path, capsys):
-    assert main(comparison) == 0
-    shown = capsys.readouterr().out
-    lines = shown.splitlines()
-    assert [line.split(":")[0] for line in lines[:4]] == [
-        f"[{number}/4] Linear seed {seed} {part}"
-        for number, (seed, part) in enumerate(((1, "base"), (1, "new"), (2, "base"), (2, "new")), start=1)
-    ]
-    assert "| Linear" in shown and "Base" in shown and "=> result" not in shown
-    base = results.load(tmp_path / "quick" / "Linear" / "seed1" / "base" / "results.json")
-    new = results.load(tmp_path / "quick" / "Linear" / "seed1" / "new" / "results.json")
-    assert (base.subsample_classes, new.subsample_classes) == ("base", "new")
-    assert new.checkpoint == {"directory": str(tmp_path / "quick" / "Linear" / "seed1" / "base"), "epoch": 2}
-    assert "=> result" in (tmp_path / "quick" / "Linear" / "seed2" / "new" / "log.txt").read_text()
-
-
-def test_quickstart_side_by_side_makes_the_same_table(comparison, tmp_path, capsys, monkeypatch):
-    given = []
-
-    def local(jobs, options, started):
-        """Stands in for processes; what they do is the sweep's, and tested there."""
-        given.append(options)
-        for index in (1, 0):
-            started(index)
-            yield index, backends.work(jobs[index], 1)
-
-    assert main(comparison) == 0
-    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    monkeypatch.setattr(backends, "local", local)
-    again = [*comparison, "--output-dir", str(tmp_path / "again"), "--jobs", "2"]
-    assert main(again) == 0
-    shown = capsys.readouterr().out
-    assert [line for line in shown.splitlines() if line.startswith("|")] == table
-    assert "[1/2] base-to-new Linear seed 2: base" in shown and given[0].jobs == 2 and given[0].threads == 1
-    assert main(again) == 0  # nothing is left to run side by side
-    assert capsys.readouterr().out.count("finished before") == 4 and len(given) == 1
-
-
-def test_quickstart_goes_on_where_it_stopped(comparison, tmp_path, capsys):
-    assert main(comparison) == 0
-    first = capsys.readouterr().out
-    paths = sorted((tmp_path / "quick").rglob("results.json"))
-    before = [path.read_text() for path in paths]
-    paths[0].unlink()  # the base run of seed 1, so that its test on new classes is stale
-    assert main(comparison) == 0
-    second = capsys.readouterr().out
-    assert second.count("finished before") == 2
-    assert [path.read_text() for path in paths[2:]] == before[2:]
-    assert paths[0].is_file() and paths[1].read_text() != before[1]
-    table = [line for line in first.splitlines() if line.startswith("|")]
-    assert table == [line for line in second.splitlines() if line.startswith("|")]
-
-
 def test_parse_prints_the_table(dots, tmp_path, capsys):
     for seed in ("1", "2"):
         folder = str(tmp_path / "runs" / seed)
@@ -472,7 +373,7 @@ def test_help_needs_no_torch():
         "assert main(['--help']) == 0; assert all(main([name, '--help']) == 0 for name in COMMANDS);"
         "sys.exit('torch' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=HERE.parent, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert all(name in done.stdout for name in COMMANDS)
 
@@ -489,15 +390,10 @@ def test_unknown_command_suggests(capsys):
 
 def test_doors_work_without_installation(tmp_path):
     for door in ("train", "parse_results"):
-        command = [sys.executable, "-I", str(HERE.parent / "tools" / f"{door}.py"), "--help"]
+        command = [sys.executable, "-I", str(ROOT / "tools" / f"{door}.py"), "--help"]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert "usage: promptmix" in done.stdout
-
-
-def test_quickstart_refuses_a_wrong_name_before_it_runs(comparison, tmp_path, capsys):
-    fails(capsys, [*comparison, "--trainers", "Linear", "Lineer"], "did you mean 'Linear'")
-    assert not (tmp_path / "quick").exists()
 
 
 @pytest.mark.parametrize(
