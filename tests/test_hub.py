@@ -5,12 +5,13 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 import promptmix
 from promptmix.assets import asset_path
 from promptmix.cli import main
-from promptmix.errors import DataError, UserError
+from promptmix.errors import CheckpointError, DataError, UserError
 from promptmix.runs import hub, results
 from promptmix.runs.card import card_of
 
@@ -156,3 +157,22 @@ def test_the_citation_is_of_this_version():
 
     tree = yaml.safe_load((Path(__file__).resolve().parent.parent / "CITATION.cff").read_text(encoding="utf-8"))
     assert tree["version"] == promptmix.__version__ and tree["license"] == "MIT" and tree["cff-version"] == "1.2.0"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda state: state.update(state_dict={k: v.long() for k, v in state["state_dict"].items()}), "is of type torch.int64"),
+        (lambda state: state.pop("state_dict"), "has no 'state_dict'"),
+    ],
+)
+def test_what_loading_refuses_is_not_packed(run, tmp_path, change, words):
+    copy = shutil.copytree(run, tmp_path / "run")
+    file = next(copy.glob("prompt_learner/model.pth.tar-*"))
+    state = torch.load(file)
+    state.pop("digest")
+    change(state)
+    torch.save(state, file)
+    with pytest.raises(CheckpointError, match=words):
+        hub.pack(copy, "x", tmp_path / "hub")
+    assert not (tmp_path / "hub").exists()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
 import typing
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -126,7 +127,8 @@ def _unusable(value: Any, depth: int = 0) -> str:
     if isinstance(value, int) and abs(value) >= 2**63:
         return "give a number of at most 64 bits"
     if isinstance(value, str) and ("\0" in value or not value.isascii() and _half_characters(value)):
-        return "give text in UTF-8, without NUL"
+        plain = sys.getfilesystemencoding() == "utf-8"
+        return "give text in UTF-8, without NUL" + ("" if plain else ", and set PYTHONUTF8=1: this locale has no such letters")
     return ""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 
@@ -46,9 +47,9 @@ def refuse_foreign_places(cfg: CfgNode) -> None:
         value, source = get_key(cfg, key), source_of(cfg, key) or ""
         if value in ("", defaults.get(key)) or Path(source).name not in RECORDS:
             continue
-        own = Path(source).resolve().parent
-        repeated = key == "OUTPUT_DIR" and Path(value).resolve() == own
-        repeated |= key == "DATASET.SUBSET" and Path(value).resolve().parent == own
+        own, there = os.path.dirname(os.path.realpath(source)), os.path.realpath(value)
+        repeated = key == "OUTPUT_DIR" and there == own
+        repeated |= key == "DATASET.SUBSET" and os.path.dirname(there) == own
         if not repeated and not ("WEIGHTS" in key and is_own_place(value)):
             raise ConfigError(
                 f"{key} is {shown(value)}, which only the record of a run names ({source}); it may be somebody else's, so name "

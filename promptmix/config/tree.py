@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,7 @@ def _file_trees(path: Path, above: list[Path]) -> list[tuple[dict[str, Any], str
             raise ConfigError(f"config file {path}: _BASE_ is {shown(base)}, but must be the path of a config file")
         file = path.parent / base
         chain = [*above, path]
-        if len(chain) > _MOST_BASES or file.resolve() in [one.resolve() for one in chain]:
+        if len(chain) > _MOST_BASES or os.path.realpath(file) in map(os.path.realpath, chain):
             raise ConfigError(f"config file {path}: _BASE_ {base} leads back to itself; name another file, or leave the key out")
         below = _file_trees(file, chain)
     return [*below, (tree, str(path))]

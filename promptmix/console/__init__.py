@@ -27,6 +27,7 @@ _REMEDIES = {
     errno.EPERM: "check its permissions, or name another",
     errno.EMFILE: "raise the limit on open files (ulimit -n), or lower DATALOADER.NUM_WORKERS",
     errno.ENFILE: "close other programs, or lower DATALOADER.NUM_WORKERS",
+    errno.ELOOP: "a link there leads back to itself; name another path",
     errno.ENOMEM: "lower DATALOADER.TRAIN_X.BATCH_SIZE, or set MODEL.CLASS_CHUNK",
 }
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
@@ -80,6 +81,8 @@ def describe(error: BaseException) -> tuple[str, int]:
     plugin = plugin_at(file)
     if plugin:
         return f"plugin {plugin!r} ({file}, line {line}) failed: {words}; mend it, or leave it out with --no-plugin {plugin}", 2
+    if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # pathlib's, up to Python 3.12
+        return _one_line(f"{error}; {_REMEDIES[errno.ELOOP]}"), 2
     if isinstance(error, OSError) and error.errno is not None:
         paths = [_short(str(path)) for path in (error.filename, error.filename2) if path is not None]
         remedy = _REMEDIES.get(error.errno, "check the path")

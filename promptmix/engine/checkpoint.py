@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from promptmix.engine.optim import EpochSchedule
+from promptmix.engine.optim import EpochSchedule, load_optimizer
 from promptmix.engine.run_folder import BEST_FILE, EXPORT_FILE, EXPORT_NOTE, LAST_FILE, RunFolder, shorten, what_is_there
 from promptmix.engine.unpickle import Refused, read_pickled
 from promptmix.errors import CheckpointError
@@ -128,6 +128,10 @@ def load_checkpoint(fpath: StrPath) -> dict[str, Any]:
         raise CheckpointError(f"the 'state_dict' in {path} is no dict of named tensors; take another copy or epoch")
     if type(epoch) is not int or epoch < 0:
         raise CheckpointError(f"the 'epoch' in {path} is {str(epoch)[:40]!r}, not a number of epochs; take another copy or epoch")
+    for key, kinds, what in (("trainer", str, "a name"), ("val_result", int | float, "a number")):
+        found = checkpoint.get(key)
+        if found is not None and not isinstance(found, kinds):
+            raise CheckpointError(f"the {key!r} in {path} is {str(found)[:40]!r}, not {what}; take another copy or epoch")
     return checkpoint
 
 
@@ -287,15 +291,11 @@ def resume_from_checkpoint(
     load_state_dict_strict(model, checkpoint["state_dict"], str(path))
     log.info("Loaded model weights")
     if optimizer is not None and checkpoint.get("optimizer") is not None:
-        try:
-            optimizer.load_state_dict(checkpoint["optimizer"])
-        except (ValueError, KeyError) as error:
-            raise CheckpointError(
-                f"the optimizer state in {path} doesn't fit this run ({error}); use the config that wrote it"
-            ) from error
+        load_optimizer(optimizer, checkpoint["optimizer"], str(path))
         log.info("Loaded optimizer")
-    if scheduler is not None and checkpoint.get("scheduler") is not None:
-        scheduler.load_state_dict(_schedule_state(scheduler, checkpoint))
+    state = None if scheduler is None else _schedule_state(scheduler, checkpoint)
+    if state is not None:
+        scheduler.load_state_dict(state)
         log.info("Loaded scheduler")
     log.info("Previous epoch: %s", checkpoint["epoch"])
     return int(checkpoint["epoch"])
@@ -303,9 +303,10 @@ def resume_from_checkpoint(
 
 def _schedule_state(scheduler: Any, checkpoint: Mapping[str, Any]) -> Any:
     """Return the state that ``scheduler`` goes on from; ours follows from the epoch, so that Dassl's own state will do."""
-    state = checkpoint["scheduler"]
-    if isinstance(scheduler, EpochSchedule) and isinstance(state, Mapping) and "last_lr" not in state and "_last_lr" in state:
-        return {"last_epoch": int(checkpoint["epoch"]), "last_lr": state["_last_lr"]}
+    state = checkpoint.get("scheduler")
+    if isinstance(scheduler, EpochSchedule) and (state is None or isinstance(state, Mapping) and "last_lr" not in state):
+        rates = (state or {}).get("_last_lr", scheduler.base_lrs)
+        return {"last_epoch": int(checkpoint["epoch"]), "last_lr": rates}
     return state
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from promptmix.engine.checkpoint import export_model, load_checkpoint, read_export, refuse_broken, save_checkpoint
+from promptmix.engine.checkpoint import DIGEST, export_model, load_checkpoint, read_export, refuse_broken, save_checkpoint
 from promptmix.engine.layout import Layout, rename, today
 from promptmix.engine.run_folder import EXPORT_FILE, EXPORT_NOTE, RunFolder
 from promptmix.errors import CheckpointError
@@ -192,6 +192,8 @@ def _theirs(trainer: str, checkpoint: Mapping[str, Any], path: Path) -> Learned:
     if "state_dict" not in checkpoint:
         raise CheckpointError(f"{path} has no 'state_dict'; it was not written by a training run")
     learned = to_ours(trainer, checkpoint["state_dict"], str(path))
+    for tensors in learned.models.values():
+        _refuse_types(tensors, str(path))
     learned.epoch, learned.val_result = checkpoint.get("epoch"), checkpoint.get("val_result")
     return learned
 
@@ -234,10 +236,30 @@ def read(directory: str | Path, epoch: int | None = None, trainer: str = "", log
 
 def _ours(checkpoints: Mapping[str, Mapping[str, Any]], source: str) -> Learned:
     first = checkpoints.get(LEARNER) or next(iter(checkpoints.values()))
+    lacking = [name for name, checkpoint in checkpoints.items() if "state_dict" not in checkpoint]
+    if lacking:
+        raise CheckpointError(f"{source}: {lacking[0]} has no 'state_dict'; it was not written by a training run")
     models = {name: dict(checkpoint["state_dict"]) for name, checkpoint in checkpoints.items()}
+    for name, checkpoint in checkpoints.items():
+        if DIGEST not in checkpoint:  # some methods keep names as numbers, in files that are known to be as they were written
+            _refuse_types(models[name], source)
     if LEARNER in models and first["trainer"] in layouts():
         models[LEARNER] = {today(name): tensor for name, tensor in models[LEARNER].items()}
     return Learned(first["trainer"], models, source, first.get("epoch"), first.get("val_result"))
+
+
+def _refuse_types(tensors: Mapping[str, Tensor], source: str) -> None:
+    """Refuse tensors of a type that nothing is learned in, which loading would refuse.
+
+    Raises:
+        CheckpointError: there is one.
+    """
+    odd = next((name for name, one in tensors.items() if not one.is_floating_point()), None)
+    if odd is not None:
+        raise CheckpointError(
+            f"{source}: {odd} is of type {tensors[odd].dtype}, and what is learned are floating-point numbers; "
+            "take another copy or epoch, or train again"
+        )
 
 
 def _guess(checkpoint: Mapping[str, Any], path: Path) -> str:

@@ -15,7 +15,10 @@ from yacs.config import CfgNode
 from promptmix.config.core import OPTIMIZERS, SCHEDULES, WARMUPS
 from promptmix.errors import CheckpointError, ConfigError
 
-__all__ = ["EpochSchedule", "build_lr_scheduler", "build_optimizer"]
+__all__ = ["EpochSchedule", "build_lr_scheduler", "build_optimizer", "load_optimizer"]
+
+#: Optimizers whose state has the shape of its parameter, or is one number.
+_ALIKE = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop, torch.optim.RAdam)
 
 
 def build_optimizer(
@@ -81,6 +84,51 @@ def _staged_groups(model: nn.Module | Iterable[Any], optim_cfg: CfgNode) -> list
     return [{"params": old, "lr": optim_cfg.LR * optim_cfg.BASE_LR_MULT}, {"params": new}]
 
 
+def load_optimizer(optimizer: torch.optim.Optimizer, state: Any, source: str) -> None:  # state: whatever a file holds
+    """Give an optimizer its saved state, looked through first: PyTorch takes any, and fails or trains on otherwise later.
+
+    Args:
+        optimizer: takes the state.
+        state: what its ``state_dict`` returned.
+        source: where it comes from, for the message.
+
+    Raises:
+        CheckpointError: it is of other parameters or settings, or damaged.
+    """
+    try:
+        for theirs, ours in zip(state["param_groups"], optimizer.param_groups, strict=False):
+            odd = [key for key, value in ours.items() if key != "params" and key in theirs and not _alike(theirs[key], value)]
+            if odd:
+                raise TypeError(f"{odd[0]} is {theirs[odd[0]]!r} there")
+        optimizer.load_state_dict(state)
+        if isinstance(optimizer, _ALIKE):
+            _check_moments(optimizer)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+        raise CheckpointError(
+            f"the optimizer state in {source} doesn't fit this run ({error}); use the config that wrote it"
+        ) from error
+
+
+def _alike(theirs: object, ours: object) -> bool:
+    """Tell whether a saved option of an optimizer is of the kind that it has here."""
+    numbers = (bool, int, float, torch.Tensor)
+    return isinstance(theirs, numbers) if isinstance(ours, numbers) else ours is None or isinstance(theirs, type(ours) | list)
+
+
+def _check_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse a state whose tensors are not of their parameters' shapes, or no numbers.
+
+    Raises:
+        ValueError: there is one.
+    """
+    for parameter, moments in optimizer.state.items():
+        for name, value in moments.items():
+            if isinstance(value, torch.Tensor) and value.ndim and value.shape != parameter.shape:
+                raise ValueError(f"{name} is {tuple(value.shape)} there for a parameter of {tuple(parameter.shape)}")
+            if isinstance(value, torch.Tensor) and not bool(torch.isfinite(value.float()).all()):
+                raise ValueError(f"{name} holds numbers that are NaN or infinite")
+
+
 class EpochSchedule(LRScheduler):
     """A learning rate that is a plain function of the epoch, so that it can be continued anywhere.
 
@@ -129,10 +177,12 @@ class EpochSchedule(LRScheduler):
         Raises:
             CheckpointError: the state is not one of this schedule, or is of another number of parameter groups.
         """
+        state_dict = state_dict if isinstance(state_dict, dict) else {}
         epoch, rates = state_dict.get("last_epoch"), state_dict.get("last_lr", [])
-        if not isinstance(epoch, int) or len(rates) != len(self.base_lrs):
+        rates = rates if isinstance(rates, list | tuple) else []
+        if type(epoch) is not int or epoch < 0 or len(rates) != len(self.base_lrs):
             raise CheckpointError(
-                f"the scheduler state in the checkpoint (keys {', '.join(map(str, state_dict))}; {len(rates)} "
+                f"the scheduler state in the checkpoint (keys {', '.join(map(str, state_dict)) or 'none'}; {len(rates)} "
                 f"parameter groups) doesn't fit this run ({len(self.base_lrs)} groups); "
                 "resume with the config that wrote it, or train anew"
             )

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from promptmix.data.reading.streams import get_streams, set_streams
 from promptmix.engine.checkpoint import load_checkpoint, load_state_dict_strict, save_plain
+from promptmix.engine.optim import load_optimizer
 from promptmix.engine.run_folder import RunFolder
 from promptmix.errors import CheckpointError
 from promptmix.parallel import group
@@ -90,21 +91,25 @@ def load_progress(trainer: Trainer, folder: RunFolder) -> dict[str, Any] | None:
             f"{path} is of {writer} with {', '.join(there) or 'no model'}, not of {type(trainer).__name__} with "
             f"{', '.join(names) or 'no model'}; resume with the config that began"
         )
-    for name in names:
-        saved = state["models"][name]
-        load_state_dict_strict(trainer._models[name], saved["state_dict"], f"{path} ({name})")
-        optim, sched = trainer._optims[name], trainer._scheds[name]
-        try:
+    try:
+        for name in names:
+            saved = state["models"][name]
+            load_state_dict_strict(trainer._models[name], saved["state_dict"], f"{path} ({name})")
+            optim, sched = trainer._optims[name], trainer._scheds[name]
             if optim is not None:
-                optim.load_state_dict(saved["optimizer"])
+                load_optimizer(optim, saved["optimizer"], f"{path} ({name})")
             if sched is not None:
                 sched.load_state_dict(saved["scheduler"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(
-                f"{path}: the optimizer of {name} doesn't fit ({error}); resume with the config that began"
-            ) from error
-    trainer.load_progress_state(state["own"])
-    trainer.start_epoch = int(state["epoch"])
+        trainer.load_progress_state(state["own"])
+        trainer.start_epoch = int(state["epoch"])
+        now = get_random_states(trainer)
+        set_random_states(trainer, state["random"])  # tried here, where a file that doesn't fit can be told
+        set_random_states(trainer, now)
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, IndexError) as error:
+        raise CheckpointError(
+            f"{path} doesn't fit this run ({type(error).__name__}: {error}); resume with the config that began, or remove "
+            "the file to train again from the start"
+        ) from error
     trainer.resumed_alike = state.get("processes", 1) == group.size()
     trainer.epoch = trainer.start_epoch - 1
     log.info("Previous epoch: %s", state["epoch"])

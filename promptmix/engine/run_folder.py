@@ -87,7 +87,7 @@ class RunFolder:
     def take_best(self, other: RunFolder, name: str) -> None:
         """Copy the best checkpoint of a model from another run's folder, if it has one."""
         best = other.best(name)
-        if best is not None and best.resolve() != (self.path / name / BEST_FILE).resolve():
+        if best is not None and os.path.realpath(best) != os.path.realpath(self.path / name / BEST_FILE):
             atomic_write(self.path / name / BEST_FILE, lambda temporary: shutil.copy(best, temporary))
 
     def last(self, name: str) -> Path:
@@ -103,7 +103,8 @@ class RunFolder:
         lines = note.read_text(encoding="utf-8", errors="replace").splitlines()
         file = lines[0].strip() if lines else ""
         path = folder / file
-        if not file or "\0" in file or path.resolve().parent != folder.resolve():
+        inside = os.path.dirname(os.path.realpath(path)) == os.path.realpath(folder)  # pathlib raises at a circle of links
+        if not file or "\0" in file or not inside:
             raise CheckpointError(f"{note} names {file!r}, but must name a file in its own folder; write such a name there")
         return path
 

@@ -117,6 +117,11 @@ class SimpleTrainer(TrainerBase):
         self.start_epoch = self.load_progress(directory)
         if self.cfg.RESUME and not self.start_epoch:
             raise CheckpointError(f"nothing to resume in {directory}; --resume takes the output folder of a run")
+        if self.start_epoch > self.max_epoch:
+            raise CheckpointError(
+                f"{directory} was trained for {self.start_epoch} epochs, and OPTIM.MAX_EPOCH is {self.max_epoch}; give it that "
+                "value, or choose another --output-dir"
+            )
         best_val = self.cfg.TEST.FINAL_MODEL == "best_val"
         if self.cfg.RESUME and best_val:
             for name in self.get_model_names() if group.writes() else ():  # the best epoch may be one of those done there

@@ -296,6 +296,8 @@ class Predictor:
             features = learner.encode_images(inputs.to(self._trainer.device))
             logits: Tensor = learner.logits(features, classifier)
             seen = embedding_of(learner, features).float().cpu() if embeddings else None
+        if bool(logits.isnan().any()):
+            raise CheckpointError(f"scores of the run in {self._folder} are NaN, so that no class can be told; train it again")
         probabilities = (logits.float() / self.temperature).softmax(dim=-1).cpu()
         ranked, order = probabilities.sort(dim=-1, descending=True, stable=True)
         return [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -72,7 +73,9 @@ def svg(figure: Any, name: str) -> str:  # matplotlib's figure
     from matplotlib import pyplot
 
     file = io.StringIO()
-    with pyplot.rc_context({"svg.hashsalt": name}):  # its clips must not be another figure's
+    # Its clips must not be another figure's; letters that matplotlib has no shape of are the browser's to draw.
+    with pyplot.rc_context({"svg.hashsalt": name}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")
         figure.savefig(file, format="svg", metadata={"Date": None})
     pyplot.close(figure)
     text = file.getvalue()

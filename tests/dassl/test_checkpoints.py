@@ -146,6 +146,12 @@ def test_numbers_that_are_none_are_not_handed_on(tmp_path):
         convert.find_theirs(save(tmp_path, "kgcoop", broken), "KgCoOp")
 
 
+def test_types_that_nothing_is_learned_in_are_not_handed_on(tmp_path):
+    whole = {name: tensor.long() for name, tensor in theirs("kgcoop").items()}
+    with pytest.raises(CheckpointError, match="is of type torch.int64, and what is learned"):
+        convert.find_theirs(save(tmp_path, "kgcoop", whole), "KgCoOp")
+
+
 def test_a_left_over_name_is_an_error(tmp_path):
     folder = save(tmp_path, "kgcoop", {**theirs("kgcoop"), "adapter.fc.weight": torch.zeros(1)})
     with pytest.raises(CheckpointError, match=r"adapter.fc.weight is not known of KgCoOp as its authors saved it"):

@@ -122,6 +122,16 @@ def test_csv_without_a_split_and_with_numbers_for_labels(tmp_path):
     assert own("CSV", "", ["DATASET.CSV.FILE", str(tmp_path / "mine.csv")]).num_classes == 3
 
 
+def test_csv_names_may_hold_line_ends_of_unicode_and_quoted_ones(tmp_path):
+    lines = []
+    for k in range(8):
+        name = ("a\nb.jpg", "c\u2028d.jpg")[k % 2]
+        tiny_jpeg(tmp_path / f"{k}" / name)
+        lines.append(f'"{k}/{name}",{"cat" if k % 2 else "dog"}')
+    table(tmp_path, "path,label", lines)
+    assert len(build("CSV", tmp_path).train_x) == 4
+
+
 @pytest.mark.parametrize(
     ("header", "lines", "words"),
     [

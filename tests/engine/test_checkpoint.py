@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from promptmix.engine import (
+    EpochSchedule,
     load_checkpoint,
     load_pretrained_weights,
     load_state_dict_strict,
@@ -319,3 +320,39 @@ def test_an_export_with_an_odd_note_is_refused(tmp_path, change):
     (tmp_path / "model.json").write_text(json.dumps(note | change))
     with pytest.raises(CheckpointError, match="is no note of an export"):
         read_export(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ({"optimizer": "x"}, "optimizer state in .* doesn't fit"),
+        ({"optimizer": {}}, "optimizer state in .* doesn't fit"),
+        ({"optimizer": {"param_groups": [{"params": [0, 1], "lr": "x"}], "state": {}}}, "lr is 'x' there"),
+        ({"scheduler": "x"}, "scheduler state .* .keys none; 0"),
+        ({"scheduler": {"last_epoch": -3, "last_lr": [0.1]}}, "scheduler state"),
+        ({"val_result": "x"}, "'val_result' .* is 'x', not a number"),
+        ({"trainer": [1]}, "'trainer' .* not a name"),
+    ],
+)
+def test_states_of_another_form_are_refused_on_resume(tmp_path, entry, words):
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    save_checkpoint(state(model, optimizer=optimizer.state_dict()) | entry, tmp_path)
+    with pytest.raises(CheckpointError, match=words):
+        resume_from_checkpoint(tmp_path, model, optimizer, EpochSchedule(optimizer, lambda epoch: 1.0))
+
+
+def test_moments_of_another_shape_are_refused_and_a_schedule_goes_on_without_its_state(tmp_path):
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    saved = optimizer.state_dict()
+    save_checkpoint(state(model, optimizer=saved) | {"epoch": 3, "scheduler": None}, tmp_path)
+    schedule = EpochSchedule(optimizer, lambda epoch: 0.5**epoch)
+    resume_from_checkpoint(tmp_path, model, optimizer, schedule)
+    assert schedule.get_last_lr() == [0.1 * 0.5**3]
+    saved["state"][0]["momentum_buffer"] = torch.zeros(2)
+    save_checkpoint(state(model, optimizer=saved), tmp_path)
+    with pytest.raises(CheckpointError, match=r"momentum_buffer is \(2,\) there for a parameter of \(2, 3\)"):
+        resume_from_checkpoint(tmp_path, model, optimizer, schedule)

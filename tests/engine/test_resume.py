@@ -114,3 +114,22 @@ def test_state_that_cannot_be_stored_is_told_once_and_training_goes_on(tmp_path,
     trainer.progress_state = lambda: {"object": object()}
     trainer.train(0, 3)
     assert capsys.readouterr().out.count("can't be resumed exactly: checkpoint.own.object is a object") == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"random": {}},
+        {"random": {"streams": {"torch": "x"}, "generators": {}}},
+        {"own": {}},
+        {"models": {"one": {}, "two": {}}},
+        {"models": {"one": "x", "two": 3}},
+    ],
+)
+def test_an_odd_state_is_refused_before_training(tmp_path, change):
+    Drawing(tmp_path).train(0, 1)
+    state = load_checkpoint(tmp_path / "progress.pth") | change
+    state.pop("digest")
+    torch.save(state, tmp_path / "progress.pth")
+    with pytest.raises(CheckpointError, match="progress.pth doesn't fit this run"):
+        Drawing(tmp_path).train(0, 2)

@@ -117,3 +117,11 @@ def test_what_a_killed_writer_left_goes_away(tmp_path):
 def test_where_no_file_can_be_made_is_said_at_once():
     with pytest.raises(UserError, match="OUTPUT_DIR /proc/promptmix-run"), RunFolder("/proc/promptmix-run").alone():
         pass
+
+
+def test_a_link_to_itself_is_no_checkpoint(tmp_path):
+    write(tmp_path / "head", 2)
+    (tmp_path / "head" / "model.pth.tar-2").unlink()
+    (tmp_path / "head" / "model.pth.tar-2").symlink_to("model.pth.tar-2")
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        chosen(tmp_path)

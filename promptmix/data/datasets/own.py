@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -291,7 +292,8 @@ class CSV(_Own):
     def __init__(self, cfg: CfgNode) -> None:
         node = cfg.DATASET.CSV
         where = Path(os.path.abspath(os.path.expanduser(os.path.join(cfg.DATASET.ROOT, node.FILE))))
-        table = csv.DictReader(_text(where, "DATASET.CSV.FILE").splitlines(), skipinitialspace=True)
+        # Lines end where CSV says: a quoted name may hold a line end, and one of Unicode's others.
+        table = csv.DictReader(io.StringIO(_text(where, "DATASET.CSV.FILE"), newline=""), skipinitialspace=True)
         twice = [name for name, count in Counter(table.fieldnames or ()).items() if count > 1 and name]
         if twice:
             raise DataError(f"{where} has the column {twice[0]!r} twice; remove one")
