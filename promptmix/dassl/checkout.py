@@ -245,7 +245,7 @@ class _Theirs(_Session):
     @contextmanager
     def running(self, early: program.Early) -> Iterator[Callable[[CfgNode], Any]]:
         """Wrap that Dassl's ``build_trainer`` inside the context; ``results.json`` is written at its end."""
-        from promptmix.runs.run import refuse_other_run
+        from promptmix.runs.refusals import refuse_other_run
 
         began, start = datetime.now(timezone.utc), time.monotonic()
         with vendored.theirs(self.engine) as module:

@@ -69,8 +69,8 @@ class Rounds(Protocol):
 
     def prepare(self, job: Job, part: Part, cfg: CfgNode, before: Sequence[RunResult]) -> bool:
         """Write the part's note, and remove what was trained from other inputs; return whether what is there still stands."""
+        from promptmix.runs.refusals import refuse_other_run
         from promptmix.runs.results import RunResult, plain
-        from promptmix.runs.run import refuse_other_run
         from promptmix.utils import write_json
 
         folder = Path(job.folder, part.name)
