@@ -293,9 +293,11 @@ class Predictor:
         embeddings: bool,
     ) -> list[Prediction]:
         with self._lock, self._trainer.precision.autocast():
-            features = learner.encode_images(inputs.to(self._trainer.device))
-            logits: Tensor = learner.logits(features, classifier)
-            seen = embedding_of(learner, features).float().cpu() if embeddings else None
+            given = inputs.to(self._trainer.device)
+            if embeddings or not learner.routes_first:
+                given = learner.encode_images(given)
+            logits, _ = learner.infer(given, classifier)
+            seen = embedding_of(learner, given).float().cpu() if embeddings else None
         if bool(logits.isnan().any()):
             raise CheckpointError(f"scores of the run in {self._folder} are NaN, so that no class can be told; train it again")
         probabilities = (logits.float() / self.temperature).softmax(dim=-1).cpu()

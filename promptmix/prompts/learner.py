@@ -118,6 +118,16 @@ class PromptLearner(nn.Module, ABC):
     def logits(self, image_features: Tensor, classifier: Any) -> Tensor:
         """Return class scores (B, C) for what ``encode_images`` gave."""
 
+    @property
+    def routes_first(self) -> bool:
+        """Whether ``infer`` wants pictures rather than their features, since it does not need all of those."""
+        return False
+
+    def infer(self, images: Tensor, classifier: Any) -> tuple[Tensor, Routing | None]:
+        """Return class scores (B, C) of images or of their features, and which experts they went to (None without a router)."""
+        features = self.features(images)
+        return self.logits(features, classifier), self.routing(features, classifier)
+
     def base_scores(self, image_features: Tensor, classifier: Any) -> Tensor | None:
         """Return how much each picture looks like one of a base class (B,); None leaves it to the class scores."""
         return None
@@ -239,11 +249,16 @@ class Learner(PromptLearner):
         return self.sparse_experts and self.bank.takes_experts and not wanted and not self.clip.scale.is_meta
 
     @property
-    def skips_images(self) -> bool:
-        """Whether visual experts encode those images of a step alone that chose them: nothing looks at the others' features."""
-        wanted = any(loss.needs_all_images for loss in (*self.losses.values(), *self.measures.values()))
+    def routes_first(self) -> bool:
+        """Whether visual experts encode those images alone that chose them, as far as class scores need them."""
         known = self.router is not None and self.router.reads_query_alone and not self.clip.scale.is_meta
-        return self.sparse_experts and self.image_per_expert and self.head.mixes and known and not wanted
+        return self.sparse_experts and self.image_per_expert and self.head.mixes and known
+
+    @property
+    def skips_images(self) -> bool:
+        """Whether they do so in training too: no loss looks at the others' features."""
+        wanted = any(loss.needs_all_images for loss in (*self.losses.values(), *self.measures.values()))
+        return self.routes_first and not wanted
 
     @property
     def frozen_text(self) -> Tensor:
@@ -300,7 +315,8 @@ class Learner(PromptLearner):
         own = [others if new is None else others.to(new.dtype).index_copy(0, rows, new) for rows, new in columns]
         stacked = torch.stack(own, dim=1)
         # Idle experts get a gradient of zero, so that weight decay and momentum move them as if they had been encoded.
-        return stacked + 0.0 * torch.stack([tokens.sum() for tokens in idle]).sum() if idle else stacked
+        learns = idle and torch.is_grad_enabled()
+        return stacked + 0.0 * torch.stack([tokens.sum() for tokens in idle]).sum() if learns else stacked
 
     def _encode_set(self, images: Tensor, schedule: VisualPrompts | None, changes: Mapping[str, Any]) -> Tensor:
         """Return (B, D), or (B, 1 + M, D) with the patches' features behind the image's."""
@@ -331,6 +347,13 @@ class Learner(PromptLearner):
     def logits(self, image_features: Tensor, classifier: Tensor | None) -> Tensor:
         """Return scores (B, C) from what ``encode_images`` and ``classifier`` returned."""
         return Step(self, None, features=image_features, text=classifier).logits
+
+    def infer(self, images: Tensor, classifier: Tensor | None) -> tuple[Tensor, Routing | None]:
+        """Return scores (B, C) and routing; where images are routed first, experts encode those alone that chose them."""
+        if not (self.routes_first and are_pictures(images)):
+            return super().infer(images, classifier)
+        step = Step(self, images, text=classifier, scores_only=True)
+        return step.logits, step.routing
 
     def base_scores(self, image_features: Tensor, classifier: Tensor | None) -> Tensor | None:
         """Return what the head says of base and new pictures (B,), if it does."""

@@ -69,8 +69,12 @@ class Composition(Protocol):
         """Whether experts that no image chose are left out."""
 
     @property
+    def routes_first(self) -> bool:
+        """Whether class scores need of visual experts what they give of those images alone that chose them."""
+
+    @property
     def skips_images(self) -> bool:
-        """Whether visual experts encode those images alone that chose them."""
+        """Whether the losses need no more either."""
 
     @property
     def frozen_text(self) -> Tensor:
@@ -109,6 +113,7 @@ class Step:
         features: what ``learner.encode_images`` gave for the images, where it was computed or kept before.
         text: the bank's text features, where they were computed before.
         views: (V, B, 3, S, S), several augmented views of each picture, of which ``images`` is the first.
+        scores_only: class scores and routing are all that is asked for, so that what these don't need is left out.
     """
 
     def __init__(
@@ -120,8 +125,9 @@ class Step:
         features: Tensor | None = None,
         text: Tensor | None = None,
         views: Tensor | None = None,
+        scores_only: bool = False,
     ) -> None:
-        self.learner, self.images, self.views = learner, images, views
+        self.learner, self.images, self.views, self.scores_only = learner, images, views, scores_only
         self._labels, self._features, self._text = labels, features, text
 
         self._made: dict[Any, Any] = {}
@@ -167,8 +173,8 @@ class Step:
     def image(self) -> Tensor:
         """Image features (B, D), or (B, E, D) where each expert prompts the image tower in its own way.
 
-        Those experts are the ones that ``text`` holds. Where a step is sparse (``Learner.skips_images``), the frozen tower's
-        features stand in for images that did not choose an expert.
+        Those experts are the ones that ``text`` holds. Where a step is sparse (``Learner.routes_first``, ``skips_images``), the
+        frozen tower's features stand in for images that did not choose an expert.
         """
         read = {"unit": lambda: self.unit_image, "raw": lambda: self.raw_image, "unprojected": lambda: self.unprojected_image}
         image = self.bank.adapt(read[self.bank.image_level]())
@@ -230,8 +236,9 @@ class Step:
 
     @property
     def _is_sparse(self) -> bool:
-        known = self.images is not None and self._features is None and self._labels is not None
-        return known and self.learner.skips_images
+        if self.images is None or self._features is not None:
+            return False
+        return self.learner.routes_first if self.scores_only else self._labels is not None and self.learner.skips_images
 
     @made_once
     def _own(self) -> Tensor:

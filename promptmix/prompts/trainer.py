@@ -438,9 +438,10 @@ class PromptTrainer(TrainerX):
         with self.precision.autocast():
             if self._classifier is None or not self._testing:
                 self._classifier = self.model.classifier()
-            features = self.encode_images(input)
-            self._routing = self.model.routing(features, self._classifier) if self._testing else None
-            return self.model.logits(features, self._classifier).float()
+            given = input if self.model.routes_first else self.encode_images(input)
+            logits, routing = self.model.infer(given, self._classifier)
+        self._routing = routing if self._testing else None
+        return logits.float()
 
     def kept_beside_scores(self) -> dict[str, Tensor]:
         """Return the routing of the last batch: ``expert`` and ``expert_weight`` (B, K), ``router_logit`` (B, E)."""

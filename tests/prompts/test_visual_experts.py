@@ -44,6 +44,29 @@ def test_pictures_go_through_the_experts_they_chose_alone(room, bank, head, text
     assert flops[1] < 0.5 * flops[0]
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(("bank", "head", "k"), [("IndependentDeep", "WeightedScores", 1), ("CoupledDeep", "Transport", 2)])
+def test_evaluation_encodes_pictures_by_the_experts_they_chose_alone(room, bank, head, k):
+    # A loss that looks at all experts' pictures keeps training dense, and evaluation does not ask for losses.
+    trainer = mixture(room, bank, head, k, "DISTILLER.NAME", "FrozenImageL1" if head == "WeightedScores" else "none")
+    trainer.set_model_mode("eval")
+    images = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    frozen = trainer.clip.encode_image(images)
+    trainer.model.router.gate.weight.copy_(100 * (frozen - frozen.mean(dim=0))[:4])  # the first pictures go their own ways
+    encoded = []
+    trainer.clip.image.register_forward_pre_hook(lambda _, args: encoded.append(len(args[0])))
+    found, seen = [], []
+    for sparse in (False, True):
+        trainer.model.sparse_experts = sparse
+        with trainer._evaluating("test"):
+            found.append(trainer.model_inference(images))
+            seen.append(trainer.kept_beside_scores())
+    assert sum(encoded[:5]) == 5 * 6 and sum(encoded[5:]) == (1 + k) * 6  # the frozen tower's first
+    assert max(encoded[6:]) < 6
+    torch.testing.assert_close(found[1], found[0], rtol=1e-6, atol=1e-6)
+    assert all(torch.equal(seen[1][name], seen[0][name]) for name in ("expert", "expert_weight", "router_logit"))
+
+
 def test_a_loss_on_every_experts_pictures_keeps_all_of_them(room):
     assert not mixture(room, "IndependentDeep", "WeightedScores", 1, "DISTILLER.NAME", "FrozenImageL1").model.skips_images
     assert mixture(room, "IndependentDeep", "WeightedScores", 1, "DISTILLER.NAME", "ZeroshotKL").model.skips_images
