@@ -49,6 +49,7 @@ _BUILT_IN = (
 #: Where the modules of promptmix's first form are today, for plugins that still import them.
 MOVED = {
     "backends": "runs.backends",
+    "clip.weights": "clip.places",
     "commands.configure": "config.flags",
     "components": "prompts.roles (PromptLearner and LossTerms: promptmix.prompts.learner)",
     "context": "prompts.context",

@@ -13,7 +13,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Generic, TextIO, TypeVar, overload
+from typing import Any, TextIO
 
 import numpy as np
 import torch
@@ -30,7 +30,6 @@ __all__ = [
     "count_num_param",
     "get_logger",
     "listdir_nohidden",
-    "made_once",
     "mkdir_if_missing",
     "read_json",
     "read_text",
@@ -257,29 +256,3 @@ def collect_env_info() -> str:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     found += [f"gpu {device}", f"threads {torch.get_num_threads()}", f"{platform.system()} {platform.machine()}"]
     return ", ".join(found)
-
-
-Owner = TypeVar("Owner")
-Value = TypeVar("Value")
-
-
-class made_once(Generic[Owner, Value]):
-    """``functools.cached_property`` without the lock that Python 3.11 still takes, which ``torch.compile`` can't follow."""
-
-    def __init__(self, make: Callable[[Owner], Value]) -> None:
-        self.make = make
-        self.__doc__ = make.__doc__
-
-    @overload
-    def __get__(self, owner: None, kind: type) -> made_once[Owner, Value]: ...
-
-    @overload
-    def __get__(self, owner: Owner, kind: type) -> Value: ...
-
-    def __get__(self, owner: Owner | None, kind: type) -> made_once[Owner, Value] | Value:
-        """Make the value and put it where it is found first from now on."""
-        if owner is None:
-            return self
-        value = self.make(owner)
-        setattr(owner, self.make.__name__, value)
-        return value

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from promptmix import register
 from promptmix.clip import ImageTower, Weights
-from promptmix.clip.weights import Branch
+from promptmix.clip.places import Branch
 from promptmix.config.declare import Setting
 from promptmix.errors import ConfigError
 from promptmix.prompts.changed import ENCODERS, ChangedTowers

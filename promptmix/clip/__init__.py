@@ -5,11 +5,10 @@ from __future__ import annotations
 from promptmix.clip.load import load_clip
 from promptmix.clip.model import CLIP
 from promptmix.clip.packed import Prompts
-from promptmix.clip.places import LayerAction, Memory, PromptStep
+from promptmix.clip.places import LayerAction, Memory, PromptStep, Weights
 from promptmix.clip.text import TextTower
 from promptmix.clip.tokens import ClassTokens, Tokenizer, split_template
 from promptmix.clip.vision import ImageStates, ImageTower
-from promptmix.clip.weights import Weights
 
 __all__ = [
     "CLIP",

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from promptmix.clip.memory import Recalled, recall
-from promptmix.clip.places import LayerChanges
-from promptmix.clip.weights import Branch, beside, merged, run_changed
+from promptmix.clip.places import Branch, LayerChanges, beside, merged, run_changed
 from promptmix.errors import ConfigError
 
 #: Names of what gives queries, keys and values in a block of open_clip's.

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from promptmix.clip.compose import DeepPrompts, PromptReader, check_room, steps_of
 from promptmix.clip.packed import Prompts, take_padded_step
-from promptmix.clip.places import Changes, LayerAction
+from promptmix.clip.places import Changes, LayerAction, Weights, beside, merged, run_changed
 from promptmix.clip.tokens import Tokenizer
-from promptmix.clip.weights import Weights, beside, merged, run_changed
 from promptmix.errors import ConfigError
 
 #: Tokens of a prompt where the encoder's positions have no end (mt5).

@@ -11,11 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from promptmix.clip.places import LayerAction
+from promptmix.clip.places import LayerAction, Weights
 from promptmix.clip.text import TextTower
 from promptmix.clip.tokens import Tokenizer
 from promptmix.clip.vision import ImageTower, TokenKind, VisualPrompts
-from promptmix.clip.weights import Weights
 
 if TYPE_CHECKING:
     from promptmix.clip.encoder import EncoderTower

@@ -21,9 +21,8 @@ from torch import Tensor, nn
 from promptmix.clip.blocks import fits_caches, is_standard, layer
 from promptmix.clip.compose import DeepPrompts, PromptReader, check_room, cut, portion_of, steps_of
 from promptmix.clip.packed import Packed, Prompts, layout_of, shared_block, take_padded_step, take_step
-from promptmix.clip.places import Changes, LayerAction
+from promptmix.clip.places import Changes, LayerAction, Weights, merged, run_changed
 from promptmix.clip.tokens import Tokenizer
-from promptmix.clip.weights import Weights, merged, run_changed
 from promptmix.errors import ConfigError
 
 #: Tokens per CPU thread whose states between two layers of a ViT-B/16 stay in the caches; more at once are slower, not faster.

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from promptmix.clip.blocks import first_token_layer, fits_caches, layer, values_layer
 from promptmix.clip.compose import cut, rows_of
-from promptmix.clip.places import Changes, LayerAction, PromptStep
+from promptmix.clip.places import Changes, LayerAction, PromptStep, Weights, beside, merged, run_changed
 from promptmix.clip.visuals import ClipLayers, Layers, apply_step, can_read_places, layers_of, places_of
-from promptmix.clip.weights import Weights, beside, merged, run_changed
 from promptmix.errors import ConfigError
 from promptmix.parallel import group
 
@@ -27,6 +26,16 @@ VisualPrompts = Mapping[int, PromptStep]
 
 #: Which tokens' features are read beside the image's; see ``ImageTower.forward``.
 TokenKind = Literal["patches", "values", "values and prompts", "prompts"]
+
+
+def are_pictures(batch: Tensor) -> bool:
+    """Tell pictures (B, 3, height, width), or views of each (B, V, 3, height, width), from features (B, ...) of a cache."""
+    return batch.dim() in (4, 5) and batch.shape[-3] == 3
+
+
+def are_views(batch: Tensor) -> bool:
+    """Tell several augmented views of each picture (V, B, 3, height, width) from pictures and features."""
+    return batch.dim() == 5 and batch.shape[2] == 3
 
 
 class ImageTower(nn.Module):

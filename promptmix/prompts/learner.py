@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from promptmix.clip import CLIP
 from promptmix.clip.projection import unprojected
-from promptmix.clip.vision import VisualPrompts, prompts_of
-from promptmix.data.features.views import are_pictures, are_views
+from promptmix.clip.vision import VisualPrompts, are_pictures, are_views, prompts_of
 from promptmix.engine.layout import today
 from promptmix.errors import ConfigError, PluginError
 from promptmix.prompts.heads import WeightedScores

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, overload
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +13,9 @@ from torch import Tensor
 from promptmix.clip.projection import map_last
 from promptmix.prompts.bank import ImageLevel, PromptBank
 from promptmix.prompts.task import Task
-from promptmix.utils import made_once
 
 Made = TypeVar("Made")
+Owner = TypeVar("Owner")
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,28 @@ class Scores(Protocol):
         """Return class scores (B, C)."""
 
 
+class made_once(Generic[Owner, Made]):
+    """``functools.cached_property`` without the lock that Python 3.11 still takes, which ``torch.compile`` can't follow."""
+
+    def __init__(self, make: Callable[[Owner], Made]) -> None:
+        self.make = make
+        self.__doc__ = make.__doc__
+
+    @overload
+    def __get__(self, owner: None, kind: type) -> made_once[Owner, Made]: ...
+
+    @overload
+    def __get__(self, owner: Owner, kind: type) -> Made: ...
+
+    def __get__(self, owner: Owner | None, kind: type) -> made_once[Owner, Made] | Made:
+        """Make the value and put it where it is found first from now on."""
+        if owner is None:
+            return self
+        value = self.make(owner)
+        setattr(owner, self.make.__name__, value)
+        return value
+
+
 class Step:
     """What routers, heads and losses read of a batch.
 
@@ -176,8 +198,7 @@ class Step:
         Those experts are the ones that ``text`` holds. Where a step is sparse (``Learner.routes_first``, ``skips_images``), the
         frozen tower's features stand in for images that did not choose an expert.
         """
-        read = {"unit": lambda: self.unit_image, "raw": lambda: self.raw_image, "unprojected": lambda: self.unprojected_image}
-        image = self.bank.adapt(read[self.bank.image_level]())
+        image = self.bank.adapt(getattr(self, f"{self.bank.image_level}_image"))
         return self.bank.join(image, self.frozen_image) if self.bank.needs_frozen_image else image
 
     @made_once

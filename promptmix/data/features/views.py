@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 from yacs.config import CfgNode
 
+from promptmix.clip.vision import are_pictures
 from promptmix.data.datum import Datum
 from promptmix.data.features.cache import FeatureCache, feature_key, same_randomness
 from promptmix.data.features.rows import Encode, in_order, shared_features
@@ -30,16 +31,6 @@ from promptmix.utils import get_logger
 
 #: Transforms that do the same to a picture each time.
 STEADY = frozenset({"center_crop", "normalize", "instance_norm"})
-
-
-def are_pictures(batch: Tensor) -> bool:
-    """Tell pictures (B, 3, height, width), or views of each (B, V, 3, height, width), from features (B, ...) of a cache."""
-    return batch.dim() in (4, 5) and batch.shape[-3] == 3
-
-
-def are_views(batch: Tensor) -> bool:
-    """Tell several augmented views of each picture (V, B, 3, height, width) from pictures and features."""
-    return batch.dim() == 5 and batch.shape[2] == 3
 
 
 class CachedViews(Dataset[dict[str, Any]]):
