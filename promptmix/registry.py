@@ -164,6 +164,11 @@ def _marked(part: type, name: str) -> type:
     return part
 
 
+def name_of(part: type | str) -> str:
+    """Return what YAML calls a class that ``register`` marked; a name stays as it is."""
+    return part if isinstance(part, str) else str(vars(part).get(_MARK, part.__name__))
+
+
 def marked_classes(module: object, *, own: bool = False) -> list[Any]:
     """Return the classes among a module's names that ``register`` marked: of its package, or its ``own`` ones alone."""
     name = str(getattr(module, "__name__", ""))

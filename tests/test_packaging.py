@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = ("trainers", "plugins", "configs")
+FOLDERS = ("trainers", "plugins", "configs")
 
 
 def imported(path):
@@ -34,22 +34,22 @@ def within(module, package):
 
 
 @pytest.mark.parametrize("path", [p for p in sorted((ROOT / "promptmix").rglob("*.py")) if "skeletons" not in p.parts], ids=str)
-def test_the_core_imports_no_room(path):
+def test_the_core_imports_none_of_the_folders_beside_it(path):
     for module in imported(path):
-        for room in ROOMS:
-            assert not within(module, room) and not within(module, f"promptmix.{room}"), f"{path} imports {module}"
+        for folder in FOLDERS:
+            assert not within(module, folder) and not within(module, f"promptmix.{folder}"), f"{path} imports {module}"
 
 
 @pytest.mark.parametrize(
     "path",
-    sorted(p for room in ("trainers", "plugins") for p in (ROOT / room).rglob("*.py")),
+    sorted(p for folder in ("trainers", "plugins") for p in (ROOT / folder).rglob("*.py")),
     ids=lambda path: path.name,
 )
-def test_a_room_imports_the_core_and_trainers_the_built_in_parts(path):
+def test_folders_import_the_core_and_trainers_the_built_in_parts(path):
     allowed = ("promptmix.plugins",) if path.is_relative_to(ROOT / "trainers") else ()
     for module in imported(path):
-        for room in (*ROOMS, "tools", "tests"):
-            forbidden = within(module, room) or within(module, f"promptmix.{room}") and f"promptmix.{room}" not in allowed
+        for folder in (*FOLDERS, "tools", "tests"):
+            forbidden = within(module, folder) or within(module, f"promptmix.{folder}") and f"promptmix.{folder}" not in allowed
             assert not forbidden, f"{path} imports {module}"
 
 
@@ -181,12 +181,12 @@ def test_tools_import_nothing_of_ours_but_the_command_line(path):
     assert ast.get_docstring(tree)
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_a_room_is_not_importable_from_the_root(room):
-    code = f"import {room}"
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_a_folder_is_not_importable_from_the_root(folder):
+    code = f"import {folder}"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
-    assert "ImportError" in done.stderr and f"promptmix.{room}" in done.stderr
+    assert "ImportError" in done.stderr and f"promptmix.{folder}" in done.stderr
 
 
 def test_nothing_else_of_a_checkout_is_importable_under_our_name(tmp_path):
@@ -213,7 +213,7 @@ def wheel(tmp_path_factory):
     # A copy: building leaves a build/ folder, whose stale files would get into the next wheel.
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    for name in ("promptmix", *ROOMS):
+    for name in ("promptmix", *FOLDERS):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(source)]
     subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
@@ -225,17 +225,17 @@ def test_the_wheel_holds_everything_under_one_name(wheel):
     names = set(wheel.namelist())
     tops = {name.split("/")[0] for name in names}
     assert [top for top in tops if not top.startswith("promptmix-")] == ["promptmix"]
-    for room, suffixes in {
+    for folder, suffixes in {
         "promptmix": None,
         "trainers": (".py",),
         "plugins": (".py",),
         "configs": (".py", ".yaml"),
     }.items():
-        for path in (ROOT / room).rglob("*"):
+        for path in (ROOT / folder).rglob("*"):
             if not path.is_file() or "__pycache__" in path.parts or (suffixes and path.suffix not in suffixes):
                 continue
             inside = path.relative_to(ROOT).as_posix()
-            assert (inside if room == "promptmix" else f"promptmix/{inside}") in names
+            assert (inside if folder == "promptmix" else f"promptmix/{inside}") in names
 
 
 def test_the_wheel_works_from_another_folder(wheel, tmp_path):

@@ -24,12 +24,14 @@ from __future__ import annotations
 
 from typing import Annotated
 
+from promptmix.plugins.prompt_bank.soft import Soft
 from yacs.config import CfgNode
 
 from promptmix import register
 from promptmix.config import source_of
 from promptmix.config.declare import Setting
 from promptmix.errors import ConfigError
+from promptmix.prompts.heads import WeightedScores
 from promptmix.prompts.learner import Learner
 from promptmix.prompts.losses import CrossEntropy, RouterLoss
 from promptmix.prompts.roles import Task
@@ -43,7 +45,7 @@ WEIGHTS = {"ROUTER": "ROUTER_WEIGHT", "TEXT_SUPERVISION": "TEXT_WEIGHT", "DISTIL
 class Mixture(PromptTrainer):
     """The parts that the config names for each role; one soft prompt and nothing else where it names none, which is CoOp."""
 
-    roles = {"PROMPT_BANK": "Soft", "ROUTER": "", "HEAD": "WeightedScores", "TEXT_SUPERVISION": "", "DISTILLER": ""}
+    roles = {"PROMPT_BANK": Soft, "ROUTER": "", "HEAD": WeightedScores, "TEXT_SUPERVISION": "", "DISTILLER": ""}
 
     @classmethod
     def validate(cls, cfg: CfgNode) -> None:

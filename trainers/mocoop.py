@@ -20,6 +20,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
+from promptmix.plugins.prompt_bank.template_groups import TemplateGroups
+from promptmix.plugins.router.topk import HardPromptTopK
+from promptmix.plugins.text_supervision.grouped import GroupedContrastive
 from torch import nn
 
 from promptmix import register
@@ -37,7 +40,7 @@ from promptmix.prompts.trainer import PromptTrainer
 class MoCoOp(PromptTrainer):
     """Template groups as experts, a router taught by hard prompts, and grouped text supervision."""
 
-    roles = {"PROMPT_BANK": "TemplateGroups", "ROUTER": "HardPromptTopK", "TEXT_SUPERVISION": "GroupedContrastive"}
+    roles = {"PROMPT_BANK": TemplateGroups, "ROUTER": HardPromptTopK, "TEXT_SUPERVISION": GroupedContrastive}
     layout = Layout(
         "prompt_learner",
         (

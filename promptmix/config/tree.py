@@ -169,7 +169,7 @@ def validate(cfg: CN) -> None:
         RegistryError: no trainer or data set of this name.
         ConfigError: a value that its key does not take, or a setting that the chosen trainer would ignore.
     """
-    from promptmix.registry import DATASET_REGISTRY, EVALUATOR_REGISTRY, ROLES, TRAINER_REGISTRY
+    from promptmix.registry import DATASET_REGISTRY, EVALUATOR_REGISTRY, ROLES, TRAINER_REGISTRY, name_of
 
     check_values(cfg)
     trainer = TRAINER_REGISTRY.get(cfg.TRAINER.NAME)
@@ -186,7 +186,7 @@ def validate(cfg: CN) -> None:
             continue  # a tree of Dassl's form, which has no mixtures
         if role not in own and cfg[role].NAME:
             raise ConfigError(f"{role}.NAME is {cfg[role].NAME!r}, but {cfg.TRAINER.NAME} has no such role; remove the key")
-        chosen = (cfg[role].NAME or own[role]) if role in own else "none"
+        chosen = (cfg[role].NAME or name_of(own[role])) if role in own else "none"
         names = [name for _, name in parse_sum(chosen)] if chosen not in ("", "none") else []
         for name in names:
             getattr(registry.get(name), "check_settings", lambda cfg, node: None)(cfg, f"{role}.{name.upper()}")

@@ -302,7 +302,7 @@ def _names() -> dict[str, Any]:
         "torch.device": _device,
     }
     kinds = {
-        f"{room}.{name}": _Kind(dtype) for room in ("torch", "torch.cuda", "torch.storage") for name, dtype in _DTYPES.items()
+        f"{module}.{name}": _Kind(dtype) for module in ("torch", "torch.cuda", "torch.storage") for name, dtype in _DTYPES.items()
     }
     dtypes = {f"torch.{name}": value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
     return plain_makers() | {name: Maker(name, make) for name, make in makes.items()} | kinds | dtypes

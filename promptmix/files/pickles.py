@@ -372,12 +372,12 @@ def plain_makers() -> dict[str, Maker]:
         "collections.defaultdict": lambda factory=None, pairs=(): dict(_pairs(pairs)),
         "_codecs.encode": _bytes,
     }
-    for room in ("builtins", "__builtin__"):
-        makes[f"{room}.dict"] = lambda pairs=(): dict(_pairs(pairs))
-        makes[f"{room}.list"] = lambda values=(): list(_values(values))
-        makes[f"{room}.tuple"] = lambda values=(): tuple(_values(values))
-        makes[f"{room}.set"] = lambda values=(): set(map(_key, _values(values)))
-        makes[f"{room}.frozenset"] = lambda values=(): frozenset(map(_key, _values(values)))
+    for module in ("builtins", "__builtin__"):
+        makes[f"{module}.dict"] = lambda pairs=(): dict(_pairs(pairs))
+        makes[f"{module}.list"] = lambda values=(): list(_values(values))
+        makes[f"{module}.tuple"] = lambda values=(): tuple(_values(values))
+        makes[f"{module}.set"] = lambda values=(): set(map(_key, _values(values)))
+        makes[f"{module}.frozenset"] = lambda values=(): frozenset(map(_key, _values(values)))
     return {name: Maker(name, make) for name, make in makes.items()}
 
 

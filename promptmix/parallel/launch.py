@@ -93,12 +93,12 @@ def start(count: int, argv: Sequence[str]) -> int:
     Raises:
         TrainingError: a process was killed; the message says which.
     """
-    with tempfile.TemporaryDirectory(prefix="promptmix-") as room, contextlib.ExitStack() as around:
-        errors = [around.enter_context(open(Path(room, f"{rank}.txt"), "w+b")) for rank in range(1, count)]
+    with tempfile.TemporaryDirectory(prefix="promptmix-") as folder, contextlib.ExitStack() as around:
+        errors = [around.enter_context(open(Path(folder, f"{rank}.txt"), "w+b")) for rank in range(1, count)]
         workers: list[subprocess.Popen[bytes]] = []
         try:
             for rank in range(count):
-                workers.append(_worker(rank, count, argv, room, errors[rank - 1] if rank else None))
+                workers.append(_worker(rank, count, argv, folder, errors[rank - 1] if rank else None))
             with _passing_on(workers):
                 codes = _follow(workers)
         finally:
@@ -109,12 +109,12 @@ def start(count: int, argv: Sequence[str]) -> int:
         return _outcome(codes, errors)
 
 
-def _worker(rank: int, count: int, argv: Sequence[str], room: str, errors: IO[bytes] | None) -> subprocess.Popen[bytes]:
+def _worker(rank: int, count: int, argv: Sequence[str], folder: str, errors: IO[bytes] | None) -> subprocess.Popen[bytes]:
     own: Mapping[str, str] = {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(count),
-        _OURS: str(Path(room, "meeting")),
+        _OURS: str(Path(folder, "meeting")),
     }
     # Each gets its share of the CPU, unless told otherwise; processes of one machine meet inside of it.
     usual = {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // count, 1)), "GLOO_SOCKET_IFNAME": "lo"}

@@ -33,6 +33,7 @@ from promptmix.registry import (
     ROUTER_REGISTRY,
     TEXT_SUPERVISION_REGISTRY,
     Registry,
+    name_of,
 )
 
 
@@ -186,13 +187,13 @@ def component_node(cfg: CfgNode, role: str, name: str) -> CfgNode:
     return cfg[role][name.upper()]
 
 
-def build_component(cfg: CfgNode, role: str, default: str, task: Task, *parts: Any) -> Any:
+def build_component(cfg: CfgNode, role: str, default: type | str, task: Task, *parts: Any) -> Any:
     """Build the part that takes ``role``: ``cfg.<role>.NAME``, or the trainer's ``default``; None where that is ``none``.
 
     Args:
         cfg: the whole tree.
         role: a key of ``ROLES``.
-        default: registry name that the trainer chooses; empty = the trainer does without.
+        default: class, or its name, that the trainer chooses; "" = the trainer does without.
         task: what it is built for.
         parts: further constructor arguments (the bank, for those who need its references).
 
@@ -200,18 +201,18 @@ def build_component(cfg: CfgNode, role: str, default: str, task: Task, *parts: A
         RegistryError: the registry has no component of this name.
         ConfigError: its settings don't fit the model or the data set.
     """
-    name = cfg[role].NAME or default
+    name = cfg[role].NAME or name_of(default)
     return None if not name or name == "none" else _build(cfg, role, name, task, *parts)
 
 
-def build_losses(cfg: CfgNode, role: str, default: str, task: Task, bank: PromptBank) -> LossSum | None:
+def build_losses(cfg: CfgNode, role: str, default: type | str, task: Task, bank: PromptBank) -> LossSum | None:
     """Build the loss that takes ``role``, or the sum of several: ``NAME: "10 * FrozenImageL1 + ZeroshotKL"``.
 
     Raises:
         RegistryError: the registry has no loss of this name.
         ConfigError: its settings don't fit the model or the data set.
     """
-    chosen = cfg[role].NAME or default
+    chosen = cfg[role].NAME or name_of(default)
     if not chosen or chosen == "none":
         return None
     total: Any = None

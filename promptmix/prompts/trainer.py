@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -44,7 +44,7 @@ class PromptTrainer(TrainerX):
     """A Dassl trainer for prompts on a frozen CLIP. A method defines ``compose``, whose settings are its config node.
 
     Class attributes:
-        roles: default part per role that YAML may fill otherwise (``{"ROUTER": "HardPromptTopK"}``); other roles are not used.
+        roles: default part per role that YAML may replace (``{"ROUTER": HardPromptTopK}``; "" = none); others are unused.
         layout: how the authors' code saves the method, for ``--model-dir`` and ``promptmix convert``; None = not known.
         schedule_unit: what one step of the learning-rate schedule is, ``epoch`` or ``step`` (then MAX_EPOCH counts epochs still,
             and the schedule spans all their batches).
@@ -53,7 +53,7 @@ class PromptTrainer(TrainerX):
         ignores: keys of the core tree that these trainers do not read; other values than the default are refused.
     """
 
-    roles: ClassVar[dict[str, str]] = {}
+    roles: ClassVar[Mapping[str, type | str]] = {}
     layout: ClassVar[Layout | None] = None
     schedule_unit: ClassVar[str] = "epoch"
     views: ClassVar[int] = 1

@@ -5,11 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from promptmix.plugins.router.topk import HardPromptTopK
 from promptmix.trainers.prograd import project
 
 from promptmix.config import get_cfg, merge_file, merge_opts, validate
 from promptmix.engine import build_trainer, set_random_seed
 from promptmix.errors import ConfigError
+from promptmix.registry import TRAINER_REGISTRY, name_of
+from tests.trainers.toy import toy_trainer
 
 # ProGrad
 
@@ -117,3 +120,11 @@ def test_mixture_refuses_what_nobody_reads():
         emoji("configs/trainers/Mixture/kgcoop.yaml", opts=("TRAINER.MIXTURE.DISTILL_WEIGHT", "0.5"))
     with pytest.raises(ConfigError, match="PROMPT_BANK.NAME is 'none'"):
         emoji("configs/trainers/Mixture/tiny.yaml", opts=("PROMPT_BANK.NAME", "none"))
+
+
+def test_default_parts_go_by_class_or_by_name(room, monkeypatch):
+    method = TRAINER_REGISTRY.get("MoCoOp")
+    names = {role: name_of(part) for role, part in method.roles.items()}
+    assert names == {"PROMPT_BANK": "TemplateGroups", "ROUTER": "HardPromptTopK", "TEXT_SUPERVISION": "GroupedContrastive"}
+    monkeypatch.setattr(method, "roles", names)
+    assert isinstance(toy_trainer(room, "MoCoOp").model.router, HardPromptTopK)
