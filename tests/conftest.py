@@ -9,13 +9,15 @@ import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Features that tests keep go away with them, and none of the user's are read.
-_CACHE = tempfile.TemporaryDirectory(prefix="promptmix-tests-")
-os.environ["PROMPTMIX_CACHE_DIR"] = _CACHE.name
+# Workers of pytest-xdist share those of the process that started them.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _CACHE = tempfile.TemporaryDirectory(prefix="promptmix-tests-")
+    os.environ["PROMPTMIX_CACHE_DIR"] = _CACHE.name
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import pytest  # noqa: E402  (after the environment is set)
-import torch  # noqa: E402
-from hypothesis import settings  # noqa: E402
+import pytest
+import torch
+from hypothesis import settings
 
 torch.set_num_threads(1)
 # Continuous integration draws the same examples each time; a run by hand draws others, and so finds more.

@@ -254,7 +254,8 @@ def _refuse_types(tensors: Mapping[str, Tensor], source: str) -> None:
     Raises:
         CheckpointError: there is one.
     """
-    odd = next((name for name, one in tensors.items() if not one.is_floating_point()), None)
+    counts = "num_batches_tracked"  # of batch norms, whole numbers rightly
+    odd = next((name for name, one in tensors.items() if not one.is_floating_point() and not name.endswith(counts)), None)
     if odd is not None:
         raise CheckpointError(
             f"{source}: {odd} is of type {tensors[odd].dtype}, and what is learned are floating-point numbers; "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from dataclasses import replace
@@ -268,19 +269,23 @@ def test_a_cut_in_any_round_of_clients_changes_nothing(shared, folder, capsys):
     assert capsys.readouterr().out.count("finished before") == 4
 
 
-@pytest.mark.parametrize("backend", ["local", "ray"])
-def test_clients_are_jobs_of_a_backend_with_the_same_numbers(backend, shared, folder):
+def test_clients_are_jobs_of_a_backend_with_the_same_numbers(shared, folder):
+    assert importlib.util.find_spec("ray"), "ray is in the extra `test`: pip install -e '.[test]'"
     settings = made.SETTINGS | {"PROTOCOL.FEDERATED": {"ROUNDS": 2, "CLIENTS": 2}}
     more = {"protocols": ["federated", "few-shot"], "trainers": ["PFedMoAP"], "datasets": ["paints.yaml"], "seeds": [1]}
-    path = made.make_sweep(
-        folder, folder / backend, **more, shots=[16], config="configs/trainers/{trainer}/tiny.yaml", set=settings
-    )
-    done = made.sweep(path, "--jobs", "2", "--backend", backend)
-    assert done.returncode == 0, done.stderr
-    assert "2 of 2 to run" in done.stdout and "mean of the last round" in done.stdout
-    assert tree(folder / backend / "federated") == shared
-    again = made.sweep(path, "--jobs", "2", "--backend", backend)
-    assert again.stdout.count("finished before") == 2
+    few = []
+    for backend in ("local", "ray"):
+        path = made.make_sweep(
+            folder, folder / backend, **more, shots=[16], config="configs/trainers/{trainer}/tiny.yaml", set=settings
+        )
+        done = made.sweep(path, "--jobs", "2", "--backend", backend)
+        assert done.returncode == 0, done.stderr
+        assert "2 of 2 to run" in done.stdout and "mean of the last round" in done.stdout
+        assert tree(folder / backend / "federated") == shared
+        few.append(made.numbers(folder / backend / "few-shot"))
+        again = made.sweep(path, "--backend", backend, "--dry-run")
+        assert again.stdout.count("done ") == 2
+    assert few[0] == few[1] and len(few[0]) == 1
 
 
 def test_a_client_cut_off_in_its_training_goes_on_bit_for_bit(shared, folder, tmp_path, monkeypatch):

@@ -1,7 +1,6 @@
 """A sweep: the same numbers however it runs and however often it is killed; failures are told and cost one run each."""
 
 import argparse
-import importlib.util
 import os
 import shutil
 import signal
@@ -35,7 +34,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def undisturbed(folder):
-    """Run 3 methods x 3 data sets x 3 seeds, base to new, through local processes; return what it printed and its numbers."""
+    """Run 3 methods x 3 data sets x 2 seeds, base to new, through local processes; return what it printed and its numbers."""
     done = made.sweep(made.make_sweep(folder, folder / "undisturbed"), "--jobs", "2")
     assert done.returncode == 0, done.stderr
     return done.stdout, made.numbers(folder / "undisturbed")
@@ -45,14 +44,14 @@ def table(text):
     return [line for line in text.splitlines() if line.startswith("|")]
 
 
-def test_table_of_three_methods_three_data_sets_three_seeds(undisturbed, folder):
+def test_table_of_three_methods_and_three_data_sets(undisturbed, folder):
     shown, numbers = undisturbed
-    assert len(numbers) == 3 * 3 * 3 * 2
-    assert len({metrics["test"]["accuracy"] for metrics in numbers.values()}) > 3
+    assert len(numbers) == 3 * 3 * 2 * 2
+    assert len({metrics["test"]["accuracy"] for metrics in numbers.values()}) >= 3
     rows = table(shown)
-    assert len(rows) == 2 + 9 + 3 and all(" 1 2 3 " in row for row in rows[2:])
+    assert len(rows) == 2 + 9 + 3 and all(" 1 2 " in row for row in rows[2:])
     assert sum("average of 3" in row for row in rows) == 3
-    assert "[27/27]" in shown and "[27/27]" in (folder / "undisturbed" / "sweep.log").read_text()
+    assert "[18/18]" in shown and "[18/18]" in (folder / "undisturbed" / "sweep.log").read_text()
     left = [
         path.name
         for path in (folder / "undisturbed").rglob("*")
@@ -106,7 +105,7 @@ def test_killed_sweep_goes_on_and_gives_the_same_numbers(undisturbed, folder):
     driver.wait()
     wait_for(lambda: not members(driver.pid))  # runs end with their driver, before they could finish unseen
     finished = {found: found.stat().st_mtime_ns for found in output.rglob("results.json")}
-    assert 6 <= len(finished) < 50
+    assert 6 <= len(finished) < 34
     done = made.sweep(path, "--jobs", "2")
     assert done.returncode == 0, done.stderr
     assert "finished before" in done.stdout
@@ -138,15 +137,7 @@ def members(session):
 
 def test_finished_sweep_runs_nothing_again(undisturbed, folder):
     done = made.sweep(folder / "undisturbed.yaml", "--dry-run")
-    assert done.stdout.count("done ") == 27 and "to do" not in done.stdout
-
-
-def test_ray_gives_the_same_numbers(undisturbed, folder):
-    assert importlib.util.find_spec("ray"), "ray is in the extra `test`: pip install -e '.[test]'"
-    done = made.sweep(made.make_sweep(folder, folder / "ray"), "--jobs", "2", "--backend", "ray")
-    assert done.returncode == 0, done.stderr
-    assert made.numbers(folder / "ray") == undisturbed[1]
-    assert table(done.stdout) == table(undisturbed[0])
+    assert done.stdout.count("done ") == 18 and "to do" not in done.stdout
 
 
 def test_failed_runs_are_told_and_the_others_go_on(folder):
