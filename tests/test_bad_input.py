@@ -77,6 +77,14 @@ def train(pictures, tmp_path):
         (["INPUT.SIZE", "(64.5, 64.5)"], ["each item must be a int"]),
         (["DATASET.ROOT", "~nobody-of-this-name/x"], ["no folder"]),
         (["--no-plugin", "nobody"], ["is not installed"]),
+        (["OPTIM.NAME", "sgd", "OPTIM.ADAM_BETA1", "0.5"], ["OPTIM.ADAM_BETA1 (set by command line) would be ignored"]),
+        (["INPUT.CUTOUT_N", "3"], ["INPUT.CUTOUT_N", "would be ignored", "add 'cutout' to INPUT.TRANSFORMS"]),
+        (["PROTOCOL.NAME", "active"], ["PROTOCOL.NAME is 'active'", "promptmix run"]),
+        (["MODEL.BACKBONE.TOKENIZER", "x"], ["MODEL.BACKBONE.TOKENIZER is 'x'", "tiny-vit has its own"]),
+        (["OUTPUT_DIR", "~/x"], ["OUTPUT_DIR is '~/x'"]),
+        (["OUTPUT_DIR", " "], ["OUTPUT_DIR is ' '", "names no folder"]),
+        (["DATASET.EMOJI.NUM_CONCEPTS", "20"], ["would be ignored by data set ImageFolder"]),
+        (["TEST.SPLIT", "val", "DATASET.IMAGEFOLDER.SPLIT_RATIO", "(0.5, 0.0, 0.5)"], ["TEST.SPLIT is 'val'", "no val part"]),
     ],
 )
 def test_train_refuses(train, capsys, more, words):
@@ -362,3 +370,19 @@ def test_sweep_files_that_are_wrong(tmp_path, capsys, line, words):
     kept = [f"{key}: {value}" for key, value in plan.items() if not line.startswith(f"{key}:")]
     (tmp_path / "sweep.yaml").write_text("\n".join([*kept, line]) + "\n")
     fails(capsys, ["sweep", tmp_path / "sweep.yaml", "--dry-run"], words)
+
+
+def test_a_data_set_that_changed_meanwhile_is_no_longer_the_run(capsys, train, pictures):
+    assert main(train) == 0
+    (pictures / "bee").rename(pictures / "wasp")
+    fails(capsys, train, "holds a run on 2 classes", "'bee' is gone", "choose another --output-dir")
+
+
+def test_a_dry_run_finds_an_output_that_cannot_be_made(capsys, tmp_path):
+    file = tmp_path / "sweep.yaml"
+    plan = "protocols: [few-shot]\ntrainers: [ZeroshotCLIP]\ndatasets: [EmojiFamilies]\nseeds: [1]\nconfig: quickstart.yaml\n"
+    file.write_text(f"output: /proc/self/nothing\n{plan}")
+    fails(capsys, ["sweep", file, "--dry-run"], "output /proc/self/nothing", "choose another in the sweep file")
+    file.write_text(f"output: {tmp_path}/new/out\n{plan}")
+    assert main(["sweep", str(file), "--dry-run"]) == 0
+    assert [entry.name for entry in tmp_path.iterdir()] == ["sweep.yaml"]

@@ -5,6 +5,7 @@ Both get the whole config and every scalar of a training, and both stay on this 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,6 +18,7 @@ from promptmix import hookimpl
 from promptmix.config.declare import Setting, all_values, declare
 from promptmix.engine.log import logger_is_on
 from promptmix.errors import ConfigError
+from promptmix.utils import get_logger
 
 if TYPE_CHECKING:
     from promptmix.engine import SimpleTrainer
@@ -57,6 +59,7 @@ class MLflow:
     """A run of MLflow, by default in ``<OUTPUT_DIR>/mlflow.db``."""
 
     def __init__(self, cfg: CfgNode, name: str, values: dict[str, Any]) -> None:
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # minutes otherwise, where no server answers
         from mlflow.tracking import MlflowClient
 
         node = cfg.LOGGER.MLFLOW
@@ -111,25 +114,44 @@ def validate_config(cfg: CfgNode) -> None:
 
 @hookimpl
 def before_train(trainer: SimpleTrainer) -> None:
-    """Begin a run in each tracker that is on."""
-    chosen = [make for node, (_, make) in TRACKERS.items() if logger_is_on(trainer, node)]
+    """Begin a run in each tracker that is on.
+
+    Raises:
+        ConfigError: one of them can't.
+    """
+    chosen = {node: make for node, (_, make) in TRACKERS.items() if logger_is_on(trainer, node)}
     if not chosen:
         return
     cfg = trainer.cfg
     values = dict(all_values(cfg))
     name = f"{cfg.TRAINER.NAME}-{cfg.DATASET.NAME}-seed{cfg.SEED}"
-    _open[trainer] = [make(cfg, name, values) for make in chosen]
+    made = _open.setdefault(trainer, [])
+    for node, make in chosen.items():
+        try:
+            made.append(make(cfg, name, values))
+        except Exception as error:  # whatever its library raises
+            raise ConfigError(
+                f"LOGGER.{node} can't begin a run ({type(error).__name__}: {error}); mend its settings, or set "
+                f"LOGGER.{node}.ENABLED False"
+            ) from error
 
 
 @hookimpl
 def log_scalar(trainer: SimpleTrainer, tag: str, value: float, step: int | None) -> None:
     """Pass the number on."""
-    for tracker in _open.get(trainer, ()):
-        tracker.log(tag, value, step or 0)
+    for tracker in list(_open.get(trainer, ())):
+        try:
+            tracker.log(tag, value, step or 0)
+        except Exception as error:  # a server that went away ends no training
+            _open[trainer].remove(tracker)
+            get_logger().warning("%s records nothing more: %s: %s", type(tracker).__name__, type(error).__name__, error)
 
 
 @hookimpl
 def after_train(trainer: SimpleTrainer) -> None:
     """End what was begun."""
     for tracker in _open.pop(trainer, ()):
-        tracker.close()
+        try:
+            tracker.close()
+        except Exception as error:
+            get_logger().warning("%s could not end its run: %s: %s", type(tracker).__name__, type(error).__name__, error)

@@ -29,6 +29,8 @@ def validate_config(cfg: CfgNode) -> None:
         if node.NAME and hasattr(TRAINER_REGISTRY.get(cfg.TRAINER.NAME), "roles"):  # others bring networks of their own
             BACKBONE_REGISTRY.get(node.NAME)
         return
+    if node.TOKENIZER and name not in open_clip.list_models():
+        raise ConfigError(f"MODEL.BACKBONE.TOKENIZER is {node.TOKENIZER!r}, but {node.NAME} has its own; leave the key out")
     if not node.TAG:
         return
     if name not in open_clip.list_models():

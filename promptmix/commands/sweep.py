@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from promptmix.config.flags import check_count
 from promptmix.errors import UserError
 from promptmix.files.links import open_own
+from promptmix.files.places import refuse_unwritable
 
 if TYPE_CHECKING:
     from promptmix.runs.backends import Backend, Options
@@ -83,6 +84,7 @@ def run(args: argparse.Namespace) -> int:
     for job in plan.jobs:
         check(job)
     if args.dry_run:
+        refuse_unwritable(plan.output, "output", "choose another in the sweep file")
         for job in plan.jobs:
             sys.stdout.write(f"{'done' if is_done(job) else 'to do'}  {job.protocol} {job.name}: {job.folder}\n")
         return 0

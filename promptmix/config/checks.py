@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Container, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from yacs.config import CfgNode
 
@@ -13,23 +13,68 @@ from promptmix.errors import ConfigError
 __all__ = ["check_pairs", "check_templates"]
 
 
-def check_pairs(cfg: CfgNode, given: Container[str]) -> None:
+def check_pairs(cfg: CfgNode, given: Mapping[str, str]) -> None:
     """Refuse values that contradict each other.
 
     Args:
         cfg: the whole config tree.
-        given: keys that somebody set; what a program sets for all its trainers may go unread, as in Dassl.
+        given: keys that somebody set, and who; what a program or file sets for all its trainers may go unread, as in Dassl.
 
     Raises:
         ConfigError: two values, or the items of one, can't be together; the message names both and the remedy.
     """
+    place = cfg.OUTPUT_DIR
+    if "OUTPUT_DIR" in given and (not place.strip() or place.startswith("~")):
+        why = "which no shell has put a home in place of" if place.strip() else "which names no folder"
+        raise ConfigError(f"OUTPUT_DIR is {place!r}, {why}; give the folder's path, such as output/one")
     _check_pictures(cfg.INPUT)
     _check_optimizer(cfg.OPTIM)
+    _refuse_unread(cfg, given)
     layers = tuple(cfg.OPTIM.NEW_LAYERS)
     if layers and not cfg.OPTIM.STAGED_LR and "OPTIM.NEW_LAYERS" in given:
         raise ConfigError(f"OPTIM.NEW_LAYERS is {layers}, which OPTIM.STAGED_LR False ignores; set it to True")
     for number, group in enumerate(cfg.DATASET.TEMPLATE_GROUPS):
         check_templates(f"DATASET.TEMPLATE_GROUPS, group {number}", group)
+
+
+#: Keys that are read where others have some value: (beginnings of keys, when they are read, what to set for that).
+_READ: list[tuple[tuple[str, ...], Callable[[CfgNode], bool], str]] = [
+    (("OPTIM.SGD_",), lambda cfg: cfg.OPTIM.NAME == "sgd", "OPTIM.NAME sgd"),
+    (("OPTIM.MOMENTUM",), lambda cfg: cfg.OPTIM.NAME in ("sgd", "rmsprop"), "OPTIM.NAME sgd"),
+    (("OPTIM.RMSPROP_",), lambda cfg: cfg.OPTIM.NAME == "rmsprop", "OPTIM.NAME rmsprop"),
+    (("OPTIM.ADAM_",), lambda cfg: "adam" in cfg.OPTIM.NAME or cfg.OPTIM.NAME == "amsgrad", "OPTIM.NAME adam"),
+    (("OPTIM.STEPSIZE", "OPTIM.GAMMA"), lambda cfg: cfg.OPTIM.LR_SCHEDULER != "cosine", "OPTIM.LR_SCHEDULER multi_step"),
+    (("OPTIM.BASE_LR_MULT",), lambda cfg: cfg.OPTIM.STAGED_LR, "OPTIM.STAGED_LR True"),
+    (("INPUT.FEATURE_CACHE_GB",), lambda cfg: cfg.INPUT.FEATURE_CACHE, "INPUT.FEATURE_CACHE True"),
+    (("INPUT.PICTURE_CACHE_GB",), lambda cfg: cfg.INPUT.PICTURE_CACHE, "INPUT.PICTURE_CACHE True"),
+]
+#: Settings of augmentations, and the beginning of the names in INPUT.TRANSFORMS that read them.
+_OF_TRANSFORMS = {
+    "CUTOUT_": "cutout",
+    "GN_": "gaussian_noise",
+    "GB_": "gaussian_blur",
+    "RGS_P": "randomgrayscale",
+    "RANDAUGMENT_": "randaugment",
+    "COLORJITTER_": "colorjitter",
+    "RRCROP_SCALE": "random_resized_crop",
+    "CROP_PADDING": "random_crop",
+}
+
+
+def _refuse_unread(cfg: CfgNode, given: Mapping[str, str]) -> None:
+    """Refuse a key of the command line that nothing reads; files serve several methods, and may hold more than one needs.
+
+    Raises:
+        ConfigError: there is one; the message says what would read it.
+    """
+    for key in [key for key, source in given.items() if source == "command line"]:
+        needed = next((remedy for starts, read, remedy in _READ if key.startswith(starts) and not read(cfg)), "")
+        start, name = next(((s, n) for s, n in _OF_TRANSFORMS.items() if key.startswith(f"INPUT.{s}")), ("", ""))
+        if start and not any(one.startswith(name) for one in cfg.INPUT.TRANSFORMS):
+            needed = f"{name!r} to INPUT.TRANSFORMS"
+        if needed:
+            verb = "add" if start else "set"
+            raise ConfigError(f"{key} (set by command line) would be ignored; leave it out, or {verb} {needed}")
 
 
 def _check_pictures(node: CfgNode) -> None:

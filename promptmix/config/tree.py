@@ -179,6 +179,8 @@ def validate(cfg: CN) -> None:
     _check_views(cfg, getattr(trainer, "views", cfg.DATALOADER.K_TRANSFORMS))
     _refuse_strangers(cfg, "TRAINER", cfg.TRAINER.NAME)
     if "PROTOCOL" in cfg:  # a tree of Dassl's form has none
+        if source_of(cfg, "PROTOCOL.NAME") == "command line":
+            raise ConfigError(f"PROTOCOL.NAME is {cfg.PROTOCOL.NAME!r}, which a protocol sets by itself; use `promptmix run`")
         _refuse_strangers(cfg, "PROTOCOL", *filter(None, [cfg.PROTOCOL.NAME]))
     own = getattr(trainer, "roles", {})
     for role, registry in ROLES.items():

@@ -121,7 +121,7 @@ def _absolute(value: str) -> str:
     """Make a path absolute; the slash at its end stays, since some only add a name to it."""
     if not value:
         return value
-    return str(Path(value).expanduser().absolute()) + ("/" if value.endswith("/") else "")
+    return os.path.abspath(os.path.expanduser(value)) + ("/" if value.endswith("/") else "")
 
 
 def _existing(value: str, root: Path) -> str:

@@ -8,6 +8,7 @@ too.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,7 @@ def read_descriptions(path: str, dataset: str) -> Descriptions:
     Raises:
         DataError: it is missing, no JSON or of another form; the message names the file and what is wrong.
     """
-    file = Path(path).expanduser()
+    file = Path(os.path.expanduser(path))
     file = file / f"{dataset}.json" if file.is_dir() else file
     try:
         text = read_text(file)

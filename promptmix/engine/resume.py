@@ -7,6 +7,8 @@ and every random stream. Checkpoints by epoch, which others read, are written as
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import os
 import random
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -55,6 +57,7 @@ def save_progress(trainer: Trainer, folder: RunFolder) -> None:
         "processes": group.size(),
         "models": models,
         "own": trainer.progress_state(),
+        "data": data_digest(trainer),
         "random": get_random_states(trainer),
     }
     try:
@@ -91,6 +94,12 @@ def load_progress(trainer: Trainer, folder: RunFolder) -> dict[str, Any] | None:
             f"{path} is of {writer} with {', '.join(there) or 'no model'}, not of {type(trainer).__name__} with "
             f"{', '.join(names) or 'no model'}; resume with the config that began"
         )
+    data = data_digest(trainer)
+    if data and state.get("data", data) != data:
+        raise CheckpointError(
+            f"{path} was learned on other training pictures than the data set has by now; put them back as they were, choose "
+            "another --output-dir, or remove the file to train again from the start"
+        )
     try:
         for name in names:
             saved = state["models"][name]
@@ -114,6 +123,19 @@ def load_progress(trainer: Trainer, folder: RunFolder) -> dict[str, Any] | None:
     trainer.epoch = trainer.start_epoch - 1
     log.info("Previous epoch: %s", state["epoch"])
     return dict(state["random"])
+
+
+def data_digest(trainer: Trainer) -> str:
+    """Return a digest of the training pictures' names, labels and order, wherever they lie; "" for a trainer without a list."""
+    items = getattr(getattr(getattr(trainer, "dm", None), "dataset", None), "train_x", None)
+    if not items:
+        return ""
+    if "_data_digest" not in trainer.__dict__:
+        digest = hashlib.sha256()
+        for item in items:
+            digest.update(f"{os.path.basename(item.impath)}\0{item.label}\0{item.classname}\n".encode(errors="surrogateescape"))
+        trainer.__dict__["_data_digest"] = digest.hexdigest()
+    return str(trainer.__dict__["_data_digest"])
 
 
 # Random states

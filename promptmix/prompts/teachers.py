@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -106,7 +107,7 @@ class ClassVectors:
         Raises:
             CheckpointError: no such file, or not one of class vectors.
         """
-        file = Path(path).expanduser()
+        file = Path(os.path.expanduser(path))
         if not file.is_file():
             raise CheckpointError(f"no class vectors {file}; name the class_vectors.safetensors of a run, or leave the key out")
         try:

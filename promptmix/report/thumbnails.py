@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 from pathlib import Path
 
 from PIL import Image
@@ -27,7 +28,7 @@ class Album:
     """
 
     def __init__(self, root: str = "") -> None:
-        self._places = [asset_path("README.md").parent, *([Path(root).expanduser().resolve()] if root else [])]
+        self._places = [asset_path("README.md").parent, *([Path(os.path.realpath(os.path.expanduser(root)))] if root else [])]
         self._made: dict[str, str] = {}
         self._bytes = 0
         self.refused = 0

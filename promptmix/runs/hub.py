@@ -50,7 +50,7 @@ _FILES = ("MODEL.BACKBONE.WEIGHTS", "MODEL.BACKBONE.TOKENIZER", "DATASET.DESCRIP
 def hub_folder(chosen: str = "") -> Path:
     """Return the user's folder of trained prompts: ``chosen``, or ``PROMPTMIX_HUB``, or a folder among the user's data."""
     own = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
-    return Path(chosen or os.environ.get("PROMPTMIX_HUB") or Path(own, "promptmix", "hub")).expanduser()
+    return Path(os.path.expanduser(chosen or os.environ.get("PROMPTMIX_HUB") or Path(own, "promptmix", "hub")))
 
 
 def place_of(run: str | Path) -> Path:

@@ -116,6 +116,27 @@ def refuse_open_training(cfg: CN, trainer: Any, eval_only: bool) -> None:  # a t
         )
 
 
+def refuse_absent_val(cfg: CN, trainer: Any) -> None:  # a trainer with Dassl's interface
+    """Refuse to test on the val part where there is none: Dassl takes the test part then, which a search must not look at."""
+    if cfg.TEST.SPLIT == "val" and not cfg.TEST.NO_TEST and getattr(trainer, "val_loader", True) is None:
+        raise ConfigError(
+            f"TEST.SPLIT is 'val', but {cfg.DATASET.NAME} has no val part here, and test pictures would stand in for it; "
+            "add val pictures, or leave it at 'test'"
+        )
+
+
+def refuse_other_classes(before: RunResult, now: RunResult, folder: Path) -> None:
+    """Refuse to go on where the data set has other classes by now than the run had."""
+    theirs, ours = before.vocabulary.get("classnames"), now.vocabulary.get("classnames")
+    if theirs and ours and theirs != ours:
+        odd = sorted(set(theirs) ^ set(ours))
+        what = f"{odd[0]!r} is {'gone' if odd[0] in theirs else 'new'}" if odd else "they stand in another order"
+        raise UserError(
+            f"{folder} holds a run on {len(theirs)} classes, and the data set has {len(ours)} by now ({what}); "
+            "choose another --output-dir, or remove that folder"
+        )
+
+
 def refuse_choice_on_test(cfg: CN, trainer: Any) -> None:  # a trainer with Dassl's interface
     """Refuse to choose the best epoch on test pictures; where a benchmark's val part is its test part (ImageNet), say so.
 

@@ -139,6 +139,8 @@ def running(cfg: CN, **options: Any) -> Iterator[tuple[Any, RunResult]]:
             folder.tidy()
         before = _recorded(cfg)  # of this run: another one was refused
         trainer = _built(cfg, asked, result)
+        if before is not None:
+            refusals.refuse_other_classes(before, result, folder.path)
         if writes:
             output.open(cfg)
         recorder.ready()
@@ -188,6 +190,7 @@ def _built(cfg: CN, asked: Asked, result: RunResult) -> Any:
     if asked.new_classes and not asked.eval_only:
         refusals.refuse_class_specific(trainer)
     refusals.refuse_open_training(cfg, trainer, asked.eval_only)
+    refusals.refuse_absent_val(cfg, trainer)
     result.learned_parameters = refusals.count_learned(trainer)
     result.vocabulary = _vocabulary(trainer)
     result.league = league_of(cfg, getattr(trainer, "league", LABELLED))

@@ -16,6 +16,7 @@ from promptmix.config import merge_opts
 from promptmix.data import DatasetWrapper, Datum, read_image
 from promptmix.data.base import reading_of
 from promptmix.data.features.cache import feature_key
+from promptmix.data.reading.images import READINGS
 from promptmix.errors import ConfigError
 from promptmix.registry import DATASET_REGISTRY
 from tests.data.trees import config
@@ -210,3 +211,12 @@ def test_predictions_read_upright_whatever_the_run_was_trained_on(emoji_run, tmp
     assert sideways.probabilities != expected.probabilities
     with pytest.raises(ConfigError, match="reading is 'sideways'; choose from 'benchmark', 'upright'"):
         promptmix.load(emoji_run, reading="sideways")
+
+
+def test_of_a_strip_the_middle_is_read(tmp_path):
+    strip = Image.new("RGB", (5000, 2), "black")
+    strip.paste("white", (2300, 0, 2700, 2))
+    strip.save(tmp_path / "strip.png")
+    for reading in READINGS:
+        found = read_image(str(tmp_path / "strip.png"), reading)
+        assert found.size == (400, 2) and found.getextrema() == ((255, 255),) * 3

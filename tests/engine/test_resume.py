@@ -1,6 +1,7 @@
 """The state that a training goes on from: every random stream, every model at the same epoch, and nothing that runs code."""
 
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -133,3 +134,16 @@ def test_an_odd_state_is_refused_before_training(tmp_path, change):
     torch.save(state, tmp_path / "progress.pth")
     with pytest.raises(CheckpointError, match="progress.pth doesn't fit this run"):
         Drawing(tmp_path).train(0, 2)
+
+
+def test_other_training_pictures_are_refused(tmp_path):
+    def trainer(*names):
+        made = Drawing(tmp_path)
+        items = [SimpleNamespace(impath=f"/here/{name}", label=0, classname="a") for name in names]
+        made.dm = SimpleNamespace(dataset=SimpleNamespace(train_x=items))
+        return made
+
+    trainer("1.png", "2.png").train(0, 1)
+    with pytest.raises(CheckpointError, match="other training pictures than the data set has by now"):
+        trainer("1.png", "3.png").train(0, 2)
+    trainer("1.png", "2.png").train(0, 2)

@@ -8,8 +8,9 @@ import pytest
 
 from promptmix.engine.log import setup_logger
 from promptmix.engine.run_folder import RunFolder
-from promptmix.errors import UserError
+from promptmix.errors import OutputError, UserError
 from promptmix.files.links import open_own
+from promptmix.files.places import refuse_unwritable
 
 
 @pytest.fixture
@@ -64,3 +65,12 @@ def test_a_lock_that_is_a_link_is_one_line(tmp_path, victim, make):
     with pytest.raises(UserError, match="is a link|same file as another"), RunFolder(tmp_path / "job").alone():
         pass
     assert victim.read_text() == "precious"
+
+
+def test_a_folder_that_cannot_be_made_is_refused_and_a_trial_leaves_nothing(tmp_path):
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file", tmp_path / "file" / "below", "/proc/self/nothing", "/dev/null/below"):
+        with pytest.raises(OutputError, match="output .*; choose another"):
+            refuse_unwritable(place, "output", "choose another")
+    refuse_unwritable(tmp_path / "one" / "two", "output", "choose another")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]

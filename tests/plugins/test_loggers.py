@@ -2,10 +2,14 @@
 
 import importlib.util
 import json
+from types import SimpleNamespace
 
 import pytest
+from promptmix.plugins.loggers import trackers
 
 from promptmix.cli import main
+from promptmix.config import get_cfg
+from promptmix.errors import ConfigError
 
 QUICK = ["train", "--trainer", "CoOp", "--config-file", "configs/quickstart.yaml", "--seed", "1", "--quiet"]
 SHORT = ["OPTIM.MAX_EPOCH", "2", "DATASET.NUM_SHOTS", "1"]
@@ -64,3 +68,20 @@ def test_a_tracker_that_is_not_installed_is_one_line(tmp_path, capsys, monkeypat
     assert main([*QUICK, "--output-dir", str(tmp_path / "run"), *SHORT, f"LOGGER.{name.upper()}.ENABLED", "True"]) == 2
     assert f"{name} is not installed; pip install 'promptmix[{name}]'" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_tracker_that_fails_is_one_line_before_a_training_and_a_warning_during_it(monkeypatch, capsys):
+    class Trainer:
+        cfg = get_cfg()
+
+    def broken(*_):
+        raise OSError("no server")
+
+    trainer = Trainer()
+    monkeypatch.setattr(trackers, "logger_is_on", lambda trainer, node: node == "WANDB")
+    monkeypatch.setitem(trackers.TRACKERS, "WANDB", ("wandb", broken))
+    with pytest.raises(ConfigError, match=r"LOGGER.WANDB can't begin a run .OSError: no server.; mend its settings"):
+        trackers.before_train(trainer)
+    trackers._open[trainer].append(SimpleNamespace(log=broken, close=broken))
+    trackers.log_scalar(trainer, "loss", 1.0, 1)
+    assert not trackers._open[trainer] and "records nothing more" in capsys.readouterr().out

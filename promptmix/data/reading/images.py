@@ -28,6 +28,8 @@ __all__ = ["READINGS", "as_rgb", "member_size", "open_member", "read_bytes", "re
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 _ORIENTATION = 0x0112  # EXIF's tag
+#: How many times its short side a picture's long side may be; of more the middle is taken.
+_MOST_RATIO = 200
 #: What undoes each orientation but 1.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -66,7 +68,9 @@ def read_image(path: str, reading: str = "benchmark") -> Image.Image:
     except (DataError, MemoryError):
         raise
     except Exception as error:  # decoders raise many kinds, also for more pixels than Pillow takes for harmless
-        raise DataError(f"can't read picture {path} ({error}); it is damaged or no picture") from error
+        raise DataError(
+            f"can't read picture {path} ({error}); it is damaged or no picture: take another copy, or leave it out"
+        ) from error
 
 
 def read_bytes(content: bytes, reading: str = "benchmark") -> Image.Image:
@@ -86,7 +90,9 @@ def read_bytes(content: bytes, reading: str = "benchmark") -> Image.Image:
         raise
     except Exception as error:  # as above
         said = "no format that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
-        raise DataError(f"can't read a picture of {len(content):,} bytes ({said}); it is damaged or no picture") from error
+        raise DataError(
+            f"can't read a picture of {len(content):,} bytes ({said}); it is damaged or no picture: take another"
+        ) from error
 
 
 def as_rgb(image: Image.Image, reading: str = "benchmark") -> Image.Image:
@@ -96,6 +102,21 @@ def as_rgb(image: Image.Image, reading: str = "benchmark") -> Image.Image:
         image: in any of Pillow's modes.
         reading: ``benchmark`` or ``upright``, see above.
     """
+    return _without_ends(_read(image, reading))
+
+
+def _without_ends(image: Image.Image) -> Image.Image:
+    """Return the middle of a strip: with its short side resized to that of the input, the whole would fill the memory."""
+    width, height = image.size
+    most = _MOST_RATIO * min(width, height)
+    if max(width, height) <= most:
+        return image
+    left, top = max(0, (width - most) // 2), max(0, (height - most) // 2)
+    return image.crop((left, top, left + min(width, most), top + min(height, most)))
+
+
+def _read(image: Image.Image, reading: str) -> Image.Image:
+    """Return an opened picture as RGB, whatever its shape."""
     if reading == "benchmark":
         return image.convert("RGB")
     image.load()  # some formats hold the orientation behind the pixels, and TIFF turns itself
