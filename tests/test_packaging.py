@@ -259,5 +259,5 @@ def test_ci_runs_the_test_command_of_the_readme():
     """The README's command is found where .ci/run looks for it: the first code block after the marker."""
     _, marked = (ROOT / "README.md").read_text(encoding="utf-8").split("<!-- test-command -->")
     command = marked.split("```")[1]
-    assert command.startswith("bash\n") and command.rstrip().endswith("-m pytest -n auto")
+    assert command.startswith("bash\n") and command.rstrip().endswith("-m pytest -n auto --dist worksteal")
     assert "test-command" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")

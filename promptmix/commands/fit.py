@@ -10,7 +10,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from promptmix.commands import COMMANDS
-from promptmix.commands.train import split_arguments
+from promptmix.commands.train import add_devices, refuse_undivided, split_arguments, start_devices
 from promptmix.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--no-baseline", action="store_true", help="leave out the zero-shot model that the prompts are compared with")
     add("--skip-bad", action="store_const", const=True, help="leave out missing or damaged pictures instead of stopping")
     add("--device", choices=("auto", "cpu", "cuda"), default="", help="where to compute")
+    add_devices(parser)
     add("--plugin", action="append", default=[], metavar="MODULE|FILE", help="load a plugin; may be repeated")
     add("opts", nargs="*", metavar="KEY VALUE", help="config overrides at the end (OPTIM.MAX_EPOCH 5)")
 
@@ -47,6 +48,11 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: something that can't be done; nothing is left behind then.
     """
+    code = start_devices(args)
+    if code is not None:
+        return code
+    from promptmix.engine.precision import choose_device
+    from promptmix.parallel import group
     from promptmix.runs import fit
     from promptmix.runs.progress import Lines
     from promptmix.tables import tables
@@ -66,14 +72,16 @@ def run(args: argparse.Namespace) -> int:
         tuple(args.opts),
     )
     cfg = fit.config_of(wish)
+    refuse_undivided(args.trainer)
     jobs = [cfg] if args.no_baseline or args.trainer == fit.BASELINE else [cfg, fit.baseline_of(cfg, wish)]
     started, command = time.monotonic(), ["promptmix", *args.argv]
     progress = Lines(total=len(jobs))
     try:
         done = []
-        for job in jobs:
-            done.append(_run(job, wish, progress, command))
-            gc.collect()  # a trainer refers to itself: its model goes before the next one comes
+        with group.joined(choose_device(cfg.DEVICE, cfg.USE_CUDA), args.trainer):
+            for job in jobs:
+                done.append(_run(job, wish, progress, command))
+                gc.collect()  # a trainer refers to itself: its model goes before the next one comes
     finally:
         progress.close()
     rows, metrics, _ = tables.aggregate(done)
@@ -94,10 +102,11 @@ def _shots(text: str) -> int:
 def _run(cfg: CfgNode, wish: Wish, progress: Lines, command: list[str]) -> RunResult:
     """Run one config, unless it has finished before; the first says what was chosen."""
     from promptmix.engine import build_trainer
+    from promptmix.parallel import group
     from promptmix.runs import fit
     from promptmix.runs.calibration import calibrate, in_words
     from promptmix.runs.progress import warnings_to
-    from promptmix.runs.run import finished, running, train_or_test
+    from promptmix.runs.run import finished, running, train_or_test, written
 
     out = sys.stdout
     trained = wish.trainer == cfg.TRAINER.NAME
@@ -112,6 +121,7 @@ def _run(cfg: CfgNode, wish: Wish, progress: Lines, command: list[str]) -> RunRe
         return trainer
 
     before = finished(cfg)
+    group.wait()  # all have looked, before one of them writes
     if before is not None:
         progress.next(cfg.TRAINER.NAME)
         progress.end(before, skipped=True)
@@ -124,6 +134,7 @@ def _run(cfg: CfgNode, wish: Wish, progress: Lines, command: list[str]) -> RunRe
             train_or_test(trainer)
             calibratable = trained and trainer.val_loader is not None and hasattr(trainer, "scores")
             found = calibrate(trainer, cfg.OUTPUT_DIR) if calibratable else None
+    result = written(cfg, result)
     progress.end(result, skipped=False)
     if calibratable:
         out.write(f"  {in_words(found)}\n")

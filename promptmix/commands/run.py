@@ -9,12 +9,12 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from promptmix.commands.train import split_arguments
+from promptmix.commands.train import add_devices, refuse_undivided, split_arguments, start_devices
 from promptmix.errors import ConfigError, UserError
 from promptmix.registry import PROTOCOL_REGISTRY
 from promptmix.runs.active import ACTIVE
 from promptmix.runs.federated import FEDERATED
-from promptmix.runs.protocols import PROTOCOLS, Job
+from promptmix.runs.protocols import PROTOCOLS, Job, Protocol
 
 if TYPE_CHECKING:
     from promptmix.data.features.reuse import Reuse
@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--root", default="", help="folder of the data sets")
     add("--output-dir", default="output/runs", help="runs go to OUTPUT/PROTOCOL/DATASET/TRAINER/shotsN/seedN/PART")
     add("--device", choices=("auto", "cpu", "cuda"), default="", help="where to compute")
+    add_devices(parser)
     add("--plugin", action="append", default=[], metavar="MODULE|FILE", help="load a plugin; may be repeated")
     add("--format", default="github", help="format of the table, as in `promptmix parse`")
     add("opts", nargs="*", metavar="KEY VALUE", help="config overrides at the end (OPTIM.MAX_EPOCH 5)")
@@ -59,6 +60,9 @@ def run(args: argparse.Namespace) -> int:
 
     if len(args.opts) % 2:
         raise ConfigError(f"command line: overrides come as KEY VALUE pairs, but {args.opts[-1]!r} has no value")
+    code = start_devices(args)
+    if code is not None:
+        return code
     load_plugins(args.plugin)
     shots_of_all = args.shots or [PROTOCOL_REGISTRY.get(args.protocol).shots]
     jobs = [
@@ -81,8 +85,26 @@ def run(args: argparse.Namespace) -> int:
         for shots in shots_of_all
         for seed in args.seeds
     ]
-    run_all(jobs, args, sort="name")
+    with _on_all_devices(args):
+        run_all(jobs, args, sort="name")
     return 0
+
+
+def _on_all_devices(args: argparse.Namespace) -> contextlib.AbstractContextManager[None]:
+    """Join the processes of ``--devices``, which divide the work of every run.
+
+    Raises:
+        ConfigError: a protocol or a method whose work can't be divided.
+    """
+    from promptmix.engine.precision import choose_device
+    from promptmix.parallel import group, launch
+
+    prepares = type(PROTOCOL_REGISTRY.get(args.protocol)).prepare is not Protocol.prepare
+    if launch.place()[1] > 1 and prepares:
+        raise ConfigError(f"{args.protocol} works in rounds, between which one process writes; leave --devices out")
+    for trainer in args.trainers:
+        refuse_undivided(trainer)
+    return group.joined(choose_device(args.device or "auto"), " / ".join(args.trainers))
 
 
 def run_all(jobs: list[Job], args: argparse.Namespace, sort: str, at_once: int = 1) -> list[RunResult]:

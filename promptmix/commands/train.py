@@ -66,17 +66,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--plugin", action="append", default=[], metavar="MODULE|FILE", help="load a plugin; may be repeated")
     add("--device", choices=("auto", "cpu", "cuda"), help="where to compute")
-    add(
+    add_devices(parser)
+    add("--threads", type=int, metavar="N", help="CPU threads; default: as PyTorch chooses")
+    add("--quiet", action="store_true", help="print nothing but errors; log.txt has it all")
+    add("--list", action="store_true", help="show what is registered, as `promptmix list` does")
+    add("opts", nargs="*", metavar="KEY VALUE", help="config overrides at the end (OPTIM.MAX_EPOCH 5)")
+
+
+def add_devices(parser: argparse.ArgumentParser) -> None:
+    """Declare ``--devices``, which ``start_devices`` takes."""
+    parser.add_argument(
         "--devices",
         "--gpus",
         type=int,
         metavar="N",
         help="train in N processes, each with a GPU of its own (with --device cpu: a part of the CPU)",
     )
-    add("--threads", type=int, metavar="N", help="CPU threads; default: as PyTorch chooses")
-    add("--quiet", action="store_true", help="print nothing but errors; log.txt has it all")
-    add("--list", action="store_true", help="show what is registered, as `promptmix list` does")
-    add("opts", nargs="*", metavar="KEY VALUE", help="config overrides at the end (OPTIM.MAX_EPOCH 5)")
+
+
+def start_devices(args: argparse.Namespace) -> int | None:
+    """Run the command in as many processes as ``--devices`` says.
+
+    Returns:
+        Their exit code; None where the command goes on in this process, which then sees the GPU that is its own.
+
+    Raises:
+        ConfigError: no number of processes, or fewer GPUs than processes.
+    """
+    if args.devices is not None:
+        check_count("--devices", args.devices)
+        if args.devices > 1 and launch.place()[1] == 1:
+            return launch.start(args.devices, args.argv)
+    launch.take_device()
+    return None
 
 
 def split_arguments(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[list[str], list[str]]:
@@ -127,13 +149,11 @@ def run(args: argparse.Namespace) -> int:
                 f"{flag} is for --eval-only; to go on with a run give --resume DIR, to start from its tensors "
                 "MODEL.INIT_WEIGHTS FILE"
             )
-    if args.devices is not None:
-        check_count("--devices", args.devices)
-        if args.devices > 1 and launch.place()[1] == 1:
-            return launch.start(args.devices, args.argv)
+    code = start_devices(args)
+    if code is not None:
+        return code
     if launch.place()[1] > 1 and args.coop_repo:
         raise ConfigError("--coop-repo runs another program's trainer, which knows one device; leave --devices out")
-    launch.take_device()
     values: dict[str, Any] = vars(args)
     options: dict[str, Any] = {
         "eval_only": args.eval_only,
@@ -162,7 +182,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         cfg = make_config([args.dataset_config_file, args.config_file], flags, args.opts, args.plugin)
     check_names(cfg)
-    _refuse_undivided(cfg)
+    refuse_undivided(cfg.TRAINER.NAME)
     from promptmix.engine.precision import choose_device
     from promptmix.parallel import group
     from promptmix.runs.run import run as run_one
@@ -179,12 +199,12 @@ def _refuse_beside_run(args: argparse.Namespace) -> None:
             raise ConfigError(f"{flag} {given} beside --from-run {args.from_run}: leave one out; single keys go at the end")
 
 
-def _refuse_undivided(cfg: CfgNode) -> None:
+def refuse_undivided(trainer: str) -> None:
     """Refuse several processes for a trainer without the towers that they share."""
     from promptmix.registry import TRAINER_REGISTRY
 
-    if launch.place()[1] > 1 and not hasattr(TRAINER_REGISTRY.get(cfg.TRAINER.NAME), "roles"):
-        raise ConfigError(f"TRAINER.NAME {cfg.TRAINER.NAME} is no prompt trainer, whose towers --devices divides; leave it out")
+    if launch.place()[1] > 1 and not hasattr(TRAINER_REGISTRY.get(trainer), "roles"):
+        raise ConfigError(f"TRAINER.NAME {trainer} is no prompt trainer, whose towers --devices divides; leave it out")
 
 
 def set_threads(number: int | None) -> None:

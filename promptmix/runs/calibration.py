@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from promptmix.errors import DataError, UserError
+from promptmix.parallel import group
 from promptmix.utils import read_json, write_json
 
 __all__ = ["FILE", "Calibration", "calibrate", "expected_error", "fit_temperature", "read"]
@@ -101,14 +102,16 @@ def calibrate(trainer: Any, folder: str | Path, epoch: int | None = None) -> Cal
     logits, labels = trainer.scores("val")
     temperature = fit_temperature(logits, labels)
     if not 1.01 * _LOW < temperature < _HIGH / 1.01:
-        Path(folder, FILE).unlink(missing_ok=True)
+        if group.writes():
+            Path(folder, FILE).unlink(missing_ok=True)
         return None
     numbers = [
         (float(F.cross_entropy(logits / t, labels)), expected_error((logits / t).softmax(dim=1), labels))
         for t in (temperature, 1.0)
     ]
     found = Calibration(temperature, len(labels), epoch, numbers[0][0], numbers[1][0], numbers[0][1], numbers[1][1])
-    write_json(asdict(found), Path(folder, FILE))
+    if group.writes():
+        write_json(asdict(found), Path(folder, FILE))
     return found
 
 

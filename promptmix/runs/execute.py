@@ -10,14 +10,15 @@ from yacs.config import CfgNode
 
 from promptmix.config.flags import load_plugins
 from promptmix.engine.run_folder import RunFolder
+from promptmix.parallel import group
 from promptmix.registry import PROTOCOL_REGISTRY
 from promptmix.runs.protocols import Job, Part, Protocol, Watcher, done_parts, parts, title
 from promptmix.runs.results import RunResult
-from promptmix.runs.run import finished, run
+from promptmix.runs.run import finished, run, written
 
 
 def execute(job: Job, watcher: Watcher | None = None, command: Sequence[str] = ()) -> list[RunResult]:
-    """Run what is missing of a job, in this process.
+    """Run what is missing of a job, in this process, or in this and the others that it works with (``group``).
 
     Args:
         job: what to run.
@@ -35,24 +36,32 @@ def execute(job: Job, watcher: Watcher | None = None, command: Sequence[str] = (
     protocol: Protocol = PROTOCOL_REGISTRY.get(job.protocol)
     found: list[RunResult] = []
     # For one that outlived its driver, or a second sweep into the same tree; pieces of a job run side by side.
-    with contextlib.nullcontext() if job.piece else RunFolder(job.folder).alone(wait=True):
+    shares = job.piece or not group.writes()
+    with contextlib.nullcontext() if shares else RunFolder(job.folder).alone(wait=True):
         for part, cfg, result, before in done_parts(job):
+            group.wait()  # all have looked what is there, before one of them writes
             watcher.begin(job, part)
             if result is None and protocol.prepare(job, part, cfg, before):
                 result = finished(cfg)
             if result is not None:
-                folder = RunFolder(cfg.OUTPUT_DIR)
-                with folder.alone():  # its process may have been killed after its last word
-                    folder.tidy()
-                    folder.drop_progress()
+                if group.writes():
+                    _clear(RunFolder(cfg.OUTPUT_DIR))
                 watcher.end(result, skipped=True)
                 found.append(result)
                 continue
             options = _options(job, part, cfg, before) | protocol.options(job, part, before)
             result = run(cfg, quiet=True, on_epoch=watcher.epoch, command=list(command), plugins=job.plugins, **options)
+            result = written(cfg, result)
             watcher.end(result, skipped=False)
             found.append(result)
     return found
+
+
+def _clear(folder: RunFolder) -> None:
+    """Remove what a process left that was killed after its last word."""
+    with folder.alone():
+        folder.tidy()
+        folder.drop_progress()
 
 
 def _options(job: Job, part: Part, cfg: CfgNode, before: Sequence[RunResult]) -> dict[str, Any]:

@@ -227,6 +227,12 @@ def finished(cfg: CN) -> RunResult | None:
     return result if result is not None and result.config == plain(cfg) and result.metrics else None
 
 
+def written(cfg: CN, result: RunResult) -> RunResult:
+    """Return the result of a run that has just ended as the process that writes has it; the others wait for it and read it."""
+    group.wait()
+    return result if group.writes() else finished(cfg) or result
+
+
 def _recorded(cfg: CN) -> RunResult | None:
     """Return what stands in ``OUTPUT_DIR``, such as of the same run with another number of workers, if anything does."""
     path = Path(cfg.OUTPUT_DIR) / FILE_NAME

@@ -13,6 +13,9 @@ from promptmix.errors import ConfigError
 from promptmix.parallel import group
 from promptmix.plugin_manager import get_plugin_manager
 from promptmix.registry import DATASET_REGISTRY
+from promptmix.runs.execute import execute
+from promptmix.runs.protocols import Job
+from promptmix.runs.results import RunResult
 from promptmix.runs.run import run
 from tests.trainers import toy
 
@@ -76,6 +79,17 @@ def train(room: Path, folder: Path, *, stop: bool = False) -> None:
         return
 
 
+def protocol(room: Path, folder: Path) -> list[RunResult]:
+    """Train CoOp on the base classes and test it on both halves, as ``run base-to-new`` does; then again, which is done."""
+    settings = toy.toy_settings(room, "CoOp") | {"OPTIM.MAX_EPOCH": 1, "INPUT.FEATURE_CACHE": False}
+    said = ("TRAINER.NAME", "DATASET.NAME", "DATASET.ROOT", "OUTPUT_DIR")
+    words = [word for key, value in settings.items() if key not in said for word in (key, value)]
+    job = Job("base-to-new", "CoOp", "ToyPictures", str(folder), seed=1, settings=tuple(words), root=str(room))
+    first = execute(job)
+    assert [result.metrics for result in execute(job)] == [result.metrics for result in first]
+    return first
+
+
 def together(room: Path) -> tuple[dict[str, dict[str, torch.Tensor]], str, str]:
     """Go through everything as one of the processes, until the second one is gone without a word.
 
@@ -90,6 +104,7 @@ def together(room: Path) -> tuple[dict[str, dict[str, torch.Tensor]], str, str]:
             refused = beside_the_towers(room)
             train(room, room / "2 to 1", stop=True)
             train(room, room / "2 together")
+            protocol(room, room / "2 protocol")
             sys.stdout.write(RUN)
             train(room, room / "1 to 2")
             group.wait()

@@ -28,6 +28,7 @@ def ended(room, tmp_path_factory):
     alone = {name: session.few_steps(folder, name) for name in session.METHODS}
     session.train(folder, folder / "1 alone")
     session.train(folder, folder / "1 to 2", stop=True)
+    session.protocol(folder, folder / "1 protocol")
     own = {"WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "lo", "PROMPTMIX_TIMEOUT": "60", launch._OURS: str(folder / "meeting")}
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {**own, "RANK": "0"}.items():
@@ -64,6 +65,12 @@ def test_a_training_goes_on_with_another_number_of_processes(ended, name):
     assert all(torch.allclose(value, theirs[key], atol=1e-5) for key, value in learned.items())
     assert list(said["path"]) == list(answers["path"]) and np.array_equal(said["top_class"], answers["top_class"])
     assert np.allclose(said["top_probability"], answers["top_probability"], atol=1e-4)
+
+
+@pytest.mark.parametrize("part", ["base", "new"])
+def test_a_protocol_gives_the_numbers_of_one_process(ended, part):
+    one, two = (json.loads((ended[0] / name / part / "results.json").read_text()) for name in ("1 protocol", "2 protocol"))
+    assert one["metrics"]["test"] == pytest.approx(two["metrics"]["test"]) and "--devices" in two["replay"]
 
 
 def test_numbers_of_other_processes_are_not_said_to_be_replayed(ended):

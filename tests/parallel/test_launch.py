@@ -10,7 +10,6 @@ import pytest
 
 from promptmix.cli import main
 from promptmix.commands import train
-from promptmix.config import get_cfg
 from promptmix.engine import SimpleTrainer
 from promptmix.errors import ConfigError, TrainingError
 from promptmix.parallel import launch
@@ -100,14 +99,28 @@ def test_one_device_starts_nothing_and_none_is_refused(monkeypatch, capsys):
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
+@pytest.mark.parametrize("command", ["run few-shot --trainer CoOp --datasets EmojiFamilies", "fit pictures"])
+def test_a_protocol_and_a_fit_start_the_same_processes(monkeypatch, command):
+    started = []
+    monkeypatch.setattr(launch, "start", lambda count, argv: started.append((count, argv)) or 7)
+    words = [*command.split(), "--gpus", "3", "--device", "cpu"]
+    assert main(words) == 7 and started == [(3, words)]
+
+
+def test_rounds_are_not_divided(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(launch, "place", lambda: (0, 2))
+    monkeypatch.setattr(launch, "take_device", lambda: None)
+    words = ["--trainer", "CoOp", "--datasets", "EmojiFamilies", "--devices", "2", "--output-dir", str(tmp_path / "out")]
+    assert main(["run", "active", *words]) == 2
+    assert "active works in rounds" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_a_trainer_without_towers_is_refused(monkeypatch):
-    cfg = get_cfg()
-    cfg.TRAINER.NAME = "Plain"
     monkeypatch.setitem(TRAINER_REGISTRY._entries, "Plain", SimpleTrainer)
-    train._refuse_undivided(cfg)
+    train.refuse_undivided("Plain")
     monkeypatch.setattr(launch, "place", lambda: (0, 2))
     with pytest.raises(ConfigError, match="TRAINER.NAME Plain is no prompt trainer"):
-        train._refuse_undivided(cfg)
+        train.refuse_undivided("Plain")
 
 
 @pytest.mark.parametrize("given", ["soon", "0", "nan", "inf"])

@@ -94,11 +94,18 @@ def write_backbone(path: Path, width: int = 64) -> Path:
 def toy_cfg(room: Path, trainer: str, *opts: object, classes: str = "base", seed: int = 1):
     """Return a config of ``trainer`` with its defaults, on the toy pictures and the random backbone in ``room``."""
     cfg = get_cfg()
-    settings = {
+    settings = toy_settings(room, trainer) | {"DATASET.SUBSAMPLE_CLASSES": classes, "SEED": seed}
+    merge_opts(cfg, [part for pair in settings.items() for part in pair], source="the test")
+    merge_opts(cfg, list(opts), source="the test's options")
+    return cfg
+
+
+def toy_settings(room: Path, trainer: str) -> dict[str, object]:
+    """Return what ``trainer`` is told so that it learns the toy pictures with the random backbone in ``room``."""
+    return {
         "TRAINER.NAME": trainer,
         "DATASET.NAME": "ToyPictures",
         "DATASET.ROOT": str(room),
-        "DATASET.SUBSAMPLE_CLASSES": classes,
         "MODEL.BACKBONE.NAME": "ViT-B/16",
         "MODEL.BACKBONE.WEIGHTS": str(room / "clip.safetensors"),
         "INPUT.SIZE": (PIXELS, PIXELS),
@@ -108,13 +115,9 @@ def toy_cfg(room: Path, trainer: str, *opts: object, classes: str = "base", seed
         "OPTIM.NAME": "sgd",
         "OPTIM.LR": 0.002,
         "OUTPUT_DIR": str(room / "output"),
-        "SEED": seed,
         "USE_CUDA": False,
         "VERBOSE": False,
     }
-    merge_opts(cfg, [part for pair in settings.items() for part in pair], source="the test")
-    merge_opts(cfg, list(opts), source="the test's options")
-    return cfg
 
 
 def toy_trainer(room: Path, trainer: str, *opts: object, classes: str = "base", seed: int = 1):
