@@ -6,7 +6,9 @@ import pytest
 import yaml
 
 from promptmix.cli import main
+from promptmix.commands import run
 from promptmix.runs import backends, results
+from promptmix.runs.protocols import Job
 from tests.dots import PLUGIN, fails
 
 
@@ -50,13 +52,19 @@ def test_quickstart_side_by_side_makes_the_same_table(comparison, tmp_path, caps
     assert main(comparison) == 0
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     monkeypatch.setattr(backends, "local", local)
+    monkeypatch.setattr(run, "last_first", lambda jobs: [1, 0])
     again = [*comparison, "--output-dir", str(tmp_path / "again"), "--jobs", "2"]
     assert main(again) == 0
     shown = capsys.readouterr().out
     assert [line for line in shown.splitlines() if line.startswith("|")] == table
-    assert "[1/2] base-to-new Linear seed 2: base" in shown and given[0].jobs == 2 and given[0].threads == 1
+    assert "[1/2] base-to-new Linear seed 1: base" in shown and given[0].jobs == 2 and given[0].threads == 1
     assert main(again) == 0  # nothing is left to run side by side
     assert capsys.readouterr().out.count("finished before") == 4 and len(given) == 1
+
+
+def test_the_last_method_begins_first():
+    jobs = [Job("few-shot", trainer, "", trainer, seed) for trainer in ("Small", "Middle", "Large") for seed in (1, 2)]
+    assert run.last_first(jobs) == [4, 5, 2, 3, 0, 1]
 
 
 def test_quickstart_goes_on_where_it_stopped(comparison, tmp_path, capsys):

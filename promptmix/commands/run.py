@@ -7,6 +7,8 @@ import contextlib
 import io
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from promptmix.commands.train import add_devices, refuse_undivided, split_arguments, start_devices
@@ -132,7 +134,8 @@ def run_all(jobs: list[Job], args: argparse.Namespace, sort: str, at_once: int =
         check(job)
     several = at_once > 1 and sum(not is_done(job) for job in jobs) > 1
     done, reuse = _side_by_side(jobs, args, at_once) if several else _one_by_one(jobs, args)
-    rows, metrics, notes = tables.aggregate(done)
+    # Rows that are sorted by time stand as the jobs do: side by side, the last ones begin first.
+    rows, metrics, notes = tables.aggregate([replace(one, started=f"{place:09}") for place, one in enumerate(done)])
     sys.stdout.write(f"\n{tables.render(rows + tables.averages(rows, metrics), metrics, args.format, sort=sort)}\n")
     for note in notes:
         sys.stderr.write(f"note: {note}\n")
@@ -160,6 +163,15 @@ def _one_by_one(jobs: list[Job], args: argparse.Namespace) -> tuple[list[RunResu
     return done, reused() - before
 
 
+def last_first(jobs: Sequence[Job]) -> list[int]:
+    """Return the order in which jobs begin side by side: those of the last method first, since methods are named as they grow.
+
+    A long job that begins last would have the other CPUs wait for it.
+    """
+    place = {trainer: index for index, trainer in enumerate(dict.fromkeys(job.trainer for job in jobs))}
+    return sorted(range(len(jobs)), key=lambda index: -place[jobs[index].trainer])
+
+
 def _side_by_side(jobs: list[Job], args: argparse.Namespace, at_once: int) -> tuple[list[RunResult], Reuse]:
     """Run jobs in processes of their own; the first that fails ends the others, which the same command goes on with.
 
@@ -174,13 +186,15 @@ def _side_by_side(jobs: list[Job], args: argparse.Namespace, at_once: int) -> tu
     options = backends.Options(jobs=at_once, threads=args.threads, command=("promptmix", *args.argv))
     reuse = Reuse()
     grid = Grid(jobs, io.StringIO())  # each run has a log of its own
+    order = last_first(jobs)
+    queue = [jobs[index] for index in order]
     try:
-        with contextlib.closing(backends.local(jobs, options, grid.started)) as outcomes:
-            for index, outcome in outcomes:
-                grid.ended(index, outcome)
+        with contextlib.closing(backends.local(queue, options, lambda place: grid.started(order[place]))) as outcomes:
+            for place, outcome in outcomes:
+                grid.ended(order[place], outcome)
                 reuse += outcome.reuse or Reuse()
                 if outcome.error:
-                    raise UserError(f"{jobs[index].name}: {outcome.error}")
+                    raise UserError(f"{queue[place].name}: {outcome.error}")
     finally:
         grid.close()
     return [result for job in jobs for _, _, result, _ in done_parts(job) if result is not None], reuse
