@@ -4,7 +4,9 @@ Two runs, one of each method: McNemar's exact test on the pictures that only one
 over data sets: the difference of the means with a bootstrap over pictures and seeds. A replicate draws the pictures (the same
 for both methods and all seeds, since they are the same pictures), and the seeds (the same for both methods where both have them,
 and for base and new, which are one training); data sets are drawn apart. With few seeds the part of the seeds is underestimated:
-three seeds can't show more spread than they have. Beside p stands Holm's correction for the number of comparisons in the table.
+three seeds can't show more spread than they have. A p that too few replicates speak for is that of a normal distribution with
+the replicates' deviation, so that it isn't bound by their number. Beside p stands Holm's correction for the number of
+comparisons in the table.
 """
 
 from __future__ import annotations
@@ -30,6 +32,8 @@ from promptmix.tables.rows import Row
 __all__ = ["Comparison", "compare", "mcnemar", "render"]
 
 REPLICATES = 4000
+#: So many replicates beyond zero give p by their share; fewer say too little of it.
+_ENOUGH = 20
 _SEED = 0  # the same numbers each time
 MCNEMAR, BOOTSTRAP = "McNemar, exact", "bootstrap over pictures"
 _LABELS = {"base": "base", "new": "new", "h": "H", "test": "test"}
@@ -153,12 +157,13 @@ def compare(rows: list[Row], baseline: str = "") -> tuple[list[Comparison], list
     reader = _Reader()
     found: list[Comparison] = []
     for same in groups.values():
+        names = _names(same)
         for first, second in itertools.combinations(same, 2):
             if baseline and baseline not in (first.method, second.method):
                 continue
             if first.method == baseline:
                 first, second = second, first
-            found += _of_pair(first, second, _members(rows, first, second), _names(first, second), reader)
+            found += _of_pair(first, second, _members(rows, first, second), (names[id(first)], names[id(second)]), reader)
     for rank, one in enumerate(sorted(found, key=lambda one: one.p)):
         one.holm = min(1.0, one.p * (len(found) - rank))
     for before, after in itertools.pairwise(sorted(found, key=lambda one: one.p)):
@@ -181,12 +186,14 @@ def _members(rows: list[Row], first: Row, second: Row) -> list[tuple[Row, Row]]:
     return [(row, theirs[name]) for name, row in own(first).items() if name in theirs]
 
 
-def _names(first: Row, second: Row) -> tuple[str, str]:
-    def name(row: Row, other: Row) -> str:
-        more = [own for own, its in ((row.backbone, other.backbone), (row.settings, other.settings)) if own != its and own]
-        return f"{row.method} ({', '.join(more)})" if more and row.method == other.method else row.method
-
-    return name(first, second), name(second, first)
+def _names(rows: list[Row]) -> dict[int, str]:
+    """Return what each row (by ``id``) is called among others: its method, with the backbone and settings that tell it apart."""
+    found = {}
+    for row in rows:
+        alike = [other for other in rows if other.method == row.method]
+        more = [getattr(row, key) for key in ("backbone", "settings") if len({getattr(other, key) for other in alike}) > 1]
+        found[id(row)] = f"{row.method} ({', '.join(filter(None, more))})" if any(more) else row.method
+    return found
 
 
 def _of_pair(
@@ -249,7 +256,6 @@ def _comparison(
 ) -> Comparison:
     differences = drawn[0] - drawn[1]
     low, high = np.quantile(differences, (0.025, 0.975))
-    below, above = (differences <= 0).sum(), (differences >= 0).sum()
     one = Comparison(
         row.dataset,
         row.shots,
@@ -258,7 +264,7 @@ def _comparison(
         difference=100 * float(exact[0] - exact[1]),
         low=100 * float(low),
         high=100 * float(high),
-        p=min(1.0, 2 * (min(below, above) + 1) / (REPLICATES + 1)),
+        p=_p_of(float(exact[0] - exact[1]), differences),
         test=BOOTSTRAP + (" and seeds" if max(len(places[0].first), len(places[0].second)) > 1 else ""),
         seeds=(len(places[0].first), len(places[0].second)),
         pictures=sum(place.first.shape[1] for place in places),
@@ -268,6 +274,16 @@ def _comparison(
         one.only_first, one.only_second = int((first & ~second).sum()), int((second & ~first).sum())
         one.p, one.test = mcnemar(one.only_first, one.only_second), MCNEMAR
     return one
+
+
+def _p_of(difference: float, replicates: np.ndarray) -> float:
+    """Return the two-sided p of no difference: the share of replicates beyond zero, or, where they are few, a normal tail."""
+    beyond = min((replicates <= 0).sum(), (replicates >= 0).sum())
+    share = min(1.0, 2 * float(beyond + 1) / (len(replicates) + 1))
+    deviation = float(replicates.std(ddof=1))
+    if beyond >= _ENOUGH or deviation == 0:
+        return share
+    return math.erfc(abs(difference) / deviation / math.sqrt(2))
 
 
 def mcnemar(only_first: int, only_second: int) -> float:

@@ -108,6 +108,30 @@ def test_h_and_averages_are_compared(tmp_path):
     assert [one.holm for one in ranked] == sorted(one.holm for one in ranked)
 
 
+def test_p_is_not_bound_by_the_number_of_replicates(tmp_path):
+    draw = np.random.default_rng(3)
+    base = draw.random(400) < 0.4
+    for seed in (1, 2, 3):
+        run_with(tmp_path, "A", base, seed, "all")
+        run_with(tmp_path, "B", base & (np.arange(400) % 8 > 0), seed, "all")
+    (one,), _ = paired.compare(rows_of(tmp_path))
+    lost = (base & (np.arange(400) % 8 == 0)).mean()  # the same for all seeds, so that pictures alone are drawn
+    z = lost / np.sqrt(lost * (1 - lost) / 400)
+    assert z > 3.5 and np.log(one.p) == pytest.approx(np.log(2 * stats.norm.sf(z)), rel=0.1)
+    assert one.p < 1 / paired.REPLICATES
+
+
+def test_rows_of_one_method_are_told_apart_from_those_of_others_too(tmp_path):
+    for rate, label in ((0.1, "short"), (0.2, "long")):
+        place = run_with(tmp_path / label, "A", [True] * 30 + [False] * 10, part="all")
+        record = json.loads((place / "results.json").read_text()) | {"variant": label}
+        record["config"]["OPTIM"]["LR"] = rate
+        (place / "results.json").write_text(json.dumps(record))
+    run_with(tmp_path, "B", [True] * 10 + [False] * 30, part="all")
+    found, _ = paired.compare(rows_of(tmp_path), "B")
+    assert {(one.first, one.second) for one in found} == {("A (short)", "B"), ("A (long)", "B")}
+
+
 def test_what_can_not_be_compared_is_said(tmp_path):
     run_with(tmp_path, "A", [True, False], part="all")
     run_with(tmp_path, "B", [True, False, True], part="all")
