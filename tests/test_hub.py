@@ -95,6 +95,20 @@ def test_a_changed_file_is_refused(packed, tmp_path, picture):
     assert promptmix.load(tmp_path / "copy").predict(picture)
 
 
+def test_a_folder_that_somebody_gave_is_taken_by_name(packed, tmp_path, monkeypatch, picture, capsys):
+    given = shutil.copytree(packed, tmp_path / "given")
+    (given / "virus.py").write_text("nothing that was packed")
+    monkeypatch.setenv("PROMPTMIX_HUB", str(tmp_path / "theirs"))
+    assert main(["hub", "add", str(given)]) == 0 and "--model-dir hub:anna/emoji" in capsys.readouterr().out
+    assert main(["hub", "add", str(given), "--as", "other"]) == 0
+    assert {path.name for path in (tmp_path / "theirs" / "other").iterdir()} == {path.name for path in packed.iterdir()}
+    assert promptmix.load("hub:other").predict(picture)
+    (given / "README.md").write_text("changed")
+    for flags, words in {(str(given), "--as", "x"): "not what was packed", (str(packed),): "is there already"}.items():
+        assert main(["hub", "add", *flags]) == 2 and words in capsys.readouterr().err
+    assert not (tmp_path / "theirs" / "x").exists() and len(list((tmp_path / "theirs").iterdir())) == 2
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -128,6 +142,9 @@ def test_what_can_not_be_packed_is_one_line(run, packed, tmp_path, capsys):
         ("pack", str(run)): "--as NAME",
         ("pack",): "needs the output folder",
         ("list", "x"): "takes no folder",
+        ("add",): "needs a folder that `promptmix hub pack` made",
+        ("add", str(run / "results.json")): "unpack it",
+        ("check", "x", "--as", "y"): "--as y is for hub pack and add",
         ("check", str(tmp_path)): "name a folder that `promptmix hub pack` made",
         ("check", "hub:anna/emojy"): "did you mean 'anna/emoji'",
     }.items():

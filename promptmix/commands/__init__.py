@@ -20,7 +20,7 @@ COMMANDS: dict[str, str] = {
     "parse": "make tables from the results of several runs, ours and CoOp's logs alike",
     "interpret": "what a run learned: nearest words, routing, each expert alone, how far classes moved",
     "report": "one self-contained page about runs: tables, tests, pictures that were told wrong, reliability, what was learned",
-    "hub": "pack what a run learned as a folder for others, list and check such folders",
+    "hub": "pack what a run learned as a folder for others; add, list and check such folders",
     "card": "a model card for what a run learned",
     "convert": "rename a checkpoint between our layout and that of the authors' code",
     "bench": "measure what is saved against the plain way, and compare two measurements",

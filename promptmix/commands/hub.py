@@ -1,4 +1,4 @@
-"""``promptmix hub pack|list|check``: trained prompts as folders that people exchange."""
+"""``promptmix hub pack|add|list|check``: trained prompts as folders that people exchange."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from promptmix.files.text import harmless
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
     add = parser.add_argument
-    add("action", choices=("pack", "list", "check"), help="make a folder of a run, list those there are, or check one")
-    add("what", nargs="?", default="", metavar="RUN|FOLDER", help="pack: output folder of a run; check: hub:NAME or a folder")
-    add("--as", dest="name", default="", metavar="NAME", help="pack: NAME or OWNER/NAME")
+    add("action", choices=("pack", "add", "list", "check"), help="make a folder of a run, take one in, list, check")
+    add("what", nargs="?", default="", metavar="RUN|FOLDER", help="pack: output folder of a run; add, check: a folder")
+    add("--as", dest="name", default="", metavar="NAME", help="NAME or OWNER/NAME; add takes the packed one by default")
     add("--hub", default="", metavar="DIR", help="default: PROMPTMIX_HUB, or promptmix/hub among the user's data")
     add("--license", default="", metavar="ID", help="pack: of the learned numbers, such as mit")
     add("--load-epoch", type=int, metavar="N", help="pack: the checkpoint of this epoch; default: the one that was tested")
@@ -30,19 +30,26 @@ def run(args: argparse.Namespace) -> int:
         UserError: something that can't be done.
     """
     if (args.action == "list") == bool(args.what):
-        need = "takes no folder" if args.action == "list" else "needs the output folder of a run"
+        needs = {"list": "takes no folder", "pack": "needs the output folder of a run"}
+        need = needs.get(args.action, "needs a folder that `promptmix hub pack` made")
         raise UserError(f"hub {args.action} {need}")
     if args.action == "pack" and not args.name:
         raise UserError("hub pack needs --as NAME, by which the prompts are loaded")
     for flag, given in {"--as": args.name, "--license": args.license, "--load-epoch": args.load_epoch}.items():
-        if args.action != "pack" and given not in ("", None):
-            raise UserError(f"{flag} {given} is for hub pack; leave it out")
+        users = ("pack", "add") if flag == "--as" else ("pack",)
+        if args.action not in users and given not in ("", None):
+            raise UserError(f"{flag} {given} is for hub {' and '.join(users)}; leave it out")
     from promptmix.runs import hub
 
     folder = hub.hub_folder(args.hub)
     if args.action == "pack":
         made = hub.pack(args.what, args.name, folder, args.load_epoch, args.license)
-        sys.stdout.write(harmless(f"{made}\nuse it as: promptmix predict --model-dir {made} PICTURES\n"))
+        sys.stdout.write(harmless(f"{made}\n{_use(made)}others take the folder by: promptmix hub add FOLDER\n"))
+        return 0
+    if args.action == "add":
+        made, name = hub.add(args.what, args.name, folder)
+        named = folder == hub.hub_folder()
+        sys.stdout.write(harmless(f"{made}\n{_use(f'hub:{name}' if named else made)}"))
         return 0
     if args.action == "check":
         place = hub.place_of(args.what)
@@ -55,3 +62,7 @@ def run(args: argparse.Namespace) -> int:
         told = "damaged; `promptmix hub check` says why" if found is None else f"{found['trainer']} for {found['backbone']}"
         sys.stdout.write(harmless(f"{name}: {told}\n"))
     return 1 if damaged else 0
+
+
+def _use(place: object) -> str:
+    return f"use it as: promptmix predict --model-dir {place} PICTURES\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import traceback
+from bdb import BdbQuit
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
@@ -88,6 +89,8 @@ def _reason(error: BaseException, root: Path) -> UserError:
         file = Path(error.filename or place)
         shown = file.relative_to(root) if file.is_relative_to(root) else file
         return PluginError(f"{shown}:{error.lineno} is not valid Python here ({error.msg}); mend that line")
+    if isinstance(error, BdbQuit):
+        return UserError(f"{place} waits in a debugger (pdb.set_trace() there or in the line before); take that line out")
     if isinstance(error, ImportError):
         return _import_reason(error, root, place)
     frames = traceback.extract_tb(error.__traceback__)

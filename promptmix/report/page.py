@@ -220,9 +220,7 @@ def _best(rows: list[Row], metric: str) -> str:
 def _charts(rows: list[Row], metrics: list[str]) -> list[Block]:
     if sum(not row.averages for row in rows) < 2:
         return []
-    drawn = [
-        Figure(name.replace("-", " "), figures.svg(figure, f"chart {name}")) for name, figure in plots.figures(rows, metrics[0])
-    ]
+    drawn = [Figure("", figures.svg(figure, f"chart {name}")) for name, figure in plots.figures(rows, metrics[0])]
     return [Block(figures=drawn, size="large")] if drawn else []
 
 

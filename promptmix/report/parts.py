@@ -32,7 +32,7 @@ class Table:
 
 @dataclass
 class Figure:
-    """A chart with its caption; ``svg`` is markup that ``promptmix.report.figures`` made."""
+    """A chart with its caption, "" where the drawing has a title; ``svg`` is markup that ``promptmix.report.figures`` made."""
 
     caption: str
     svg: Any

@@ -25,6 +25,7 @@ FILE = "calibration.json"
 #: Between which T is sought; a bound that is reached says that the pictures can't tell.
 _LOW, _HIGH = 1e-2, 1e2
 _BINS = 15  # as in the paper
+_NO_GAIN = 0.0005  # nats a picture, below what is printed
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,11 @@ def in_words(found: Calibration | None) -> str:
     """Return a line that says what the temperature does."""
     if found is None:
         return "no temperature: the val pictures can't tell how sure the model may be (all right, or no better than chance)"
+    if abs(found.nll_before - found.nll) < _NO_GAIN:
+        return (
+            f"temperature {found.temperature:.3f} from {found.pictures:,} val pictures changes next to nothing: "
+            f"expected calibration error there {found.ece_before:.1f}%"
+        )
     return (
         f"temperature {found.temperature:.3f} from {found.pictures:,} val pictures: expected calibration error there "
         f"{found.ece_before:.1f}% -> {found.ece:.1f}%, log-likelihood loss {found.nll_before:.3f} -> {found.nll:.3f}"

@@ -7,7 +7,8 @@
       <model>/model.safetensors, .json  learned tensors
 
 Such a folder is a run's output folder to every command (`predict`, `interpret`, `--model-dir`), by its path or as ``hub:NAME``
-below a folder of the user's. Nothing is fetched from anywhere: how folders travel is up to their owners.
+below a folder of the user's, where ``add`` puts one that somebody gave. Nothing is fetched from anywhere: how folders
+travel is up to their owners.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,7 +32,7 @@ from promptmix.runs.card import card_of
 from promptmix.runs.results import RunResult
 from promptmix.utils import read_text
 
-__all__ = ["NOTE", "check", "entries", "hub_folder", "pack", "place_of"]
+__all__ = ["NOTE", "add", "check", "entries", "hub_folder", "pack", "place_of"]
 
 NOTE = "hub.json"
 SCHEME = "hub:"
@@ -70,7 +72,7 @@ def _named(name: str, hub: Path) -> Path:
     folder = hub / _checked(name)
     if not (folder / NOTE).is_file() or not folder.resolve().is_relative_to(hub.resolve()):
         known = [entry for entry, _ in entries(hub)]
-        there = f"there are: {', '.join(known)}" if known else "it holds none; `promptmix hub pack RUN --as NAME` makes one"
+        there = f"there are: {', '.join(known)}" if known else "it holds none; `promptmix hub add FOLDER` puts one there"
         raise DataError(f"{SCHEME}{name}: no such prompts in {hub}{closest(name, known)} ({there})")
     return folder
 
@@ -130,6 +132,42 @@ def pack(run: str | Path, name: str, hub: Path, epoch: int | None = None, licenc
     except OSError as error:
         raise UserError(f"{target} can't be written: {error.strerror or error}; choose another --hub") from error
     return target
+
+
+def add(folder: str | Path, name: str, hub: Path) -> tuple[Path, str]:
+    """Copy a packed folder that somebody gave into the hub: the files that its note names, and nothing else that lies there.
+
+    Args:
+        folder: what ``pack`` made, wherever it is now.
+        name: ``NAME`` or ``OWNER/NAME``; "" = the one that it was packed with.
+        hub: folder that it is put into.
+
+    Returns:
+        The copy, which is there whole or not at all, and its name.
+
+    Raises:
+        UserError: it isn't as it was packed, the name is taken, or it can't be written.
+    """
+    source = Path(folder)
+    if source.is_file():
+        raise DataError(f"{source} is a file; unpack it, and name the folder that holds {NOTE}")
+    note = check(source)
+    own = _checked(name or str(note.get("name", "")))
+    target = hub / own
+    if target.exists():
+        raise UserError(f"{target} is there already; choose another name by --as NAME, or remove it")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent) as room:
+            made = Path(room, "made")
+            for file in (NOTE, *note["files"]):
+                (made / file).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source / file, made / file)
+            check(made)  # what was copied, should the source have changed meanwhile
+            made.rename(target)
+    except OSError as error:
+        raise UserError(f"{target} can't be written: {error.strerror or error}; choose another --hub") from error
+    return target, own
 
 
 def _without_machine(record: RunResult) -> RunResult:

@@ -335,6 +335,7 @@ def test_pkg_resources_packaging(room):
             r"wordbias.py:1 reads the environment variable A_VARIABLE_NOBODY_HAS, which is not set",
         ),
         ("trainers/wordbias.py", "assert 1 > 2", r"trainers/wordbias.py:1 fails: AssertionError: assert 1 > 2 does not hold"),
+        ("trainers/wordbias.py", "raise __import__('bdb').BdbQuit", r"trainers/wordbias.py:1 waits in a debugger .* take that"),
         ("trainers/wordbias.py", "{}['Squares']", r"trainers/wordbias.py:1 fails: KeyError: 'Squares'"),
         ("train.py", "def broken(:", r"train.py:1 is not valid Python here"),
     ],

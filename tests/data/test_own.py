@@ -179,6 +179,15 @@ def test_folders_refuse(tmp_path):
         build("CSV", tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "words"), [("my.zip", "my.zip is an archive; unpack it"), ("a.JPG", "a.JPG is one picture; name the folder")]
+)
+def test_what_is_no_table_says_what_to_name(tmp_path, name, words):
+    (tmp_path / name).write_bytes(b"PK\3\4\0\xff")
+    with pytest.raises(DataError, match=words):
+        own("CSV", tmp_path, ["DATASET.CSV.FILE", name])
+
+
 def test_settings_of_another_data_set_are_refused(tmp_path):
     cfg = config("OxfordPets", tmp_path)
     cfg.TRAINER.NAME = "ZeroshotCLIP"

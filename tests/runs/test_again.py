@@ -105,6 +105,9 @@ def test_pictures_that_cant_tell_leave_no_temperature(tmp_path):
     (tmp_path / calibration.FILE).write_text("{}")
     assert calibration.calibrate(right, tmp_path) is None and not (tmp_path / calibration.FILE).exists()
     assert "can't tell" in calibration.in_words(None)
+    assert "next to nothing: expected calibration error there 8.7%" in calibration.in_words(
+        calibration.Calibration(0.99, 59, None, nll=1.037, nll_before=1.0372, ece=11.8, ece_before=8.7)
+    )
 
 
 @pytest.mark.parametrize("content", ["[]", '{"temperature": 0}', '{"temperature": "x", "pictures": 1}'])

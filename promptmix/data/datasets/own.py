@@ -31,6 +31,8 @@ PARTS = ("train", "val", "test")
 _PART_FOLDERS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 #: Formats of cameras and drawings that Pillow does not read by itself.
 _UNREAD_PICTURES = {".heic", ".heif", ".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".svg", ".jxl"}
+#: What folders come packed in.
+_ARCHIVES = {".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar"}
 
 #: (part or "", domain, folder or label, path): one picture as found.
 Found = tuple[str, str, str, str]
@@ -54,7 +56,9 @@ class _Own(AssembledDataset):
 
     def __init__(self, cfg: CfgNode, node: CfgNode, found: list[Found], names: dict[str, str], where: Path) -> None:
         if not found:
-            raise DataError(f"no pictures in {where}; ImageFolder reads CLASS/a.jpg or train/CLASS/a.jpg, CSV rows path,label")
+            raise DataError(
+                f"no pictures in classes in {where}; ImageFolder reads CLASS/a.jpg or train/CLASS/a.jpg, CSV rows path,label"
+            )
         for _, domain, label, path in found:
             if not _is_text(domain + names.get(label, label)):
                 raise DataError(f"{ascii(path)}: the name of its class or domain is not UTF-8 text; rename the folder")
@@ -291,6 +295,7 @@ class CSV(_Own):
     def __init__(self, cfg: CfgNode) -> None:
         node = cfg.DATASET.CSV
         where = Path(os.path.abspath(os.path.expanduser(os.path.join(cfg.DATASET.ROOT, node.FILE))))
+        _refuse_no_table(where)
         # Lines end where CSV says: a quoted name may hold a line end, and one of Unicode's others.
         table = csv.DictReader(io.StringIO(_text(where, "DATASET.CSV.FILE"), newline=""), skipinitialspace=True)
         twice = [name for name, count in Counter(table.fieldnames or ()).items() if count > 1 and name]
@@ -307,6 +312,18 @@ class CSV(_Own):
             raise DataError(f"{where}: some rows have a split and some have none; fill the column or remove it")
         _refuse_copies(found, where)
         super().__init__(cfg, node, found, {}, where)
+
+
+def _refuse_no_table(where: Path) -> None:
+    """Refuse an archive or a picture in the place of a table, which can't be read as text.
+
+    Raises:
+        DataError: it is one; the message says what to name instead.
+    """
+    if where.suffix.lower() in _ARCHIVES:
+        raise DataError(f"{where} is an archive; unpack it, and name the folder that holds a folder of pictures for each class")
+    if _is_picture(where.name):
+        raise DataError(f"{where} is one picture; name the folder that holds a folder of pictures for each class")
 
 
 def _row(row: dict[str | Any, Any], where: Path, number: int) -> Found:
