@@ -18,6 +18,8 @@ from promptmix.errors import ConfigError, PluginError, UserError
 
 __all__ = ["explained", "where"]
 
+#: Packages of a checkout; ones of the same names that pip would install are others.
+_PARTS = ("datasets", "trainers")
 #: What forks of Dassl change, and checkouts that need them call.
 _OURS = (
     "Classification",
@@ -138,7 +140,7 @@ def _import_reason(error: ImportError, root: Path, place: str) -> UserError:
                 "the version that the checkout asks for"
             )
         return PluginError(f"{place} can't be imported: {text}")
-    if (root / top).is_dir() or (root / f"{top}.py").is_file():
+    if top in _PARTS or (root / top).is_dir() or (root / f"{top}.py").is_file():
         if top in sys.modules and "is not a package" in text:
             return PluginError(f"{place} can't be imported: {text}")
         return PluginError(

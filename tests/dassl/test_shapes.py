@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from promptmix.cli import main
+from promptmix.dassl.reasons import explained
+from promptmix.errors import PluginError
 from tests.dassl.fork import change, command, log, make, refused, run
 
 
@@ -345,6 +347,11 @@ def test_reasons(room, capsys, file, text, message):
     path.write_text(f"{text}\n{path.read_text()}")
     assert re.search(message, refused(room, capsys))
     assert not (room / "out").exists()
+
+
+def test_a_checkout_without_its_datasets_is_not_told_to_install_another_package(tmp_path):
+    with pytest.raises(PluginError, match="imports datasets, which the checkout itself lacks"), explained(tmp_path):
+        raise ModuleNotFoundError("No module named 'datasets'", name="datasets")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
