@@ -1,5 +1,6 @@
 """Packed prompts predict what the run predicts, say nothing of the machine, and are refused once changed; cards are text."""
 
+import dataclasses
 import json
 import shutil
 
@@ -12,7 +13,7 @@ import promptmix
 from promptmix.assets import asset_path
 from promptmix.cli import main
 from promptmix.errors import CheckpointError, DataError, UserError
-from promptmix.runs import hub, results
+from promptmix.runs import calibration, hub, results
 from promptmix.runs.card import card_of
 
 QUICK = ["--config-file", "configs/quickstart.yaml", "--seed", "1", "OPTIM.MAX_EPOCH", "1", "DATASET.NUM_SHOTS", "1"]
@@ -51,6 +52,21 @@ def test_packed_prompts_predict_what_the_run_predicts(run, packed, picture):
         assert np.allclose(found.probabilities, expected.probabilities)
     other = promptmix.load("hub:anna/emoji").predict(picture, ["cat", "dog"])[0]
     assert set(other.classnames) == {"cat", "dog"}
+
+
+def test_the_temperature_travels_and_is_held_by_its_digest(run, tmp_path, monkeypatch, picture):
+    monkeypatch.setenv("PROMPTMIX_HUB", str(tmp_path / "hub"))
+    own = shutil.copytree(run, tmp_path / "run")
+    found = calibration.Calibration(2.5, 10, None, nll=1.0, nll_before=1.1, ece=1.0, ece_before=2.0)
+    (own / calibration.FILE).write_text(json.dumps(dataclasses.asdict(found)))
+    made = hub.pack(own, "warm", tmp_path / "hub")
+    expected = promptmix.load(own).predict(picture)[0].probabilities
+    assert np.allclose(promptmix.load(made).predict(picture)[0].probabilities, expected)
+    plain = hub.pack(run, "plain", tmp_path / "hub")
+    assert not np.allclose(promptmix.load(plain).predict(picture)[0].probabilities, expected)
+    shutil.copy(made / calibration.FILE, plain)
+    with pytest.raises(DataError, match="calibration.json was not packed"):
+        hub.check(plain)
 
 
 def test_an_evaluation_stays_out_of_the_packed_folder(packed, tmp_path, monkeypatch, capsys):

@@ -5,6 +5,7 @@
       results.json                      what was run and what came out; no paths, no command line
       README.md                         the card
       <model>/model.safetensors, .json  learned tensors
+      calibration.json                  where the run has one: the temperature of its probabilities
 
 Such a folder is a run's output folder to every command (`predict`, `interpret`, `--model-dir`), by its path or as ``hub:NAME``
 below a folder of the user's, where ``add`` puts one that somebody gave. Nothing is fetched from anywhere: how folders
@@ -19,6 +20,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +29,10 @@ from promptmix.engine import convert
 from promptmix.errors import CheckpointError, DataError, UserError
 from promptmix.files.sums import file_digest
 from promptmix.registry import closest
-from promptmix.runs import results
+from promptmix.runs import calibration, results
 from promptmix.runs.card import card_of
 from promptmix.runs.results import RunResult
-from promptmix.utils import read_text
+from promptmix.utils import read_text, write_json
 
 __all__ = ["NOTE", "add", "check", "entries", "hub_folder", "pack", "place_of"]
 
@@ -123,6 +125,9 @@ def pack(run: str | Path, name: str, hub: Path, epoch: int | None = None, licenc
             made = Path(room, "made")
             convert.write_ours(learned, made)
             clean.save(made)
+            measured = calibration.read(source)
+            if measured is not None and measured.epoch == epoch:
+                write_json(asdict(measured) | {"epoch": None}, made / calibration.FILE)  # one checkpoint is there, the one tested
             text = card_of([clean], name=name, licence=licence, epoch=learned.epoch)
             (made / "README.md").write_text(text, encoding="utf-8")
             files = {path.relative_to(made).as_posix(): file_digest(path) for path in sorted(made.rglob("*")) if path.is_file()}
@@ -211,6 +216,7 @@ def check(folder: Path) -> dict[str, Any]:
             raise DataError(f"{path} names {shown(name)}, which {problem}; {remedy}")
     strange = [file for file in folder.glob("*/model.*") if file.relative_to(folder).as_posix() not in files]
     strange += [file for file in folder.glob("*/*.pth.tar*")]
+    strange += [file for file in folder.glob(calibration.FILE) if file.name not in files]
     if strange or results.FILE_NAME not in files:
         what = f"{strange[0]} was not packed" if strange else f"{path} lacks {results.FILE_NAME}"
         raise DataError(f"{what}; {remedy}")
