@@ -83,7 +83,6 @@ def train(pictures, tmp_path):
         (["MODEL.BACKBONE.TOKENIZER", "x"], ["MODEL.BACKBONE.TOKENIZER is 'x'", "tiny-vit has its own"]),
         (["OUTPUT_DIR", "~/x"], ["OUTPUT_DIR is '~/x'"]),
         (["OUTPUT_DIR", " "], ["OUTPUT_DIR is ' '", "names no folder"]),
-        (["DATASET.EMOJI.NUM_CONCEPTS", "20"], ["would be ignored by data set ImageFolder"]),
         (["TEST.SPLIT", "val", "DATASET.IMAGEFOLDER.SPLIT_RATIO", "(0.5, 0.0, 0.5)"], ["TEST.SPLIT is 'val'", "no val part"]),
     ],
 )

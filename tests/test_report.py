@@ -206,7 +206,7 @@ def test_shots_are_told_apart(room, tmp_path):
             assert main([*flags, "DATASET.NAME", "ImageFolder", "DATASET.SOURCE_DOMAINS", "()", "OPTIM.MAX_EPOCH", "2"]) == 0
     assert main(["report", str(tmp_path), "--out", str(tmp_path / "r.html"), "--no-interpret"]) == 0
     text = (tmp_path / "r.html").read_text(encoding="utf-8")
-    for name in ("CoOp, 1 shots", "KgCoOp, 2 shots", "test, 1 shots", "test, 2 shots", "shots all classes test"):
+    for name in ("CoOp, 1 shots", "KgCoOp, 2 shots", "test, 1 shots", "test, 2 shots", "chart shots-all-classes-test"):
         assert name in text
     curves = text.split('<section id="learning">')[1].split("</section>")[0]
     assert curves.count("CoOp, 1 shots") == 4  # two methods, loss and accuracy

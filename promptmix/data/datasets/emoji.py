@@ -13,7 +13,7 @@ from yacs.config import CfgNode
 
 from promptmix.assets import asset_path
 from promptmix.config.declare import Setting, declare
-from promptmix.data.base import DatasetBase, refuse_of_another
+from promptmix.data.base import DatasetBase
 from promptmix.data.datum import Datum
 from promptmix.data.fewshot import say_fewer, subsample_classes, unlabeled
 from promptmix.data.reading.images import open_member
@@ -186,9 +186,3 @@ def extend_config(cfg: CfgNode) -> None:
     declare(cfg.DATASET.EMOJI, "NUM_CONCEPTS", 150, Setting(comment, low=2, high=100_000))
     comment = "EmojiConcepts: novel: those kept out of the tiny models' pretraining"
     declare(cfg.DATASET.EMOJI, "CONCEPTS", "seen", Setting(comment, choices=("seen", "novel", "all")))
-
-
-@hookimpl
-def validate_config(cfg: CfgNode) -> None:
-    """Refuse settings that another data set would ignore."""
-    refuse_of_another(cfg, "DATASET.EMOJI", cfg.DATASET.NAME.startswith("Emoji"))
