@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -11,7 +12,7 @@ import stat
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -81,6 +82,18 @@ def get_logger() -> logging.Logger:
         logger.setLevel(logging.DEBUG)
         logger.propagate = False  # an application's root handler would print every line a second time
     return logger
+
+
+@contextlib.contextmanager
+def quiet(level: int = logging.WARNING) -> Iterator[None]:
+    """Keep messages below ``level`` off the output inside the context."""
+    logger = get_logger()
+    before = logger.level
+    logger.setLevel(level)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def set_random_seed(seed: int) -> None:

@@ -24,7 +24,7 @@ from promptmix.engine import build_trainer
 from promptmix.engine.precision import choose_device
 from promptmix.prompts.trainer import PromptTrainer
 from promptmix.registry import BACKBONE_REGISTRY, DATASET_REGISTRY
-from promptmix.utils import get_logger
+from promptmix.utils import quiet
 
 _WORDS = ("dog", "lion", "bus", "tree", "cup", "road", "bird", "ship")
 _NAME = "bench"
@@ -180,14 +180,8 @@ def learn(trainer: PromptTrainer, batch: dict[str, Tensor]) -> None:
 @contextmanager
 def silenced() -> Iterator[None]:
     """Keep what trainers log out of the table, and progress bars off the terminal."""
-    log = get_logger()
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stderr(nowhere):
-            yield
-    finally:
-        log.setLevel(level)
+    with quiet(logging.ERROR), open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stderr(nowhere):
+        yield
 
 
 class Minimum:

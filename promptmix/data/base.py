@@ -11,8 +11,6 @@ from typing import ClassVar
 
 from yacs.config import CfgNode
 
-from promptmix.config import get_key, sources
-from promptmix.config.declare import all_defaults
 from promptmix.data.datum import Datum
 from promptmix.data.fewshot import generate_fewshot, split_by
 from promptmix.errors import ConfigError, DataError
@@ -213,25 +211,6 @@ def require_folder(path: str | os.PathLike[str], name: str) -> Path:
     there = sorted(entry.name for entry in above.iterdir()) if above.is_dir() else []
     seen = f"{above} holds {', '.join(there[:8])}" if there else f"{above} is empty or missing"
     raise DataError(f"data set {name}: no folder {folder} ({seen}); set --root (DATASET.ROOT) to the folder above it")
-
-
-def refuse_of_another(cfg: CfgNode, node: str, is_read: bool) -> None:
-    """Refuse settings of a data set where another one is chosen.
-
-    Args:
-        cfg: a merged config tree.
-        node: where its settings stand.
-        is_read: the data set that is chosen reads them.
-
-    Raises:
-        ConfigError: it doesn't, and one was set.
-    """
-    defaults = all_defaults(cfg)
-    # The record of a run (run_config.yaml) states every key, those of other data sets at their defaults.
-    keys = [key for key in sources(cfg) if key.startswith(f"{node}.") and get_key(cfg, key) != defaults[key]]
-    if keys and not is_read:
-        who = sources(cfg)[keys[0]]
-        raise ConfigError(f"{keys[0]} (set by {who}) would be ignored by data set {cfg.DATASET.NAME}; remove it")
 
 
 def reading_of(cfg: CfgNode) -> str:

@@ -13,11 +13,12 @@ from torch import Tensor
 from promptmix import config
 from promptmix.config.flags import check_place, load_plugins
 from promptmix.errors import ConfigError, DataError
-from promptmix.predict import Predictor, forget_places, quiet, read_result
+from promptmix.predict import Predictor, forget_places, read_result
 from promptmix.prompts.trainer import PromptTrainer
 from promptmix.registry import TRAINER_REGISTRY
 from promptmix.runs.hub import place_of
 from promptmix.runs.results import FILE_NAME, RunResult
+from promptmix.utils import quiet
 
 __all__ = ["Opened", "open_run"]
 

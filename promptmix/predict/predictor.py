@@ -6,8 +6,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -40,9 +38,9 @@ from promptmix.registry import TRAINER_REGISTRY
 from promptmix.runs import calibration, results
 from promptmix.runs.hub import place_of
 from promptmix.runs.results import FILE_NAME, RunResult
-from promptmix.utils import get_logger
+from promptmix.utils import get_logger, quiet
 
-__all__ = ["Picture", "Prediction", "Predictor", "forget_places", "load", "quiet", "read_result"]
+__all__ = ["Picture", "Prediction", "Predictor", "forget_places", "load", "read_result"]
 
 
 @dataclass(frozen=True)
@@ -437,15 +435,3 @@ def _without_data(cfg: CfgNode, vocabulary: dict[str, Any]) -> Any:
 
     # Under the trainer's own name, which is what a checkpoint knows its writer by.
     return type(trainer_class.__name__, (trainer_class,), {"build_data_loader": build_data_loader})(cfg)
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep the trainer's progress messages off the output, but not its warnings."""
-    logger = get_logger()
-    before = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)

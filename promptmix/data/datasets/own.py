@@ -13,10 +13,11 @@ from typing import Any
 from PIL import Image
 from yacs.config import CfgNode
 
+from promptmix.config import get_key, sources
 from promptmix.config.checks import check_templates
-from promptmix.config.declare import Setting, declare, shown
+from promptmix.config.declare import Setting, all_defaults, declare, shown
 from promptmix.data.assemble import AssembledDataset, renumbered
-from promptmix.data.base import refuse_of_another, require_folder
+from promptmix.data.base import require_folder
 from promptmix.data.datasets.readers import read_classnames, shuffled_split
 from promptmix.data.datum import Datum
 from promptmix.data.leaks import alike, find_leaks
@@ -387,6 +388,12 @@ def extend_config(cfg: CfgNode) -> None:
 @hookimpl
 def validate_config(cfg: CfgNode) -> None:
     """Refuse settings of one of the two that another data set would ignore."""
+    defaults = all_defaults(cfg)
     for name in ("IMAGEFOLDER", "CSV"):
-        refuse_of_another(cfg, f"DATASET.{name}", cfg.DATASET.NAME.upper() == name)
+        # The record of a run (run_config.yaml) states every key, those of other data sets at their defaults.
+        keys = [key for key in sources(cfg) if key.startswith(f"DATASET.{name}.") and get_key(cfg, key) != defaults[key]]
+        if keys and cfg.DATASET.NAME.upper() != name:
+            raise ConfigError(
+                f"{keys[0]} (set by {sources(cfg)[keys[0]]}) would be ignored by data set {cfg.DATASET.NAME}; remove it"
+            )
         check_templates(f"DATASET.{name}.TEMPLATES", cfg.DATASET[name].TEMPLATES)
