@@ -61,8 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--coop-repo", default="", metavar="DIR", help="run a trainer of this checkout of CoOp or one of its forks, as it is")
     add(
         "--dassl",
-        choices=("ours", "theirs"),
-        help="with --coop-repo: promptmix's engine, or the checkout's own Dassl (or an installed one)",
+        metavar="ours|theirs|DIR",
+        help="with --coop-repo: promptmix's engine, the checkout's own Dassl (or an installed one), or the Dassl in this folder",
     )
     add("--plugin", action="append", default=[], metavar="MODULE|FILE", help="load a plugin; may be repeated")
     add("--device", choices=("auto", "cpu", "cuda"), help="where to compute")

@@ -235,8 +235,8 @@ class _Ours(_Session):
                 return trainer
 
             stack.enter_context(_replaced(promptmix.dassl.engine, "build_trainer", build))
-            stack.enter_context(_replaced(promptmix.dassl.utils, "setup_logger", lambda *_args, **_kwargs: None))
-            yield build
+            with _making_folder() as make_folder, _replaced(promptmix.dassl.utils, "setup_logger", make_folder):
+                yield build
 
 
 class _Theirs(_Session):
@@ -289,6 +289,25 @@ class _Theirs(_Session):
         result.finished = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
         result.seconds = {"total": round(seconds, 3)}
         get_logger().info("Results: %s", result.save(folder))
+
+
+@contextmanager
+def _making_folder() -> Iterator[Callable[..., None]]:
+    """Yield a stand-in for ``setup_logger`` that makes its folder and no log, since trainers write there while they are built."""
+    made: list[Path] = []
+
+    def make_folder(output: str | None = None) -> None:
+        folder = Path(output or "")
+        if output and not folder.suffix and not folder.exists():
+            folder.mkdir(parents=True)
+            made.append(folder)
+
+    try:
+        yield make_folder
+    finally:
+        for folder in made:
+            with suppress(OSError):  # something was written
+                folder.rmdir()
 
 
 @contextmanager

@@ -33,8 +33,7 @@ _OURS = (
     "TrainerXU",
 )
 _FORK = (
-    "it may need a fork of Dassl: install that and give --dassl theirs, or take promptmix's own trainer "
-    "(`promptmix list trainers`)"
+    "it may need a fork of Dassl: give its folder with --dassl, or take promptmix's own trainer (`promptmix list trainers`)"
 )
 _NO_GPU = (
     "no kernel image|not compiled with cuda|found no nvidia driver|no cuda gpus|cuda driver|cuda error|requires? cuda|cuda device"
@@ -111,6 +110,8 @@ def _reason(error: BaseException, root: Path) -> UserError:
         return UserError(f"{place} needs the file {error.filename}, which is not there; see the checkout's own page for it")
     if isinstance(error, KeyError) and frames[-1].filename.endswith(("os.py", "<frozen os>")) and error.args:
         return UserError(f"{place} reads the environment variable {error.args[0]}, which is not set; set it as its page says")
+    if isinstance(error, KeyError) and re.search(rf"batch\w*\[.{re.escape(str(error.args[:1])[2:-3])}.\]", frames[-1].line or ""):
+        return UserError(f"{place} reads {error} of a batch, which Dassl's batches lack; {_FORK}")
     missing = re.search(r"(?:file|filename|path) '?([^\s']+)'? does not exist", text)
     if missing:  # torch.jit says it so
         return UserError(f"{place} needs the file {missing.group(1)}, which is not there; see the checkout's own page for it")
@@ -130,7 +131,7 @@ def _import_reason(error: ImportError, root: Path, place: str) -> UserError:
         return PluginError(f"{place} can't be imported: {text} in the checkout's own Dassl; --dassl ours runs promptmix's")
     if top == "dassl" or name.startswith("promptmix.dassl"):
         return PluginError(
-            f"{place} can't be imported: {text}; if the checkout needs a Dassl of its own, install that and give --dassl theirs"
+            f"{place} can't be imported: {text}; if the checkout needs a Dassl of its own, give its folder with --dassl"
         )
     if not isinstance(error, ModuleNotFoundError):
         wanted = re.match(r"cannot import name '(\w+)' from '", text)

@@ -47,11 +47,13 @@ def choose(root: Path, file: Path, wanted: str) -> Engine:
         root: folder of the checkout.
         file: its program.
         wanted: ``ours``: promptmix's; ``theirs``: the checkout's copy, else an installed one; "": the checkout's copy where its
-            code differs from the original's, else ours.
+            code differs from the original's, else ours; any other word: the Dassl in the folder of that name.
 
     Raises:
         ConfigError: what is wanted is not there.
     """
+    if wanted not in ("", "ours", "theirs"):
+        return _in_folder(wanted)
     renamed = _renamed(root, file)
     if renamed is not None:
         if wanted == "ours":
@@ -82,6 +84,16 @@ def choose(root: Path, file: Path, wanted: str) -> Engine:
         raise ConfigError(f"--dassl theirs: {root} brings no Dassl, and none is installed; leave the flag out")
     folder = Path(installed.origin).parent
     get_logger().info("Engine: the installed Dassl, %s", folder)
+    return Engine(folder, changed=_changed(folder))
+
+
+def _in_folder(path: str) -> Engine:
+    """Return the Dassl that the user names: a checkout of a fork, or the package in it."""
+    given = Path(path).expanduser().resolve()
+    folder = next((one for one in (given, given / "dassl") if (one / "engine" / "trainer.py").is_file()), None)
+    if folder is None or folder.name != "dassl":
+        raise ConfigError(f"--dassl {path}: no Dassl there; choose ours, theirs, or the folder of a checkout of Dassl or a fork of it")
+    get_logger().info("Engine: the Dassl in %s", folder)
     return Engine(folder, changed=_changed(folder))
 
 

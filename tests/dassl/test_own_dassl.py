@@ -101,6 +101,17 @@ def test_an_installed_dassl_can_be_chosen(room, monkeypatch):
     assert run(room, "--dassl", "theirs", weights="")["metrics"]["test"]["accuracy"] == 75.0
 
 
+@pytest.mark.parametrize("folder", ["elsewhere", "elsewhere/dassl"])
+def test_a_dassl_can_be_named_by_its_folder(room, folder, monkeypatch):
+    own_dassl(room, "elsewhere")
+    monkeypatch.chdir(room)
+    assert run(room, "--dassl", folder, weights="")["metrics"]["test"]["accuracy"] == 75.0
+
+
+def test_a_folder_without_a_dassl(room, capsys):
+    assert "--dassl weights: no Dassl there; choose ours, theirs, or the folder" in refused(room, capsys, "--dassl", "weights")
+
+
 def test_a_log_that_its_dassl_closes(room):
     """ATPrompt closes standard output, then leaves."""
     own_dassl(room, "fork")

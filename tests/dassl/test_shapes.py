@@ -138,12 +138,32 @@ def test_a_bare_except_hides_nothing(room, capsys):
     change(
         room,
         "trainers/wordbias.py",
-        ("    def parse_batch_train(self, batch):\n", "    def parse_batch_train(self, batch):\n        batch['nothing']\n"),
+        ("    def parse_batch_train(self, batch):\n", "    def parse_batch_train(self, batch):\n        {}['nothing']\n"),
     )
     assert re.search(r"error: trainers/wordbias.py:\d+ fails: KeyError: 'nothing' \(--debug", refused(room, capsys))
 
 
+def test_a_key_that_only_a_fork_of_dassl_has(room, capsys):
+    """Craft's trainers read the class name of each picture."""
+    parse = "    def parse_batch_train(self, batch):\n"
+    change(room, "trainers/wordbias.py", (parse, f"{parse}        batch['classname']\n"))
+    error = refused(room, capsys)
+    assert re.search(
+        r"wordbias.py:\d+ reads 'classname' of a batch, which Dassl's batches lack; it may need a fork of Dassl: .* --dassl", error
+    )
+
+
 # Paths
+
+
+def test_a_trainer_that_writes_into_its_output_folder_while_it_is_built(room, capsys):
+    """Candle keeps numbers of classes there; in Dassl the folder is made with the log, before any trainer."""
+    build = "    def build_model(self):\n"
+    change(room, "trainers/wordbias.py", (build, f"{build}        open(self.cfg.OUTPUT_DIR + '/cache.txt', 'w').close()\n"))
+    refused(room, capsys, trainer="WordBais")
+    assert not (room / "out").exists()
+    run(room)
+    assert (room / "out" / "cache.txt").exists()
 
 
 def test_its_own_configs_win_from_any_folder(room, monkeypatch):
@@ -308,7 +328,7 @@ def test_pkg_resources_packaging(room):
         (
             "trainers/wordbias.py",
             "from dassl.engine import TrainerMULTI3",
-            r"wordbias.py:1 can't be imported: cannot import name 'TrainerMULTI3'.*--dassl theirs",
+            r"wordbias.py:1 can't be imported: cannot import name 'TrainerMULTI3'.*--dassl",
         ),
         (
             "trainers/wordbias.py",
