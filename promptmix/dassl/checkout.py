@@ -161,6 +161,7 @@ class _Session:
         self.root, self.file, self.engine, self.args, self.options = root, file, engine, args, options
         self.weights, self.on_cpu, self.taken = weights, on_cpu, taken
         self.result: RunResult | None = None
+        self.frozen = True
 
     def drive(self, trainer: Any) -> None:  # a trainer with Dassl's interface
         """Do what CoOp's ``main`` does with a trainer."""
@@ -179,6 +180,7 @@ class _Session:
 
     def _prepare(self, cfg: CfgNode) -> str:
         """Fit the tree to this machine; return what changed, in words."""
+        self.frozen = cfg.is_frozen()
         cfg.defrost()
         return to_fp32(cfg) if self.on_cpu else ""
 
@@ -186,6 +188,8 @@ class _Session:
         """Return the trainer of ``cfg``, with the local weights."""
         if self.weights is not None:
             self.weights.reach(cfg.MODEL.BACKBONE.NAME)
+        if not self.frozen:  # some leave that out, and change it in their trainers
+            cfg.defrost()
         trainer = build(cfg)
         # A trainer of rounds (active learning) builds its models later.
         if self.weights is not None and getattr(trainer, "get_model_names", list)():

@@ -32,9 +32,7 @@ _OURS = (
     "TrainerX",
     "TrainerXU",
 )
-_FORK = (
-    "it may need a fork of Dassl: give its folder with --dassl, or take promptmix's own trainer (`promptmix list trainers`)"
-)
+_FORK = "it may need a fork of Dassl: give its folder with --dassl, or take promptmix's own trainer (`promptmix list trainers`)"
 _NO_GPU = (
     "no kernel image|not compiled with cuda|found no nvidia driver|no cuda gpus|cuda driver|cuda error|requires? cuda|cuda device"
     r"|torch\.cuda\.is_available\(\)"
@@ -95,9 +93,12 @@ def _reason(error: BaseException, root: Path) -> UserError:
     if isinstance(error, ImportError):
         return _import_reason(error, root, place)
     frames = traceback.extract_tb(error.__traceback__)
-    if any(f"yacs{sep}" in frame.filename for frame in frames for sep in "/\\") and isinstance(
-        error, KeyError | ValueError | AssertionError | AttributeError
-    ):
+    in_yacs = any(f"yacs{sep}" in frame.filename for frame in frames for sep in "/\\")
+    if in_yacs and isinstance(error, AttributeError):
+        if frames[-1].name == "__getattr__":
+            return ConfigError(f"{place} reads a config key {text}, which neither its program nor its YAML files set")
+        return ConfigError(f"{place} changes its config, which its program froze ({text})")
+    if in_yacs and isinstance(error, KeyError | ValueError | AssertionError):
         reason = error.args[0] if error.args else text
         return ConfigError(f"the checkout's config can't be merged: {reason}; check its YAML files and the KEY VALUE pairs")
     if isinstance(error, AttributeError) and isinstance(error.obj, TrainerBase):

@@ -92,7 +92,7 @@ def _in_folder(path: str) -> Engine:
     given = Path(path).expanduser().resolve()
     folder = next((one for one in (given, given / "dassl") if (one / "engine" / "trainer.py").is_file()), None)
     if folder is None or folder.name != "dassl":
-        raise ConfigError(f"--dassl {path}: no Dassl there; choose ours, theirs, or the folder of a checkout of Dassl or a fork of it")
+        raise ConfigError(f"--dassl {path}: no Dassl there; choose ours, theirs, or the folder of a fork of Dassl")
     get_logger().info("Engine: the Dassl in %s", folder)
     return Engine(folder, changed=_changed(folder))
 
