@@ -197,6 +197,7 @@ def test_the_citation_is_of_this_version():
     [
         (lambda state: state.update(state_dict={k: v.long() for k, v in state["state_dict"].items()}), "is of type torch.int64"),
         (lambda state: state.pop("state_dict"), "has no 'state_dict'"),
+        (lambda state: state.update(state_dict={k: v[:-1] for k, v in state["state_dict"].items()}), "has no digest"),
     ],
 )
 def test_what_loading_refuses_is_not_packed(run, tmp_path, change, words):

@@ -9,6 +9,7 @@ from yacs.config import CfgNode
 
 from promptmix.config.declare import shown
 from promptmix.errors import ConfigError
+from promptmix.registry import DATASET_REGISTRY, TRAINER_REGISTRY, Registry
 
 __all__ = ["check_pairs", "check_templates"]
 
@@ -37,6 +38,26 @@ def check_pairs(cfg: CfgNode, given: Mapping[str, str]) -> None:
         check_templates(f"DATASET.TEMPLATE_GROUPS, group {number}", group)
 
 
+#: Keys that data sets of Dassl read, which a plugin or a checkout brings.
+_OF_DASSLS_SETS = tuple(
+    f"DATASET.{key}" for key in ("NUM_LABELED", "VAL_PERCENT", "STL10_FOLD", "CIFAR_C_TYPE", "CIFAR_C_LEVEL", "ALL_AS_UNLABELED")
+)
+
+
+def _is_ours(registry: Registry, name: str) -> bool:
+    return name in registry and registry.get(name).__module__.startswith("promptmix.")
+
+
+def _reads(cfg: CfgNode, key: str) -> bool:
+    """Tell whether the chosen trainer may read a core key; one that is unknown here is refused elsewhere."""
+    name = cfg.TRAINER.NAME
+    return name not in TRAINER_REGISTRY or key not in getattr(TRAINER_REGISTRY.get(name), "ignores", ())
+
+
+def _warms(cfg: CfgNode, kind: str) -> bool:
+    return cfg.OPTIM.WARMUP_EPOCH > 0 and kind == cfg.OPTIM.WARMUP_TYPE
+
+
 #: Keys that are read where others have some value: (beginnings of keys, when they are read, what to set for that).
 _READ: list[tuple[tuple[str, ...], Callable[[CfgNode], bool], str]] = [
     (("OPTIM.SGD_",), lambda cfg: cfg.OPTIM.NAME == "sgd", "OPTIM.NAME sgd"),
@@ -47,6 +68,29 @@ _READ: list[tuple[tuple[str, ...], Callable[[CfgNode], bool], str]] = [
     (("OPTIM.BASE_LR_MULT",), lambda cfg: cfg.OPTIM.STAGED_LR, "OPTIM.STAGED_LR True"),
     (("INPUT.FEATURE_CACHE_GB",), lambda cfg: cfg.INPUT.FEATURE_CACHE, "INPUT.FEATURE_CACHE True"),
     (("INPUT.PICTURE_CACHE_GB",), lambda cfg: cfg.INPUT.PICTURE_CACHE, "INPUT.PICTURE_CACHE True"),
+    (_OF_DASSLS_SETS, lambda cfg: not _is_ours(DATASET_REGISTRY, cfg.DATASET.NAME), "DATASET.NAME to a plugin's that reads it"),
+    (
+        tuple(f"MODEL.HEAD.{key}" for key in ("HIDDEN_LAYERS", "ACTIVATION", "BN", "DROPOUT")),
+        lambda cfg: _reads(cfg, "MODEL.HEAD.NAME"),
+        "TRAINER.NAME to one with such a head",
+    ),
+    (
+        ("DATALOADER.TRAIN_U.", "TRAIN.COUNT_ITER"),
+        lambda cfg: _reads(cfg, "DATASET.UNLABELED"),
+        "TRAINER.NAME to one that takes unlabelled pictures",
+    ),
+    (("OPTIM.WARMUP_CONS_LR",), lambda cfg: _warms(cfg, "constant"), "OPTIM.WARMUP_EPOCH 1 and OPTIM.WARMUP_TYPE constant"),
+    (("OPTIM.WARMUP_MIN_LR",), lambda cfg: _warms(cfg, "linear"), "OPTIM.WARMUP_EPOCH 1 and OPTIM.WARMUP_TYPE linear"),
+    (("OPTIM.WARMUP_TYPE", "OPTIM.WARMUP_RECOUNT"), lambda cfg: cfg.OPTIM.WARMUP_EPOCH > 0, "OPTIM.WARMUP_EPOCH 1"),
+    *(
+        (
+            (f"DATALOADER.{part}.{key}",),
+            lambda cfg, p=part, s=sampler: s in cfg.DATALOADER[p].SAMPLER,
+            f"its SAMPLER to {sampler}",
+        )
+        for part in ("TRAIN_X", "TRAIN_U")
+        for key, sampler in (("N_DOMAIN", "DomainSampler"), ("N_INS", "RandomClassSampler"))
+    ),
 ]
 #: Settings of augmentations, and the beginning of the names in INPUT.TRANSFORMS that read them.
 _OF_TRANSFORMS = {

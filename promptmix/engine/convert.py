@@ -56,6 +56,7 @@ class Learned:
         epoch: epochs of training done, if known.
         val_result: validation result, if any.
         frozen: the frozen image tower that came along, by CLIP's names; empty where only the learner was saved.
+        sealed: every file had the digest of what promptmix wrote, so that its tensors fit the run's record.
     """
 
     trainer: str
@@ -64,6 +65,7 @@ class Learned:
     epoch: int | None = None
     val_result: float | None = None
     frozen: dict[str, Tensor] = field(default_factory=dict)
+    sealed: bool = False
 
     def __post_init__(self) -> None:
         """Refuse numbers that are none, which nobody could load."""
@@ -245,7 +247,8 @@ def _ours(checkpoints: Mapping[str, Mapping[str, Any]], source: str) -> Learned:
             _refuse_types(models[name], source)
     if LEARNER in models and first["trainer"] in layouts():
         models[LEARNER] = {today(name): tensor for name, tensor in models[LEARNER].items()}
-    return Learned(first["trainer"], models, source, first.get("epoch"), first.get("val_result"))
+    sealed = all(DIGEST in checkpoint for checkpoint in checkpoints.values())
+    return Learned(first["trainer"], models, source, first.get("epoch"), first.get("val_result"), sealed=sealed)
 
 
 def _refuse_types(tensors: Mapping[str, Tensor], source: str) -> None:

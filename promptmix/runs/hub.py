@@ -118,6 +118,11 @@ def pack(run: str | Path, name: str, hub: Path, epoch: int | None = None, licenc
     learned = convert.read(source, epoch, record.trainer, record.trainer)
     if not any(learned.models.values()):
         raise CheckpointError(f"{source} learned nothing that could be packed")
+    if not learned.sealed:
+        raise CheckpointError(
+            f"{learned.source}: a checkpoint has no digest, so nothing says that it is what this run learned; "
+            "pack a run that this promptmix trained"
+        )
     clean = _without_machine(record)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

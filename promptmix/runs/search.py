@@ -132,7 +132,9 @@ def read(path: str) -> Search:
                 f"{file}: {entry['name']} has {len(named)} trials, the others {len(node['trials'])}; give each method as many"
             )
         found.append([_trial(entry, name, values, kept | replaced, file, plugins) for name, values in named.items()])
-    return Search(file, tree, metric, output, found)
+    search = Search(file, tree, metric, output, found)
+    sweep.refuse_shared_folders(search.jobs, where)
+    return search
 
 
 def _trial(entry: dict[str, Any], name: Any, values: Any, tree: dict[str, Any], file: Path, plugins: tuple[str, ...]) -> Trial:

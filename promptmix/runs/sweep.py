@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,12 +97,35 @@ def read(path: str) -> Sweep:
         if isinstance(method, dict) and "trials" in method:
             raise ConfigError(f"{file}: trials of {method.get('name')} would be ignored; add a `search`, or leave them out")
     jobs = list(jobs_of(tree, file, plugins))
-    folders: set[str] = set()
-    for job in jobs:
-        if job.folder in folders:
-            raise ConfigError(f"{file}: {job.name} ({job.protocol}) is there twice; give one of the trainers a `label`")
-        folders.add(job.folder)
+    refuse_shared_folders(jobs, str(file))
+    _refuse_twins(jobs, str(file))
     return plan_of(tree["output"], jobs, tree, file)
+
+
+def refuse_shared_folders(jobs: Iterable[Job], where: str) -> None:
+    """Refuse runs that would share a folder, also where a file system ignores case.
+
+    Raises:
+        ConfigError: there are two; the message names them.
+    """
+    places: dict[str, Job] = {}
+    for job in jobs:
+        other = places.setdefault(job.folder.casefold(), job)
+        if other is not job and other.folder == job.folder:
+            raise ConfigError(f"{where}: {job.name} ({job.protocol}) is there twice; give one of the trainers a `label`")
+        if other is not job:
+            raise ConfigError(f"{where}: {other.folder} and {job.folder} differ in case alone; choose another name for one")
+
+
+def _refuse_twins(jobs: Iterable[Job], where: str) -> None:
+    """Refuse one run under two names, which a table would take for two methods."""
+    runs: dict[str, Job] = {}
+    for job in jobs:
+        asked = dict(zip(job.settings[::2], job.settings[1::2], strict=True))
+        plain = replace(job, folder="", variant="", settings=tuple(sorted(asked.items())), shots=max(job.shots or 0, 0))
+        other = runs.setdefault(repr(plain), job)
+        if other is not job:
+            raise ConfigError(f"{where}: {other.name} and {job.name} are one run twice ({job.protocol}); leave one out")
 
 
 def plan_of(output: str, jobs: list[Job], tree: dict[str, Any], file: Path) -> Sweep:
@@ -155,15 +178,18 @@ def jobs_of(tree: dict[str, Any], file: Path, plugins: tuple[str, ...]) -> Itera
     seeds, shots = (_integers(tree.get(key, []), f"{where}: {key}") for key in ("seeds", "shots"))
     trainers = [method_entry(value, where) for value in tree["trainers"]]
     datasets = [_entry(value, _DATASET_KEYS, f"{where}: datasets") for value in tree["datasets"]]
-    if not all(isinstance(name, str) for name in tree.get("variants", {})):
-        raise ConfigError(f"{where}: variants: names must be text, not {', '.join(map(shown, tree['variants']))}")
-    variants = {str(name): flat(values, f"{where}: variants.{name}") for name, values in tree.get("variants", {"": {}}).items()}
-    for name in (*variants, *(str(method.get("label", "")) for method in trainers)):
-        if name and (not _FOLDER_NAME.fullmatch(name) or not name.strip(".")):
+    named = tree.get("variants", {})
+    if "variants" in tree and not named:
+        raise ConfigError(f"{where}: variants is empty, so that nothing would run; name one or more, or leave the key out")
+    if not all(isinstance(name, str) for name in named):
+        raise ConfigError(f"{where}: variants: names must be text, not {', '.join(map(shown, named))}")
+    for name in (*named, *(method["label"] for method in trainers if "label" in method)):
+        if not _FOLDER_NAME.fullmatch(name) or not name.strip(".") or name != name.strip():
             raise ConfigError(
                 f"{where}: {shown(name)} names a variant or label, which becomes part of a folder's name; "
-                "write it with letters, numbers, '.', '_', '-', '+', '=' and spaces"
+                "write it with letters, numbers, '.', '_', '-', '+', '=' and spaces between them"
             )
+    variants = {name: flat(values, f"{where}: variants.{name}") for name, values in named.items()} or {"": {}}
     shared = flat(tree.get("set", {}), f"{where}: set")
     root = tree.get("root", "")
     if root and not Path(root).is_absolute() and (file.parent / root).is_dir():
@@ -244,7 +270,11 @@ def flat(tree: Any, where: str, prefix: str = "") -> dict[str, Any]:
         raise ConfigError(f"{where} is {tree!r}, but must be a mapping of config keys to values")
     found: dict[str, Any] = {}
     for key, value in tree.items():
-        found |= flat(value, where, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        inner = flat(value, where, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        twice = sorted(found.keys() & inner.keys())
+        if twice:
+            raise ConfigError(f"{where}: {twice[0]} is there twice, nested and with dots; leave one out")
+        found |= inner
     return found
 
 

@@ -12,6 +12,7 @@ How the field reports, and so do we:
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 from collections import defaultdict
@@ -200,18 +201,17 @@ def check_choice(flag: str, value: str, choices: Iterable[str]) -> None:
 def _by_settings(runs: list[RunResult]) -> dict[str, list[RunResult]]:
     """Part runs whose configs differ in anything that could move a number, so that they are never averaged together."""
     flat = [_settings(run, runs) for run in runs]
-    whole = [one for run, one in zip(runs, flat, strict=True) if run.checkpoint is None] or flat
-    # A plugin's keys are in a config only if it was loaded, those of training only in runs that trained.
-    shared: set[str] = set.intersection(*(set(one) for one in whole))
-    trained = {key for key in shared if key.startswith(origins.TRAINING_KEYS)}
+    values: dict[str, set[str]] = defaultdict(set)
     for one in flat:
-        shared &= set(one) | trained
-    differing = sorted(key for key in shared if len({one[key] for one in flat if key in one}) > 1)
+        for key, value in one.items():
+            values[key].add(value)
+    # A plugin's keys are in a config only if it was loaded: what a run does not state it does not contradict.
+    differing = sorted(key for key, found in values.items() if len(found) > 1)
     texts = [{key: one[key] for key in differing if key in one} for one in flat]
     complete = [text for text in texts if len(text) == len(differing)]
     parts: dict[str, list[RunResult]] = defaultdict(list)
     for run, text in zip(runs, texts, strict=True):
-        # An evaluation of unknown training belongs to the only one that it can belong to.
+        # An evaluation of unknown training, or a record that says less, belongs to the only one that it can belong to.
         fitting = {tuple(other.items()) for other in complete if text.items() <= other.items()}
         found = dict(next(iter(fitting))) if len(fitting) == 1 else text
         parts[" ".join(f"{key}={value}" for key, value in found.items())].append(run)
@@ -219,23 +219,39 @@ def _by_settings(runs: list[RunResult]) -> dict[str, list[RunResult]]:
 
 
 def _by_variant(parts: dict[str, list[RunResult]]) -> dict[str, list[RunResult]]:
-    """Call settings by the names that a sweep gave them, where each has one name of its own."""
-    names = {key: {run.variant for run in same} for key, same in parts.items()}
+    """Call settings by the names that a sweep gave them, where each has one name of its own; two names are never one row."""
+    split: dict[str, list[RunResult]] = defaultdict(list)
+    for key, same in parts.items():
+        several = len({run.variant for run in same} - {""}) > 1
+        for run in same:
+            split[" ".join(filter(None, (key, f"variant={run.variant}" if several and run.variant else "")))].append(run)
+    names = {key: {run.variant for run in same} for key, same in split.items()}
     called = [next(iter(own)) for own in names.values() if len(own) == 1]
-    if len(set(called)) < len(parts) or not any(called):
-        return parts
-    return dict(zip(called, parts.values(), strict=True))
+    if len(set(called)) < len(split) or not any(called):
+        return split
+    return dict(zip(called, split.values(), strict=True))
 
 
 def _settings(run: RunResult, runs: list[RunResult]) -> dict[str, str]:
     """Return a run's settings; those of training are, for an evaluation, the evaluated run's, or unknown."""
-    own = run.settings()
+    own = run.settings() | _classes(run)
     if run.checkpoint is None:
         return own
     trained = origins.partner(run, runs)
     theirs = trained.settings() if trained is not None else {}
     own = {key: value for key, value in own.items() if not key.startswith(origins.TRAINING_KEYS)}
+    if run.checkpoint.get("epoch") is not None:
+        own["--load-epoch"] = str(run.checkpoint["epoch"])
     return own | {key: value for key, value in theirs.items() if key.startswith(origins.TRAINING_KEYS)}
+
+
+def _classes(run: RunResult) -> dict[str, str]:
+    """Tell two folders of own pictures apart, which one data set reads: by the classes in them."""
+    names = sorted(run.vocabulary.get("all_classnames") or ())
+    if not names:
+        return {}
+    digest = hashlib.sha256(json.dumps(names).encode()).hexdigest()[:6]
+    return {"classes": f"{', '.join(names[:2])}{', ...' * (len(names) > 2)} ({len(names)}, {digest})"}
 
 
 def _by_folder(settings: str, runs: list[RunResult]) -> list[tuple[str, list[RunResult]]]:

@@ -218,6 +218,27 @@ def test_other_settings_are_never_averaged_together():
     assert "Settings" in tables.render(rows, metrics)
 
 
+def test_a_record_that_says_less_hides_no_difference_of_others():
+    runs = [make(seed=1, accuracy=10.0), make(seed=2, accuracy=90.0, OPTIM={"LR": 0.1}), make(seed=3, OPTIM={})]
+    rows = tables.aggregate(runs)[0]
+    assert {row.settings: row.seeds for row in rows} == {"OPTIM.LR=0.002": [1], "OPTIM.LR=0.1": [2], "": [3]}
+
+
+def test_classes_epochs_and_names_of_a_sweep_are_kept_apart():
+    runs = [make(seed=1), make(seed=2)]
+    for run, names in zip(runs, (["ant", "bee"], ["car", "dog"]), strict=True):
+        run.vocabulary = {"classnames": names, "all_classnames": names}
+    assert [row.settings.partition(",")[0] for row in tables.aggregate(runs)[0]] == ["classes=ant", "classes=car"]
+    runs = [make(seed=1), make(seed=2)]
+    for run, epoch in zip(runs, (5, 10), strict=True):
+        run.checkpoint = {"directory": f"runs/seed{run.seed}", "epoch": epoch}
+    assert {row.settings for row in tables.aggregate(runs)[0]} == {"--load-epoch=5", "--load-epoch=10"}
+    runs = [make(seed=1), make(seed=1, finished="2026-01-02")]
+    runs[0].variant, runs[1].variant = "short", "long"
+    rows, _, notes = tables.aggregate(runs)
+    assert {row.settings for row in rows} == {"short", "long"} and not notes
+
+
 def test_protocols_shots_and_data_sets_are_kept_apart():
     runs = [make(), make(part="all"), make(dataset="Cars")]
     runs.append(make(trainer="MoCoOp", accuracy=70.0))

@@ -91,6 +91,7 @@ def test_best_on_val_is_written_as_a_sweep_and_test_is_not_looked_at(tmp_path):
         ({"search": {"seeds": [11], "trials": TRIALS, "metrik": "x"}}, "unknown key 'metrik'"),
         ({"search": {"seeds": [11], "trials": TRIALS, "metric": "loss"}}, "must be one of: accuracy, macro_accuracy"),
         ({"trainers": [{"name": "CoOp", "trials": {"one": {}}}]}, "CoOp has 1 trials, the others 3"),
+        ({"trainers": ["CoOp", {"name": "CoOp", "set": {"OPTIM.LR": 1.0}}]}, "give one of the trainers a `label`"),
         ({"variants": {"a": {}}}, "there are `variants` too"),
         ({"search": {"seeds": [11], "trials": {"a": {"OPTIM.NAME": "x3"}}}}, "OPTIM.NAME is x3, which multiplies a number"),
         ({"search": {"seeds": [11], "trials": {"a": {"OPTIM.LRR": "x3"}}}}, "unknown key 'OPTIM.LRR'"),
