@@ -76,6 +76,9 @@ def test_coops_names_say_what_coops_files_say(name, expected):
         ("IVLP/vit_b16_c2_ep5_batch4_4ctx_language_only", "IVLP/language_only"),
         ("MPL/vit_b4_c1_add2_rm1_cross_datasets", "MPL/cross_dataset"),
         ("LwEIB/x2d", "LwEIB/cross_dataset"),
+        ("TCP/vit_b16_ep100_ctxv1", "TCP/vit_b16_ep50_ctxv1"),
+        ("MoPD/vit_b16_ep25_ctxv1", "MoPD/vit_b16"),
+        ("HiCroPL/vit_b16_c2_ep50_batch32_16ctx", "HiCroPL/vit_b16_c2_ep50_batch32_16ctx_few_shot"),
     ],
 )
 def test_the_authors_names_stand_for_ours(name, same):
