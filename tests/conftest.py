@@ -5,14 +5,12 @@ import ctypes
 import gc
 import os
 import sys
-import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Features that tests keep go away with them, and none of the user's are read.
-# Workers of pytest-xdist share those of the process that started them.
-if "PYTEST_XDIST_WORKER" not in os.environ:
-    _CACHE = tempfile.TemporaryDirectory(prefix="promptmix-tests-")
-    os.environ["PROMPTMIX_CACHE_DIR"] = _CACHE.name
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share what the process that started them has
+    from tests.tidy import own_folder
+
+    _FOLDER = own_folder()
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
@@ -24,6 +22,21 @@ torch.set_num_threads(1)
 settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
     settings.load_profile("ci")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def backbones_once():
+    """Build each small backbone once a process, for trainings in it."""
+    import promptmix.prompts.trainer
+    from promptmix.plugin_manager import get_plugin_manager
+    from tests.backbones import Kept
+
+    get_plugin_manager()
+    gc.collect()
+    gc.freeze()  # what was imported; every run collects, which takes a quarter of a second otherwise
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(promptmix.prompts.trainer, "load_clip", Kept(promptmix.prompts.trainer.load_clip))
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)

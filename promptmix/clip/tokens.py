@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,12 @@ from promptmix.errors import ConfigError
 
 if TYPE_CHECKING:
     from open_clip.tokenizer import HFTokenizer
+
+
+@cache
+def _simple(bpe: str | None) -> SimpleTokenizer:
+    """Return open_clip's tokenizer, whose table of merges is read once a process: nothing changes it."""
+    return SimpleTokenizer() if bpe is None else SimpleTokenizer(bpe_path=bpe)
 
 
 class Tokenizer:
@@ -34,7 +41,7 @@ class Tokenizer:
     pad: int = 0
 
     def __init__(self, bpe: Path | None = None) -> None:
-        self._simple = SimpleTokenizer() if bpe is None else SimpleTokenizer(bpe_path=str(bpe))
+        self._simple = _simple(None if bpe is None else str(bpe))
         self.sot: int = self._simple.sot_token_id
         self.eot: int = self._simple.eot_token_id
         self.before, self.after = (self.sot,), (self.eot,)
