@@ -26,7 +26,11 @@ __all__ = ["add_arguments", "run", "split_arguments"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
     add = parser.add_argument
-    add("pictures", metavar="PICTURES", help="a folder with a folder for each class, or a CSV file with path,label[,split]")
+    add(
+        "pictures",
+        metavar="PICTURES",
+        help="a folder with a folder for each class, or a table (CSV, JSON) with path,label[,split]",
+    )
     add("--trainer", default="CoOp", metavar="NAME", help="method; default: CoOp")
     add("--backbone", default="", metavar="NAME", help="CLIP model, such as ViT-B/16; default: the embedded one")
     add("--weights", default="", metavar="FILE", help="file of the backbone's weights, in place of a download")

@@ -67,8 +67,10 @@ def run(args: argparse.Namespace) -> int:
     names, temperature = class_names(args.classnames), _temperature(args.temperature)
     if args.embeddings and Path(args.embeddings).suffix not in (".npz", ".safetensors"):
         raise UserError(f"--embeddings {args.embeddings}: give a file name that ends with .npz or .safetensors")
+    from promptmix.data.datasets.tables import SUFFIXES
+
     for name in args.images:
-        if (Path(name).is_dir() or Path(name).suffix.lower() == ".csv") and next(_pictures(name), None) is None:
+        if (Path(name).is_dir() or Path(name).suffix.lower() in SUFFIXES) and next(_pictures(name), None) is None:
             raise DataError(f"no pictures below {name}; name pictures or a folder that holds some")
     from promptmix.predict import load
 
@@ -133,8 +135,10 @@ def _pictures(name: str) -> Iterator[str]:
     Raises:
         DataError: a table has no column ``path``.
     """
-    if Path(name).suffix.lower() == ".csv":
-        yield from _of_table(Path(name))
+    from promptmix.data.datasets.tables import SUFFIXES, picture_paths
+
+    if Path(name).suffix.lower() in SUFFIXES:
+        yield from picture_paths(Path(name))
         return
     if not Path(name).is_dir():
         yield name
@@ -148,16 +152,6 @@ def _pictures(name: str) -> Iterator[str]:
             path = os.path.join(folder, file)
             if not file.startswith(".") and os.path.splitext(file)[1].lower() in known and os.path.isfile(path):
                 yield path
-
-
-def _of_table(table: Path) -> Iterator[str]:
-    """Yield the pictures that a table names."""
-    from promptmix.utils import read_text
-
-    rows = csv.DictReader(read_text(table).splitlines(), skipinitialspace=True)
-    if "path" not in (rows.fieldnames or ()):
-        raise DataError(f"{table} has no column 'path'; its first line must name the columns, such as path,label")
-    yield from (os.path.normpath(table.parent / row["path"].strip()) for row in rows if row["path"])
 
 
 def _with_progress(images: Iterable[str]) -> Iterator[str]:

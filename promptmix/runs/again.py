@@ -13,6 +13,7 @@ from promptmix import config
 from promptmix.config.flags import load_plugins, merge_flags, resolve_config
 from promptmix.config.places import refuse_foreign_places
 from promptmix.config.yamlfile import read_yaml
+from promptmix.data.datasets.tables import SUFFIXES, table_of
 from promptmix.errors import DataError
 from promptmix.registry import DATASET_REGISTRY
 from promptmix.runs import results
@@ -87,13 +88,14 @@ def _take_data(cfg: CfgNode, recorded: dict[str, Any], on: str) -> None:
     source, path = f"--on {on}", os.path.expanduser(on)
     shots = recorded.get("NUM_SHOTS", cfg.DATASET.NUM_SHOTS)
     config.merge_opts(cfg, ["DATASET.NUM_SHOTS", shots, "DATASET.SKIP_BAD", recorded.get("SKIP_BAD", False)], source=source)
-    if os.path.isdir(path) or path.endswith(".csv"):
-        name = "ImageFolder" if os.path.isdir(path) else "CSV"
+    if os.path.isdir(path) or path.lower().endswith(SUFFIXES):
+        found = table_of(path) if os.path.isdir(path) else Path(path)
+        name = "ImageFolder" if found is None else "CSV"
         node = f"DATASET.{name.upper()}"
         before = recorded.get(str(recorded.get("NAME", "")).upper(), {})
         templates = before.get("TEMPLATES") if isinstance(before, dict) else None
-        place = ["DATASET.ROOT", path] if name == "ImageFolder" else ["DATASET.ROOT", os.path.dirname(path) or "."]
-        table = ["DATASET.CSV.FILE", os.path.basename(path)] if name == "CSV" else []
+        place = ["DATASET.ROOT", path if found is None else os.path.dirname(found) or "."]
+        table = [] if found is None else ["DATASET.CSV.FILE", found.name]
         words = [f"{node}.TEMPLATES", templates] if templates else []
         groups = recorded.get("TEMPLATE_GROUPS")
         words += ["DATASET.TEMPLATE_GROUPS", groups] if groups else []

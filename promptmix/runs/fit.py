@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +34,7 @@ class Wish:
     """What the caller said; "" and None stand for a default that is chosen here.
 
     Attributes:
-        pictures: a folder with a folder for each class, or a table (CSV) of paths and labels.
+        pictures: a folder with a folder for each class, or a table of paths and labels (its file, or the folder with it).
         trainer: a name of the trainer registry.
         backbone: a name of the backbone registry, or open_clip's.
         weights: file of its weights.
@@ -60,16 +61,18 @@ class Wish:
     plugins: tuple[str, ...] = ()
     settings: tuple[str, ...] = ()
 
-    @property
-    def is_table(self) -> bool:
-        """Whether the pictures are named by a table."""
-        return os.path.isfile(self.pictures)
+    @cached_property
+    def table(self) -> Path | None:
+        """The table that says the classes of the pictures, None where folders do."""
+        from promptmix.data.datasets.tables import table_of
+
+        return table_of(os.path.expanduser(self.pictures))
 
     @property
     def name(self) -> str:
         """What tables and folders call the pictures."""
         path = Path(os.path.abspath(os.path.expanduser(self.pictures)))
-        return path.stem if self.is_table else path.name or "pictures"
+        return path.stem if path.is_file() else path.name or "pictures"
 
     @property
     def folder(self) -> Path:
@@ -128,14 +131,14 @@ def _flags(wish: Wish, trainer: str) -> dict[str, tuple[str, Any]]:
     """Return the flags that name pictures, method and model, with the keys that they set."""
     from promptmix.data.templates import GENERAL_GROUPS
 
-    path = os.path.expanduser(wish.pictures)
+    table = wish.table
     general = tuple(template for group in GENERAL_GROUPS for template in group)
-    data = "CSV" if wish.is_table else "ImageFolder"
+    data = "ImageFolder" if table is None else "CSV"
     return {
         "--trainer": ("TRAINER.NAME", trainer),
         "promptmix fit": ("DATASET.NAME", data),
-        "PICTURES": ("DATASET.ROOT", os.path.dirname(path) or "." if wish.is_table else path),
-        "the table": ("DATASET.CSV.FILE", os.path.basename(path) if wish.is_table else ""),
+        "PICTURES": ("DATASET.ROOT", os.path.expanduser(wish.pictures) if table is None else os.path.dirname(table) or "."),
+        "the table": ("DATASET.CSV.FILE", "" if table is None else table.name),
         "--template": (f"DATASET.{data.upper()}.TEMPLATES", wish.templates or general),
         "their groups": ("DATASET.TEMPLATE_GROUPS", None if wish.templates else GENERAL_GROUPS),
         "--backbone": ("MODEL.BACKBONE.NAME", wish.backbone),

@@ -1,11 +1,13 @@
 """ImageFolder and CSV: layouts, shots, base and new, domains, and what they refuse."""
 
+import json
 import random
 
 import pytest
 
 from promptmix.config import merge_opts, validate
 from promptmix.data import build_dataset
+from promptmix.data.datasets.tables import picture_paths, table_of
 from promptmix.errors import ConfigError, DataError
 from promptmix.utils import set_random_seed
 from tests.data.trees import build, config, tiny_jpeg
@@ -130,6 +132,64 @@ def test_csv_names_may_hold_line_ends_of_unicode_and_quoted_ones(tmp_path):
         lines.append(f'"{k}/{name}",{"cat" if k % 2 else "dog"}')
     table(tmp_path, "path,label", lines)
     assert len(build("CSV", tmp_path).train_x) == 4
+
+
+def listed(root, name, rows):
+    """Write rows in the format that ``name`` ends with."""
+    for row in rows:
+        tiny_jpeg(root / next(iter(row.values())))
+    if name.endswith("json"):
+        text = json.dumps(rows)
+    elif name.endswith("jsonl"):
+        text = "\n".join(map(json.dumps, rows))
+    else:
+        mark = "\t" if name.endswith("tsv") else ","
+        text = "\n".join(mark.join(map(str, row)) for row in (rows[0], *(row.values() for row in rows)))
+    (root / name).write_text(text + "\n")
+
+
+@pytest.mark.parametrize("name", ["l.csv", "l.tsv", "l.json", "l.jsonl"])
+def test_tables_in_other_formats_and_words(tmp_path, name):
+    rows = [{"file_name": f"a/{k}.jpg", "text": "a caption", "label": (7, 11)[k % 2], "extra": 0.5} for k in range(8)]
+    listed(tmp_path, name, rows)
+    assert own("CSV", tmp_path, ["DATASET.CSV.FILE", name]).classnames == ["7", "11"]
+    assert len(list(picture_paths(tmp_path / name))) == 8
+    assert table_of(tmp_path) is None and table_of(tmp_path / name) == tmp_path / name
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl"])
+def test_hugging_faces_metadata_beside_the_pictures(tmp_path, name):
+    for part, count in (("train", 4), ("validation", 2), ("test", 2)):
+        (tmp_path / part).mkdir()
+        listed(tmp_path / part, name, [{"file_name": f"{k}.jpg", "label": f"Vögel {k % 2}"} for k in range(count)])
+    assert table_of(tmp_path) == tmp_path / name
+    dataset = own("CSV", tmp_path, ["DATASET.CSV.FILE", name])
+    assert [len(part) for part in (dataset.train_x, dataset.val, dataset.test)] == [4, 2, 2]
+    assert dataset.classnames == ["Vögel 0", "Vögel 1"] and dataset.comes_in_parts
+
+
+def test_captions_are_no_labels(tmp_path):
+    folder(tmp_path, count=3)
+    (tmp_path / "metadata.csv").write_text("file_name,text\nant/00.jpg,an ant\n")
+    assert table_of(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("l.json", "{", r"l.json: Expecting property name .*; write \{\"path\": \"a.jpg\""),
+        ("l.jsonl", '["a.jpg", "cat"]', r"line 1: \['a.jpg', 'cat'\] is no object; write"),
+        ("l.jsonl", '{"path": "a.jpg", "name": "cat"}', "no column 'label' or 'class'; write"),
+        ("l.json", '[{"path": "a.jpg", "label": ["cat"]}]', "line 1: needs path,label"),
+        ("l.json", '[{"path": "../a.jpg", "label": "cat"}]', "lies outside"),
+        ("l.json", "[" * 100_000, "l.json: .*recursion"),
+    ],
+)
+def test_json_refuses_in_one_line(tmp_path, name, text, words):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=words) as caught:
+        own("CSV", tmp_path, ["DATASET.CSV.FILE", name])
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

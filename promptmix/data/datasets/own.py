@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 from yacs.config import CfgNode
@@ -19,6 +16,7 @@ from promptmix.config.declare import Setting, all_defaults, declare, shown
 from promptmix.data.assemble import AssembledDataset, renumbered
 from promptmix.data.base import require_folder
 from promptmix.data.datasets.readers import read_classnames, shuffled_split
+from promptmix.data.datasets.tables import Cells, read_table
 from promptmix.data.datum import Datum
 from promptmix.data.leaks import alike, find_leaks
 from promptmix.data.templates import groups_of
@@ -184,7 +182,7 @@ def _is_text(name: str) -> bool:
 
 def _parts(where: Path) -> dict[str, Path]:
     """Return part -> folder of what is divided, else "" -> ``where``."""
-    parts = {part: where / name for part, names in _PART_FOLDERS.items() for name in names if (where / name).is_dir()}
+    parts = _part_folders(where)
     if "train" not in parts:
         return {"": where}
     if len(parts) == 1:
@@ -193,6 +191,10 @@ def _parts(where: Path) -> dict[str, Path]:
         if others or any(not entry.is_dir() and _is_picture(entry.name) for entry in _entries(parts["train"])):
             return {"": where}
     return {part: parts[part] for part in PARTS if part in parts}
+
+
+def _part_folders(where: Path) -> dict[str, Path]:
+    return {part: where / name for part, names in _PART_FOLDERS.items() for name in names if (where / name).is_dir()}
 
 
 def _folders(above: Path, part: str, domains: bool) -> list[Found]:
@@ -290,29 +292,28 @@ def _say_if_domains(where: Path, found: list[Found]) -> None:
 class CSV(_Own):
     """A table with the columns ``path`` and ``label``, and ``split`` (train, val, test) and ``domain`` where wanted.
 
-    Paths are relative to the table's folder; labels are class names, numbered in alphabetical order.
+    Paths are relative to the table's folder; labels are class names, numbered in alphabetical order. TSV, JSON and JSON
+    Lines do as well, and ``file_name`` as Hugging Face has it. A table that is not there is looked for in the parts' folders.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
         node = cfg.DATASET.CSV
         where = Path(os.path.abspath(os.path.expanduser(os.path.join(cfg.DATASET.ROOT, node.FILE))))
         _refuse_no_table(where)
-        # Lines end where CSV says: a quoted name may hold a line end, and one of Unicode's others.
-        table = csv.DictReader(io.StringIO(_text(where, "DATASET.CSV.FILE"), newline=""), skipinitialspace=True)
-        twice = [name for name, count in Counter(table.fieldnames or ()).items() if count > 1 and name]
-        if twice:
-            raise DataError(f"{where} has the column {twice[0]!r} twice; remove one")
-        missing = sorted({"path", "label"} - set(table.fieldnames or ()))
-        if missing:
-            raise DataError(f"{where} has no column {missing[0]!r}; its first line must be path,label[,split,domain]")
-        try:
-            found = [_row(row, where, number) for number, row in enumerate(table, start=2)]
-        except csv.Error as error:
-            raise DataError(f"{where}, line {table.line_num}: {error}; write path,label[,split,domain] in each line") from error
-        if len({bool(entry[0]) for entry in found}) > 1:
-            raise DataError(f"{where}: some rows have a split and some have none; fill the column or remove it")
-        _refuse_copies(found, where)
+        parts = {} if where.is_file() else _part_folders(where.parent)
+        tables = {part: folder / where.name for part, folder in parts.items() if (folder / where.name).is_file()}
+        found = [entry for part, table in (tables or {"": where}).items() for entry in _of_table(table, part)]
         super().__init__(cfg, node, found, {}, where)
+
+
+def _of_table(where: Path, part: str) -> list[Found]:
+    """Return what a table names, in one part if that is given."""
+    rows = read_table(_text(where, "DATASET.CSV.FILE"), where)
+    found = [_row(row, where, part) for row in rows]
+    if len({bool(entry[0]) for entry in found}) > 1:
+        raise DataError(f"{where}: some rows have a split and some have none; fill the column or remove it")
+    _refuse_copies(list(zip((number for number, *_ in rows), (path for *_, path in found), strict=True)), where)
+    return found
 
 
 def _refuse_no_table(where: Path) -> None:
@@ -327,14 +328,13 @@ def _refuse_no_table(where: Path) -> None:
         raise DataError(f"{where} is one picture; name the folder that holds a folder of pictures for each class")
 
 
-def _row(row: dict[str | Any, Any], where: Path, number: int) -> Found:
-    values = {key: (value or "").strip() for key, value in row.items() if isinstance(key, str) and not isinstance(value, list)}
-    part = values.get("split", "")
-    short = None in row.values()  # fewer cells than columns
-    if part not in ("", *PARTS) or not values["path"] or not values["label"] or None in row or short or "\0" in values["path"]:
+def _row(cells: Cells, where: Path, part: str) -> Found:
+    number, values, odd = cells
+    values = {"path": "", "label": "", "split": part, "domain": ""} | values
+    if odd or values["split"] not in ("", *PARTS) or not values["path"] or not values["label"] or "\0" in values["path"]:
         raise DataError(
             f"{where}, line {number}: needs path,label and a split among train, val, test, and as many cells as the first line, "
-            f"not {shown(list(row.values()))}"
+            f"not {shown([value for value in values.values() if value])}"
         )
     path = os.path.normpath(os.path.join(where.parent, values["path"]))
     if where.parent not in Path(path).parents:
@@ -342,17 +342,17 @@ def _row(row: dict[str | Any, Any], where: Path, number: int) -> Found:
             f"{where}, line {number}: {values['path']} lies outside {where.parent}; put the table "
             "into a folder above all pictures"
         )
-    return part, values.get("domain", ""), values["label"], path
+    return part or values["split"], values["domain"], values["label"], path
 
 
-def _refuse_copies(found: list[Found], where: Path) -> None:
+def _refuse_copies(paths: list[tuple[int, str]], where: Path) -> None:
     """Refuse a table that names a picture twice.
 
     Raises:
         DataError: it does; the message says in which lines.
     """
     lines: dict[str, int] = {}
-    for number, (*_, path) in enumerate(found, start=2):
+    for number, path in paths:
         if path in lines:
             raise DataError(f"{where}: {path} is in line {lines[path]} and in line {number}; keep one of them")
         lines[path] = number
