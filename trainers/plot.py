@@ -11,7 +11,7 @@ Guangyi Chen, Weiran Yao, Xiangchen Song, Xinyue Li, Yongming Rao, Kun Zhang. IC
 
 Deviations from the authors' code (github.com/CHENGY12/PLOT, plot-coop): it runs on vision transformers too, where their own file
 gives one vector and fails: every patch goes through ``ln_post`` and the projection; ADD_GLOBAL is a key, where theirs asks for
-the data set's name (ImageNet).
+the data set's name (ImageNet); CLASS_TOKEN_POSITION serves any N, where theirs fails but at the end for more than one prompt.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Annotated, Any
 import torch
 import torch.nn.functional as F
 from promptmix.plugins.heads.transport import Transport
-from promptmix.plugins.prompt_bank.soft import Soft
+from promptmix.plugins.prompt_bank.soft import POSITIONS, Soft
 from torch import Tensor
 
 from promptmix import register
@@ -71,10 +71,11 @@ class PLOT(PromptTrainer):
         task: Task,
         n: Annotated[int, Setting("N: soft prompts", low=1)] = 4,
         n_ctx: Annotated[int, Setting("M: context vectors of each", low=1)] = 16,
+        class_token_position: Annotated[str, Setting("where the class name stands", choices=POSITIONS)] = "end",
         add_global: Annotated[bool, Setting("add the score of whole image and mean prompt (the authors, on ImageNet)")] = False,
         **transport: Any,
     ) -> Learner:
         """Return the prompts under a transport head."""
         kind, head = (PooledSoft, TransportAndGlobal) if add_global else (Soft, Transport)
-        prompts = kind(task, n_ctx, n_prompts=n)
+        prompts = kind(task, n_ctx, class_token_position=class_token_position, n_prompts=n)
         return Learner(task, prompts, head=head(task, prompts, **transport))

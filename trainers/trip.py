@@ -21,19 +21,19 @@ All experts start equal, as theirs do.
 
 from __future__ import annotations
 
-from functools import lru_cache
-from itertools import permutations
+from math import inf
 from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from promptmix.plugins.prompt_bank.soft import POSITIONS
 from torch import Tensor, nn
 
 from promptmix import register
 from promptmix.config.declare import Setting
 from promptmix.data.templates import IMAGENET_60
 from promptmix.engine.layout import Layout, Rule
-from promptmix.errors import ConfigError
+from promptmix.errors import ConfigError, SettingError
 from promptmix.prompts.context import initial_context
 from promptmix.prompts.learner import LossTerms, PromptLearner
 from promptmix.prompts.roles import Task
@@ -87,13 +87,38 @@ def cluster(tokens: Tensor, first: Tensor, factor: float, rounds: int = 100) -> 
 def match(centroids: Tensor, keys: Tensor) -> Tensor:
     """Return the expert of each cluster (E,), so that the cosines of centroids and keys (E, W) add up to the most."""
     cosines = F.normalize(centroids, dim=1) @ F.normalize(keys, dim=1).T
-    ways = _permutations(len(keys)).to(keys.device)
-    return ways[cosines[torch.arange(len(keys), device=keys.device), ways].sum(dim=1).argmax()]
+    return torch.tensor(pair((-cosines.double()).tolist()), device=keys.device)
 
 
-@lru_cache(maxsize=8)
-def _permutations(count: int) -> Tensor:
-    return torch.tensor(list(permutations(range(count))))
+def pair(costs: list[list[float]]) -> list[int]:
+    """Return the column of each row of a square of ``costs`` that together cost the least (Hungarian method)."""
+    count = len(costs)
+    row_price, column_price = [0.0] * count, [0.0] * (count + 1)
+    owner = [-1] * (count + 1)  # the row of each column; the last column stands in front of the row that looks for one
+    for row in range(count):
+        owner[count], column = row, count
+        least, came_from, free = [inf] * count, [count] * count, list(range(count))
+        seen = [count]
+        while owner[column] >= 0:
+            at = owner[column]
+            for j in free:
+                slack = costs[at][j] - row_price[at] - column_price[j]
+                if slack < least[j]:
+                    least[j], came_from[j] = slack, column
+            column = min(free, key=least.__getitem__)
+            step = least[column]
+            for j in seen:
+                row_price[owner[j]] += step
+                column_price[j] -= step
+            for j in free:
+                least[j] -= step
+            free.remove(column)
+            seen.append(column)
+        while column != count:
+            owner[column] = owner[came_from[column]]
+            column = came_from[column]
+    found = {row: column for column, row in enumerate(owner[:count])}
+    return [found[row] for row in range(count)]
 
 
 class TokenMixture(PromptLearner):
@@ -105,17 +130,21 @@ class TokenMixture(PromptLearner):
         n_ctx: M.
         alpha: factor on the cross-entropy with the zero-shot classifier.
         capacity: factor on a cluster's room, in training and in evaluation.
+        class_token_position: where the class name stands: ``end``, ``middle`` or ``front``.
     """
 
     text_per_picture = True
     keys: Tensor
     teacher: Tensor
 
-    def __init__(self, task: Task, experts: int, n_ctx: int, alpha: float, capacity: tuple[float, float]) -> None:
+    def __init__(
+        self, task: Task, experts: int, n_ctx: int, alpha: float, capacity: tuple[float, float], class_token_position: str = "end"
+    ) -> None:
         super().__init__(task)
         start = initial_context(task.clip.text, n_ctx, "", 1)[0]
         self.bank = nn.ParameterList(nn.Parameter(start.clone()) for _ in range(experts))
         self.alpha, self.capacity = alpha, capacity
+        self.split = {"end": len(start), "middle": len(start) // 2, "front": 0}[class_token_position]
         generator = torch.Generator().manual_seed(SEED)
         keys = torch.linalg.qr(torch.randn(task.clip.image.width, experts, generator=generator))[0].T
         self.register_buffer("keys", keys.contiguous(), persistent=False)
@@ -135,7 +164,7 @@ class TokenMixture(PromptLearner):
         taken, centroids = cluster(tokens, self.first_tokens(len(tokens)).to(tokens.device), factor)
         sizes = torch.bincount(taken[taken >= 0], minlength=len(self.bank)).to(tokens.dtype)
         shares = torch.zeros_like(sizes)
-        shares[match(centroids, self.keys.to(tokens.dtype))] = sizes / sizes.sum()
+        shares[match(centroids, self.keys.to(tokens.dtype))] = sizes / sizes.sum().clamp_min(1)
         return shares
 
     def encode_images(self, images: Tensor) -> Tensor:
@@ -174,7 +203,8 @@ class TokenMixture(PromptLearner):
         context = torch.einsum("be,emw->bmw", weights[0 if self.training else 1].to(prompts.dtype), prompts)
         tower = self.clip.text
         stop = tower.embed(tower.tokenizer.encode("."))[None]
-        text = tower(tower.compose(context, tower.tokenizer.class_tokens(self.task.classnames), stop))
+        names = tower.tokenizer.class_tokens(self.task.classnames)
+        text = tower(tower.compose(context[:, : self.split], names, context[:, self.split :], stop))
         return self.clip.scale * torch.einsum("bd,bcd->bc", image, F.normalize(text, dim=-1).to(image.dtype))
 
     def loss(self, step: Step) -> LossTerms:
@@ -195,15 +225,18 @@ class TRIP(PromptTrainer):
     def compose(
         self,
         task: Task,
-        experts: Annotated[int, Setting("E: experts", low=2, high=8)] = 8,
+        experts: Annotated[int, Setting("E: experts", low=2)] = 8,
         n_ctx: Annotated[int, Setting("M: context vectors of each", low=1)] = 32,
         alpha: Annotated[float, Setting("alpha: factor on the teacher's cross-entropy", low=0)] = 1.0,
-        capacity_train: Annotated[float, Setting("room of a cluster, in shares of tokens / E, in training", low=1)] = 1.0,
-        capacity_infer: Annotated[float, Setting("the same in evaluation", low=1)] = 2.0,
+        capacity_train: Annotated[float, Setting("room of a cluster, in shares of tokens / E, in training", above=0)] = 1.0,
+        capacity_infer: Annotated[float, Setting("the same in evaluation", above=0)] = 2.0,
+        class_token_position: Annotated[str, Setting("where the class name stands", choices=POSITIONS)] = "end",
     ) -> TokenMixture:
         """Return the experts."""
         if not task.clip.image.takes_prompts:
             raise ConfigError(
                 f"MODEL.BACKBONE.NAME is {task.clip.name}, which has no tokens to route; choose ViT-B/16 or tiny-vit"
             )
-        return TokenMixture(task, experts, n_ctx, alpha, (capacity_train, capacity_infer))
+        if experts > (tokens := task.clip.image.patches + 1):
+            raise SettingError("experts", experts, f"but a picture has {tokens} tokens to share out; set it to {tokens} or less")
+        return TokenMixture(task, experts, n_ctx, alpha, (capacity_train, capacity_infer), class_token_position)

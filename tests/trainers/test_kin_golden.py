@@ -11,7 +11,7 @@ from promptmix.plugins.prompt_bank.attributes import AttributePrompts, CoupledAt
 from promptmix.plugins.prompt_bank.low_rank import LowRank, layers_of
 from promptmix.plugins.prompt_bank.soft import Soft
 from promptmix.plugins.text_supervision.hard_prompts import CosineToHard
-from promptmix.trainers.plot import PooledSoft, TransportAndGlobal
+from promptmix.trainers.plot import PLOT, PooledSoft, TransportAndGlobal
 from promptmix.trainers.proda import Orthogonality, PromptDistribution, UpperBound, positions
 from promptmix.trainers.tcp import ClassAware
 
@@ -63,6 +63,11 @@ def test_plot(case, kind, head, n, m):
         # The rule that ends the rounds looks at the whole batch.
         alone = torch.cat([learner.step(images()[i : i + 1]).logits for i in range(3)])
         close(alone, expected["logits_one_by_one"])
+
+
+def test_plot_with_the_class_name_in_the_middle():
+    learner = PLOT.compose(None, golden_task(frozen()), n=1, n_ctx=5, class_token_position="middle")
+    compare("plot_middle", learner, {"prompt_learner.ctx": "bank.ctx"})
 
 
 def test_transport_moves_all_mass_evenly():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
+from itertools import permutations
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from promptmix.trainers.gallop import EachLocal, GlobalLocal, KeptGlobal, Sparse
 from promptmix.trainers.gmop import BaseOrNew, Detectors, OpenworldLoss
 from promptmix.trainers.plotpp import STARTS, USUAL, PromptSets, TransportOfSets
 from promptmix.trainers.surpl import SurrogateScores
-from promptmix.trainers.trip import TokenMixture, cluster
+from promptmix.trainers.trip import TokenMixture, cluster, pair
 
 from promptmix.data.templates import IMAGENET_60
 from promptmix.engine.convert import Learned, to_ours, to_theirs
@@ -234,3 +235,35 @@ def test_trip(monkeypatch):
         norm = expected[f"gradnorm:{theirs}"]
         close(parameter.grad.norm(), norm)
         close(parameter.grad.flatten()[:256], expected[f"gradhead:{theirs}"], scale=float(norm))
+
+
+def test_trip_with_twelve_experts_around_the_class_name(monkeypatch):
+    learner = TokenMixture(golden_task(frozen()), 12, 3, 0.5, (0.5, 1.5), "middle")
+    expected = numbers("trip_middle")
+    monkeypatch.setattr(learner, "first_tokens", lambda count: torch.from_numpy(expected["init_tokens"]).long())
+    learner.keys.copy_(torch.from_numpy(seeded().stream("trip/keys", (12, 768))))
+    features = learner.encode_images(images())
+    close(features[:, 512:524], expected["weights_train"])
+    close(features[:, 524:], expected["weights_infer"])
+    monkeypatch.setattr(learner, "encode_images", lambda pictures: features)
+    learner.eval()
+    names = {f"prompt_learner.VPTctxList.{i}": f"bank.{i}" for i in range(12)}
+    parameters = set_learned("trip_middle", learner, names)
+    with torch.no_grad():
+        close(learner.logits(features, None), expected["logits"])
+    terms = learner.train().loss(learner.step(images(), labels()))
+    close(terms.total, expected["loss"])
+    terms.total.backward()
+    for theirs, parameter in parameters.items():
+        norm = float(expected[f"gradnorm:{theirs}"])
+        close(parameter.grad.flatten()[:256], expected[f"gradhead:{theirs}"], scale=norm)
+
+
+def test_trip_pairs_clusters_and_keys_at_the_least_cost():
+    torch.manual_seed(0)
+    for count in (1, 2, 6):
+        costs = torch.randn(count, count, dtype=torch.float64)
+        found = pair(costs.tolist())
+        assert sorted(found) == list(range(count))
+        ways = torch.tensor(list(permutations(range(count))))
+        assert costs[range(count), found].sum() == pytest.approx(float(costs[torch.arange(count), ways].sum(dim=1).min()))
