@@ -31,14 +31,17 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: something that can't be done.
     """
-    import torch
-
     from promptmix.commands.run import run_all
-    from promptmix.runs.backends import cpus
+    from promptmix.runs.backends import begin, cpus
     from promptmix.runs.protocols import Job
 
-    set_threads(args.threads)
     check_count("--jobs", args.jobs)
+    check_count("--threads", args.threads)
+    if (args.jobs or cpus()) > 1:
+        begin(args.threads)
+    import torch
+
+    set_threads(args.threads)
     jobs = [
         Job(
             protocol="base-to-new",

@@ -24,6 +24,8 @@ HEAP = 1.5
 
 #: Classes in memory at a time that the message proposes.
 _CHUNK = 64
+#: Numbers of a model below which a step is counted while it runs: by shapes it would take five to ten times as long.
+_SMALL = 50_000_000
 #: Nodes of the config that no step reads; the data set's words are asked for themselves.
 _NO_SHAPES = ("SEED", "OUTPUT_DIR", "RESUME", "DATASET", "PROTOCOL")
 #: Operations of a step, by what they follow from: the seeds of an experiment have the same, and counting takes a second.
@@ -194,7 +196,7 @@ def _without_numbers(trainer: Counted) -> Iterator[None]:
 
 
 def step_gflops(trainer: Any) -> float | None:  # any class with Dassl's interface
-    """Return a training step's operations in 10^9, None where they can't be counted; the trainer has no numbers afterwards."""
+    """Return a training step's operations in 10^9, None where they can't be counted; the trainer is not to be used afterwards."""
     loader = getattr(trainer, "train_loader_x", None)
     if not hasattr(trainer, "clip") or loader is None or trainer.cfg.MODEL.COMPILE:
         return None
@@ -202,8 +204,13 @@ def step_gflops(trainer: Any) -> float | None:  # any class with Dassl's interfa
         size = min(loader.batch_size or 1, len(loader.dataset))
         key = type(trainer), type(trainer.model), _shapes(trainer, size)
         if key not in _counted:
-            on_meta(trainer)
-            _counted[key] = round(step_count(trainer, size).gflops, 3)
+            if trainer.device.type == "cpu" and sum(p.numel() for p in trainer.clip.parameters()) < _SMALL:
+                trainer.model.train()
+            else:
+                on_meta(trainer)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)  # some steps leave things out by chance
+                _counted[key] = round(step_count(trainer, size).gflops, 3)
         return _counted[key]
     except (RuntimeError, NotImplementedError, ValueError, AttributeError):  # a training that ended is not lost over a count
         get_logger().debug("The step can't be counted", exc_info=True)
@@ -233,10 +240,10 @@ def on_meta(trainer: Counted) -> None:
 
 
 def step_count(trainer: Counted, size: int, class_chunk: int | None = None) -> Count:
-    """Count a step on ``size`` pictures, for a trainer on device ``meta``.
+    """Count a step on ``size`` pictures, which costs nothing for a trainer on device ``meta``.
 
     Args:
-        trainer: what ``on_meta`` left.
+        trainer: what ``on_meta`` left, or one whose step may run.
         size: pictures in the batch.
         class_chunk: as ``MODEL.CLASS_CHUNK``; None leaves it as it is.
     """
@@ -245,12 +252,12 @@ def step_count(trainer: Counted, size: int, class_chunk: int | None = None) -> C
     before = tower.class_chunk
     tower.class_chunk = before if class_chunk is None else class_chunk
 
-    def step() -> None:
-        trainer.model.loss(trainer.model.step(images, labels)).total.backward()
+    def step(pictures: int) -> None:
+        trainer.model.loss(trainer.model.step(images[:pictures], labels[:pictures])).total.backward()
 
     try:
-        step()  # what is built once
-        return count(step)
+        step(2)  # what is built once
+        return count(lambda: step(size))
     finally:
         tower.class_chunk = before
 

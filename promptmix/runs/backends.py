@@ -19,7 +19,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Sequence
 from dataclasses import dataclass, field
-from multiprocessing import connection
+from multiprocessing import connection, forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -162,6 +162,13 @@ def leaders_first(jobs: Sequence[Job]) -> list[int]:
 # This machine
 
 
+def begin(threads: int) -> None:
+    """Start the process that local jobs are forked from, so that it imports what they need beside what this one imports."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    if _context().get_start_method() == "forkserver":
+        forkserver.ensure_running()
+
+
 @dataclass
 class _Running:
     index: int
@@ -172,8 +179,8 @@ class _Running:
 
 def local(jobs: Sequence[Job], options: Options, started: Started) -> Generator[tuple[int, Outcome], None, None]:
     """Run each job in a process of its own, so that a crash takes one job and not the sweep; they end when the driver dies."""
+    begin(options.threads)
     context = _context()
-    os.environ.setdefault("OMP_NUM_THREADS", str(options.threads))
     waiting, running = deque(range(len(jobs))), dict[Any, _Running]()
     free = deque(range(options.jobs))
     led, ended = set[tuple[str, str]](), set[tuple[str, str]]()

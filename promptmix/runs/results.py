@@ -108,7 +108,7 @@ class RunResult:
         vocabulary: the data set's words: ``classnames``, ``all_classnames``, ``templates``, ``template_groups``.
         approximations: what this run did otherwise than the method says, to save time; empty = nothing.
         learned_parameters: number of scalars that the optimisers may change.
-        step_gflops: operations of a training step, in 10^9, counted by shapes; None where they can't be.
+        step_gflops: operations of a training step in 10^9, by shapes or, of small models, by one more step; None where unknown.
         league: what the method sees beside labelled pictures, see ``promptmix.engine.league``.
         files: what else the run left of its test, by file name: SHA-256 of its bytes.
         protocol: the protocol of ``promptmix run`` that this run is part of; "" = by itself.

@@ -90,6 +90,7 @@ def run(cfg: CN, **options: Any) -> RunResult:
             trainer.test()
         else:
             train_or_test(trainer)
+            result.peak_memory_mb = memory.peak_mb()  # counting is no part of the run
             with group.paused():
                 result.step_gflops = step_gflops(trainer) if group.writes() else None
     return result
@@ -333,7 +334,7 @@ class _Recorder:
             "test": max(0.0, self._tested - self._trained),
         }
         result.seconds = {name: round(value, 3) for name, value in seconds.items()}
-        result.peak_memory_mb = memory.peak_mb()
+        result.peak_memory_mb = result.peak_memory_mb or memory.peak_mb()
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import torch
 from promptmix.bench import estimates
 from promptmix.bench.world import silenced
 from promptmix.cli import main
+from promptmix.cost import estimate
 from promptmix.cost.count import count, count_operations
 from promptmix.cost.estimate import training_step
 from promptmix.cost.gpu import GPUS, KERNEL_US, Bound, bound
@@ -120,3 +121,16 @@ def test_the_command_says_what_a_gpu_would_need(room, capsys, monkeypatch):
     assert "counted and not measured" in shown and "limited by launches" in shown and "peak of the process" in shown
     assert main(["estimate", *flags, "--gpu", "abacus"]) == 2
     assert "--gpu 'abacus' is not known; choose one of: t4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["CoOp", "MoCoOp", "MaPLe"])
+def test_a_step_that_ran_has_the_operations_of_its_shapes(room, name):
+    trainer = toy_trainer(room, name)
+    first_step(trainer)
+    state = torch.get_rng_state()
+    estimate._counted.clear()
+    found = estimate.step_gflops(trainer)
+    assert trainer.device.type == "cpu" and torch.equal(torch.get_rng_state(), state)
+    estimate.on_meta(trainer)
+    assert found == round(estimate.step_count(trainer, 4).gflops, 3) > 0
+    assert estimate.step_gflops(trainer) == found  # kept, since nothing runs on meta twice
