@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
+from urllib.error import URLError
 
 import torch
 
@@ -107,6 +108,11 @@ def _reason(error: BaseException, root: Path) -> UserError:
         )
     if not torch.cuda.is_available() and re.search(_NO_GPU, text, re.IGNORECASE):
         return UserError(f"{place} asks for CUDA, but there is no GPU ({text}); change it to self.device, or use a GPU")
+    if isinstance(error, URLError):
+        return UserError(
+            f"{place} can't download what it asks for ({error.reason}); MODEL.BACKBONE.WEIGHTS stands for CLIP's weights: a file, or "
+            "a folder with OpenAI's file names (RN50.pt, ViT-B-16.pt) for a checkout that loads several models"
+        )
     if isinstance(error, FileNotFoundError) and error.filename:
         return UserError(f"{place} needs the file {error.filename}, which is not there; see the checkout's own page for it")
     if isinstance(error, KeyError) and frames[-1].filename.endswith(("os.py", "<frozen os>")) and error.args:

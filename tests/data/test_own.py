@@ -65,6 +65,14 @@ def test_train_and_val_alone_test_on_val(tmp_path):
     assert [i.impath for i in dataset.test] == [i.impath for i in dataset.val]
 
 
+def test_parts_are_called_so_however_they_are_capitalised(tmp_path, caplog):
+    for part, count in (("Train", 3), ("VALID", 1), ("Test", 2)):
+        folder(tmp_path, part, count, ("1", "2"))
+    dataset = build("ImageFolder", tmp_path)
+    assert [len(items) for items in (dataset.train_x, dataset.val, dataset.test)] == [6, 2, 4]
+    assert "the class names are numbers" in caplog.text
+
+
 def test_a_class_called_train_is_a_class(tmp_path):
     folder(tmp_path, classes=("train", "bus"))
     assert build("ImageFolder", tmp_path).classnames == ["bus", "train"]

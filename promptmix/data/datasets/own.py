@@ -100,6 +100,8 @@ class _Own(AssembledDataset):
             raise DataError(
                 f"{where} has one class, {only!r}, so there is nothing to tell apart; add a folder or label for another"
             )
+        if all(item.classname.isdecimal() for item in splits["train"]):
+            get_logger().warning("%s: the class names are numbers, of which a prompt can make nothing; name the classes", where)
         used = {"train": self.train_x, "val": self.val or [], "test": self.test or []}
         for finding in [] if self.all_tested else find_leaks(used):
             get_logger().warning("%s: %s", where, finding)
@@ -194,7 +196,11 @@ def _parts(where: Path) -> dict[str, Path]:
 
 
 def _part_folders(where: Path) -> dict[str, Path]:
-    return {part: where / name for part, names in _PART_FOLDERS.items() for name in names if (where / name).is_dir()}
+    """Return part -> folder, however its name is capitalised."""
+    if not where.is_dir():
+        return {}
+    folders = {entry.name.lower(): where / entry.name for entry in _entries(where) if entry.is_dir()}
+    return {part: folders[name] for part, names in _PART_FOLDERS.items() for name in names if name in folders}
 
 
 def _folders(above: Path, part: str, domains: bool) -> list[Found]:
