@@ -110,8 +110,8 @@ def _reason(error: BaseException, root: Path) -> UserError:
         return UserError(f"{place} asks for CUDA, but there is no GPU ({text}); change it to self.device, or use a GPU")
     if isinstance(error, URLError):
         return UserError(
-            f"{place} can't download what it asks for ({error.reason}); MODEL.BACKBONE.WEIGHTS stands for CLIP's weights: a file, or "
-            "a folder with OpenAI's file names (RN50.pt, ViT-B-16.pt) for a checkout that loads several models"
+            f"{place} can't download what it asks for ({error.reason}); MODEL.BACKBONE.WEIGHTS stands for CLIP's weights: a "
+            "file, or a folder with OpenAI's file names (RN50.pt, ViT-B-16.pt) for a checkout that loads several models"
         )
     if isinstance(error, FileNotFoundError) and error.filename:
         return UserError(f"{place} needs the file {error.filename}, which is not there; see the checkout's own page for it")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from urllib.error import URLError
 
 import pytest
 import torch
 
 from promptmix.dassl.reasons import explained
-from promptmix.errors import PluginError
+from promptmix.errors import PluginError, UserError
 from tests.dassl.fork import change, make, refused, run
 
 
@@ -96,6 +97,12 @@ def test_reasons(room, capsys, file, text, message):
     path.write_text(f"{text}\n{path.read_text()}")
     assert re.search(message, refused(room, capsys))
     assert not (room / "out").exists()
+
+
+def test_a_download_that_fails(tmp_path):
+    words = r"can't download what it asks for \(no route\); .* a folder with OpenAI's file names"
+    with pytest.raises(UserError, match=words), explained(tmp_path):
+        raise URLError("no route")
 
 
 def test_a_checkout_without_its_datasets_is_not_told_to_install_another_package(tmp_path):
