@@ -1,15 +1,18 @@
 """Suite ``gpu``: whether a device computes what the CPU computes, then how fast, within so many minutes.
 
 Correctness comes first, since a time of wrong numbers says nothing. Whatever the minutes leave out is named in the result.
-Without a GPU the same checks run on the CPU against itself, and the result says so.
+Without a GPU the same checks run on the CPU against itself, and the result says so; there each part has its share of the minutes,
+and what needs the compiler comes last.
 """
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,7 +23,9 @@ from torch import Tensor
 
 from promptmix.bench.world import World
 from promptmix.clip.reference import plain
+from promptmix.cost import memory
 from promptmix.cost.count import count, count_operations
+from promptmix.cost.estimate import HEAP, step_count, without_numbers
 from promptmix.errors import ConfigError, UserError
 from promptmix.prompts.compiled import CompiledStep
 from promptmix.prompts.trainer import PromptTrainer
@@ -103,35 +108,94 @@ def run(args: Namespace, folder: Path) -> Result:
     device = here.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu (no GPU: nothing here is a GPU's number)"
     result = Result(name)
-    for what, work in _plan(here, cpu, args):
-        if time.monotonic() > end:
-            result.not_reached.append(what)
-            continue
-        found = work()
-        for one in found if isinstance(found, list) else [found]:
-            if isinstance(one, Check):
-                result.checks.append(one)
-            elif isinstance(one, Timing):
-                result.timings.append(one)
+    plan = _plan(here, cpu, args)
+    for place, part in enumerate(plan):
+        now = time.monotonic()
+        until = end if device.type == "cuda" else now + (end - now) / (len(plan) - place)
+        for what, work in part:
+            left = until - time.monotonic()
+            try:
+                with _cut_off(left):
+                    found = work() if left > 0 else None
+            except _Over:
+                what, found = f"{what} (cut off after {left:.0f} s)", None
+            if found is None:
+                result.not_reached.append(what)
             else:
-                result.pictures_per_second |= one
+                _keep(result, found)
     return result
 
 
-def _plan(here: World, cpu: World, args: Namespace) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Yield what is to be done, the most important first."""
+class _Over(BaseException):
+    """The time is over; no ``Exception``, so that no check takes it for a wrong answer."""
+
+
+@contextmanager
+def _cut_off(seconds: float) -> Iterator[None]:
+    """End what still runs after some seconds: a step of a large model, or a compiler, may take longer than all minutes.
+
+    Raises:
+        _Over: it was ended; not on Windows nor outside the main thread, where work goes on to its end.
+    """
+    if seconds <= 0 or not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def over(*_: object) -> None:
+        raise _Over
+
+    before = signal.signal(signal.SIGALRM, over)
+    timer = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _keep(result: Result, found: Any) -> None:
+    for one in found if isinstance(found, list) else [found]:
+        if isinstance(one, Check):
+            result.checks.append(one)
+        elif isinstance(one, Timing):
+            result.timings.append(one)
+        else:
+            result.pictures_per_second |= one
+
+
+#: What is done, by name.
+Part = list[tuple[str, Callable[[], Any]]]
+
+
+def _plan(here: World, cpu: World, args: Namespace) -> list[Part]:
+    """Return what is to be done, the most important first."""
+    gpu = here.device.type == "cuda"
+
+    def agree(*ways: str) -> Part:
+        return [
+            (f"{method}: {way} against the CPU", partial(_agrees, here, cpu, method, way))
+            for method in args.gpu_methods
+            for way in ways
+        ]
+
+    alike: Part = []
     for method in args.gpu_methods:
-        for way in TOLERANCES:
-            yield f"{method}: {way} against the CPU", partial(_agrees, here, cpu, method, way)
-    for method in args.gpu_methods:
-        yield f"{method}: two runs agree to the bit", partial(_repeats, here, method)
-        yield f"{method}: no wait in a step", partial(_never_waits, here, method)
-    for method in sorted(set(TRAINER_REGISTRY) - set(args.gpu_methods)) if not args.no_others else ():
-        yield f"{method}: two steps", partial(_two_steps, here, method)
-    for classes in args.gpu_classes:
-        for method in args.gpu_methods:
-            yield f"{method}, {classes} classes: times", partial(_times, here, method, classes)
-    yield "pictures per second", partial(_reading, here, args)
+        alike.append((f"{method}: two runs agree to the bit", partial(_repeats, here, method)))
+        alike.append((f"{method}: no wait in a step", partial(_never_waits, here, method)))
+    others = sorted(set(TRAINER_REGISTRY) - set(args.gpu_methods)) if not args.no_others else ()
+    steps: Part = [(f"{method}: two steps", partial(_two_steps, here, method)) for method in others]
+    # On a CPU the compiler needs minutes for each, so nothing is timed there that it made.
+    ways = ("plain", "ours", "compiled", "cuda graph") if gpu else ("ours", "plain")
+    times: Part = [
+        (f"{method}, {classes} classes, {way}: time", partial(_time, here, method, classes, way))
+        for classes in args.gpu_classes
+        for method in args.gpu_methods
+        for way in ways
+    ]
+    reading: Part = [("pictures per second", partial(_reading, here, args))]
+    if gpu:
+        return [agree(*TOLERANCES), alike, steps, times, reading]
+    return [agree("fp32", "bf16", "fp16"), alike, steps, times, reading, agree("compiled")]
 
 
 def _trainer(world: World, method: str, classes: int, *opts: object) -> tuple[PromptTrainer, dict[str, Tensor]]:
@@ -227,23 +291,28 @@ def _two_steps(here: World, method: str) -> Check:
     return Check(name, all(bool(part.isfinite().all()) for part in learned), f"{len(learned)} learned tensors")
 
 
-def _times(here: World, method: str, classes: int) -> list[Timing]:
+def _time(here: World, method: str, classes: int, way: str) -> Timing:
     work = f"{method}, batch {_BATCH}, {classes} classes"
-    found = [_time(here, method, classes, work, "plain"), _time(here, method, classes, work, "ours")]
-    if here.device.type == "cuda":  # on a CPU the compiler needs a minute for each
-        found += [_time(here, method, classes, work, way) for way in ("compiled", "cuda graph")]
-    return found
-
-
-def _time(here: World, method: str, classes: int, work: str, way: str) -> Timing:
     try:
         trainer, batch = _trainer(here, method, classes, *_OPTS.get(way, ()))
         with plain(trainer.clip) if way == "plain" else nullcontext():
+            needs, free = _memory(trainer)
+            if needs > free:
+                return Timing(work, way, error=f"needs {needs:,.0f} MiB of memory, and {free:,.0f} are free")
             return _measured(trainer, batch, work, way)
     except ConfigError as error:
         return Timing(work, way, error=str(error))
     except RuntimeError as error:  # out of memory, most likely, and the next way needs less
         return Timing(work, way, error=str(error).strip().splitlines()[0])
+
+
+def _memory(trainer: PromptTrainer) -> tuple[float, float]:
+    """Return what a step will need and what is free, in MiB; a GPU says so itself, where a CPU's process would be killed."""
+    free = memory.available_mb() if trainer.device.type == "cpu" else None
+    if free is None:
+        return 0.0, 0.0
+    with without_numbers(trainer):
+        return HEAP * step_count(trainer, _BATCH).live_mb, free
 
 
 def _measured(trainer: PromptTrainer, batch: dict[str, Tensor], work: str, way: str, seconds: float = 2.0) -> Timing:

@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--through", nargs="+", choices=("train", "run", "sweep", "ray"), default=["train"], help=shown)
     add("--kills", type=int, default=20, metavar="N", help="kill: how many for each method")
     add("--seed", type=int, default=0, help="kill: of the moments and settings")
-    add("--minutes", type=float, default=8.0, help="gpu: after which nothing new is begun")
+    add("--minutes", type=float, default=8.0, help="gpu: after which what still runs is cut off, and what is left is named")
     gpu = ("CoOp", "CoCoOp", "MoCoOp", "MaPLe", "PromptSRC")
     add("--gpu-methods", nargs="+", default=list(gpu), metavar="NAME", help=f"gpu: what is measured; default {' '.join(gpu)}")
     add("--gpu-classes", type=int, nargs="*", default=[100, 1000], metavar="C", help="gpu: classes of the timed steps")

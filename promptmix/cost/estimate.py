@@ -150,7 +150,7 @@ def training_step(trainer: Counted, size: int) -> tuple[Work, bool]:
     """
     second: int = getattr(trainer, "outer_batch", 0)  # pictures of another loss in each step (bilevel training)
     try:
-        with _without_numbers(trainer):
+        with without_numbers(trainer):
             return _whole_step(trainer, [size, *([second] if second else [])]), False
     except (RuntimeError, NotImplementedError):
         get_logger().debug("The step can't be counted by shapes", exc_info=True)
@@ -174,13 +174,13 @@ def _whole_step(trainer: Counted, sizes: Sequence[int]) -> Work:
 
 
 def _image_work(trainer: Counted, size: int) -> Work:
-    with _without_numbers(trainer), torch.no_grad():
+    with without_numbers(trainer), torch.no_grad():
         images = _batch(trainer, size)[0]
         return work_of(lambda: trainer.clip.encode_image(images))
 
 
 @contextlib.contextmanager
-def _without_numbers(trainer: Counted) -> Iterator[None]:
+def without_numbers(trainer: Counted) -> Iterator[None]:
     """Take the numbers away from a trainer's models in the context, so that what they do is counted at no cost."""
     modules = [*trainer.clip.modules(), *trainer.model.modules()]
     kept = [(dict(module._parameters), dict(module._buffers)) for module in modules]

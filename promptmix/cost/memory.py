@@ -40,6 +40,14 @@ def resident_mb() -> float | None:
     return _status_mb("VmRSS")
 
 
+def available_mb() -> float | None:
+    """Return the memory in MiB that new work can have without swapping, None where unknown."""
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return float(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]) / 1024
+    return None
+
+
 def _status_mb(field: str) -> float | None:
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()

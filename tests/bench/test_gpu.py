@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+import signal
+import time
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -35,7 +38,7 @@ def test_a_cpu_agrees_with_itself_and_is_no_gpu(args, tmp_path):
         "CoOp: two trainings of two steps agree to the bit": True,
         "CoOp: no step waits for the device": None,
     }
-    assert [timing.way for timing in result.timings] == ["plain", "ours"]
+    assert [timing.way for timing in result.timings] == ["ours", "plain"]
     assert all(timing.milliseconds > 0 and timing.launches > 100 and timing.peak_mb is None for timing in result.timings)
     assert result.pictures_per_second["0 workers"] > 0
     assert "nothing here is a GPU's number" in gpu.shown(result) and "0 of 6 checks failed" in gpu.shown(result)
@@ -52,10 +55,39 @@ def test_wrong_numbers_fail_and_what_is_left_out_is_named(args, tmp_path, monkey
     monkeypatch.setattr(gpu, "_numbers", wrong)
     monkeypatch.setattr(gpu, "TOLERANCES", {"fp32": 1e-3})
     plan = list(gpu._plan(*(gpu.World("tiny-vit", tmp_path, "cpu") for _ in range(2)), args))
-    assert plan[0][1]().passed is False
+    assert plan[0][0][1]().passed is False
     args.minutes = -1.0
     late = gpu.run(args, tmp_path)
-    assert late.not_reached == [what for what, _ in plan] and not late.checks
+    assert late.not_reached == [what for part in plan for what, _ in part] and not late.checks
+
+
+def test_a_part_that_never_ends_takes_its_share_alone(args, tmp_path, monkeypatch):
+    def forever():
+        try:
+            while True:
+                time.sleep(0.01)
+        except Exception:
+            return gpu.Check("caught", False, "")
+
+    def soon():
+        return gpu.Check("soon", True, "")
+
+    monkeypatch.setattr(gpu, "World", lambda *_: SimpleNamespace(device=torch.device("cpu")))
+    parts = [[("long", forever), ("late", soon)], [("next", soon)]]
+    monkeypatch.setattr(gpu, "_plan", lambda *_: parts)
+    args.minutes = 0.4 / 60
+    handler = signal.getsignal(signal.SIGALRM)
+    result = gpu.run(args, tmp_path)
+    assert result.not_reached == ["long (cut off after 0 s)", "late"] and [check.name for check in result.checks] == ["soon"]
+    assert signal.getsignal(signal.SIGALRM) is handler
+
+
+def test_what_would_not_fit_is_not_begun(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu.memory, "available_mb", lambda: 0.01)
+    here = gpu.World("tiny-vit", tmp_path, "cpu")
+    few, many = (gpu._time(here, "CoOp", classes, "plain") for classes in (3, 30))
+    assert few.milliseconds is None and few.error.endswith("MiB of memory, and 0 are free")
+    assert 0 < float(few.error.split()[1]) < float(many.error.split()[1])
 
 
 def test_numbers_that_are_not_finite_are_far_off():

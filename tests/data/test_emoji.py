@@ -12,6 +12,8 @@ from promptmix.data.datasets.emoji import STYLES
 from promptmix.data.reading.images import read_image
 from promptmix.errors import ConfigError, UserError
 
+pytestmark = pytest.mark.usefixtures("all_emoji")
+
 
 def build(name: str, **settings):
     cfg = get_cfg()

@@ -74,7 +74,7 @@ def test_layer_norm_tuning_refuses_cached_views_and_towers_without_layers(tmp_pa
 
 @pytest.mark.parametrize("name", ["CoOp", "MoCoOp", "ZeroshotCLIP"])
 def test_text_is_encoded_once_per_evaluation(tmp_path, name, monkeypatch):
-    subject = trainer(tmp_path, name, "DATALOADER.TEST.BATCH_SIZE", "40")
+    subject = trainer(tmp_path, name, "DATALOADER.TEST.BATCH_SIZE", "20")
     calls = []
     original = subject.model.classifier
     monkeypatch.setattr(subject.model, "classifier", lambda: calls.append(1) or original())
