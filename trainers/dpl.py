@@ -154,7 +154,8 @@ class KeyPrompts(PromptBank):
         """Return normalised text features (1, C, D)."""
         tower, actions = self.task.clip.text, self.text.actions()
         if self.tokens:
-            return F.normalize(tower(averaged(self.task, self.templates, names), actions=actions), dim=-1)
+            words = self.once("words", names, lambda: averaged(self.task, self.templates, names))
+            return F.normalize(tower(words, actions=actions), dim=-1)
         each = [F.normalize(tower(tower.compose_text(words, names), actions=actions), dim=-1) for words in self.templates]
         return each[0] if len(each) == 1 else F.normalize(torch.stack(each).mean(dim=0), dim=-1)
 
@@ -163,6 +164,8 @@ class KeyPrompts(PromptBank):
         return self.task.clip.ensemble(self.templates, names)[None]
 
 
+@torch.inference_mode(False)  # what an evaluation makes serves steps that learn too
+@torch.no_grad()
 def averaged(task: Task, templates: Sequence[str], names: Sequence[str]) -> Prompts:
     """Return prompts whose token embeddings are the mean over templates at each position, padding included.
 

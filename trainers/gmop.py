@@ -34,6 +34,7 @@ from promptmix.plugins.prompt_bank.soft import Soft
 from torch import Tensor
 
 from promptmix import register
+from promptmix.clip.compose import index_of
 from promptmix.config.declare import Setting
 from promptmix.data.fewshot import num_base
 from promptmix.prompts.heads import Cosine
@@ -62,6 +63,9 @@ class Detectors(Soft):
     def __init__(self, task: Task, k: int, n_ctx: int) -> None:
         super().__init__(task, n_ctx, n_prompts=k)
         self.names = base_names(task)
+        rows = [[-1 if j % k == i else self.known(i).index(j) for j in range(len(self.names))] for i in range(k)]
+        self.positions: Tensor  # (K, C) of base classes among a detector's names, -1 for what is new to it
+        self.register_buffer("positions", torch.tensor(rows), persistent=False)
 
     def known(self, i: int) -> list[int]:
         """Return the base classes among the names of detector i: those it knows, and class i where these are too few."""
@@ -71,10 +75,7 @@ class Detectors(Soft):
 
     def labels(self, i: int, labels: Tensor) -> Tensor:
         """Return labels (B,) as detector i counts them, -1 for what is new to it."""
-        index = torch.full((len(self.names),), -1, device=labels.device)
-        for position, j in enumerate(self.known(i)):
-            index[j] = -1 if j % self.num_experts == i else position
-        return index[labels]
+        return self.positions[i][labels]
 
     def log_probabilities(self, image: Tensor, others: Sequence[str] | None = None) -> list[Tensor]:
         """Return each detector's log-probabilities (B, C_i), its own names first.
@@ -89,7 +90,7 @@ class Detectors(Soft):
         for i, row in enumerate(scores):
             own = self.known(i)
             rest = [] if others is None else [j for j in range(row.shape[1]) if j not in own]
-            found.append(row[:, own + rest].float().log_softmax(dim=-1))
+            found.append(row[:, index_of((*own, *rest), str(row.device))].float().log_softmax(dim=-1))
         return found
 
     @torch.no_grad()
@@ -150,13 +151,10 @@ class OpenworldLoss(Loss):
     def forward(self, step: Step) -> Tensor:
         """Return the loss (scalar)."""
         warm, auc = self.terms(step)
-        total = step.image.new_zeros(()) + 0.0 * self.detectors.ctx.sum()  # where every detector is left out
-        for weight, found in ((self.alpha, warm), (self.lambda_, auc)):
-            total = total + weight * sum(found, start=torch.zeros_like(total)) / self.detectors.num_experts
-        return total
+        return self.alpha * warm.mean() + self.lambda_ * auc.mean()
 
-    def terms(self, step: Step) -> tuple[list[Tensor], list[Tensor]]:
-        """Return CE_i and AUC_i of the detectors that the batch shows both kinds."""
+    def terms(self, step: Step) -> tuple[Tensor, Tensor]:
+        """Return CE_i and AUC_i (K,), zero where the batch does not show a detector both kinds; nothing waits for the device."""
         own = step.labels[:, None]
         frozen = step.scores(step.frozen_text)
         right = step.logits.softmax(dim=-1).gather(1, own).sigmoid()[:, 0]
@@ -165,12 +163,18 @@ class OpenworldLoss(Loss):
         for i, found in enumerate(self.detectors.log_probabilities(step.image)):
             labels = self.detectors.labels(i, step.labels)
             known, score = labels >= 0, found.amax(dim=-1).exp()
-            if known.all() or not known.any():
-                continue
-            warm.append(F.nll_loss(found[known], labels[known]))
-            apart = (1 - (score[known][:, None] - score[~known])).square()
-            auc.append((right[known][:, None] * by_chance[~known] * apart).mean())
-        return warm, auc
+            pairs = known[:, None] & ~known
+            both = pairs.any()
+            losses = F.nll_loss(found, labels.clamp(min=0), reduction="none")
+            warm.append(_mean(losses, known & both))
+            gates = right[:, None] * by_chance
+            auc.append(_mean(gates * (1 - (score[:, None] - score)).square(), pairs))
+        return torch.stack(warm), torch.stack(auc)
+
+
+def _mean(values: Tensor, chosen: Tensor) -> Tensor:
+    """Return the mean of the chosen values, 0 where none is chosen."""
+    return values.where(chosen, 0.0).sum() / chosen.sum().clamp(min=1)
 
 
 @register

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from promptmix.errors import ConfigError
 from promptmix.prompts.task import Task
 from promptmix.registry import PROMPT_BANK_REGISTRY, Registry
 
+Made = TypeVar("Made")
 ImageLevel = Literal["unit", "raw", "unprojected"]
 #: From what all have to what most can be computed from.
 IMAGE_LEVELS: tuple[ImageLevel, ...] = ("unit", "raw", "unprojected")
@@ -106,7 +107,7 @@ class PromptBank(Component, ABC):
 
     def __init__(self, task: Task | None = None) -> None:
         super().__init__()
-        self._once: dict[Hashable, Tensor] = {}
+        self._once: dict[Hashable, Any] = {}
         if task is not None:
             self.task = task
 
@@ -153,8 +154,8 @@ class PromptBank(Component, ABC):
         tower = self.task.clip.text
         return tower.embed(tower.tokenizer.encode("." if full_stop in (None, True) else ""))[None]
 
-    def once(self, what: str, names: Sequence[str], make: Callable[[], Tensor]) -> Tensor:
-        """Return ``make()``, some frozen features of these class names, made when they are first asked for on a device."""
+    def once(self, what: str, names: Sequence[str], make: Callable[[], Made]) -> Made:
+        """Return ``make()``, something frozen of these class names, made when they are first asked for on a device."""
         return find(self._once, (what, *names, str(self.task.clip.scale.device)), make)
 
     @property

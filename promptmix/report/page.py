@@ -205,9 +205,10 @@ def _tests(rows: list[Row], wish: Wish, notes: list[str]) -> list[Block]:
     ]
     head = ["Difference", "Where", "Points", "95% interval", "p", "p (Holm)", "Test"]
     text = "Paired on the same test pictures: McNemar's exact test for two runs, else a bootstrap over pictures and seeds. "
-    text += f"{len(found)} comparisons; in colour where p after Holm's correction is below 0.05."
+    count = f"{len(found)} comparison{'s' if len(found) > 1 else ''}"
+    text += f"{count}; in colour where p after Holm's correction is below 0.05."
     one = table("Differences in accuracy", head, lines, lead=2)
-    return [Block("Which differences hold", text, [one], closed="" if len(found) <= 12 else f"{len(found)} comparisons")]
+    return [Block("Which differences hold", text, [one], closed="" if len(found) <= 12 else count)]
 
 
 def _best(rows: list[Row], metric: str) -> str:
@@ -220,8 +221,10 @@ def _best(rows: list[Row], metric: str) -> str:
 def _charts(rows: list[Row], metrics: list[str]) -> list[Block]:
     if sum(not row.averages for row in rows) < 2:
         return []
-    drawn = [Figure("", figures.svg(figure, f"chart {name}")) for name, figure in plots.figures(rows, metrics[0])]
-    return [Block(figures=drawn, size="large")] if drawn else []
+    drawn = [(name, Figure("", figures.svg(figure, f"chart {name}"))) for name, figure in plots.figures(rows, metrics[0])]
+    wide = [figure for name, figure in drawn if name.startswith("ranking")]
+    blocks = (Block(figures=[figure for _, figure in drawn if figure not in wide], size="large"), Block(figures=wide, size="full"))
+    return [block for block in blocks if block.figures]
 
 
 def _classes(place: str, same: Sequence[Detail]) -> list[Block]:

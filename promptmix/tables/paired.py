@@ -192,7 +192,7 @@ def _names(rows: list[Row]) -> dict[int, str]:
     for row in rows:
         alike = [other for other in rows if other.method == row.method]
         more = [getattr(row, key) for key in ("backbone", "settings") if len({getattr(other, key) for other in alike}) > 1]
-        found[id(row)] = f"{row.method} ({', '.join(filter(None, more))})" if any(more) else row.method
+        found[id(row)] = f"{row.method} ({', '.join(dict.fromkeys(filter(None, more)))})" if any(more) else row.method
     return found
 
 

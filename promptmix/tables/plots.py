@@ -137,7 +137,7 @@ def _styles(rows: list[Row]) -> dict[tuple[str, str, str], _Series]:
     found = {}
     for place, key in enumerate(keys):
         others = [other for other in keys if other[0] == key[0] and other != key]
-        told = [key[i] for i in (1, 2) if key[i] and any(other[i] != key[i] for other in others)]
+        told = list(dict.fromkeys(key[i] for i in (1, 2) if key[i] and any(other[i] != key[i] for other in others)))
         label = "\n".join(textwrap.wrap(harmless(f"{key[0]} ({', '.join(told)})" if told else key[0]), 40))
         again = place // len(_COLOURS)
         marker = _MARKERS[(place + again) % len(_MARKERS)]
@@ -146,18 +146,19 @@ def _styles(rows: list[Row]) -> dict[tuple[str, str, str], _Series]:
 
 
 def _ranked(rows: list[Row], metric: str) -> list[tuple[str, str, str]]:
-    """Return methods, the best first: by H or test accuracy, of the average over data sets where there is one."""
+    """Return methods, the best first: by H or test accuracy of the average over data sets; then those that have none."""
     part = "h" if any((metric, "h") in row.cells for row in rows) else "test"
     scores: dict[tuple[str, str, str], list[tuple[bool, float]]] = {}
     for row in rows:
         cell = row.cells.get((metric, part))
         scores.setdefault(_key(row), []).append((bool(row.averages), cell.mean if cell is not None else 0.0))
 
-    def score(key: tuple[str, str, str]) -> float:
-        averaged = [value for is_average, value in scores[key] if is_average] or [value for _, value in scores[key]]
-        return sum(averaged) / len(averaged)
+    def place(key: tuple[str, str, str]) -> tuple[bool, float]:
+        averaged = [value for is_average, value in scores[key] if is_average]
+        found = averaged or [value for _, value in scores[key]]
+        return not averaged, -sum(found) / len(found)
 
-    return sorted(scores, key=lambda key: (-score(key), key))
+    return sorted(scores, key=lambda key: (*place(key), key))
 
 
 def _named(rows: list[Row], metric: str, styles: dict[Any, _Series]) -> dict[Any, _Series]:
