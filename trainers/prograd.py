@@ -53,9 +53,8 @@ def project(specific: Tensor, general: Tensor, factor: float = 1.0) -> Tensor:
         factor: the paper's lambda; 1 makes the result orthogonal to ``general``.
     """
     overlap = torch.sum(specific * general)
-    if overlap >= 0:
-        return specific
-    return specific - factor * overlap / general.square().sum() * general
+    projected = specific - factor * overlap / general.square().sum() * general
+    return projected.where(overlap < 0, specific)  # chosen on the device, which nothing waits for
 
 
 @register

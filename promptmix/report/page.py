@@ -223,8 +223,8 @@ def _charts(rows: list[Row], metrics: list[str]) -> list[Block]:
         return []
     drawn = [(name, Figure("", figures.svg(figure, f"chart {name}"))) for name, figure in plots.figures(rows, metrics[0])]
     wide = [figure for name, figure in drawn if name.startswith("ranking")]
-    blocks = (Block(figures=[figure for _, figure in drawn if figure not in wide], size="large"), Block(figures=wide, size="full"))
-    return [block for block in blocks if block.figures]
+    others = [figure for name, figure in drawn if not name.startswith("ranking")]
+    return [Block(figures=some, size=size) for some, size in ((others, "large"), (wide, "full")) if some]
 
 
 def _classes(place: str, same: Sequence[Detail]) -> list[Block]:

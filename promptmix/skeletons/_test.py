@@ -4,6 +4,6 @@ from promptmix.plugin_manager import load_plugin
 from promptmix.registry import REGISTRIES
 
 
-def test_registered():
+def test_registered() -> None:
     load_plugin("promptmix_my_part")
     assert "MyPart" in REGISTRIES["parts"]

@@ -1,12 +1,13 @@
 """promptmix finds the plugin, and what it logs is written."""
 
 import importlib
+from pathlib import Path
 from types import SimpleNamespace
 
 from promptmix.plugin_manager import get_plugin_manager, load_plugin
 
 
-def test_numbers_are_written(tmp_path):
+def test_numbers_are_written(tmp_path: Path) -> None:
     load_plugin("promptmix_my_part")
     plugin = importlib.import_module("promptmix_my_part")
     assert plugin in [hook.plugin for hook in get_plugin_manager().hook.log_scalar.get_hookimpls()]
