@@ -223,7 +223,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return {
         key.removeprefix("module."): value.float() if value.is_floating_point() else value
         for key, value in state.items()
-        if key not in extras
+        # Archives of open_clip's models hold the causal mask too.
+        if key not in extras and key.rpartition(".")[2] != "attn_mask"
     }
 
 

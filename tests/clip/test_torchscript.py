@@ -107,7 +107,7 @@ def test_the_same_tensors_as_torchscript_gives(make, tmp_path):
 
 
 class Whole(nn.Module):
-    """A CLIP as OpenAI saved it: both towers, fp16, with the three numbers that are no weights."""
+    """A CLIP as OpenAI saved it: both towers, fp16, with the three numbers that are no weights; and the mask, as of open_clip."""
 
     def __init__(self, model):
         super().__init__()
@@ -117,6 +117,7 @@ class Whole(nn.Module):
         self.logit_scale = model.logit_scale
         for name, number in (("input_resolution", 16), ("context_length", 77), ("vocab_size", 49408)):
             self.register_buffer(name, torch.tensor(number))
+        self.register_buffer("attn_mask", model.attn_mask)
 
     def forward(self, x: Tensor) -> Tensor:
         used = (self.positional_embedding, self.text_projection, self.token_embedding.weight)
