@@ -188,7 +188,7 @@ def defaults(cfg: CfgNode, dataset: Any, wish: Wish) -> list[tuple[str, str]]:  
     drawn = f"at most {cfg.DATASET.NUM_SHOTS}" if cfg.DATASET.NUM_SHOTS > 0 else "all training pictures"
     sizes = ", ".join(f"{part} {len(items):,}" for part, items in parts.items() if items)
     return [
-        ("pictures", f"{len(names)} classes ({_some(names)})"),
+        ("pictures", f"{len(names)} classes ({_some(names)}){f', as {wish.table.name} says' if wish.table else ''}"),
         ("method", f"{cfg.TRAINER.NAME}  [--trainer NAME; `promptmix list trainers`]"),
         ("backbone", _backbone(cfg)),
         ("recipe", _recipe(cfg, wish)),

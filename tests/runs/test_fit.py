@@ -10,7 +10,7 @@ from promptmix.cli import main
 from promptmix.clip.load import look_of
 from promptmix.data.datasets.emoji import write_sample
 from promptmix.data.templates import IMAGENET_80, groups_of
-from promptmix.runs.fit import recipe_of
+from promptmix.runs.fit import Wish, config_of, recipe_of
 
 QUICK = ["OPTIM.MAX_EPOCH", "1"]
 
@@ -72,9 +72,20 @@ def test_a_table_and_templates(pictures, tmp_path, capsys):
         assert fit(table, tmp_path, "--trainer", "MoCoOp", "--no-baseline", "--template", "an icon of a {}.") == 0
     finally:
         table.unlink()
-    assert "'an icon of a {}.'" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "'an icon of a {}.'" in said and "as labels.csv says" in said
     words = json.loads((tmp_path / "MoCoOp" / "results.json").read_text())["vocabulary"]
     assert words["templates"] == ["an icon of a {}."] and len(words["template_groups"]) == 6
+
+
+def test_the_table_of_a_folder_is_found(pictures):
+    table = pictures / "metadata.jsonl"
+    table.write_text('{"file_name": "a.webp", "label": "cat"}\n')
+    try:
+        cfg = config_of(Wish(str(pictures)))
+    finally:
+        table.unlink()
+    assert ("CSV", str(pictures), "metadata.jsonl") == (cfg.DATASET.NAME, cfg.DATASET.ROOT, cfg.DATASET.CSV.FILE)
 
 
 @pytest.mark.parametrize(
