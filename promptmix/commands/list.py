@@ -107,7 +107,9 @@ def _keys(name: str) -> list[tuple[str, str, str, str]]:
     for key in all_keys(cfg):
         default, setting = get_key(cfg, key), declared.get(key, undeclared)
         takes = setting.allowed.removeprefix("give ").removeprefix("choose from ")
-        rows.append((key, repr(default), takes or type(default).__name__, setting.comment))
+        rows.append(
+            (key, repr(default), takes or type(default).__name__, "; ".join(filter(None, (setting.comment, setting.condition))))
+        )
     if not name:
         return rows
     wanted = name.upper().split(".")

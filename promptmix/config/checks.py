@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import string
 from collections.abc import Callable, Iterable, Mapping
+from functools import reduce
 
 from yacs.config import CfgNode
 
-from promptmix.config.declare import shown
+from promptmix.config.declare import all_declared, shown
 from promptmix.errors import ConfigError
 from promptmix.registry import DATASET_REGISTRY, TRAINER_REGISTRY, Registry
 
@@ -54,20 +55,8 @@ def _reads(cfg: CfgNode, key: str) -> bool:
     return name not in TRAINER_REGISTRY or key not in getattr(TRAINER_REGISTRY.get(name), "ignores", ())
 
 
-def _warms(cfg: CfgNode, kind: str) -> bool:
-    return cfg.OPTIM.WARMUP_EPOCH > 0 and kind == cfg.OPTIM.WARMUP_TYPE
-
-
-#: Keys that are read where others have some value: (beginnings of keys, when they are read, what to set for that).
+#: Keys that data sets or trainers of others read: (beginnings of keys, when they are read, what to set for that).
 _READ: list[tuple[tuple[str, ...], Callable[[CfgNode], bool], str]] = [
-    (("OPTIM.SGD_",), lambda cfg: cfg.OPTIM.NAME == "sgd", "OPTIM.NAME sgd"),
-    (("OPTIM.MOMENTUM",), lambda cfg: cfg.OPTIM.NAME in ("sgd", "rmsprop"), "OPTIM.NAME sgd"),
-    (("OPTIM.RMSPROP_",), lambda cfg: cfg.OPTIM.NAME == "rmsprop", "OPTIM.NAME rmsprop"),
-    (("OPTIM.ADAM_",), lambda cfg: "adam" in cfg.OPTIM.NAME or cfg.OPTIM.NAME == "amsgrad", "OPTIM.NAME adam"),
-    (("OPTIM.STEPSIZE", "OPTIM.GAMMA"), lambda cfg: cfg.OPTIM.LR_SCHEDULER != "cosine", "OPTIM.LR_SCHEDULER multi_step"),
-    (("OPTIM.BASE_LR_MULT",), lambda cfg: cfg.OPTIM.STAGED_LR, "OPTIM.STAGED_LR True"),
-    (("INPUT.FEATURE_CACHE_GB",), lambda cfg: cfg.INPUT.FEATURE_CACHE, "INPUT.FEATURE_CACHE True"),
-    (("INPUT.PICTURE_CACHE_GB",), lambda cfg: cfg.INPUT.PICTURE_CACHE, "INPUT.PICTURE_CACHE True"),
     (_OF_DASSLS_SETS, lambda cfg: not _is_ours(DATASET_REGISTRY, cfg.DATASET.NAME), "DATASET.NAME to a plugin's that reads it"),
     (
         tuple(f"MODEL.HEAD.{key}" for key in ("HIDDEN_LAYERS", "ACTIVATION", "BN", "DROPOUT")),
@@ -79,30 +68,7 @@ _READ: list[tuple[tuple[str, ...], Callable[[CfgNode], bool], str]] = [
         lambda cfg: _reads(cfg, "DATASET.UNLABELED"),
         "TRAINER.NAME to one that takes unlabelled pictures",
     ),
-    (("OPTIM.WARMUP_CONS_LR",), lambda cfg: _warms(cfg, "constant"), "OPTIM.WARMUP_EPOCH 1 and OPTIM.WARMUP_TYPE constant"),
-    (("OPTIM.WARMUP_MIN_LR",), lambda cfg: _warms(cfg, "linear"), "OPTIM.WARMUP_EPOCH 1 and OPTIM.WARMUP_TYPE linear"),
-    (("OPTIM.WARMUP_TYPE", "OPTIM.WARMUP_RECOUNT"), lambda cfg: cfg.OPTIM.WARMUP_EPOCH > 0, "OPTIM.WARMUP_EPOCH 1"),
-    *(
-        (
-            (f"DATALOADER.{part}.{key}",),
-            lambda cfg, p=part, s=sampler: s in cfg.DATALOADER[p].SAMPLER,
-            f"its SAMPLER to {sampler}",
-        )
-        for part in ("TRAIN_X", "TRAIN_U")
-        for key, sampler in (("N_DOMAIN", "DomainSampler"), ("N_INS", "RandomClassSampler"))
-    ),
 ]
-#: Settings of augmentations, and the beginning of the names in INPUT.TRANSFORMS that read them.
-_OF_TRANSFORMS = {
-    "CUTOUT_": "cutout",
-    "GN_": "gaussian_noise",
-    "GB_": "gaussian_blur",
-    "RGS_P": "randomgrayscale",
-    "RANDAUGMENT_": "randaugment",
-    "COLORJITTER_": "colorjitter",
-    "RRCROP_SCALE": "random_resized_crop",
-    "CROP_PADDING": "random_crop",
-}
 
 
 def _refuse_unread(cfg: CfgNode, given: Mapping[str, str]) -> None:
@@ -111,14 +77,13 @@ def _refuse_unread(cfg: CfgNode, given: Mapping[str, str]) -> None:
     Raises:
         ConfigError: there is one; the message says what would read it.
     """
+    known = all_declared(cfg)
     for key in [key for key, source in given.items() if source == "command line"]:
-        needed = next((remedy for starts, read, remedy in _READ if key.startswith(starts) and not read(cfg)), "")
-        start, name = next(((s, n) for s, n in _OF_TRANSFORMS.items() if key.startswith(f"INPUT.{s}")), ("", ""))
-        if start and not any(one.startswith(name) for one in cfg.INPUT.TRANSFORMS):
-            needed = f"{name!r} to INPUT.TRANSFORMS"
+        needed = [f"set {remedy}" for starts, read, remedy in _READ if key.startswith(starts) and not read(cfg)]
+        if key in known:
+            needed += known[key].lacks(lambda other: reduce(CfgNode.__getitem__, other.split("."), cfg))
         if needed:
-            verb = "add" if start else "set"
-            raise ConfigError(f"{key} (set by command line) would be ignored; leave it out, or {verb} {needed}")
+            raise ConfigError(f"{key} (set by command line) would be ignored; leave it out, or {' and '.join(needed)}")
 
 
 def _check_pictures(node: CfgNode) -> None:

@@ -31,6 +31,7 @@ DEVICES = ("auto", "cpu", "cuda")
 _SHARE = {"low": 0, "high": 1}
 _RATE = {"low": 0, "high": 1e30}  # Adam divides by as little as 1 - beta, which 32 bits must hold
 _MANY = 2**31 - 1  # a count that no run reaches; more is a slip of the keyboard
+_POSITIVE = range(1, _MANY + 1)
 
 
 def get_cfg_default() -> CN:
@@ -56,6 +57,16 @@ def _key(cfg: CN, path: str, default: Any, comment: str, **limits: Any) -> None:
     declare(node, name, default, Setting(comment, **limits))
 
 
+def _with(key: str, *values: Any) -> dict[str, Any]:
+    """Return the limit that a key is read with these values of another one."""
+    return {"needs": ((key, values),)}
+
+
+def _for(transform: str) -> dict[str, Any]:
+    """Return the limit that a key is read with an augmentation of this name, or one that begins so."""
+    return _with("INPUT.TRANSFORMS", transform)
+
+
 def _add_run(cfg: CN) -> None:
     _key(cfg, "VERSION", 1, "Dassl's version of the tree; nobody reads it")
     _key(cfg, "OUTPUT_DIR", "./output", "folder for log.txt, results.json and checkpoints")
@@ -77,32 +88,35 @@ def _add_input(cfg: CN) -> None:
     _key(cfg, "INPUT.NO_TRANSFORM", False, "True: batches carry untransformed pictures")
     _key(cfg, "INPUT.PIXEL_MEAN", [0.485, 0.456, 0.406], "subtracted from red, green, blue", length=3)
     _key(cfg, "INPUT.PIXEL_STD", [0.229, 0.224, 0.225], "red, green, blue are divided by it", above=0, length=3)
-    _key(cfg, "INPUT.CROP_PADDING", 4, "random_crop: pixels", low=0, high=8192)
-    _key(cfg, "INPUT.RRCROP_SCALE", (0.08, 1.0), "random_resized_crop: share of the area kept", above=0, high=1, length=2)
-    _key(cfg, "INPUT.CUTOUT_N", 1, "cutout: squares", low=0, high=10_000)
-    _key(cfg, "INPUT.CUTOUT_LEN", 16, "cutout: side in pixels", low=0, high=8192)
-    _key(cfg, "INPUT.GN_MEAN", 0.0, "gaussian_noise: mean")
-    _key(cfg, "INPUT.GN_STD", 0.15, "gaussian_noise: deviation", low=0)
-    _key(cfg, "INPUT.RANDAUGMENT_N", 2, "randaugment: operations a picture", low=0, high=1000)
-    _key(cfg, "INPUT.RANDAUGMENT_M", 10, "randaugment: magnitude", low=0, high=30)
-    _key(cfg, "INPUT.COLORJITTER_B", 0.4, "colorjitter: brightness", low=0)
-    _key(cfg, "INPUT.COLORJITTER_C", 0.4, "colorjitter: contrast", low=0)
-    _key(cfg, "INPUT.COLORJITTER_S", 0.4, "colorjitter: saturation", low=0)
-    _key(cfg, "INPUT.COLORJITTER_H", 0.1, "colorjitter: hue", low=0, high=0.5)
-    _key(cfg, "INPUT.RGS_P", 0.2, "randomgrayscale: probability", **_SHARE)
-    _key(cfg, "INPUT.GB_P", 0.5, "gaussian_blur: probability", **_SHARE)
-    _key(cfg, "INPUT.GB_K", 21, "gaussian_blur: kernel in pixels, odd", low=1, high=8191)
+    _key(cfg, "INPUT.CROP_PADDING", 4, "pixels", low=0, high=8192, **_for("random_crop"))
+    crop = _for("random_resized_crop")
+    _key(cfg, "INPUT.RRCROP_SCALE", (0.08, 1.0), "share of the area kept", above=0, high=1, length=2, **crop)
+    _key(cfg, "INPUT.CUTOUT_N", 1, "squares", low=0, high=10_000, **_for("cutout"))
+    _key(cfg, "INPUT.CUTOUT_LEN", 16, "side in pixels", low=0, high=8192, **_for("cutout"))
+    _key(cfg, "INPUT.GN_MEAN", 0.0, "mean", **_for("gaussian_noise"))
+    _key(cfg, "INPUT.GN_STD", 0.15, "deviation", low=0, **_for("gaussian_noise"))
+    _key(cfg, "INPUT.RANDAUGMENT_N", 2, "operations a picture", low=0, high=1000, **_for("randaugment"))
+    _key(cfg, "INPUT.RANDAUGMENT_M", 10, "magnitude", low=0, high=30, **_for("randaugment"))
+    _key(cfg, "INPUT.COLORJITTER_B", 0.4, "brightness", low=0, **_for("colorjitter"))
+    _key(cfg, "INPUT.COLORJITTER_C", 0.4, "contrast", low=0, **_for("colorjitter"))
+    _key(cfg, "INPUT.COLORJITTER_S", 0.4, "saturation", low=0, **_for("colorjitter"))
+    _key(cfg, "INPUT.COLORJITTER_H", 0.1, "hue", low=0, high=0.5, **_for("colorjitter"))
+    _key(cfg, "INPUT.RGS_P", 0.2, "probability", **_SHARE, **_for("randomgrayscale"))
+    _key(cfg, "INPUT.GB_P", 0.5, "probability", **_SHARE, **_for("gaussian_blur"))
+    _key(cfg, "INPUT.GB_K", 21, "kernel in pixels, odd", low=1, high=8191, **_for("gaussian_blur"))
     comment = "ours: train on K precomputed views a picture when the image tower is frozen; 0 = off"
     _key(cfg, "INPUT.CACHED_VIEWS", 0, comment, low=0, high=_MANY)
     comment = "ours: keep features of evaluation pictures and cached views on disk, if the tower is frozen"
     _key(cfg, "INPUT.FEATURE_CACHE", True, comment)
     _key(cfg, "INPUT.FEATURE_CACHE_DIR", "", 'ours: folder; "" = PROMPTMIX_CACHE_DIR, else the user\'s cache folder')
-    _key(cfg, "INPUT.FEATURE_CACHE_GB", 5.0, "ours: what was not used for longest goes first; 0 = no limit", low=0)
+    comment = "ours: what was not used for longest goes first; 0 = no limit"
+    _key(cfg, "INPUT.FEATURE_CACHE_GB", 5.0, comment, low=0, **_with("INPUT.FEATURE_CACHE", True))
     comment = "ours: fast: training pictures through torchvision's kernels, large JPEGs decoded smaller; other numbers"
     _key(cfg, "INPUT.PIPELINE", "exact", comment, choices=PIPELINES)
     comment = "ours: decode training pictures once, into a folder beside the features; batches stay the same to the bit"
     _key(cfg, "INPUT.PICTURE_CACHE", False, comment)
-    _key(cfg, "INPUT.PICTURE_CACHE_GB", 20.0, "ours: what was not used for longest goes first; 0 = no limit", low=0)
+    comment = "ours: what was not used for longest goes first; 0 = no limit"
+    _key(cfg, "INPUT.PICTURE_CACHE_GB", 20.0, comment, low=0, **_with("INPUT.PICTURE_CACHE", True))
 
 
 def _add_data(cfg: CN) -> None:
@@ -143,8 +157,9 @@ def _add_data(cfg: CN) -> None:
             _key(cfg, at + "SAME_AS_X", True, "the unlabelled part is read as the labelled one")
         _key(cfg, at + "SAMPLER", "RandomSampler", "order of the pictures", choices=SAMPLERS)
         _key(cfg, at + "BATCH_SIZE", 32, "pictures", low=1, high=_MANY)
-        _key(cfg, at + "N_DOMAIN", 0, "RandomDomainSampler: domains per batch; 0 = all", low=0, high=_MANY)
-        _key(cfg, at + "N_INS", 16, "RandomClassSampler: pictures per class", low=1, high=_MANY)
+        domains = _with(at + "SAMPLER", "RandomDomainSampler", "SeqDomainSampler")
+        _key(cfg, at + "N_DOMAIN", 0, "domains per batch; 0 = all", low=0, high=_MANY, **domains)
+        _key(cfg, at + "N_INS", 16, "pictures per class", low=1, high=_MANY, **_with(at + "SAMPLER", "RandomClassSampler"))
     _key(cfg, "DATALOADER.TEST.SAMPLER", "SequentialSampler", "order of the pictures", choices=SAMPLERS)
     _key(cfg, "DATALOADER.TEST.BATCH_SIZE", 32, "pictures", low=1, high=_MANY)
 
@@ -177,25 +192,32 @@ def _add_training(cfg: CN) -> None:
     _key(cfg, "OPTIM.NAME", "adam", "optimizer", choices=OPTIMIZERS)
     _key(cfg, "OPTIM.LR", 0.0003, "learning rate", **_RATE)
     _key(cfg, "OPTIM.WEIGHT_DECAY", 5e-4, "of every learned tensor", **_RATE)
-    _key(cfg, "OPTIM.MOMENTUM", 0.9, "sgd, rmsprop", **_SHARE)
-    _key(cfg, "OPTIM.SGD_DAMPNING", 0, "sgd: dampening, in Dassl's spelling", low=0, high=_MANY)
-    _key(cfg, "OPTIM.SGD_NESTEROV", False, "sgd: Nesterov's momentum")
-    _key(cfg, "OPTIM.RMSPROP_ALPHA", 0.99, "rmsprop: smoothing", **_SHARE)
-    _key(cfg, "OPTIM.ADAM_BETA1", 0.9, "adam, amsgrad, radam, adamw", low=0, below=1)
-    _key(cfg, "OPTIM.ADAM_BETA2", 0.999, "adam, amsgrad, radam, adamw", low=0, below=1)
-    _key(cfg, "OPTIM.ADAM_EPS", 1e-8, "adam, amsgrad, radam, adamw: added to the root of the second moment", above=0)
+    momentum = _with("OPTIM.NAME", "sgd", "rmsprop")
+    _key(cfg, "OPTIM.MOMENTUM", 0.9, "share of the last step that is taken again", **_SHARE, **momentum)
+    _key(cfg, "OPTIM.SGD_DAMPNING", 0, "dampening, in Dassl's spelling", low=0, high=_MANY, **_with("OPTIM.NAME", "sgd"))
+    _key(cfg, "OPTIM.SGD_NESTEROV", False, "Nesterov's momentum", **_with("OPTIM.NAME", "sgd"))
+    _key(cfg, "OPTIM.RMSPROP_ALPHA", 0.99, "smoothing", **_SHARE, **_with("OPTIM.NAME", "rmsprop"))
+    adam = _with("OPTIM.NAME", *(name for name in OPTIMIZERS if "adam" in name or name == "amsgrad"))
+    _key(cfg, "OPTIM.ADAM_BETA1", 0.9, "decay of the mean", low=0, below=1, **adam)
+    _key(cfg, "OPTIM.ADAM_BETA2", 0.999, "decay of the second moment", low=0, below=1, **adam)
+    _key(cfg, "OPTIM.ADAM_EPS", 1e-8, "added to the root of the second moment", above=0, **adam)
     _key(cfg, "OPTIM.STAGED_LR", False, "True: layers outside NEW_LAYERS learn at LR * BASE_LR_MULT")
     _key(cfg, "OPTIM.NEW_LAYERS", (), "names of layers", items=str)
-    _key(cfg, "OPTIM.BASE_LR_MULT", 0.1, "see STAGED_LR", **_RATE)
+    staged = _with("OPTIM.STAGED_LR", True)
+    _key(cfg, "OPTIM.BASE_LR_MULT", 0.1, "factor on the learning rate of layers outside NEW_LAYERS", **_RATE, **staged)
     _key(cfg, "OPTIM.LR_SCHEDULER", "single_step", "learning rate over the epochs", choices=SCHEDULES)
-    _key(cfg, "OPTIM.STEPSIZE", (-1,), "epochs; single_step: below 1 = MAX_EPOCH", items=int, low=-1, high=_MANY)
-    _key(cfg, "OPTIM.GAMMA", 0.1, "factor of a step", **_RATE)
+    steps = _with("OPTIM.LR_SCHEDULER", "multi_step", "single_step")
+    _key(cfg, "OPTIM.STEPSIZE", (-1,), "epochs; single_step: below 1 = MAX_EPOCH", items=int, low=-1, high=_MANY, **steps)
+    _key(cfg, "OPTIM.GAMMA", 0.1, "factor of a step", **_RATE, **steps)
     _key(cfg, "OPTIM.MAX_EPOCH", 10, "epochs", low=1, high=_MANY)
     _key(cfg, "OPTIM.WARMUP_EPOCH", -1, "epochs; below 1 = no warm-up", low=-1, high=_MANY)
-    _key(cfg, "OPTIM.WARMUP_TYPE", "linear", "learning rate over the warm-up", choices=WARMUPS)
-    _key(cfg, "OPTIM.WARMUP_CONS_LR", 1e-5, "constant: its learning rate", **_RATE)
-    _key(cfg, "OPTIM.WARMUP_MIN_LR", 1e-5, "linear: learning rate of the first epoch", **_RATE)
-    _key(cfg, "OPTIM.WARMUP_RECOUNT", True, "the schedule after the warm-up counts from 0")
+    warm = ("OPTIM.WARMUP_EPOCH", _POSITIVE)
+    _key(cfg, "OPTIM.WARMUP_TYPE", "linear", "learning rate over the warm-up", choices=WARMUPS, needs=(warm,))
+    needs = (warm, ("OPTIM.WARMUP_TYPE", ("constant",)))
+    _key(cfg, "OPTIM.WARMUP_CONS_LR", 1e-5, "the learning rate of the warm-up", **_RATE, needs=needs)
+    needs = (warm, ("OPTIM.WARMUP_TYPE", ("linear",)))
+    _key(cfg, "OPTIM.WARMUP_MIN_LR", 1e-5, "learning rate of the first epoch", **_RATE, needs=needs)
+    _key(cfg, "OPTIM.WARMUP_RECOUNT", True, "the schedule after the warm-up counts from 0", needs=(warm,))
 
     _key(cfg, "TRAIN.CHECKPOINT_FREQ", 0, "epochs between checkpoints; below 1 = only the last", low=-1, high=_MANY)
     _key(cfg, "TRAIN.PRINT_FREQ", 10, "batches between log lines", low=1, high=_MANY)

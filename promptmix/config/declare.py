@@ -11,7 +11,7 @@ import inspect
 import math
 import sys
 import typing
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Annotated, Any
@@ -43,6 +43,7 @@ class Setting:
         at_test: whether an evaluation may take another value than the training that it evaluates.
         place: whether it names a file or folder that is opened, which only the caller may name, not a run's record; what was read
             there is in the checkpoint.
+        needs: other keys and their values with which this one is read; of a list, how one of its items begins.
     """
 
     comment: str
@@ -55,6 +56,30 @@ class Setting:
     items: type | tuple[type, ...] | None = None
     at_test: bool = False
     place: bool = False
+    needs: tuple[tuple[str, Sequence[Any]], ...] = ()
+
+    @property
+    def condition(self) -> str:
+        """Return with which other settings the key is read, in words; empty where it always is."""
+        named = (
+            f"{key} {'above 0' if isinstance(values, range) else ' or '.join(map(str, values))}" for key, values in self.needs
+        )
+        return f"read with {' and '.join(named)}" if self.needs else ""
+
+    def lacks(self, value_of: Callable[[str], Any]) -> list[str]:
+        """Return what to set or add so that the key is read, such as ``set OPTIM.NAME sgd``.
+
+        Args:
+            value_of: gives the value of a dotted key.
+        """
+        found = []
+        for key, values in self.needs:
+            value = value_of(key)
+            if not isinstance(value, (list, tuple)):
+                found += [] if value in values else [f"set {key} {values[0]}"]
+            elif not any(str(item).startswith(tuple(values)) for item in value):
+                found.append(f"add {values[0]!r} to {key}")
+        return found
 
     @property
     def allowed(self) -> str:
