@@ -19,6 +19,7 @@ from promptmix.engine import load_checkpoint
 from promptmix.errors import ConfigError, UserError
 from promptmix.runs import results
 from tests.dots import PLUGIN, fails
+from tests.forked import Forked
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -243,15 +244,7 @@ def endless(dots, tmp_path):
     running = []
 
     def start(*opts, wait=True):
-        command = [sys.executable, "-m", "promptmix.cli", *dots, "OPTIM.MAX_EPOCH", "100000", *opts]
-        process = subprocess.Popen(
-            command,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in the background ignore it
-        )
+        process = Forked([*dots, "OPTIM.MAX_EPOCH", "100000", *opts])
         running.append(process)
         progress, end = tmp_path / "out" / "progress.pth", time.monotonic() + 60
         before = progress.stat().st_mtime_ns if progress.exists() else 0

@@ -1,8 +1,6 @@
 """Made data for sweeps: three small folders of pictures, and a sweep of three methods over them, two seeds, base to new."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +8,7 @@ import yaml
 from PIL import Image
 
 from promptmix.runs import results
+from tests.forked import Forked
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CLASSES = ("apple", "bird", "car", "dog")
@@ -63,18 +62,15 @@ def make_sweep(folder, output, **more):
     return path
 
 
-def command(path, *flags):
-    """Return the command that runs a sweep file."""
-    return [sys.executable, "-m", "promptmix.cli", "sweep", str(path), "--threads", "1", *flags]
-
-
-def environment():
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+def start(path, *flags):
+    """Start a sweep file in a process of its own."""
+    return Forked(["sweep", str(path), "--threads", "1", *flags], path.parent, os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 def sweep(path, *flags):
     """Run a sweep file in a process of its own."""
-    done = subprocess.run(command(path, *flags), cwd=path.parent, env=environment(), capture_output=True, text=True, timeout=600)
+    done = start(path, *flags)
+    done.wait()
     return done
 
 

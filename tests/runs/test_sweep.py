@@ -4,7 +4,6 @@ import argparse
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -98,8 +97,7 @@ def test_what_shares_features_does_not_start_together():
 def test_killed_sweep_goes_on_and_gives_the_same_numbers(undisturbed, folder):
     output = folder / "killed"
     path = made.make_sweep(folder, output)
-    command = made.command(path, "--jobs", "2")
-    driver = subprocess.Popen(command, cwd=folder, env=made.environment(), stdout=subprocess.DEVNULL, start_new_session=True)
+    driver = made.start(path, "--jobs", "2")
     wait_for(lambda: len(list(output.rglob("results.json"))) >= 6 or driver.poll() is not None)
     os.kill(driver.pid, signal.SIGKILL)
     driver.wait()
