@@ -18,6 +18,7 @@ from promptmix.cli import main
 from promptmix.commands.new_plugin import KINDS, package
 from promptmix.errors import UserError
 from promptmix.registry import REGISTRIES
+from tests import forked
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = {"promptmix-nearest-router": "router", "promptmix-task-residual": "trainer"}
@@ -43,9 +44,7 @@ def install(sources: list[Path], tmp_path: Path) -> dict[str, str]:
 
 
 def promptmix(env: dict[str, str], cwd: Path, *arguments: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "promptmix.cli", *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=300
-    )
+    done = forked.run(list(arguments), cwd, env)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
