@@ -47,17 +47,28 @@ class Parser(argparse.ArgumentParser):
         takes = [str(action.metavar or action.dest) for action in self._actions if not action.option_strings]
         self.error(f"{flag!r} is one too many: {self.prog} takes {' '.join(takes) or 'flags only'}; leave it out")
 
-    def refuse_empty(self, args: argparse.Namespace) -> None:
+    def refuse_empty(self, args: argparse.Namespace, words: list[str]) -> None:
         """Refuse an empty name or path, mostly a variable of the shell that nobody set; a path of none is the current folder.
 
+        Args:
+            args: what the words were parsed to.
+            words: flags and names as they were given, without ``KEY VALUE`` pairs.
+
         Raises:
-            UserError: a word that the command can't do without is empty.
+            UserError: one is empty.
         """
+        known = self.flags()
+        for word, after in zip(words, [*words[1:], None], strict=True):
+            flag, equals, value = word.partition("=")
+            if flag in known and (after == "" or equals and not value):
+                self.error(f"{flag} is empty; give it a value, or leave it out")
         for action in self._actions:
             if not action.option_strings and action.nargs in (None, argparse.ONE_OR_MORE):
                 given = getattr(args, action.dest)
                 if "" in (given if isinstance(given, list) else [given]):
                     self.error(f"{action.metavar or action.dest} is empty; name one")
+        if "" in words:
+            self.error("an empty word is among the arguments; leave it out")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -80,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
         except BrokenPipeError:
             console.silence()  # `promptmix list | head`
             return 1
-        except (Exception, SystemExit, KeyboardInterrupt) as error:
+        except BaseException as error:  # a plugin may raise what is no Exception
             if "--debug" in arguments:
                 raise
             number = _signal(error)
@@ -146,7 +157,7 @@ def _dispatch(arguments: list[str]) -> int:
     except SystemExit as done:  # --help
         return int(done.code or 0)
     parser.refuse_unknown(extra)
-    parser.refuse_empty(args)
+    parser.refuse_empty(args, flags)
     args.argv = arguments
     if args.no_plugin:
         from promptmix.plugin_manager import switch_off

@@ -25,7 +25,17 @@ from promptmix import hookspecs
 from promptmix.errors import PluginError, UserError
 from promptmix.registry import REGISTRIES, add_marked, closest, marked_classes
 
-__all__ = ["TRIALS", "check_plugins", "failed_plugins", "file_of", "get_plugin_manager", "load_plugin", "plugin_at", "switch_off"]
+__all__ = [
+    "TRIALS",
+    "check_plugins",
+    "failed_plugins",
+    "file_of",
+    "get_plugin_manager",
+    "load_plugin",
+    "plugin_at",
+    "strangers",
+    "switch_off",
+]
 
 ENTRY_POINT_GROUP = "promptmix"
 #: Names of plugins to leave out, with commas between.
@@ -220,6 +230,15 @@ def plugin_at(path: str) -> str:
     return ""
 
 
+def strangers() -> list[str]:
+    """Return the plugins that are not built in, each by its name or file."""
+    if _Loaded.manager is None:
+        return []
+    pairs = [(name, file_of(plugin)) for name, plugin in _Loaded.manager.list_name_plugin() if plugin is not None]
+    own = [(name, file) for name, file in pairs if not _is_built_in(name) and not name.isdigit()]
+    return [file if name.startswith("promptmix_plugin_") else name for name, file in own]
+
+
 def file_of(plugin: object) -> str:
     """Return the file that a plugin was loaded from, "" where it has none."""
     module = plugin if isinstance(plugin, ModuleType) else sys.modules.get(type(plugin).__module__)
@@ -305,7 +324,7 @@ def _add(manager: pluggy.PluginManager, load: Callable[[], Any], name: str, abou
                 manager.unregister(plugin)
         else:
             sys.modules.pop(name, None)
-        if not isinstance(error, (Exception, SystemExit)):
+        if isinstance(error, (KeyboardInterrupt, GeneratorExit)):
             raise
         words = f"{type(error).__name__}: {error}" if not isinstance(error, UserError) else str(error)
         words = _moved(error) or words

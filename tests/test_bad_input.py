@@ -121,6 +121,24 @@ def test_commands_say_what_they_would_pass_over(train, capsys):
     fails(capsys, ["estimate", *train[1:], "--eval-only"], "--eval-only is for a test")
     run = ["run", "few-shot", "--trainer", "CoOp", "--datasets", "EmojiFamilies"]
     fails(capsys, [*run, "--seeds", "1", "2", "1"], "CoOp EmojiFamilies 16 shots seed 1 is there twice")
+    fails(capsys, [*run, "--seeds", "1", "--shots", "0", "-1"], "are one run twice")
+    fails(capsys, ["estimate", *train[1:], "--coop-repo", "x"], "--coop-repo x", "--config-file")
+    fails(capsys, [*train, "--dassl", "theirs"], "--dassl theirs is for --coop-repo")
+    fails(capsys, [*train, "--eval-only", "--no-train"], "--no-train is for a training")
+    fails(capsys, [*train, "--eval-only", "--resume", "x"], "--resume is for a training")
+    fails(capsys, [*train, "--eval-only"], "--eval-only without --model-dir", "CoOp would be tested as it is before training")
+    for words in (["eval", "run", "--on", ""], ["eval", "run", "--on="], ["list", "--plugin", ""]):
+        fails(capsys, words, "is empty; give it a value, or leave it out")
+    fails(capsys, ["list", ""], "an empty word")
+
+
+def test_an_output_below_a_file_leaves_no_process_to_fail(pictures, capsys):
+    fails(capsys, ["quickstart", "--output-dir", pictures / "ant" / "0.png"], "--output-dir", "0.png", "choose another")
+
+
+def test_a_sample_stays_out_of_other_pictures(pictures, capsys):
+    fails(capsys, ["data", "sample", pictures], "'ant'", "name a new folder")
+    assert sorted(path.name for path in pictures.iterdir()) == ["ant", "bee"]
 
 
 @pytest.mark.parametrize(

@@ -149,7 +149,7 @@ def test_user_errors_are_one_line_and_leave_nothing(dots, tmp_path, capsys, extr
 @pytest.mark.parametrize(
     ("flag", "value", "words"),
     [
-        ("--trainer", "", ["TRAINER.NAME", "--trainer"]),
+        ("--trainer", "", ["--trainer is empty", "leave it out"]),
         ("--trainer", "Lineer", ["Lineer", "did you mean 'Linear'", "CoOp"]),
         ("--root", "no/such/folder", ["no/such/folder", "--root"]),
         ("--root", ".", ["no folder", "dots", "--root"]),

@@ -129,6 +129,7 @@ def test_a_folder_that_somebody_gave_is_taken_by_name(packed, tmp_path, monkeypa
     "change",
     [
         *("{}", "[]", "x", "[" * 100_000, '{"format": 9, "files": {}}', '{"format": 1, "files": {"results.json": "0"}}'),
+        '{"format": "1", "trainer": "CoOp", "backbone": "tiny-en", "files": {}}',
         '{"format": 1, "trainer": "CoOp", "backbone": "tiny-en", "files": {"../x": "0"}}',
         '{"format": 1, "trainer": "CoOp", "backbone": "tiny-en", "files": {"a\\u0000b": "0"}}',
     ],
@@ -181,6 +182,7 @@ def test_the_card_is_markdown_with_a_head(run, packed, tmp_path):
     record.vocabulary = {"classnames": ["<script>alert(1)</script>", "a|b\n# c", "[x](http://y)"]}
     shown = card_of([record], name="`x`")
     assert "<script>" not in shown and "\n# c" not in shown and "&lt;script&gt;" in shown and "None is stated" in shown
+    assert main(["card", str(run), str(run)]) == 2
     assert main(["card", str(run), "--out", str(tmp_path / "CARD.md")]) == 0
     assert (tmp_path / "CARD.md").read_text(encoding="utf-8").startswith("---\nlibrary_name")
 

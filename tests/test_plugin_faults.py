@@ -157,3 +157,59 @@ def test_a_loaded_plugin_is_switched_off_with_what_it_brought(tmp_path, monkeypa
     switch_off([name])
     assert "twice" not in PROTOCOL_REGISTRY
     assert not get_plugin_manager().has_plugin(name)
+
+
+@pytest.fixture
+def unloaded():
+    """Take out again what a test loads."""
+    manager = get_plugin_manager()
+    plugins, entries = manager.get_plugins(), {kind: registry.snapshot() for kind, registry in REGISTRIES.items()}
+    yield
+    for plugin in manager.get_plugins() - plugins:
+        manager.unregister(plugin)
+    for kind, registry in REGISTRIES.items():
+        registry.restore(entries[kind])
+
+
+@pytest.mark.usefixtures("unloaded")
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (
+            "class Mine(PromptTrainer):\n    def compose(self, task): return 5\n",
+            ["Mine.compose returned a int", "must return a Learner"],
+        ),
+        ("class Mine(PromptTrainer):\n    pass\n", ["must define compose", "loaded; mend that plugin"]),
+        (
+            "class Mine(PromptTrainer):\n"
+            "    def compose(self, task):\n"
+            "        bank = Soft(task, 2)\n"
+            "        return Learner(task, bank, loss=CrossEntropy() + Odd())\n",
+            ["the loss 'odd' returned a Tensor of shape", "return a scalar"],
+        ),
+    ],
+)
+def test_parts_that_give_something_else_are_named(tmp_path, capsys, code, words):
+    (tmp_path / "p.py").write_text(
+        "from promptmix import register\n"
+        "from promptmix.plugins.prompt_bank.soft import Soft\n"
+        "from promptmix.prompts.learner import Learner\n"
+        "from promptmix.prompts.losses import CrossEntropy\n"
+        "from promptmix.prompts.roles import Loss\n"
+        "from promptmix.prompts.trainer import PromptTrainer\n"
+        "class Odd(Loss):\n    part = 'odd'\n    def forward(self, step): return step.logits\n"
+        "@register\n" + code
+    )
+    flags = ["--trainer", "Mine", "--plugin", str(tmp_path / "p.py"), "--config-file", "configs/quickstart.yaml"]
+    assert main(["train", *flags, "--output-dir", str(tmp_path / "out"), "DATASET.NUM_SHOTS", "1"]) == 2
+    line = capsys.readouterr().err.strip()
+    assert "\n" not in line and all(word in line for word in words), line
+
+
+@pytest.mark.usefixtures("unloaded")
+@pytest.mark.parametrize("hook", ["extend_config", "validate_config"])
+def test_a_hook_that_changes_keys_of_others_is_named(tmp_path, capsys, hook):
+    (tmp_path / "p.py").write_text(f"import promptmix\n@promptmix.hookimpl\ndef {hook}(cfg): cfg.OPTIM.LR = -1.0\n")
+    flags = ["--trainer", "CoOp", "--plugin", str(tmp_path / "p.py"), "--config-file", "configs/quickstart.yaml"]
+    assert main(["train", *flags, "--output-dir", str(tmp_path / "out")]) == 2
+    assert f"{hook} changed OPTIM.LR" in capsys.readouterr().err

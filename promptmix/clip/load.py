@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from promptmix.clip.model import CLIP
 from promptmix.clip.tokens import PretrainedTokenizer, Tokenizer
 from promptmix.clip.torchscript import read_torchscript
-from promptmix.errors import RegistryError, WeightsError
+from promptmix.errors import PluginError, RegistryError, WeightsError
 from promptmix.files.archives import is_torchscript, read_saved, tensor_names
 from promptmix.files.pickles import Refused
 from promptmix.registry import BACKBONE_REGISTRY
@@ -52,7 +52,10 @@ def load_clip(cfg: CfgNode) -> CLIP:
     name = cfg.MODEL.BACKBONE.NAME
     if name not in BACKBONE_REGISTRY and name in open_clip.list_models():
         return load_open_clip(cfg)
-    return BACKBONE_REGISTRY.get(name)(cfg)
+    made = BACKBONE_REGISTRY.get(name)(cfg)
+    if not isinstance(made, CLIP):
+        raise PluginError(f"backbone {name!r} gave a {type(made).__name__}, but must give a promptmix.clip.CLIP; mend the plugin")
+    return made
 
 
 def load_embedded(cfg: CfgNode) -> CLIP:

@@ -43,6 +43,8 @@ def run(args: argparse.Namespace) -> int:
         TRAINER_REGISTRY.get(args.trainer)
     logged = read_run(args.source)
     learned = convert.read(args.source, args.load_epoch, args.trainer, logged.trainer if logged else "")
+    if args.trainer and learned.trainer != args.trainer:
+        raise UserError(f"--trainer {args.trainer}: {learned.source} was written by {learned.trainer}; leave the flag out")
     written = [convert.write_theirs(learned, target)] if args.to == "coop" else convert.write_ours(learned, target)
     count = sum(tensor.numel() for state in learned.models.values() for tensor in state.values())
     sys.stdout.write(f"{learned.trainer}, epoch {learned.epoch}: {count:,} numbers from {learned.source}\n")

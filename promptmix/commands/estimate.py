@@ -38,6 +38,9 @@ def run(args: argparse.Namespace) -> int:
     for flag in ("--eval-only", "--model-dir", "--load-epoch"):
         if getattr(args, flag[2:].replace("-", "_")) not in (False, "", None):
             raise ConfigError(f"{flag} is for a test, but estimate counts a training; leave it out")
+    for flag, given in (("--coop-repo", args.coop_repo), ("--from-run", args.from_run)):
+        if given:
+            raise ConfigError(f"{flag} {given}: estimate builds what a --config-file says; leave the flag out and name that file")
     if args.gpu is not None and args.gpu not in GPUS:
         raise ConfigError(f"--gpu {args.gpu!r} is not known; choose one of: {', '.join(GPUS)}")
     train.set_threads(args.threads)

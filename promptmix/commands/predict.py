@@ -150,7 +150,9 @@ def _pictures(name: str) -> Iterator[str]:
         inside[:] = sorted(below for below in inside if not below.startswith("."))
         for file in sorted(files):
             path = os.path.join(folder, file)
-            if not file.startswith(".") and os.path.splitext(file)[1].lower() in known and os.path.isfile(path):
+            if (
+                not file.startswith(".") and os.path.splitext(file)[1].lower() in known
+            ):  # a pipe or a lost link is named, not read
                 yield path
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from promptmix.commands.train import add_devices, refuse_undivided, split_arguments, start_devices
 from promptmix.errors import ConfigError, UserError
+from promptmix.files.places import refuse_unwritable
 from promptmix.registry import PROTOCOL_REGISTRY
 from promptmix.runs.active import ACTIVE
 from promptmix.runs.federated import FEDERATED
@@ -123,6 +124,7 @@ def run_all(jobs: list[Job], args: argparse.Namespace, sort: str, at_once: int =
     """
     from promptmix.runs import results
     from promptmix.runs.protocols import check, is_done
+    from promptmix.runs.sweep import refuse_twins
     from promptmix.tables import tables
 
     started = time.monotonic()
@@ -130,8 +132,10 @@ def run_all(jobs: list[Job], args: argparse.Namespace, sort: str, at_once: int =
     twice = next((job for place, job in enumerate(jobs) if any(job.folder == other.folder for other in jobs[:place])), None)
     if twice is not None:
         raise ConfigError(f"{twice.name} is there twice; name each method, data set, number of shots and seed once")
+    refuse_twins(jobs, "command line")
     for job in jobs:  # a wrong name or setting shows now, not after the first methods have run
         check(job)
+    refuse_unwritable(args.output_dir, "--output-dir", "choose another")
     several = at_once > 1 and sum(not is_done(job) for job in jobs) > 1
     done, reuse = _side_by_side(jobs, args, at_once) if several else _one_by_one(jobs, args)
     # Rows that are sorted by time stand as the jobs do: side by side, the last ones begin first.

@@ -157,6 +157,15 @@ def _run_all(jobs: list[Job], options: Options, backend: Backend, output: Path) 
     from promptmix.runs.protocols import is_done
     from promptmix.runs.waves import in_waves
 
+    made = [above for above in (output, *output.parents) if not above.exists()]
+    fresh = not (output / LOG).exists()
+    started = False
+
+    def begun(place: int) -> None:
+        nonlocal started
+        started = True
+        grid.started(left[place])
+
     try:
         output.mkdir(parents=True, exist_ok=True)
         log = open_own(output / LOG, append=True)
@@ -175,7 +184,7 @@ def _run_all(jobs: list[Job], options: Options, backend: Backend, output: Path) 
                     left.append(index)
             grid.say(f"{len(left)} of {len(jobs)} to run, {options.jobs} at a time with {options.threads} thread(s) each")
             # Closing the generator ends what still runs when this is interrupted.
-            running = in_waves(backend, [jobs[i] for i in left], options, lambda i: grid.started(left[i]))
+            running = in_waves(backend, [jobs[i] for i in left], options, begun)
             with contextlib.closing(running) as outcomes:
                 for place, outcome in outcomes:
                     grid.ended(left[place], outcome)
@@ -184,6 +193,13 @@ def _run_all(jobs: list[Job], options: Options, backend: Backend, output: Path) 
                         failed.append((jobs[left[place]], outcome.error))
             if str(reuse):
                 grid.say(str(reuse))
+        except UserError:
+            if fresh and not started:  # a backend that can't start leaves nothing
+                with contextlib.suppress(OSError):
+                    (output / LOG).unlink()
+                    for above in made:
+                        above.rmdir()
+            raise
         finally:
             grid.close()
     return failed

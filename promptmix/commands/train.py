@@ -149,6 +149,11 @@ def run(args: argparse.Namespace) -> int:
                 f"{flag} is for --eval-only; to go on with a run give --resume DIR, to start from its tensors "
                 "MODEL.INIT_WEIGHTS FILE"
             )
+    for flag, given, beside in (("--no-train", args.no_train, args.eval_only), ("--resume", args.resume, args.eval_only)):
+        if given and beside:
+            raise ConfigError(f"{flag} is for a training, and --eval-only only tests; leave one of the two out")
+    if args.dassl and not args.coop_repo:
+        raise ConfigError(f"--dassl {args.dassl} is for --coop-repo; leave it out, or name a checkout")
     code = start_devices(args)
     if code is not None:
         return code

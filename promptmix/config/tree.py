@@ -23,7 +23,7 @@ from promptmix.config.declare import (
 )
 from promptmix.config.names import named_tree
 from promptmix.config.yamlfile import read_yaml
-from promptmix.errors import ConfigError
+from promptmix.errors import ConfigError, PluginError
 from promptmix.plugin_manager import TRIALS, get_plugin_manager
 from promptmix.registry import Registry, closest
 
@@ -49,8 +49,18 @@ def get_cfg() -> CN:
     for name in PROTOCOL_REGISTRY:
         if hasattr(PROTOCOL_REGISTRY.get(name), "add_config"):  # those with settings
             _add_node(cfg.PROTOCOL, PROTOCOL_REGISTRY, name)
+    before = dict(all_values(cfg))
     plugins.hook.extend_config(cfg=cfg)
+    _refuse_changes(before, cfg, "extend_config", "add keys of its own alone")
     return cfg
+
+
+def _refuse_changes(before: dict[str, Any], cfg: CN, hook: str, remedy: str) -> None:
+    """Refuse a hook that changed or removed keys which others made."""
+    now = dict(all_values(cfg))
+    changed = [key for key, value in before.items() if key not in now or now[key] != value]
+    if changed:
+        raise PluginError(f"a plugin's {hook} changed {changed[0]}; it must {remedy}")
 
 
 TRIALS.append(get_cfg)  # a plugin whose settings fail says so when it is loaded
@@ -194,7 +204,9 @@ def validate(cfg: CN) -> None:
             getattr(registry.get(name), "check_settings", lambda cfg, node: None)(cfg, f"{role}.{name.upper()}")
         _refuse_strangers(cfg, role, *names)
     getattr(trainer, "validate", lambda cfg: None)(cfg)
+    before = dict(all_values(cfg))
     get_plugin_manager().hook.validate_config(cfg=cfg)
+    _refuse_changes(before, cfg, "validate_config", "raise ConfigError for what can't work, and change nothing")
 
 
 def _refuse_unread(cfg: CN, keys: Sequence[str]) -> None:

@@ -76,7 +76,7 @@ def describe(error: BaseException) -> tuple[str, int]:
         return f"memory does not suffice; {_REMEDIES[errno.ENOMEM]}", 2
     file, line = _origin(error)
     words = _words(error)
-    from promptmix.plugin_manager import plugin_at
+    from promptmix.plugin_manager import plugin_at, strangers
 
     plugin = plugin_at(file)
     if plugin:
@@ -88,6 +88,10 @@ def describe(error: BaseException) -> tuple[str, int]:
         remedy = _REMEDIES.get(error.errno, "check the path")
         if paths or error.errno in _REMEDIES:
             return _one_line(f"{' -> '.join(paths) or 'output'}: {error.strerror}; {remedy}"), 2
+    others = strangers()
+    if others and isinstance(error, Exception):
+        where = f"{words} ({file}, line {line}), with {', '.join(others)} loaded"
+        return f"{where}; mend that plugin, or report it where it stays without (--debug shows the traceback)", 2
     return (
         f"unexpected {words} ({file}, line {line}); this is a fault of promptmix or of a library: "
         "please report it with the command and what it prints with --debug (CONTRIBUTING.md)"

@@ -257,9 +257,10 @@ def keep_subset(dataset: DatasetBase, file: str) -> None:
         items = getattr(dataset, attribute) or []
         if places is None:
             continue
-        if not isinstance(places, list) or not places or any(type(p) is not int or not 0 <= p < len(items) for p in places):
+        listed = isinstance(places, list) and places and len(set(map(str, places))) == len(places)
+        if not listed or any(type(p) is not int or not 0 <= p < len(items) for p in places):
             raise DataError(
-                f"DATASET.SUBSET {file}: {part} must be a list of whole numbers from 0 to {len(items) - 1}, the places of "
-                "pictures; mend the file, or leave the key out"
+                f"DATASET.SUBSET {file}: {part} must be a list of whole numbers from 0 to {len(items) - 1}, each once, the "
+                "places of pictures; mend the file, or leave the key out"
             )
         setattr(dataset, attribute, [items[place] for place in places])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+import unicodedata
 import zipfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
@@ -27,10 +28,14 @@ _UNREADABLE = (OSError, KeyError, ValueError, zipfile.BadZipFile)
 
 
 def alike(names: Iterable[str]) -> list[list[str]]:
-    """Return class names that differ in case, underscores or spaces only, which a text tower can't tell apart, in groups."""
+    """Return class names that differ in case, underscores, spaces or what can't be seen only, in groups.
+
+    A text tower, or a person, can't tell them apart: ``é`` as one letter or two, a space without width.
+    """
     groups: dict[str, list[str]] = defaultdict(list)
     for name in dict.fromkeys(names):
-        groups[" ".join(name.replace("_", " ").casefold().split())].append(name)
+        seen = "".join(letter for letter in unicodedata.normalize("NFKC", name) if unicodedata.category(letter) != "Cf")
+        groups[" ".join(seen.replace("_", " ").casefold().split())].append(name)
     return [group for group in groups.values() if len(group) > 1]
 
 

@@ -203,6 +203,11 @@ class TrainerBase:
             writer = checkpoint.get("trainer", type(self).__name__)
             if "state_dict" not in checkpoint:
                 raise CheckpointError(f"{path} has no 'state_dict'; it was not written by a training run")
+            if writer != type(self).__name__ and writer in TRAINER_REGISTRY:
+                raise CheckpointError(
+                    f"{path} was written by {writer}, not by {type(self).__name__}, whose tensors it would only fit by accident; "
+                    f"name another folder, or use {writer}"
+                )
             source = str(path) if writer == type(self).__name__ else f"{path} (written by {writer})"
             load_state_dict_strict(self._models[name], checkpoint["state_dict"], source)
             result = checkpoint.get("val_result")

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from yacs.config import CfgNode
 
-from promptmix.errors import ConfigError, DataError, TrainingError
+from promptmix.errors import ConfigError, DataError, PluginError, TrainingError
 from promptmix.parallel import group
 from promptmix.plugin_manager import get_plugin_manager
 from promptmix.registry import EVALUATOR_REGISTRY, Registry, register
@@ -147,7 +147,10 @@ def build_evaluator(cfg: CfgNode, **kwargs: Any) -> EvaluatorBase:
     get_plugin_manager()
     if cfg.VERBOSE:
         get_logger().info("Loading evaluator: %s", cfg.TEST.EVALUATOR)
-    evaluator: EvaluatorBase = EVALUATOR_REGISTRY.get(cfg.TEST.EVALUATOR)(cfg, **kwargs)
+    kind = EVALUATOR_REGISTRY.get(cfg.TEST.EVALUATOR)
+    if not isinstance(kind, type) or not issubclass(kind, EvaluatorBase):
+        raise PluginError(f"evaluator {cfg.TEST.EVALUATOR!r} is no class that extends EvaluatorBase; mend the plugin")
+    evaluator: EvaluatorBase = kind(cfg, **kwargs)
     return evaluator
 
 

@@ -103,8 +103,9 @@ class RunFolder:
         lines = note.read_text(encoding="utf-8", errors="replace").splitlines()
         file = lines[0].strip() if lines else ""
         path = folder / file
-        inside = os.path.dirname(os.path.realpath(path)) == os.path.realpath(folder)  # pathlib raises at a circle of links
-        if not file or "\0" in file or not inside:
+        named = bool(file) and "\0" not in file
+        # pathlib raises at a circle of links
+        if not named or os.path.dirname(os.path.realpath(path)) != os.path.realpath(folder):
             raise CheckpointError(f"{note} names {file!r}, but must name a file in its own folder; write such a name there")
         return path
 

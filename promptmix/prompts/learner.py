@@ -32,6 +32,29 @@ class LossTerms:
     logits: Tensor
 
 
+def _refuse_unscalar(part: str, value: object) -> None:
+    """Refuse what no sum of losses can be made of.
+
+    Raises:
+        PluginError: it is no scalar of real numbers.
+    """
+    if value is None or isinstance(value, Tensor) and value.dim() == 0 and value.is_floating_point():
+        return
+    shape = f" of shape {tuple(value.shape)} and type {value.dtype}" if isinstance(value, Tensor) else ""
+    raise PluginError(f"the loss {part!r} returned a {type(value).__name__}{shape}; return a scalar of real numbers, or None")
+
+
+def checked(made: object, by: str) -> PromptLearner:
+    """Return what ``by`` made, which must be a learner.
+
+    Raises:
+        PluginError: it is something else.
+    """
+    if not isinstance(made, PromptLearner):
+        raise PluginError(f"{by} returned a {type(made).__name__}, but must return a Learner; see docs/write-a-method.md")
+    return made
+
+
 class PromptLearner(nn.Module, ABC):
     """What a trainer needs of a method's learned part: its state dict is its checkpoint, the frozen model is kept outside of it.
 
@@ -378,6 +401,8 @@ class Learner(PromptLearner):
         """Return the weighted sum of the losses for a batch."""
         logits = step.logits
         found = [(term, term.loss(step)) for term in self.terms]
+        for term, value in found:
+            _refuse_unscalar(term.part, value)
         present = [(term, value, term.weight * value) for term, value in found if value is not None]
         total = torch.stack([weighed.float() for _, _, weighed in present]).sum()
         parts = {term.part: weighed if term.weighted else value for term, value, weighed in present} if len(present) > 1 else {}

@@ -33,7 +33,7 @@ from promptmix.engine.resume import from_streams
 from promptmix.errors import CheckpointError, ConfigError, SettingError
 from promptmix.prompts.average import GaussianAverage
 from promptmix.prompts.compiled import CompiledStep, check_step, compiled_step
-from promptmix.prompts.learner import LossTerms, PromptLearner
+from promptmix.prompts.learner import LossTerms, PromptLearner, checked
 from promptmix.prompts.roles import LossSum, PromptBank, Routing, Task, build_component, build_losses
 from promptmix.prompts.stages import Stage, Stages
 from promptmix.prompts.step import Step
@@ -106,7 +106,8 @@ class PromptTrainer(TrainerX):
             ConfigError: a setting doesn't fit the model or the data set; the message names its key.
         """
         try:
-            return self.compose(task, **{name: self.node[key_of(name)] for name in settings_of(self.compose)})
+            made = self.compose(task, **{name: self.node[key_of(name)] for name in settings_of(self.compose)})
+            return checked(made, f"{type(self).__name__}.compose")
         except SettingError as error:
             raise error.under(f"TRAINER.{self.cfg.TRAINER.NAME.upper()}") from None
 

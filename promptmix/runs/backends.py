@@ -230,12 +230,16 @@ def _child(job: Job, options: Options, gpu: int | None, environ: dict[str, str],
         os.environ["CUDA_VISIBLE_DEVICES"] = visible[gpu] if visible else str(gpu)  # CUDA starts later
     # What a run prints is in its log; what libraries print around it, or while they crash, is kept beside it.
     console = job.place / "console.txt"
-    console.parent.mkdir(parents=True, exist_ok=True)
-    with open_own(console) as file:
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
+    try:
+        console.parent.mkdir(parents=True, exist_ok=True)
+        with open_own(console) as file:
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+    except OSError as error:
+        sender.send(Outcome(f"{console}: {error.strerror or error}; make room, or choose another folder"))
+        return
     outcome = work(job, options.threads, options.command)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()

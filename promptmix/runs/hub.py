@@ -208,7 +208,9 @@ def check(folder: Path) -> dict[str, Any]:
     remedy = "get the folder again from who gave it to you"
     try:
         note = json.loads(read_text(path, most=2**20))
-        files, newer = dict(note["files"].items()), int(note["format"]) > FORMAT
+        if type(note["format"]) is not int:
+            raise TypeError("format is a number")
+        files, newer = dict(note["files"].items()), note["format"] > FORMAT
         if not newer and not all(isinstance(note[name], str) for name in ("trainer", "backbone")):
             raise TypeError("trainer and backbone are names")
     except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:

@@ -116,6 +116,15 @@ def refuse_open_training(cfg: CN, trainer: Any, eval_only: bool) -> None:  # a t
         )
 
 
+def refuse_untrained(cfg: CN, trainer: Any, model_dir: str) -> None:  # a trainer with Dassl's interface
+    """Refuse to test what learns before it has learned anything, which tables would show as the method."""
+    if not model_dir and not cfg.MODEL.INIT_WEIGHTS and count_learned(trainer):
+        raise ConfigError(
+            f"--eval-only without --model-dir: {cfg.TRAINER.NAME} would be tested as it is before training; "
+            "name the output folder of a run that trained it"
+        )
+
+
 def refuse_absent_val(cfg: CN, trainer: Any) -> None:  # a trainer with Dassl's interface
     """Refuse to test on the val part where there is none: Dassl takes the test part then, which a search must not look at."""
     if cfg.TEST.SPLIT == "val" and not cfg.TEST.NO_TEST and getattr(trainer, "val_loader", True) is None:

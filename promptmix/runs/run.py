@@ -200,6 +200,7 @@ def _built(cfg: CN, asked: Asked, result: RunResult) -> Any:
         return trainer
     refusals.refuse_other_method(result, asked.model_dir, getattr(trainer, "model", None))
     if asked.load:
+        refusals.refuse_untrained(cfg, trainer, asked.model_dir)
         trainer.load_model(asked.model_dir, epoch=asked.load_epoch)
     return trainer
 

@@ -98,7 +98,7 @@ def read(path: str) -> Sweep:
             raise ConfigError(f"{file}: trials of {method.get('name')} would be ignored; add a `search`, or leave them out")
     jobs = list(jobs_of(tree, file, plugins))
     refuse_shared_folders(jobs, str(file))
-    _refuse_twins(jobs, str(file))
+    refuse_twins(jobs, str(file))
     return plan_of(tree["output"], jobs, tree, file)
 
 
@@ -117,8 +117,12 @@ def refuse_shared_folders(jobs: Iterable[Job], where: str) -> None:
             raise ConfigError(f"{where}: {other.folder} and {job.folder} differ in case alone; choose another name for one")
 
 
-def _refuse_twins(jobs: Iterable[Job], where: str) -> None:
-    """Refuse one run under two names, which a table would take for two methods."""
+def refuse_twins(jobs: Iterable[Job], where: str) -> None:
+    """Refuse one run under two names, which a table would take for two methods.
+
+    Raises:
+        ConfigError: there is one; the message gives both names.
+    """
     runs: dict[str, Job] = {}
     for job in jobs:
         asked = dict(zip(job.settings[::2], job.settings[1::2], strict=True))

@@ -192,6 +192,7 @@ def test_the_method_is_told_by_names_or_log(tmp_path):
 
 def test_convert_refuses_what_it_would_overwrite(tmp_path, capsys):
     assert main(["convert", str(save(tmp_path, "maple")), str(tmp_path)]) == 2
+    assert main(["convert", str(save(tmp_path / "m", "maple")), str(tmp_path / "out"), "--trainer", "CoOp"]) == 2
     assert "is not empty; name a new folder" in capsys.readouterr().err
     assert main(["convert", str(tmp_path / "nothing"), str(tmp_path / "out")]) == 2
     assert "holds no checkpoint" in capsys.readouterr().err

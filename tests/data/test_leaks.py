@@ -135,6 +135,7 @@ def test_names_that_differ_in_case_underscores_and_spaces_only():
         ["Barn owl", "barn_owl", "barn  Owl"],
         ["Straße", "STRASSE"],
     ]
+    assert alike(["caf\u00e9", "cafe\u0301", "bee", "bee\u200b"]) == [["caf\u00e9", "cafe\u0301"], ["bee", "bee\u200b"]]
 
 
 @pytest.mark.parametrize(

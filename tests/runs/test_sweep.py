@@ -295,6 +295,13 @@ def test_slurm_refuses_what_it_cannot_do(submitit, monkeypatch):
         next(backends.on_slurm(jobs("CoOp"), backends.Options(), print))
 
 
+def test_a_backend_that_can_not_start_leaves_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    path = made.make_sweep(tmp_path, tmp_path / "new" / "out", trainers=["ZeroshotCLIP"], datasets=["EmojiFamilies"])
+    assert main(["sweep", str(path), "--backend", "slurm"]) == 2 and "submitit" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize(("name", "module"), [("ray", "ray"), ("slurm", "submitit")])
 def test_missing_extra_is_one_line(name, module, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)

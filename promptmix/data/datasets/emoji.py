@@ -12,12 +12,12 @@ from typing import Any
 from yacs.config import CfgNode
 
 from promptmix.assets import asset_path
-from promptmix.config.declare import Setting, declare
+from promptmix.config.declare import Setting, declare, shown
 from promptmix.data.base import DatasetBase
 from promptmix.data.datum import Datum
 from promptmix.data.fewshot import say_fewer, subsample_classes, unlabeled
 from promptmix.data.reading.images import open_member
-from promptmix.errors import ConfigError
+from promptmix.errors import ConfigError, OutputError
 from promptmix.hookspecs import hookimpl
 from promptmix.registry import register
 from promptmix.utils import atomic_write
@@ -104,6 +104,9 @@ def write_sample(folder: Path, families: Sequence[str] = SAMPLE, style: str = "o
     Raises:
         OutputError: they can't be written.
     """
+    others = sorted(path.name for path in folder.iterdir() if path.name not in families) if folder.is_dir() else []
+    if others:
+        raise OutputError(f"{folder} holds {shown(others[0])}, which is no class of the sample; name a new folder")
     split, written = _read("families_split.json"), 0
     pack = asset_path(f"emoji/{style}.zip")
     for name in families:
