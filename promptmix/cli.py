@@ -58,7 +58,7 @@ class Parser(argparse.ArgumentParser):
             UserError: one is empty.
         """
         known = self.flags()
-        for word, after in zip(words, [*words[1:], None], strict=True):
+        for word, after in zip(words, [*words[1:], None], strict=False):
             flag, equals, value = word.partition("=")
             if flag in known and (after == "" or equals and not value):
                 self.error(f"{flag} is empty; give it a value, or leave it out")

@@ -217,3 +217,21 @@ def test_sentences_about_classes_are_named_again_by_whoever_predicts(pictures, t
     assert main(["eval", out]) == 2
     assert "DATASET.DESCRIPTIONS is" in capsys.readouterr().err
     assert main(["eval", out, "DATASET.DESCRIPTIONS", str(sentences)]) == 0
+
+
+def test_pictures_without_pixels_and_closed_ones_are_one_line(tmp_path):
+    from promptmix.data.reading.images import as_rgb
+    from promptmix.predict.given import listed
+
+    path = tmp_path / "a.png"
+    Image.new("RGB", (4, 4)).save(path)
+    picture = Image.open(path)
+    picture.close()
+    with pytest.raises(DataError, match="open it anew"):
+        as_rgb(picture, "upright")
+    with pytest.raises(DataError, match="0 x 0 pixels"):
+        as_rgb(Image.new("RGB", (0, 0)))
+    with path.open("rb") as file:
+        pass
+    with pytest.raises(ConfigError, match="give paths"):
+        listed(file)

@@ -39,7 +39,7 @@ def listed(images: Any) -> list[Picture]:
     """
     try:
         found = list(images)
-    except TypeError:
+    except (TypeError, ValueError):  # a closed file
         found = [images]
     for image in found:
         if not isinstance(image, Picture):

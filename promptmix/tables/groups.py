@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import replace
@@ -29,6 +30,7 @@ MORE = {"open world": (("openworld_auc", "open", "OpenworldAUC"), ("auroc", "ope
 #: Protocols of `promptmix run` whose tables are not told by the classes alone.
 TRANSFER = {"cross-dataset": "cross data set", "domain-generalization": "domain generalization"}
 _ROUNDS = ("active", "federated")
+_ROUND = re.compile(r"round(\d{1,9})/")
 
 
 def part_of(run: RunResult) -> str:
@@ -53,9 +55,10 @@ def joined(runs: Iterable[RunResult]) -> list[RunResult]:
     found: list[RunResult] = []
     clients: dict[tuple[str, ...], dict[int, list[RunResult]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
-        if run.protocol == "federated" and "/" in run.part:
+        number = _ROUND.match(run.part)
+        if run.protocol == "federated" and number:
             folder = PurePath(run.config["OUTPUT_DIR"]).parts[:-2]
-            clients[folder][int(run.part.partition("/")[0].removeprefix("round"))].append(run)
+            clients[folder][int(number[1])].append(run)
         else:
             found.append(run)
     for rounds in clients.values():

@@ -101,8 +101,16 @@ def as_rgb(image: Image.Image, reading: str = "benchmark") -> Image.Image:
     Args:
         image: in any of Pillow's modes.
         reading: ``benchmark`` or ``upright``, see above.
+
+    Raises:
+        DataError: it was closed, is damaged, or has no pixels.
     """
-    return _without_ends(_read(image, reading))
+    if not all(image.size):
+        raise DataError(f"a picture of {image.width} x {image.height} pixels shows nothing; leave it out")
+    try:
+        return _without_ends(_read(image, reading))
+    except ValueError as error:
+        raise DataError(f"can't read a picture ({error}); open it anew") from error
 
 
 def _without_ends(image: Image.Image) -> Image.Image:
