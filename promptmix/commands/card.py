@@ -24,10 +24,10 @@ def run(args: argparse.Namespace) -> int:
     """
     from promptmix.errors import DataError
     from promptmix.runs.card import card_of
-    from promptmix.runs.results import read_run
+    from promptmix.runs.results import RunResult, read_run
     from promptmix.utils import atomic_write
 
-    found = []
+    found: list[RunResult] = []
     for folder in args.runs:
         one = read_run(folder)
         if one is None:

@@ -257,8 +257,13 @@ def keep_subset(dataset: DatasetBase, file: str) -> None:
         items = getattr(dataset, attribute) or []
         if places is None:
             continue
-        listed = isinstance(places, list) and places and len(set(map(str, places))) == len(places)
-        if not listed or any(type(p) is not int or not 0 <= p < len(items) for p in places):
+        once = isinstance(places, list) and len(set(map(str, places))) == len(places)
+        if (
+            not isinstance(places, list)
+            or not places
+            or not once
+            or any(type(p) is not int or not 0 <= p < len(items) for p in places)
+        ):
             raise DataError(
                 f"DATASET.SUBSET {file}: {part} must be a list of whole numbers from 0 to {len(items) - 1}, each once, the "
                 "places of pictures; mend the file, or leave the key out"

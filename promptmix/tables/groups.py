@@ -59,8 +59,8 @@ def joined(runs: Iterable[RunResult]) -> list[RunResult]:
         if run.protocol == "federated" and number:
             folder = PurePath(run.config["OUTPUT_DIR"]).parts[:-2]
             clients[folder][int(number[1])].append(run)
-        else:
-            found.append(run)
+        else:  # a record of no round that there is stands by itself
+            found.append(replace(run, protocol="", part="") if run.protocol == "federated" else run)
     for rounds in clients.values():
         each = [_mean([run.metrics for run in rounds[number]]) for number in sorted(rounds)]
         best = max(each, key=lambda metrics: metrics.get("test", {}).get("accuracy", 0.0))
