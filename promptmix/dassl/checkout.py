@@ -228,7 +228,7 @@ class _Ours(_Session):
                 options = dict(self.options)
                 if changed:  # among the arguments, which the log begins with
                     options["arguments"] = {**options.get("arguments", {}), "no_gpu": changed}
-                _report_own_tests(cfg, trainers[cfg.TRAINER.NAME])
+                _report_own_tests(cfg)
                 trainer, self.result = stack.enter_context(running(cfg, load=False, build=self._built, prints=True, **options))
                 log = getattr(sys.stdout, "file", None)
                 if log is not None:
@@ -324,16 +324,19 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
         setattr(owner, name, before)
 
 
-def _report_own_tests(cfg: CfgNode, trainer: type) -> None:
-    """Where a trainer has a ``test`` of its own, let its evaluator report the numbers, which the engine's ``test`` would do."""
-    if getattr(trainer, "test", None) is SimpleTrainer.test:
-        return
+def _report_own_tests(cfg: CfgNode) -> None:
+    """Let the evaluator report the numbers of a test that is a trainer's own, unless there are those of the engine's ``test``."""
     evaluator: Any = EVALUATOR_REGISTRY.get(cfg.TEST.EVALUATOR)
 
     class Reporting(evaluator):
+        by_engine = False
+
         def evaluate(self) -> dict[str, float]:
             results: dict[str, float] = super().evaluate()
-            get_plugin_manager().hook.after_test(trainer=None, split=cfg.TEST.SPLIT, results=results)
+            if sys._getframe(1).f_code is SimpleTrainer.test.__code__:  # which reports by itself
+                Reporting.by_engine = True
+            elif not Reporting.by_engine:
+                get_plugin_manager().hook.after_test(trainer=None, split=cfg.TEST.SPLIT, results=results)
             return results
 
     EVALUATOR_REGISTRY.register(Reporting, name=cfg.TEST.EVALUATOR, force=True)

@@ -118,7 +118,7 @@ def test_a_checkout_without_its_datasets_is_not_told_to_install_another_package(
         'torch.ones(2).to("cuda:0")',
         "torch.ones(2).to(torch.device('cuda'))",
         "torch.ones(2).cuda(0)",
-        "torch.cuda.set_device(torch.cuda.current_device()), torch.cuda.get_device_name()",
+        "torch.cuda.set_device(0), torch.cuda.get_device_name()",
         "nn.Linear(2, 2).to('cuda')",
         "torch.ones(2, dtype=torch.float16) @ torch.ones(2)",
         "torch.ones(2).type(torch.float16) @ torch.ones(2)",

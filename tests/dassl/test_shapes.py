@@ -69,6 +69,19 @@ def test_main_that_differs_is_run(room):
     assert re.search(r"customized test\nmain is over\nResults: ", log(room))
 
 
+def test_a_test_of_another_name_reports_its_numbers(room):
+    """Ensemble_VLM's main calls test_search; nothing of Dassl's is called test then."""
+    body = """    def search(self):
+        for batch in self.test_loader:
+            self.evaluator.process(self.model_inference(batch["img"]), batch["label"])
+        self.evaluator.evaluate()
+
+"""
+    change(room, "trainers/wordbias.py", ("    def parse_batch_train", f"{body}    def parse_batch_train"))
+    change(room, "train.py", ("build_trainer(cfg).train()", "build_trainer(cfg).search()"))
+    assert run(room)["metrics"]["test"]["accuracy"] > 0
+
+
 def test_what_main_prints_first_is_in_the_log(room):
     change(room, "train.py", ("    set_random_seed(cfg.SEED)", '    print("before the trainer")\n    set_random_seed(cfg.SEED)'))
     run(room)
