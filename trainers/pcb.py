@@ -18,7 +18,7 @@ writes them; a class without any stops the run, where the authors' files miss so
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ from promptmix.plugins.prompt_bank.soft import Soft
 from torch import Tensor, nn
 
 from promptmix import register
-from promptmix.config.declare import Setting
+from promptmix.config.declare import Setting, inherits
 from promptmix.engine.layout import Layout, Rule
 from promptmix.prompts.context import initial_context
 from promptmix.prompts.learner import Learner
@@ -41,16 +41,17 @@ class Described(Soft):
 
     Args:
         task: the frozen model, the class names and the sentences about them.
-        n_ctx: M, context vectors.
-        csc: one context for each sentence.
         mode: AS or AE.
+        csc: one context for each sentence.
+        n_ctx: M, context vectors.
+        soft: further settings of the context.
     """
 
     takes_experts = False
 
-    def __init__(self, task: Task, n_ctx: int, csc: bool, mode: str) -> None:
-        super().__init__(task, n_ctx)
-        self.mode, self.class_specific = mode, csc
+    def __init__(self, task: Task, mode: str, csc: bool, n_ctx: int, **soft: Any) -> None:
+        super().__init__(task, n_ctx, csc=csc, **soft)
+        self.mode = mode
         sentences = sum(map(len, task.descriptions.of(task.classnames)))
         if csc:
             self.ctx = nn.Parameter(initial_context(task.clip.text, n_ctx, "", 1, sentences))
@@ -83,12 +84,12 @@ class PCB(PromptTrainer):
 
     layout = Layout("prompt_learner", (Rule("ctx", "bank.ctx", expert_axis=True),))
 
+    @inherits(Soft, without=["n_prompts"], csc=True)
     def compose(
         self,
         task: Task,
-        n_ctx: Annotated[int, Setting("M: context vectors", low=1)] = 16,
-        csc: Annotated[bool, Setting("class-specific contexts: one a class, with descriptions one a sentence")] = True,
         mode: Annotated[str, Setting("descriptions: none, mean score (AS) or mean feature (AE)", choices=MODES)] = "none",
+        **soft: Any,
     ) -> Learner:
-        """Return the prompt; what it is trained on is the protocol's."""
-        return Learner(task, Soft(task, n_ctx, csc=csc) if mode == "none" else Described(task, n_ctx, csc, mode))
+        """Return the prompt, with ``csc`` one for each class, or sentence; what it is trained on is the protocol's."""
+        return Learner(task, Soft(task, **soft) if mode == "none" else Described(task, mode, **soft))

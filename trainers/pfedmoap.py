@@ -4,7 +4,7 @@ Jun Luo, Chen Chen, Shandong Wu. ICLR 2025. https://arxiv.org/abs/2410.10114
 
 | paper | here |
 |---|---|
-| P_i, the client's own prompt | ``LocalAndOthers.ctx`` (1, M, W) |
+| P_i, the client's own prompt | ``LocalAndOthers.ctx`` (1, M, W), with ``CSC`` (1, C, M, W) |
 | P_j, prompts of other clients | ``LocalAndOthers.others`` (K - 1, M, W), frozen, brought by the protocol ``federated`` |
 | local attention-based gating network | ``AttentionGate`` |
 | lambda | ``LAMBDA`` |

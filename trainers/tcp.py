@@ -27,12 +27,14 @@ from typing import Annotated
 import torch
 from promptmix.plugins.text_supervision.hard_prompts import CosineToHard
 from torch import Tensor, nn
+from yacs.config import CfgNode
 
 from promptmix import register
 from promptmix.clip import split_template
 from promptmix.config.declare import Setting
 from promptmix.engine.layout import Layout, Rule, linear
 from promptmix.errors import SettingError
+from promptmix.prompts.context import initial_context, refuse_idle_length
 from promptmix.prompts.heads import Cosine
 from promptmix.prompts.learner import Learner, PromptLearner
 from promptmix.prompts.losses import CrossEntropy
@@ -71,12 +73,13 @@ class ClassAware(PromptBank):
     Args:
         task: the frozen model and the data set's words.
         n_ctx: M.
+        ctx_init: words that the context starts from; "" draws from N(0, 0.02).
         layer: block, counted from 0, before which the tokens are replaced.
         template: what stands around the class name, behind the context.
         hard: the hand-written prompt.
     """
 
-    def __init__(self, task: Task, n_ctx: int, layer: int, template: str, hard: str) -> None:
+    def __init__(self, task: Task, n_ctx: int, ctx_init: str, layer: int, template: str, hard: str) -> None:
         super().__init__(task)
         tower, joint = task.clip.text, task.clip.embed_dim
         if layer >= len(tower.blocks):
@@ -85,11 +88,11 @@ class ClassAware(PromptBank):
             raise SettingError("layer", layer, remedy)
         self.layer, self.hard = layer, hard
         self.words = tuple(tower.tokenizer.encode(text) for text in split_template(template))
-        self.ctx = nn.Parameter(torch.empty(1, n_ctx, tower.width).normal_(std=0.02))
+        self.ctx = nn.Parameter(initial_context(tower, n_ctx, ctx_init, 1))
         parts = (
             ("linear1", nn.Linear(joint, joint // 4)),
             ("gelu", QuickGELU()),
-            ("linear2", nn.Linear(joint // 4, n_ctx * tower.width)),
+            ("linear2", nn.Linear(joint // 4, self.ctx[0].numel())),
         )
         self.meta_net = nn.Sequential(OrderedDict(parts))
 
@@ -126,6 +129,7 @@ class TCP(PromptTrainer):
         self,
         task: Task,
         n_ctx: Annotated[int, Setting("M: context tokens", low=1)] = 4,
+        ctx_init: Annotated[str, Setting('words to start from, such as "a photo of a"; then M is their number of tokens')] = "",
         w: Annotated[float, Setting("omega: factor on 1 - mean cosine", low=0)] = 8.0,
         layer: Annotated[int, Setting("text block, from 0, before which tokens become class-aware", low=1)] = 8,
         template: Annotated[str, Setting('behind the context, such as "{}, a type of pet."; "" = the authors\'')] = "",
@@ -135,8 +139,14 @@ class TCP(PromptTrainer):
         """Return the class-aware prompt with the loss L_ce + omega L_kg."""
         name = self.cfg.DATASET.NAME
         soft, hard = template or SOFT.get(name, "{}."), hard_template or HARD.get(name, task.templates[0])
-        prompt = ClassAware(task, n_ctx, layer, soft, hard)
+        prompt = ClassAware(task, n_ctx, ctx_init, layer, soft, hard)
         return Learner(task, prompt, head=Cosine(task, prompt), loss=CrossEntropy() + w * CosineToHard(task, prompt))
+
+    @classmethod
+    def validate(cls, cfg: CfgNode) -> None:
+        """Refuse a context length that the initial words would override."""
+        super().validate(cfg)
+        refuse_idle_length(cfg, "TRAINER.TCP")
 
     def build_optimizer(self, model: PromptLearner) -> torch.optim.Optimizer:
         """Return the optimizer that ``OPTIM`` names; Adam with the authors' eps."""

@@ -7,24 +7,27 @@ from typing import Annotated, ClassVar
 
 import torch
 import torch.nn.functional as F
+from promptmix.plugins.prompt_bank.soft import POSITIONS, Soft
 from torch import Tensor, nn
 
 from promptmix import register
-from promptmix.clip import TextTower
 from promptmix.config.declare import Setting
-from promptmix.prompts.context import initial_context
 from promptmix.prompts.roles import PromptBank, Task
 
 
 @register
-class LocalAndOthers(PromptBank):
+class LocalAndOthers(Soft):
     """One learned context, and K - 1 contexts of other clients, frozen; without a server there are none.
 
     Args:
         task: what the prompts are for.
         n_ctx: M, context vectors.
         ctx_init: words that the learned context starts from; "" draws from N(0, 0.02).
+        csc: class-specific contexts, the others' too.
+        class_token_position: where the class name stands: ``end``, ``middle`` or ``front``.
     """
+
+    takes_experts = False
 
     sized_by_data: ClassVar[tuple[str, ...]] = ("others",)
     borrows: ClassVar[dict[str, str]] = {"others": "ctx"}
@@ -34,9 +37,10 @@ class LocalAndOthers(PromptBank):
         task: Task,
         n_ctx: Annotated[int, Setting("M: context vectors", low=1)] = 16,
         ctx_init: Annotated[str, Setting('words to start from, such as "a photo of a"; then M is their number of tokens')] = "",
+        csc: Annotated[bool, Setting("class-specific contexts: one context per class")] = False,
+        class_token_position: Annotated[str, Setting("where the class name stands", choices=POSITIONS)] = "end",
     ) -> None:
-        super().__init__(task)
-        self.ctx = nn.Parameter(initial_context(task.clip.text, n_ctx, ctx_init, 1))
+        super().__init__(task, n_ctx, ctx_init, csc, class_token_position)
         self.others = nn.Parameter(self.ctx.detach()[:0].clone(), requires_grad=False)
         self._kept: tuple[tuple[object, ...], Tensor] | None = None
 
@@ -45,9 +49,18 @@ class LocalAndOthers(PromptBank):
         """Number of prompts: the own one and the others'."""
         return 1 + len(self.others)
 
-    def forward(self, names: Sequence[str], image_features: Tensor | None = None, *, full_stop: bool | None = None) -> Tensor:
+    encode = PromptBank.encode  # the others' features are kept as unit vectors
+
+    def forward(
+        self,
+        names: Sequence[str],
+        image_features: Tensor | None = None,
+        *,
+        full_stop: bool | None = None,
+        experts: Tensor | None = None,
+    ) -> Tensor:
         """Return normalised text features (E, C, D), the own prompt's first."""
-        own = self._encode(self.ctx, names, full_stop)
+        own = F.normalize(self.around(self.ctx, names, full_stop), dim=-1)
         return torch.cat([own, self._of_others(names, full_stop).to(own.dtype)]) if len(self.others) else own
 
     def _of_others(self, names: Sequence[str], full_stop: bool | None) -> Tensor:
@@ -55,9 +68,5 @@ class LocalAndOthers(PromptBank):
         state = (tuple(names), full_stop, self.others.data_ptr(), self.others._version)
         if self._kept is None or self._kept[0] != state:
             with torch.no_grad():
-                self._kept = state, self._encode(self.others, names, full_stop)
+                self._kept = state, F.normalize(self.around(self.others, names, full_stop), dim=-1)
         return self._kept[1]
-
-    def _encode(self, contexts: Tensor, names: Sequence[str], full_stop: bool | None) -> Tensor:
-        tower: TextTower = self.task.clip.text
-        return F.normalize(tower(tower.compose(contexts, tower.tokenizer.class_tokens(names), self.stop(full_stop))), dim=-1)

@@ -67,13 +67,13 @@ class Soft(ManyPrompts):
 
     def encode(self, names: Sequence[str], *, full_stop: bool | None = None, experts: Tensor | None = None) -> Tensor:
         """Return text features (E, C, D); prompts end with a full stop unless ``full_stop`` is False."""
+        return self.around(self.ctx if experts is None else self.ctx[experts], names, full_stop)
+
+    def around(self, ctx: Tensor, names: Sequence[str], full_stop: bool | None = None) -> Tensor:
+        """Return text features (E, C, D) of contexts (E, M, W), or (E, C, M, W) with one for each class."""
         tower = self.task.clip.text
-        if self.ctx.dim() == 4 and len(names) != self.ctx.shape[1]:
-            raise ConfigError(
-                f"class-specific contexts were learned for {self.ctx.shape[1]} classes and can't serve {len(names)}"
-            )
-        split = {"end": self.ctx.shape[-2], "middle": self.ctx.shape[-2] // 2, "front": 0}[self.position]
-        ctx = self.ctx if experts is None else self.ctx[experts]
+        if ctx.dim() == 4 and len(names) != ctx.shape[1]:
+            raise ConfigError(f"class-specific contexts were learned for {ctx.shape[1]} classes and can't serve {len(names)}")
+        split = {"end": ctx.shape[-2], "middle": ctx.shape[-2] // 2, "front": 0}[self.position]
         before, after = ctx[..., :split, :], ctx[..., split:, :]
-        prompts = tower.compose(before, tower.tokenizer.class_tokens(names), after, self.stop(full_stop))
-        return tower(prompts)
+        return tower(tower.compose(before, tower.tokenizer.class_tokens(names), after, self.stop(full_stop)))

@@ -9,7 +9,7 @@ from functools import lru_cache
 import pytest
 import torch
 from promptmix.plugins.prompt_bank.soft import Soft
-from promptmix.trainers.pcb import Described
+from promptmix.trainers.pcb import PCB, Described
 
 from promptmix.data.descriptions import Descriptions
 from promptmix.prompts.learner import Learner
@@ -31,12 +31,19 @@ def test_without_descriptions_it_is_coop_with_contexts_of_each_class():
     compare("pcb_none", Learner(task, Soft(task, 4, csc=True)), {"prompt_learner.ctx": "bank.ctx"})
 
 
+def test_descriptions_in_the_middle_of_a_context():
+    sentences = json.loads((FOLDER / "pcb_as_middle.json").read_text())["settings"]["descriptions"]
+    task = replace(golden_task(frozen()), descriptions=Descriptions(sentences, "the test"))
+    learner = PCB.compose(None, task, mode="AS", n_ctx=3, csc=True, class_token_position="middle")
+    compare("pcb_as_middle", learner, {"prompt_learner.ctx": "bank.ctx"})
+
+
 @pytest.mark.parametrize("mode", ["AS", "AE"])
 @pytest.mark.parametrize("csc", [True, False])
 def test_descriptions(mode, csc):
     case = f"pcb_{mode.lower()}" + ("" if csc else "_generic")
     task = described(case)
-    bank = Described(task, 4, csc, mode)
+    bank = Described(task, mode, csc, n_ctx=4)
     assert bank.class_specific is csc and bank.ctx.shape == (1, *([11] if csc else []), 4, 512)
     compare(case, Learner(task, bank), {"prompt_learner.ctx": "bank.ctx"})
     if not csc:  # then it has an answer for other classes too

@@ -46,6 +46,29 @@ def test_before_any_download_it_is_coop_and_the_gate_waits():
     assert all(p.grad is None for p in learner.head.parameters()) and learner.bank.others.grad is None
 
 
+def test_class_specific_contexts_around_the_name_and_another_gate():
+    case, task = "pfedmoap_csc_middle", golden_task(frozen())
+    bank = LocalAndOthers(task, 3, csc=True, class_token_position="middle")
+    learner = Learner(task, bank, head=AttentionGate(task, bank, gate_dim=64, heads=4, scaling=5.0, lambda_=0.2))
+    others = [torch.from_numpy(seeded().learned(case, f"client_{i}.ctx", (5, 3, 512))) for i in range(2)]
+    bank.others = torch.nn.Parameter(torch.stack(others), requires_grad=False)
+    names = {"prompt_learner.ctx": "bank.ctx"} | NAMES
+    ours = dict(learner.named_parameters())
+    with torch.no_grad():
+        for theirs, our in names.items():
+            shape = tuple(ours[our].shape[our == "bank.ctx" :])
+            ours[our].copy_(torch.from_numpy(seeded().learned(case, theirs, shape)))
+    expected = numbers(case)
+    terms = learner.loss(learner.step(images(), labels()))
+    close(terms.logits, expected["logits"])
+    close(terms.total, expected["loss"])
+    terms.total.backward()
+    for theirs, our in names.items():
+        if f"gradnorm:{theirs}" in expected:
+            head = expected[f"gradhead:{theirs}"]
+            close(ours[our].grad.flatten()[: len(head)], head, scale=float(expected[f"gradnorm:{theirs}"]))
+
+
 def test_gate_over_own_and_other_prompts():
     expected = numbers("pfedmoap")
     learner = client(expected["sel:random/0"].astype(int))
@@ -74,8 +97,8 @@ def test_features_of_others_are_made_once_and_anew_when_others_come():
     learner = client([2, 3])
     first = learner.bank(learner.task.classnames)
     calls = []
-    encode = learner.bank._encode
-    learner.bank._encode = lambda contexts, *rest: calls.append(len(contexts)) or encode(contexts, *rest)
+    encode = learner.bank.around
+    learner.bank.around = lambda contexts, *rest: calls.append(len(contexts)) or encode(contexts, *rest)
     assert torch.equal(learner.bank(learner.task.classnames), first) and calls == [1]
     with torch.no_grad():
         learner.bank.others.mul_(2)

@@ -31,7 +31,7 @@ def frozen():
 
 def test_tcp():
     task = golden_task(golden_clip(text_layers=12))
-    bank = ClassAware(task, 4, 8, "{}, a type of pet.", "a photo of a {}, a type of pet.")
+    bank = ClassAware(task, 4, "", 8, "{}, a type of pet.", "a photo of a {}, a type of pet.")
     learner = Learner(task, bank, head=Cosine(task, bank), loss=CrossEntropy() + 8.0 * CosineToHard(task, bank))
     names = {f"prompt_learner.{name}": f"bank.{name}" for name in ("ctx", *LINEAR)}
     terms = compare("tcp", learner, names)
@@ -42,6 +42,13 @@ def test_tcp():
         close(bank.class_tokens(task.classnames)[0, :, :, :16], expected["class_tokens"])
         close(learner.classifier()[0, :, :64], expected["text_features"])
         close(bank.references(task.classnames)[0, :, :64], expected["hard_features"])
+
+
+def test_tcp_starts_from_words():
+    task = golden_task(frozen())
+    bank = ClassAware(task, 16, "a photo of", 2, "{}.", "a photo of a {}.")
+    assert torch.equal(bank.ctx[0], task.clip.text.embed(task.clip.text.tokenizer.encode("a photo of")))
+    assert bank.class_tokens(task.classnames).shape == (1, 5, 3, 512)
 
 
 @pytest.mark.parametrize(
