@@ -22,12 +22,13 @@ from typing import Annotated, Any
 import torch
 import torch.nn.functional as F
 from promptmix.plugins.heads.transport import Transport
-from promptmix.plugins.prompt_bank.soft import POSITIONS, Soft
+from promptmix.plugins.prompt_bank.soft import Soft
 from torch import Tensor
 
 from promptmix import register
 from promptmix.config.declare import Setting, inherits
 from promptmix.engine.layout import Layout, Rule
+from promptmix.prompts.context import POSITIONS
 from promptmix.prompts.learner import Learner
 from promptmix.prompts.roles import Task
 from promptmix.prompts.step import Step

@@ -26,7 +26,6 @@ from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from promptmix.plugins.prompt_bank.soft import POSITIONS
 from torch import Tensor, nn
 
 from promptmix import register
@@ -34,7 +33,7 @@ from promptmix.config.declare import Setting
 from promptmix.data.templates import IMAGENET_60
 from promptmix.engine.layout import Layout, Rule
 from promptmix.errors import ConfigError, SettingError
-from promptmix.prompts.context import initial_context
+from promptmix.prompts.context import POSITIONS, around_names, initial_context
 from promptmix.prompts.learner import LossTerms, PromptLearner
 from promptmix.prompts.roles import Task
 from promptmix.prompts.step import Routing, Step
@@ -144,7 +143,7 @@ class TokenMixture(PromptLearner):
         start = initial_context(task.clip.text, n_ctx, "", 1)[0]
         self.bank = nn.ParameterList(nn.Parameter(start.clone()) for _ in range(experts))
         self.alpha, self.capacity = alpha, capacity
-        self.split = {"end": len(start), "middle": len(start) // 2, "front": 0}[class_token_position]
+        self.position = class_token_position
         generator = torch.Generator().manual_seed(SEED)
         keys = torch.linalg.qr(torch.randn(task.clip.image.width, experts, generator=generator))[0].T
         self.register_buffer("keys", keys.contiguous(), persistent=False)
@@ -203,8 +202,7 @@ class TokenMixture(PromptLearner):
         context = torch.einsum("be,emw->bmw", weights[0 if self.training else 1].to(prompts.dtype), prompts)
         tower = self.clip.text
         stop = tower.embed(tower.tokenizer.encode("."))[None]
-        names = tower.tokenizer.class_tokens(self.task.classnames)
-        text = tower(tower.compose(context[:, : self.split], names, context[:, self.split :], stop))
+        text = around_names(tower, context, self.task.classnames, self.position, stop)
         return self.clip.scale * torch.einsum("bd,bcd->bc", image, F.normalize(text, dim=-1).to(image.dtype))
 
     def loss(self, step: Step) -> LossTerms:

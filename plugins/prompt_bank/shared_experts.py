@@ -7,16 +7,16 @@ from typing import Annotated, ClassVar
 
 import torch
 import torch.nn.functional as F
-from promptmix.plugins.prompt_bank.soft import POSITIONS, Soft
 from torch import Tensor, nn
 
 from promptmix import register
 from promptmix.config.declare import Setting
+from promptmix.prompts.context import POSITIONS, around_names, initial_context, refuse_words_per_class
 from promptmix.prompts.roles import PromptBank, Task
 
 
 @register
-class LocalAndOthers(Soft):
+class LocalAndOthers(PromptBank):
     """One learned context, and K - 1 contexts of other clients, frozen; without a server there are none.
 
     Args:
@@ -27,7 +27,7 @@ class LocalAndOthers(Soft):
         class_token_position: where the class name stands: ``end``, ``middle`` or ``front``.
     """
 
-    takes_experts = False
+    per_class = "a context"
 
     sized_by_data: ClassVar[tuple[str, ...]] = ("others",)
     borrows: ClassVar[dict[str, str]] = {"others": "ctx"}
@@ -40,7 +40,11 @@ class LocalAndOthers(Soft):
         csc: Annotated[bool, Setting("class-specific contexts: one context per class")] = False,
         class_token_position: Annotated[str, Setting("where the class name stands", choices=POSITIONS)] = "end",
     ) -> None:
-        super().__init__(task, n_ctx, ctx_init, csc, class_token_position)
+        super().__init__(task)
+        refuse_words_per_class(csc, ctx_init)
+        self.position, self.class_specific = class_token_position, csc
+        leading = (1, len(task.classnames)) if csc else (1,)
+        self.ctx = nn.Parameter(initial_context(task.clip.text, n_ctx, ctx_init, *leading))
         self.others = nn.Parameter(self.ctx.detach()[:0].clone(), requires_grad=False)
         self._kept: tuple[tuple[object, ...], Tensor] | None = None
 
@@ -49,18 +53,9 @@ class LocalAndOthers(Soft):
         """Number of prompts: the own one and the others'."""
         return 1 + len(self.others)
 
-    encode = PromptBank.encode  # the others' features are kept as unit vectors
-
-    def forward(
-        self,
-        names: Sequence[str],
-        image_features: Tensor | None = None,
-        *,
-        full_stop: bool | None = None,
-        experts: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, names: Sequence[str], image_features: Tensor | None = None, *, full_stop: bool | None = None) -> Tensor:
         """Return normalised text features (E, C, D), the own prompt's first."""
-        own = F.normalize(self.around(self.ctx, names, full_stop), dim=-1)
+        own = self._encode(self.ctx, names, full_stop)
         return torch.cat([own, self._of_others(names, full_stop).to(own.dtype)]) if len(self.others) else own
 
     def _of_others(self, names: Sequence[str], full_stop: bool | None) -> Tensor:
@@ -68,5 +63,8 @@ class LocalAndOthers(Soft):
         state = (tuple(names), full_stop, self.others.data_ptr(), self.others._version)
         if self._kept is None or self._kept[0] != state:
             with torch.no_grad():
-                self._kept = state, F.normalize(self.around(self.others, names, full_stop), dim=-1)
+                self._kept = state, self._encode(self.others, names, full_stop)
         return self._kept[1]
+
+    def _encode(self, contexts: Tensor, names: Sequence[str], full_stop: bool | None) -> Tensor:
+        return F.normalize(around_names(self.task.clip.text, contexts, names, self.position, self.stop(full_stop)), dim=-1)

@@ -11,10 +11,8 @@ from yacs.config import CfgNode
 from promptmix import register
 from promptmix.config.declare import Setting
 from promptmix.errors import ConfigError
-from promptmix.prompts.context import initial_context, refuse_idle_length
+from promptmix.prompts.context import POSITIONS, around_names, initial_context, refuse_idle_length, refuse_words_per_class
 from promptmix.prompts.roles import ManyPrompts, Task
-
-POSITIONS = ("end", "middle", "front")
 
 
 @register
@@ -47,10 +45,7 @@ class Soft(ManyPrompts):
         super().__init__(task)
         if class_token_position not in POSITIONS:
             raise ConfigError(f"class token position is {class_token_position!r}; choose from {', '.join(POSITIONS)}")
-        if csc and ctx_init:
-            raise ConfigError(
-                f"class-specific contexts (CSC) start at random, so CTX_INIT {ctx_init!r} would be ignored; drop one"
-            )
+        refuse_words_per_class(csc, ctx_init)
         self.position, self.class_specific = class_token_position, csc
         leading = (n_prompts, len(task.classnames)) if csc else (n_prompts,)
         self.ctx = nn.Parameter(initial_context(task.clip.text, n_ctx, ctx_init, *leading))
@@ -67,13 +62,5 @@ class Soft(ManyPrompts):
 
     def encode(self, names: Sequence[str], *, full_stop: bool | None = None, experts: Tensor | None = None) -> Tensor:
         """Return text features (E, C, D); prompts end with a full stop unless ``full_stop`` is False."""
-        return self.around(self.ctx if experts is None else self.ctx[experts], names, full_stop)
-
-    def around(self, ctx: Tensor, names: Sequence[str], full_stop: bool | None = None) -> Tensor:
-        """Return text features (E, C, D) of contexts (E, M, W), or (E, C, M, W) with one for each class."""
-        tower = self.task.clip.text
-        if ctx.dim() == 4 and len(names) != ctx.shape[1]:
-            raise ConfigError(f"class-specific contexts were learned for {ctx.shape[1]} classes and can't serve {len(names)}")
-        split = {"end": ctx.shape[-2], "middle": ctx.shape[-2] // 2, "front": 0}[self.position]
-        before, after = ctx[..., :split, :], ctx[..., split:, :]
-        return tower(tower.compose(before, tower.tokenizer.class_tokens(names), after, self.stop(full_stop)))
+        ctx = self.ctx if experts is None else self.ctx[experts]
+        return around_names(self.task.clip.text, ctx, names, self.position, self.stop(full_stop))
