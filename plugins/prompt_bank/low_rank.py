@@ -18,7 +18,7 @@ from promptmix.errors import ConfigError
 from promptmix.prompts.changed import ENCODERS, ChangedTowers
 from promptmix.prompts.roles import Task
 
-POSITIONS = ("all", "top1", "top3", "bottom", "mid", "up", "half-up", "half-bottom")
+POSITIONS = ("all", "top1", "top2", "top3", "bottom", "mid", "up", "half-up", "half-bottom")
 #: What the learned tensors call a tower.
 _IN_NAMES = {"text": "text", "image": "visual"}
 MATRICES = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "out_proj"}
@@ -88,7 +88,8 @@ def layers_of(position: str, depth: int) -> list[int]:
     spans = {
         "all": (0, depth),
         "top1": (depth - 1, depth),
-        "top3": (depth - depth // 4, depth),
+        "top2": (depth - max(depth // 6, 1), depth),
+        "top3": (depth - max(depth // 4, 1), depth),
         "bottom": (0, depth // 3),
         "mid": (depth // 3, depth - depth // 3),
         "up": (depth - depth // 3, depth),

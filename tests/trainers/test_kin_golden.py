@@ -136,12 +136,14 @@ def test_low_rank_text_tower_shares_its_prefix_exactly():
 
 
 def test_positions_follow_the_depth():
+    assert layers_of("top2", 12) == [10, 11]
     assert layers_of("top3", 12) == [9, 10, 11]
     assert layers_of("bottom", 12) == [0, 1, 2, 3]
     assert layers_of("mid", 12) == [4, 5, 6, 7]
     assert layers_of("up", 12) == [8, 9, 10, 11]
     assert layers_of("half-up", 12) == [6, 7, 8, 9, 10, 11]
     assert layers_of("top1", 4) == [3]
+    assert layers_of("top3", 3) == [2]
 
 
 def test_coop_atp():
