@@ -10,6 +10,7 @@ import os
 import runpy
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,17 @@ ROOT = Path(__file__).resolve().parent.parent
 HOOKS = {name: spec for name, spec in vars(hookspecs).items() if hasattr(spec, "promptmix_spec")}
 
 
+@cache
+def calls():
+    """Return the names of all methods that the core calls."""
+    return {
+        node.func.attr
+        for file in (ROOT / "promptmix").rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+    }
+
+
 @pytest.mark.parametrize("name", sorted(HOOKS))
 def test_every_hook_says_when_it_fires_and_is_fired_somewhere(name):
     assert inspect.getdoc(HOOKS[name]).startswith("Fires ")
@@ -30,13 +42,7 @@ def test_every_hook_says_when_it_fires_and_is_fired_somewhere(name):
     if name.startswith("register_"):
         assert kind in REGISTRIES
         return
-    calls = [
-        node.func.attr
-        for file in (ROOT / "promptmix").rglob("*.py")
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
-    ]
-    assert name in calls
+    assert name in calls()
 
 
 def test_built_ins_come_in_through_the_hooks():
