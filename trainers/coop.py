@@ -8,8 +8,9 @@ Kaiyang Zhou, Jingkang Yang, Chen Change Loy, Ziwei Liu. IJCV 2022. https://arxi
 | g(t_i) | ``TextTower`` on ``[SOT] ctx name . [EOT]`` |
 | tau | 1 / ``CLIP.scale`` |
 
-Deviations from the authors' code: none in the numbers (``tests/golden`` holds theirs). Prompts run in the trainer's precision,
-fp32 by default, where the authors use fp16 weights.
+Deviations from the authors' code: none in the numbers (``tests/golden`` holds theirs), but for a CTX_INIT with a word of several
+tokens ("itap"): here all tokens are learned; theirs learns as many as there are words, and the last ones stay in front of the
+name as they are. Prompts run in the trainer's precision, fp32 by default, where the authors use fp16 weights.
 """
 
 from __future__ import annotations
