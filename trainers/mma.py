@@ -117,6 +117,7 @@ def _kaiming(width_in: int, width_out: int) -> nn.Linear:
 class MMA(PromptTrainer):
     """Adapters with a shared middle in the last blocks of both towers, trained with cross-entropy."""
 
+    published_as = "MultiModalAdapter"
     layout = Layout(
         "adapter_learner",
         tuple(

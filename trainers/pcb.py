@@ -82,6 +82,7 @@ class Described(Soft):
 class PCB(PromptTrainer):
     """A soft prompt, class-specific by default, with or without descriptions of the classes."""
 
+    published_as = "ALVLM"
     layout = Layout("prompt_learner", (Rule("ctx", "bank.ctx", expert_axis=True),))
 
     @inherits(Soft, without=["n_prompts"], csc=True)

@@ -10,8 +10,9 @@ from promptmix.config import get_cfg, merge_file, merge_opts, source_of, validat
 from promptmix.config.flags import make_config, resolve_config
 from promptmix.config.names import named_configs, named_tree
 from promptmix.data.datasets.descriptions import DESCRIPTIONS
-from promptmix.errors import ConfigError
+from promptmix.errors import ConfigError, RegistryError
 from promptmix.plugin_manager import get_plugin_manager
+from promptmix.registry import TRAINER_REGISTRY
 
 get_plugin_manager()
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -83,6 +84,12 @@ def test_coops_names_say_what_coops_files_say(name, expected):
 )
 def test_the_authors_names_stand_for_ours(name, same):
     assert merged(name) == merged(same)
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [("MultiModalAdapter", "MMA"), ("ALVLM", "PCB"), ("PLOTPP", "PLOTpp")])
+def test_the_authors_trainers_are_known_by_our_names(theirs, ours):
+    with pytest.raises(RegistryError, match=rf"unknown trainer '{theirs}'; (it is called '{ours}' here|did you mean '{ours}')"):
+        TRAINER_REGISTRY.get(theirs)
 
 
 def test_names_are_typed_from_any_folder_and_suggested(tmp_path, monkeypatch):
