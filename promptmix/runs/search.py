@@ -111,6 +111,8 @@ def read(path: str) -> Search:
         raise ConfigError(f"{file} has no `search`; add one (docs/protocols.md), or leave out --search")
     where = f"{file}: search"
     sweep.check_keys(node, _KEYS, ("seeds", "trials"), where)
+    if not node["trials"]:
+        raise ConfigError(f"{where}: trials is empty, so that nothing could win; name one or more")
     metric = node.get("metric", _METRICS[0])
     if metric not in _METRICS:
         raise ConfigError(f"{where}: metric is {shown(metric)}, but must be one of: {', '.join(_METRICS)}")

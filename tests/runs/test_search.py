@@ -88,6 +88,7 @@ def test_best_on_val_is_written_as_a_sweep_and_test_is_not_looked_at(tmp_path):
     [
         ({"search": {"seeds": [1], "trials": TRIALS}}, "seeds 1 are also those of the sweep"),
         ({"search": {"trials": TRIALS}}, "search: seeds is missing"),
+        ({"search": {"seeds": [11], "trials": {}}}, "trials is empty"),
         ({"search": {"seeds": [11], "trials": TRIALS, "metrik": "x"}}, "unknown key 'metrik'"),
         ({"search": {"seeds": [11], "trials": TRIALS, "metric": "loss"}}, "must be one of: accuracy, macro_accuracy"),
         ({"trainers": [{"name": "CoOp", "trials": {"one": {}}}]}, "CoOp has 1 trials, the others 3"),
