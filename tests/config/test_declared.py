@@ -82,9 +82,11 @@ def test_values_around_the_bounds(key):
     bounds = [bound for bound in (setting.low, setting.high, setting.above, setting.below) if bound is not None]
     tried = [bound + step for bound in bounds for step in (-1, -0.5, 0, 0.5, 1)]
     tried += [math.nan, math.inf, -math.inf, 2**64, "nan", "inf", "-inf", "1e999", None, "", "\0", "\ud800", {}, [], "[" * 200]
-    count = setting.length or 1
-    for one in tried:
-        for value in (one, [one] * count, tuple([one] * count), [one] * (count + 1), int(one) if one in bounds else one):
+    count, holds = setting.length or 1, isinstance(default, (list, tuple))
+    for place, one in enumerate(tried):
+        # A key of one value refuses a list whatever is in it.
+        lists = ([one] * count, tuple([one] * count), [one] * (count + 1)) if holds or place == 0 else ()
+        for value in (one, *lists, *([int(one)] if one in bounds else [])):
             if set_and_check(key, value, cfg) is not None:
                 assert is_in_range(get_key(cfg, key), setting), (key, value)
             (get_key(cfg, node) if node else cfg)[name] = default
