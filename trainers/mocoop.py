@@ -10,7 +10,8 @@ Yu Du, Tong Niu, Rong Zhao. Frontiers in Artificial Intelligence 2025. https://a
 | semantically grouped text supervision | ``GroupedContrastive``, weight ``TEXT_WEIGHT`` |
 | L = L_ce + 5 L_text + L_gate | ``MoCoOp.compose`` |
 
-Deviations from the authors' code, each where theirs does not do what it says: context lengths are counted in tokens, not words;
+Deviations from the authors' code, each where theirs does not do what it says: context lengths are counted in tokens, not words
+(``COUNT_WORDS`` counts as theirs does, which their checkpoints of ImageNet, Caltech101, DTD and UCF101 have);
 all class names keep the data set's order, base first (theirs pass through a set, so the loss depends on the hash seed);
 groups of templates are ``DATASET.TEMPLATE_GROUPS``, or the data set's; the joint width may differ from the token width. Their
 noise on hard features touches nothing that is used and is left out.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,8 @@ class TemplateGroups(ManyPrompts):
 
     Args:
         task: what the prompts are for; its groups are ``DATASET.TEMPLATE_GROUPS``, or else the data set's own.
+        count_words: learn as many vectors as the authors' code, which counts words: of "itap of a" all tokens but the last, and
+            behind the name EOT too where no comma follows it ("{} texture.").
         correction: learn a vector w (1, D), shared by all experts, that is added to the text features before normalisation.
     """
 
@@ -32,16 +34,22 @@ class TemplateGroups(ManyPrompts):
         self,
         task: Task,
         correction: Annotated[bool, Setting("learn the shared correction vector w")] = True,
+        count_words: Annotated[bool, Setting("as many vectors as words, as the authors' code and checkpoints have")] = False,
     ) -> None:
         super().__init__(task)
         self.groups = task.template_groups
         tower = task.clip.text
         before, after = [], []
+        #: Of each expert, the ids between its first vectors and the class name, and whether its last vector stands for EOT.
+        self.edges: list[tuple[tuple[int, ...], bool]] = []
         for group in self.groups:
-            # The authors count words; "itap" is several tokens, so tokens are counted here.
             texts = split_template(group[0].rstrip(".").rstrip())
-            before.append(nn.Parameter(tower.embed(tower.tokenizer.encode(texts[0])).clone()))
-            after.append(nn.Parameter(tower.embed(tower.tokenizer.encode(texts[1])).clone()))
+            ids = [tuple(tower.tokenizer.encode(text)) for text in texts]
+            counts = [_words(part) for part in group[0].replace(".", "").split("{}")] if count_words else list(map(len, ids))
+            last = (*ids[1], *tower.tokenizer.after)[: counts[1]]
+            before.append(nn.Parameter(tower.embed(ids[0][: counts[0]]).clone()))
+            after.append(nn.Parameter(tower.embed(last).clone()))
+            self.edges.append((ids[0][counts[0] :], len(last) > len(ids[1])))
         self.before, self.after = nn.ParameterList(before), nn.ParameterList(after)
         self.correction = nn.Parameter(torch.zeros(1, task.clip.embed_dim)) if correction else None
 
@@ -69,7 +77,9 @@ class TemplateGroups(ManyPrompts):
                 continue
             before = torch.stack([self.before[i] for i in members])
             after = torch.stack([self.after[i] for i in members])
-            for i, feature in zip(members, tower(tower.compose(before, tokens, after, stop)), strict=True):
+            fixed, is_end = self.edges[members[0]]
+            prompts = tower.compose(before, tower.embed(fixed)[None], tokens, after, stop, ends=not is_end)
+            for i, feature in zip(members, tower(prompts), strict=True):
                 features[i] = feature
         stacked = torch.stack([features[i] for i in chosen])
         idle = [p for i in range(self.num_experts) if i not in features for p in (self.before[i], self.after[i])]
@@ -83,11 +93,16 @@ class TemplateGroups(ManyPrompts):
         groups = [[_with_stop(template) for template in group] for group in self.groups]
         return self.once("hard", names, lambda: torch.stack([self.task.clip.ensemble(group, names) for group in groups]))
 
-    def _by_length(self) -> dict[tuple[int, int], list[int]]:
-        found: dict[tuple[int, int], list[int]] = {}
+    def _by_length(self) -> dict[Any, list[int]]:
+        found: dict[Any, list[int]] = {}
         for i, pair in enumerate(zip(self.before, self.after, strict=True)):
-            found.setdefault((len(pair[0]), len(pair[1])), []).append(i)
+            found.setdefault((len(pair[0]), len(pair[1]), self.edges[i]), []).append(i)
         return found
+
+
+def _words(text: str) -> int:
+    """Count words as the authors' code does: a space in front of the first makes one more, one behind the last none."""
+    return len(text.removesuffix(" ").split(" ")) if text.strip() else 0
 
 
 def _with_stop(template: str) -> str:

@@ -56,19 +56,20 @@ class PromptReader(nn.Module):
         found: Tensor = self.token_embedding(index_of(tuple(ids), device))
         return found
 
-    def compose(self, *pieces: Tensor | ClassTokens) -> Prompts:
+    def compose(self, *pieces: Tensor | ClassTokens, ends: bool = True) -> Prompts:
         """Put E prompts over C classes together, adding SOT and EOT.
 
         Args:
             pieces: in reading order: contexts shared by all classes (E, m, W), class-specific contexts (E, C, m, W), and the
                 class names. E is that of the tensors; a piece with E = 1 serves all prompts.
+            ends: add EOT; without, the last vector of the last piece stands in its place.
 
         Raises:
             ConfigError: the longest prompt does not fit the tower's context length.
         """
         names = next(piece for piece in pieces if isinstance(piece, ClassTokens))
         experts = max((piece.shape[0] for piece in pieces if isinstance(piece, Tensor)), default=1)
-        edges = self.embed([*self.tokenizer.before, *self.tokenizer.after])[None]
+        edges = self.embed([*self.tokenizer.before, *(self.tokenizer.after if ends else ())])[None]
         everything: list[Tensor | ClassTokens] = [edges[:, : self.start], *pieces, edges[:, self.start :]]
         shared = next(i for i, piece in enumerate(everything) if isinstance(piece, ClassTokens) or piece.dim() == 4)
         front = cast("list[Tensor]", everything[:shared])  # class names come later

@@ -103,3 +103,17 @@ def test_short_training_equals_the_plain_tower(build, monkeypatch):
         assert losses[-1] < losses[0]
         finals.append(losses[-1])
     assert finals[0] == pytest.approx(finals[1], rel=1e-3)
+
+
+def test_contexts_of_as_many_vectors_as_the_authors_count_words():
+    clip = golden_clip()
+    groups = (("{} texture.",), ("itap of a {}.",), ("a {} in a video game.",), ("a photo of a {}, a type of pet.",))
+    task = replace(golden_task(clip), template_groups=groups)
+    theirs, ours = TemplateGroups(task, count_words=True), TemplateGroups(task)
+    assert [(len(b), len(a)) for b, a in zip(theirs.before, theirs.after, strict=True)] == [(0, 2), (3, 0), (1, 5), (4, 5)]
+    eot = clip.text.embed(clip.text.tokenizer.after)
+    assert torch.equal(theirs.after[0][1:], eot) and torch.equal(theirs.after[2][4:], eot)
+    found = theirs.encode(task.classnames)
+    assert torch.allclose(found, ours.encode(task.classnames), atol=1e-4)  # the same words, of which other ones are learned
+    found.sum().backward()
+    assert theirs.after[0].grad[1].abs().max() > 0
