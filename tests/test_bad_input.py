@@ -305,6 +305,7 @@ def test_only_a_file_is_replaced(tmp_path, make):
 
 def test_what_is_unexpected_is_one_line_with_its_file(monkeypatch, capsys):
     monkeypatch.setattr("promptmix.commands.cache.run", lambda args: [][1])
+    monkeypatch.setattr("promptmix.plugin_manager.strangers", list)  # tests before this one may have loaded some
     fails(capsys, ["cache"], "unexpected IndexError: list index out of range", "please report", code=console.FAULT)
     with pytest.raises(IndexError):
         main(["cache", "--debug"])

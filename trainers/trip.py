@@ -33,7 +33,7 @@ from promptmix.config.declare import Setting
 from promptmix.data.templates import IMAGENET_60
 from promptmix.engine.layout import Layout, Rule
 from promptmix.errors import ConfigError, SettingError
-from promptmix.prompts.context import POSITIONS, around_names, initial_context
+from promptmix.prompts.context import POSITIONS, initial_context
 from promptmix.prompts.learner import LossTerms, PromptLearner
 from promptmix.prompts.roles import Task
 from promptmix.prompts.step import Routing, Step
@@ -202,7 +202,7 @@ class TokenMixture(PromptLearner):
         context = torch.einsum("be,emw->bmw", weights[0 if self.training else 1].to(prompts.dtype), prompts)
         tower = self.clip.text
         stop = tower.embed(tower.tokenizer.encode("."))[None]
-        text = around_names(tower, context, self.task.classnames, self.position, stop)
+        text = tower(tower.compose_around(context, self.task.classnames, self.position, stop))
         return self.clip.scale * torch.einsum("bd,bcd->bc", image, F.normalize(text, dim=-1).to(image.dtype))
 
     def loss(self, step: Step) -> LossTerms:

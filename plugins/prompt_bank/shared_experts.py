@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from promptmix import register
 from promptmix.config.declare import Setting
-from promptmix.prompts.context import POSITIONS, around_names, initial_context, refuse_words_per_class
+from promptmix.prompts.context import POSITIONS, initial_context, refuse_words_per_class
 from promptmix.prompts.roles import PromptBank, Task
 
 
@@ -67,4 +67,5 @@ class LocalAndOthers(PromptBank):
         return self._kept[1]
 
     def _encode(self, contexts: Tensor, names: Sequence[str], full_stop: bool | None) -> Tensor:
-        return F.normalize(around_names(self.task.clip.text, contexts, names, self.position, self.stop(full_stop)), dim=-1)
+        tower = self.task.clip.text
+        return F.normalize(tower(tower.compose_around(contexts, names, self.position, self.stop(full_stop))), dim=-1)

@@ -11,7 +11,7 @@ from yacs.config import CfgNode
 from promptmix import register
 from promptmix.config.declare import Setting
 from promptmix.errors import ConfigError
-from promptmix.prompts.context import POSITIONS, around_names, initial_context, refuse_idle_length, refuse_words_per_class
+from promptmix.prompts.context import POSITIONS, initial_context, refuse_idle_length, refuse_words_per_class
 from promptmix.prompts.roles import ManyPrompts, Task
 
 
@@ -63,4 +63,5 @@ class Soft(ManyPrompts):
     def encode(self, names: Sequence[str], *, full_stop: bool | None = None, experts: Tensor | None = None) -> Tensor:
         """Return text features (E, C, D); prompts end with a full stop unless ``full_stop`` is False."""
         ctx = self.ctx if experts is None else self.ctx[experts]
-        return around_names(self.task.clip.text, ctx, names, self.position, self.stop(full_stop))
+        tower = self.task.clip.text
+        return tower(tower.compose_around(ctx, names, self.position, self.stop(full_stop)))

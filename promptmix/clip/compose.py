@@ -94,6 +94,24 @@ class PromptReader(nn.Module):
         context = sum(cast("Tensor", piece).shape[-2] for piece in everything[shared:names_at])
         return Prompts(prefix, tail, lengths, context)
 
+    def compose_around(self, context: Tensor, names: Sequence[str], position: str, stop: Tensor) -> Prompts:
+        """Put soft contexts around class names.
+
+        Args:
+            context: (E, M, W), or class-specific (E, C, M, W).
+            names: C class names.
+            position: where they stand: ``end``, ``middle`` (of an odd M the vector more stands behind the name) or ``front``.
+            stop: embedding of what ends the prompts (1, n, W).
+
+        Raises:
+            ConfigError: class-specific contexts are of another number of classes, or a prompt is too long.
+        """
+        if context.dim() == 4 and len(names) != context.shape[1]:
+            raise ConfigError(f"class-specific contexts were learned for {context.shape[1]} classes and can't serve {len(names)}")
+        length = context.shape[-2]
+        split = {"end": length, "middle": length // 2, "front": 0}[position]
+        return self.compose(context[..., :split, :], self.tokenizer.class_tokens(names), context[..., split:, :], stop)
+
     def compose_text(self, template: str, names: Sequence[str], verbatim: bool = False) -> Prompts:
         """Put the hard prompts ``template.format(name)`` of all ``names`` together (E = 1), sharing their common first tokens.
 

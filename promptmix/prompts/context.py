@@ -1,8 +1,6 @@
-"""Soft contexts: how they start, and where the class name stands among them."""
+"""Soft contexts: how they start, and where a class name may stand among them."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -13,27 +11,6 @@ from promptmix.config import get_key, source_of
 from promptmix.errors import ConfigError
 
 POSITIONS = ("end", "middle", "front")
-
-
-def around_names(tower: TextTower, context: Tensor, names: Sequence[str], position: str, stop: Tensor) -> Tensor:
-    """Return text features (E, C, D), not normalised, of contexts around class names.
-
-    Args:
-        tower: the frozen text tower.
-        context: (E, M, W), or class-specific (E, C, M, W).
-        names: C class names.
-        position: where they stand, one of ``POSITIONS``; of an odd M the vector more stands behind a name in the middle.
-        stop: embedding of what ends the prompts (1, n, W).
-
-    Raises:
-        ConfigError: class-specific contexts are of another number of classes.
-    """
-    if context.dim() == 4 and len(names) != context.shape[1]:
-        raise ConfigError(f"class-specific contexts were learned for {context.shape[1]} classes and can't serve {len(names)}")
-    length = context.shape[-2]
-    split = {"end": length, "middle": length // 2, "front": 0}[position]
-    names_between = tower.tokenizer.class_tokens(names)
-    return tower(tower.compose(context[..., :split, :], names_between, context[..., split:, :], stop))
 
 
 def refuse_words_per_class(csc: bool, words: str) -> None:
