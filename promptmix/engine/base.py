@@ -203,7 +203,7 @@ class TrainerBase:
             writer = checkpoint.get("trainer", type(self).__name__)
             if "state_dict" not in checkpoint:
                 raise CheckpointError(f"{path} has no 'state_dict'; it was not written by a training run")
-            if writer != type(self).__name__ and writer in TRAINER_REGISTRY:
+            if writer in TRAINER_REGISTRY and not isinstance(self, TRAINER_REGISTRY.get(writer)):  # its own, or an extension's
                 raise CheckpointError(
                     f"{path} was written by {writer}, not by {type(self).__name__}, whose tensors it would only fit by accident; "
                     f"name another folder, or use {writer}"
