@@ -27,6 +27,9 @@ _SCALARS = (str, int, float, bool, type(None), bytes)
 class Refused(pickle.UnpicklingError):
     """A pickle asks for something that is not built here, or is damaged; the message is one line."""
 
+    def __init__(self, why: str) -> None:
+        super().__init__(" ".join(why.split()))  # it may hold a name of the file's, and that a line end
+
 
 class Shell:
     """Stands for an object whose class is not built: its name and its state, and no behaviour.

@@ -232,6 +232,11 @@ def test_a_damaged_pickle_is_plain_or_refused(data):
         assert "\n" not in str(error)
 
 
+def test_a_name_with_a_line_end_is_told_on_one_line():
+    with pytest.raises(Refused, match="^GLOBAL _codecs. code$"):
+        read(b"\x80\x02\x8c\x07_codecs\x8c\x05\ncode\x93.")
+
+
 def test_a_pickle_that_is_too_long_is_cut_short():
     with pytest.raises(Refused, match="more than 1000 opcodes"):
         read_pickle(io.BytesIO(P2 + b"(" * 2000 + b"."), tensor_names, most_opcodes=1000)
