@@ -150,10 +150,8 @@ def _pictures(name: str) -> Iterator[str]:
         inside[:] = sorted(below for below in inside if not below.startswith("."))
         for file in sorted(files):
             path = os.path.join(folder, file)
-            if (
-                not file.startswith(".") and os.path.splitext(file)[1].lower() in known
-            ):  # a pipe or a lost link is named, not read
-                yield path
+            if not file.startswith(".") and os.path.splitext(file)[1].lower() in known:
+                yield path  # also a pipe or a lost link, which is named then, not read
 
 
 def _with_progress(images: Iterable[str]) -> Iterator[str]:

@@ -129,9 +129,6 @@ def run_all(jobs: list[Job], args: argparse.Namespace, sort: str, at_once: int =
 
     started = time.monotonic()
     tables.check_choice("--format", args.format, tables.FORMATS)
-    twice = next((job for place, job in enumerate(jobs) if any(job.folder == other.folder for other in jobs[:place])), None)
-    if twice is not None:
-        raise ConfigError(f"{twice.name} is there twice; name each method, data set, number of shots and seed once")
     refuse_twins(jobs, "command line")
     for job in jobs:  # a wrong name or setting shows now, not after the first methods have run
         check(job)

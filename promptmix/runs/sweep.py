@@ -129,7 +129,8 @@ def refuse_twins(jobs: Iterable[Job], where: str) -> None:
         plain = replace(job, folder="", variant="", settings=tuple(sorted(asked.items())), shots=max(job.shots or 0, 0))
         other = runs.setdefault(repr(plain), job)
         if other is not job:
-            raise ConfigError(f"{where}: {other.name} and {job.name} are one run twice ({job.protocol}); leave one out")
+            twice = f"{job.name} is there" if job.name == other.name else f"{other.name} and {job.name} are one run"
+            raise ConfigError(f"{where}: {twice} twice ({job.protocol}); leave one out")
 
 
 def plan_of(output: str, jobs: list[Job], tree: dict[str, Any], file: Path) -> Sweep:

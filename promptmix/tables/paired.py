@@ -27,7 +27,7 @@ from promptmix.errors import DataError, UserError
 from promptmix.files.text import csv_cell, json_text, table_cell
 from promptmix.registry import closest
 from promptmix.runs import samples
-from promptmix.tables.rows import Row
+from promptmix.tables.rows import Row, name_among
 
 __all__ = ["Comparison", "compare", "mcnemar", "render"]
 
@@ -178,7 +178,7 @@ def _members(rows: list[Row], first: Row, second: Row) -> list[tuple[Row, Row]]:
 
     def own(row: Row) -> dict[str, Row]:
         def key(r: Row) -> tuple[str, ...]:
-            return r.method, r.protocol, r.shots, r.backbone, r.settings, r.trained_on
+            return *r.key, r.protocol, r.shots, r.trained_on
 
         return {r.dataset: r for r in rows if not r.averages and key(r) == key(row)}
 
@@ -188,12 +188,7 @@ def _members(rows: list[Row], first: Row, second: Row) -> list[tuple[Row, Row]]:
 
 def _names(rows: list[Row]) -> dict[int, str]:
     """Return what each row (by ``id``) is called among others: its method, with the backbone and settings that tell it apart."""
-    found = {}
-    for row in rows:
-        alike = [other for other in rows if other.method == row.method]
-        more = [getattr(row, key) for key in ("backbone", "settings") if len({getattr(other, key) for other in alike}) > 1]
-        found[id(row)] = f"{row.method} ({', '.join(dict.fromkeys(filter(None, more)))})" if any(more) else row.method
-    return found
+    return {id(row): name_among(row.key, [other.key for other in rows]) for row in rows}
 
 
 def _of_pair(

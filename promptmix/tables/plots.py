@@ -16,7 +16,7 @@ from typing import Any
 from promptmix.errors import UserError
 from promptmix.files.text import harmless
 from promptmix.files.whole import whole
-from promptmix.tables.rows import Cell, Row
+from promptmix.tables.rows import Cell, Row, name_among
 from promptmix.tables.tables import spreads_in
 
 #: Okabe and Ito's colours, told apart with any colour vision and in grey; with the markers, 40 methods differ.
@@ -125,7 +125,7 @@ def figures(rows: list[Row], metric: str) -> Iterator[tuple[str, Any]]:
             if any((metric, "base") in row.cells and (metric, "new") in row.cells for row in same):
                 yield f"base-new-{tail}", _scatter(same, metric, styles, shot)
             title = f"{protocol}, {shot} shots"
-            if len({_key(row) for row in same}) > MANY:
+            if len({row.key for row in same}) > MANY:
                 yield f"ranking-{tail}", _ranking(same, metric, parts, styles, title)
             else:
                 yield f"bars-{tail}", _bars(same, metric, parts, styles, title)
@@ -133,12 +133,10 @@ def figures(rows: list[Row], metric: str) -> Iterator[tuple[str, Any]]:
 
 def _styles(rows: list[Row]) -> dict[tuple[str, str, str], _Series]:
     """Return the look of each method, backbone and setting; the label names what differs among those of one method."""
-    keys = sorted({_key(row) for row in rows}, key=lambda key: (key[0] != "ZeroshotCLIP", *key))
+    keys = sorted({row.key for row in rows}, key=lambda key: (key[0] != "ZeroshotCLIP", *key))
     found = {}
     for place, key in enumerate(keys):
-        others = [other for other in keys if other[0] == key[0] and other != key]
-        told = list(dict.fromkeys(key[i] for i in (1, 2) if key[i] and any(other[i] != key[i] for other in others)))
-        label = "\n".join(textwrap.wrap(harmless(f"{key[0]} ({', '.join(told)})" if told else key[0]), 40))
+        label = "\n".join(textwrap.wrap(harmless(name_among(key, keys)), 40))
         again = place // len(_COLOURS)
         marker = _MARKERS[(place + again) % len(_MARKERS)]
         found[key] = _Series(label, _COLOURS[place % len(_COLOURS)], marker, _HATCHES[again % len(_HATCHES)])
@@ -151,7 +149,7 @@ def _ranked(rows: list[Row], metric: str) -> list[tuple[str, str, str]]:
     scores: dict[tuple[str, str, str], list[tuple[bool, float]]] = {}
     for row in rows:
         cell = row.cells.get((metric, part))
-        scores.setdefault(_key(row), []).append((bool(row.averages), cell.mean if cell is not None else 0.0))
+        scores.setdefault(row.key, []).append((bool(row.averages), cell.mean if cell is not None else 0.0))
 
     def place(key: tuple[str, str, str]) -> tuple[bool, float]:
         averaged = [value for is_average, value in scores[key] if is_average]
@@ -169,10 +167,6 @@ def _named(rows: list[Row], metric: str, styles: dict[Any, _Series]) -> dict[Any
     best = zip(keys[:_NAMED], _COLOURS, _MARKERS, strict=False)
     found = dict.fromkeys(keys[_NAMED:], _OTHERS)
     return found | {key: replace(styles[key], colour=colour, marker=marker) for key, colour, marker in best}
-
-
-def _key(row: Row) -> tuple[str, str, str]:
-    return row.method, row.backbone, row.settings
 
 
 def _number(shots: str) -> float:
@@ -221,7 +215,7 @@ def _curves(rows: list[Row], metric: str, part: str, styles: dict[Any, _Series],
             points = sorted(
                 (int(row.shots), row.cells[metric, part])
                 for row in rows
-                if row.dataset == name and _key(row) == key and row.shots != "all" and (metric, part) in row.cells
+                if row.dataset == name and row.key == key and row.shots != "all" and (metric, part) in row.cells
             )
             if points:
                 x, y = [shots for shots, _ in points], [cell.mean for _, cell in points]
@@ -250,8 +244,8 @@ def _scatter(rows: list[Row], metric: str, styles: dict[Any, _Series], shots: st
     averaged = any(row.averages for row in drawn)
     styles = _named(drawn, metric, styles)
     figure, ax = pyplot.subplots(figsize=(5.6, 5.2), layout="constrained")
-    for row in sorted(drawn, key=lambda row: list(styles).index(_key(row))):
-        style = styles[_key(row)]
+    for row in sorted(drawn, key=lambda row: list(styles).index(row.key)):
+        style = styles[row.key]
         base, new = row.cells[metric, "base"], row.cells[metric, "new"]
         large = bool(row.averages) or not averaged
         ax.errorbar(
@@ -313,7 +307,7 @@ def _ranking(rows: list[Row], metric: str, parts: list[str], styles: dict[Any, _
             cell, large = row.cells[metric, part], bool(row.averages) or not averaged
             colour = _COLOURS[0] if large else "#b5b5b5"
             bar = cell.bar if large and cell.bar else None
-            ax.errorbar(cell.mean, keys.index(_key(row)), xerr=bar, fmt="o", color=colour, markersize=5 if large else 3)
+            ax.errorbar(cell.mean, keys.index(row.key), xerr=bar, fmt="o", color=colour, markersize=5 if large else 3)
             if row.method == "ZeroshotCLIP" and large:
                 ax.axvline(cell.mean, color="#888888", linestyle=":", linewidth=1, zorder=0)
         ax.set_title(f"{_PARTS[part]} (%)", fontsize=10)
@@ -330,7 +324,7 @@ def _bars(rows: list[Row], metric: str, parts: list[str], styles: dict[Any, _Ser
     from matplotlib import pyplot
 
     panels = _panels(rows)
-    keys = [key for key in styles if any(_key(row) == key for row in rows)]
+    keys = [key for key in styles if any(row.key == key for row in rows)]
     shown = [part for part in parts if any((metric, part) in row.cells for row in rows)]
     width = 0.8 / len(keys)
     long = max(len(name) for name in panels) > 24  # such as data sets with their domains: wrapped, and given room
@@ -340,7 +334,7 @@ def _bars(rows: list[Row], metric: str, parts: list[str], styles: dict[Any, _Ser
     for ax, part in zip(grid.flat, shown, strict=True):
         for place, key in enumerate(keys):
             style = styles[key]
-            cells = {row.dataset: row.cells[metric, part] for row in rows if _key(row) == key and (metric, part) in row.cells}
+            cells = {row.dataset: row.cells[metric, part] for row in rows if row.key == key and (metric, part) in row.cells}
             at = [i for i, name in enumerate(panels) if name in cells]
             means, spreads = [cells[panels[i]].mean for i in at], [cells[panels[i]].bar for i in at]
             ax.bar(

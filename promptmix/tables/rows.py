@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,7 +10,7 @@ from promptmix.engine.league import LABELLED
 from promptmix.runs.results import RunResult
 from promptmix.tables.spread import STD
 
-__all__ = ["Cell", "Row"]
+__all__ = ["Cell", "Row", "name_among"]
 
 
 @dataclass
@@ -84,3 +85,15 @@ class Row:
     league: str = LABELLED
     approximations: tuple[str, ...] = ()
     runs: dict[str, dict[Any, RunResult]] = field(default_factory=dict)
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """Method, backbone and settings: what is one series in pictures."""
+        return self.method, self.backbone, self.settings
+
+
+def name_among(key: tuple[str, str, str], keys: Iterable[tuple[str, str, str]]) -> str:
+    """Return what a series is called among others: its method, with the backbone and settings that tell it from its namesakes."""
+    alike = [other for other in keys if other[0] == key[0]]
+    told = dict.fromkeys(key[i] for i in (1, 2) if key[i] and len({other[i] for other in alike}) > 1)
+    return f"{key[0]} ({', '.join(told)})" if told else key[0]

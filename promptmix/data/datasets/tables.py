@@ -26,7 +26,7 @@ _COLUMNS = {"path": ("path", "file_name"), "label": ("label", "class"), "split":
 
 _EXAMPLE = 'write {"path": "a.jpg", "label": "cat"} for each picture, in a list (.json) or in a line each (.jsonl)'
 
-#: A row: its line (or number in a JSON list), our columns -> text, and why the row is refused, if it is.
+#: A row: its line (or number in a JSON list), our columns -> text, and whether it is to be refused: too few cells, or no text.
 Cells = tuple[int, dict[str, str], bool]
 
 
