@@ -94,7 +94,7 @@ def save(folder, case, state=None, epoch=5, best=True):
     torch.save(checkpoint, path / f"model.pth.tar-{epoch}")
     (path / "checkpoint").write_text(f"model.pth.tar-{epoch}\n")
     if best:
-        torch.save(checkpoint, path / "model-best.pth.tar")
+        os.link(path / f"model.pth.tar-{epoch}", path / "model-best.pth.tar")
     return folder
 
 
