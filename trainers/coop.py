@@ -10,7 +10,7 @@ Kaiyang Zhou, Jingkang Yang, Chen Change Loy, Ziwei Liu. IJCV 2022. https://arxi
 
 Deviations from the authors' code: none in the numbers (``tests/golden`` holds theirs), but for a CTX_INIT with a word of several
 tokens ("itap"): here all tokens are learned; theirs learns as many as there are words, and the last ones stay in front of the
-name as they are. Prompts run in the trainer's precision, fp32 by default, where the authors use fp16 weights.
+name as they are (``COUNT_WORDS``). Prompts run in the trainer's precision, fp32 by default, where the authors use fp16 weights.
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ class PCB(PromptTrainer):
     published_as = "ALVLM"
     layout = Layout("prompt_learner", (Rule("ctx", "bank.ctx", expert_axis=True),))
 
-    @inherits(Soft, without=["n_prompts"], csc=True)
+    @inherits(Soft, without=["n_prompts", "count_words"], csc=True)
     def compose(
         self,
         task: Task,

@@ -10,9 +10,10 @@ Beier Zhu, Yulei Niu, Yucheng Han, Yue Wu, Hanwang Zhang. ICCV 2023. https://arx
 | G_prograd | ``project`` |
 | lambda | ``LAMBDA`` |
 
-Deviations from the authors' code: initial words are counted in tokens; the projection lives here, where theirs needs a fork of
-Dassl; it also works under ``amp``, where theirs fails. L_kl is reported as a divergence (theirs leaves out the teacher's entropy,
-which has no gradient).
+Deviations from the authors' code: initial words are counted in tokens (``COUNT_WORDS``, on in the configs that need it, counts as
+theirs does: of "a type of pet, a photo of a" the last token stays in front of the name); the projection lives here, where theirs
+needs a fork of Dassl; it also works under ``amp``, where theirs fails. L_kl is reported as a divergence (theirs leaves out the
+teacher's entropy, which has no gradient).
 
 A context that starts as the zero-shot model's own template (same words, no zeros before them) stays there: the divergence is at
 its minimum, and with LAMBDA 1 no step may raise it. The authors' 16 vectors start elsewhere, and an ensemble as ``TEMPLATES`` is

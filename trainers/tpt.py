@@ -15,7 +15,8 @@ Nothing is trained: a run tests, and keeps the start for predictions. The image 
 text tower is prefix-shared in both passes.
 
 Deviations from the authors' code (github.com/azshue/TPT): a picture's views follow from the seed and its pixels; class names are
-the data set's (theirs has lists of its own); context lengths count tokens, theirs words; starting from CoCoOp is left out.
+the data set's (theirs has lists of its own); contexts count tokens, theirs words (``COUNT_WORDS``); starting from CoCoOp is left
+out.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from yacs.config import CfgNode
 
 from promptmix import register
 from promptmix.config.declare import Setting
-from promptmix.errors import ConfigError
+from promptmix.errors import ConfigError, SettingError
 from promptmix.prompts.context import POSITIONS, initial_context, refuse_idle_length, refuse_words_per_class
 from promptmix.prompts.roles import ManyPrompts, Task
 
@@ -26,9 +26,12 @@ class Soft(ManyPrompts):
         csc: class-specific contexts, (E, C, M, W) instead of (E, M, W).
         class_token_position: where the class name stands: ``end``, ``middle`` or ``front``.
         n_prompts: E; prompts after the first always start at random, so that they can differ.
+        count_words: learn as many vectors as ``ctx_init`` has words, as CoOp and its kin do in their code; of more tokens ("a
+            type of pet, a photo of a") the last ones stay in front of the name as they are.
 
     Raises:
-        ConfigError: an unknown position, no context vector, or ``ctx_init`` together with ``csc``.
+        ConfigError: an unknown position, no context vector, ``ctx_init`` together with ``csc``, or a name that is not at the end
+            of words that are counted.
     """
 
     per_class = "a context"
@@ -41,6 +44,9 @@ class Soft(ManyPrompts):
         csc: Annotated[bool, Setting("class-specific contexts: one context per class")] = False,
         class_token_position: Annotated[str, Setting("where the class name stands", choices=POSITIONS)] = "end",
         n_prompts: Annotated[int, Setting("E: soft prompts", low=1)] = 1,
+        count_words: Annotated[
+            bool, Setting("M = words of CTX_INIT, as the authors count; further tokens stay as they are")
+        ] = False,
     ) -> None:
         super().__init__(task)
         if class_token_position not in POSITIONS:
@@ -48,7 +54,16 @@ class Soft(ManyPrompts):
         refuse_words_per_class(csc, ctx_init)
         self.position, self.class_specific = class_token_position, csc
         leading = (n_prompts, len(task.classnames)) if csc else (n_prompts,)
-        self.ctx = nn.Parameter(initial_context(task.clip.text, n_ctx, ctx_init, *leading))
+        start = initial_context(task.clip.text, n_ctx, ctx_init, *leading)
+        #: Ids of the tokens between the context and the class name.
+        self.fixed: tuple[int, ...] = ()
+        if count_words and ctx_init:
+            if class_token_position != "end":
+                raise SettingError("count_words", True, "but then the name stands at the end; leave CLASS_TOKEN_POSITION out")
+            words = len(ctx_init.replace("_", " ").split())
+            self.fixed = tuple(task.clip.text.tokenizer.encode(ctx_init.replace("_", " "))[words:])
+            start = start[..., :words, :]
+        self.ctx = nn.Parameter(start)
 
     @classmethod
     def check_settings(cls, cfg: CfgNode, node: str) -> None:
@@ -64,4 +79,7 @@ class Soft(ManyPrompts):
         """Return text features (E, C, D); prompts end with a full stop unless ``full_stop`` is False."""
         ctx = self.ctx if experts is None else self.ctx[experts]
         tower = self.task.clip.text
+        if self.fixed:
+            between = tower.embed(self.fixed)[None]
+            return tower(tower.compose(ctx, between, tower.tokenizer.class_tokens(names), self.stop(full_stop)))
         return tower(tower.compose_around(ctx, names, self.position, self.stop(full_stop)))

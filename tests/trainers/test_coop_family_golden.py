@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from promptmix.plugins.distillation.zeroshot_kl import ZeroshotKL
 from promptmix.plugins.prompt_bank.instance_conditional import InstanceConditional
 from promptmix.plugins.prompt_bank.soft import Soft
 from promptmix.plugins.text_supervision.hard_prompts import CosineToHard
-from promptmix.trainers.prograd import project
+from promptmix.trainers.prograd import ProGrad, project
 
+from promptmix.errors import ConfigError
 from promptmix.prompts.learner import Learner
 from promptmix.prompts.losses import CrossEntropy
 from tests.trainers.golden import FOLDER, close, compare, golden_clip, golden_task, images, labels, numbers, set_learned
@@ -130,3 +132,16 @@ def test_short_training_equals_the_plain_tower(build, monkeypatch):
         assert losses[-1] < losses[0]
         finals.append(losses[-1])
     assert finals[0] == pytest.approx(finals[1], rel=1e-3)
+
+
+def test_a_context_of_as_many_vectors_as_the_authors_count_words(clip):
+    """Of nine tokens that are eight words the last one is not learned; it stands between context and name."""
+    words = "a type of pet, a photo of a"
+    task = golden_task(clip, templates=(f"{words} {{}}.",))
+    learner = ProGrad.compose(SimpleNamespace(), task, n_ctx=16, ctx_init=words, count_words=True)
+    expected = numbers("prograd_words")
+    close(learner.bank.ctx.norm(dim=-1), expected["start_norm"])
+    close(learner.bank.ctx.flatten()[-256:], expected["start_head"])
+    compare("prograd_words", learner, {"prompt_learner.ctx": "bank.ctx"})
+    with pytest.raises(ConfigError, match="count_words is True, but then the name stands at the end"):
+        Soft(task, ctx_init=words, count_words=True, class_token_position="front")
