@@ -78,13 +78,14 @@ class TemplateGroups(ManyPrompts):
             before = torch.stack([self.before[i] for i in members])
             after = torch.stack([self.after[i] for i in members])
             fixed, is_end = self.edges[members[0]]
-            prompts = tower.compose(before, tower.embed(fixed)[None], tokens, after, stop, ends=not is_end)
+            pieces = [before, tower.embed(fixed)[None], tokens, after]
+            # A last vector that stands for EOT stands for the full stop where there is one, and EOT follows.
+            prompts = tower.compose(*pieces) if is_end and full_stop else tower.compose(*pieces, stop, ends=not is_end)
             for i, feature in zip(members, tower(prompts), strict=True):
                 features[i] = feature
         stacked = torch.stack([features[i] for i in chosen])
         idle = [p for i in range(self.num_experts) if i not in features for p in (self.before[i], self.after[i])]
-        if idle:
-            # The others get a gradient of zero, so that weight decay and momentum move them as if they had been encoded.
+        if idle and self.idle_learn:
             stacked = stacked + 0.0 * torch.stack([p.sum() for p in idle]).sum()
         return stacked if self.correction is None else stacked + self.correction
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from promptmix import register
 from promptmix.config.declare import Setting
-from promptmix.prompts.roles import PromptBank, Task, TextSupervision
+from promptmix.prompts.roles import ManyPrompts, PromptBank, Task, TextSupervision
 from promptmix.prompts.step import Step
 
 
@@ -26,7 +26,7 @@ class GroupedContrastive(TextSupervision):
         task: the class names.
         bank: the experts; unused here, since the loss gets the bank of the step.
         chosen_only: experts that no picture of the batch chose count with features of zero, as in the authors' code at batches
-            below 4: they learn nothing from the batch, and each adds the constant ln C to the sum over experts.
+            below 4: they learn nothing from the batch (no momentum moves them), and each adds the constant ln C to the sum.
     """
 
     def __init__(
@@ -38,6 +38,8 @@ class GroupedContrastive(TextSupervision):
         super().__init__()
         self.task, self.chosen_only = task, chosen_only
         self.needs_all_experts = not chosen_only
+        if chosen_only and isinstance(bank, ManyPrompts):
+            bank.idle_learn = False
 
     def forward(self, step: Step) -> Tensor:
         """Return the loss, averaged over experts and classes."""

@@ -206,6 +206,9 @@ class ManyPrompts(PromptBank):
     """A bank of several prompts, each of which goes through the text tower by itself, so that some of them can."""
 
     takes_experts = True
+    #: Whether experts that a step leaves out get a gradient of zero, so that weight decay and momentum move them as if they had
+    #: been encoded. Otherwise they get none and stand still.
+    idle_learn: bool = True
 
     def forward(
         self,

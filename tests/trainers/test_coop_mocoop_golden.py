@@ -79,6 +79,11 @@ def test_mocoop_at_batch_1_supervises_the_chosen_experts_only():
     for theirs, parameter in parameters.items():
         gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         close(gradient.norm(), expected.get(f"gradnorm:{theirs}", torch.zeros(()).numpy()), scale=1.0)
+    chosen = expected["experts"].astype(int).ravel().tolist()
+    for i in range(3):  # those without a gradient are passed over by the optimizer, momentum and all
+        assert all(
+            (parameters[f"prompt_learner.ctx_{side}_{i}"].grad is None) is (i not in chosen) for side in ("before", "after")
+        )
 
 
 @pytest.mark.parametrize("build", [lambda clip: coop("coop_end", clip), lambda clip: mocoop(3, clip)], ids=["coop", "mocoop"])
@@ -117,3 +122,12 @@ def test_contexts_of_as_many_vectors_as_the_authors_count_words():
     assert torch.allclose(found, ours.encode(task.classnames), atol=1e-4)  # the same words, of which other ones are learned
     found.sum().backward()
     assert theirs.after[0].grad[1].abs().max() > 0
+
+
+def test_counted_words_in_a_training_on_base_classes():
+    """The vector that stands for EOT behind "in a video game" stands for the full stop in the supervision over all names."""
+    task = replace(golden_task(golden_clip(), 3), template_groups=(("a {} in a video game.",), ("itap of a {}.",)))
+    bank = TemplateGroups(task, count_words=True)
+    router = HardPromptTopK(task, bank)
+    learner = Learner(task, bank, router, loss=CrossEntropy() + RouterLoss(router) + 5.0 * GroupedContrastive(task, bank))
+    compare("mocoop_words", learner, {name: ours for name, ours in MOCOOP_NAMES.items() if not name.endswith("_2")}, 3)
