@@ -67,7 +67,6 @@ class TemplateGroups(ManyPrompts):
         """Return text features (E, C, D), corrected; prompts have no full stop unless ``full_stop`` is True."""
         tower = self.task.clip.text
         tokens = tower.tokenizer.class_tokens(names)
-        stop = self.stop(full_stop or False)
         chosen = range(self.num_experts) if experts is None else experts.tolist()
         features: dict[int, Tensor] = {}
         # Experts whose contexts have the same lengths go through the tower together.
@@ -78,9 +77,10 @@ class TemplateGroups(ManyPrompts):
             before = torch.stack([self.before[i] for i in members])
             after = torch.stack([self.after[i] for i in members])
             fixed, is_end = self.edges[members[0]]
-            pieces = [before, tower.embed(fixed)[None], tokens, after]
             # A last vector that stands for EOT stands for the full stop where there is one, and EOT follows.
-            prompts = tower.compose(*pieces) if is_end and full_stop else tower.compose(*pieces, stop, ends=not is_end)
+            stop = self.stop(bool(full_stop) and not is_end)
+            is_end = is_end and not full_stop
+            prompts = tower.compose(before, tower.embed(fixed)[None], tokens, after, stop, ends=not is_end)
             for i, feature in zip(members, tower(prompts), strict=True):
                 features[i] = feature
         stacked = torch.stack([features[i] for i in chosen])
