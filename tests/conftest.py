@@ -5,7 +5,6 @@ import ctypes
 import gc
 import os
 import sys
-from collections import defaultdict
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share what the process that started them has
@@ -42,21 +41,11 @@ def backbones_once():
 
 @pytest.fixture(scope="session", autouse=True)
 def few_emoji():
-    """Test on two pictures of each class of the embedded data sets: hundreds say no more and take minutes to encode."""
-    from promptmix.data.datasets.emoji import _EmojiBase
+    """Test on two pictures of each class of the embedded data sets (``tests/few.py``)."""
+    from tests import few
 
-    make = _EmojiBase.__init__
-
-    def few(self, cfg, classes, train, val, test):
-        kept = defaultdict(list)
-        for item in test:
-            kept[item.domain, item.label].append(item)
-        make(self, cfg, classes, train, val, test if few.off else [item for items in kept.values() for item in items[:2]])
-
-    few.off = False
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_EmojiBase, "__init__", few)
-        yield few
+        yield few.few_emoji(patch)
 
 
 @pytest.fixture(scope="module")

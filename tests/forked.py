@@ -1,18 +1,19 @@
 """Commands in processes forked from this one, which has what they import of other packages; their promptmix is new.
 
 A process that Python starts imports PyTorch first, which takes longer than what a test then asks of it. One test of each way in
-starts Python itself (``tests/test_cli.py``, ``tests/test_packaging.py``, ``tests/test_plugins.py``).
+starts Python itself (``tests/test_cli.py``, ``tests/test_packaging.py``).
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from multiprocessing import forkserver, process, util
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,16 @@ class Forked:
         argv: the command's words.
         cwd: folder that it starts in.
         env: its environment; None = this one's. Folders of ``PYTHONPATH`` are looked in first.
+        work: what is done with the words in place of the command; returns the exit code.
     """
 
-    def __init__(self, argv: list[str], cwd: str | Path | None = None, env: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        argv: list[str],
+        cwd: str | Path | None = None,
+        env: Mapping[str, str] | None = None,
+        work: Callable[[list[str]], int] | None = None,
+    ) -> None:
         self.returncode: int | None = None
         self._out, self._err = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
         for stream in (sys.stdout, sys.stderr):
@@ -40,7 +48,7 @@ class Forked:
             code = 1
             try:
                 self._begin(cwd, dict(os.environ if env is None else env))
-                code = _main(argv)
+                code = int((work or _main)(argv))
             except BaseException:
                 traceback.print_exc()
             finally:
@@ -61,6 +69,8 @@ class Forked:
         sys.path[:0] = [os.getcwd(), *filter(None, env.get("PYTHONPATH", "").split(os.pathsep))]
         for name in [name for name in sys.modules if name.partition(".")[0].startswith(_OURS)]:
             del sys.modules[name]
+        for name in [name for name in logging.root.manager.loggerDict if name.partition(".")[0].startswith(_OURS)]:
+            del logging.root.manager.loggerDict[name]
         # Processes of the tests are not this one's.
         process._children.clear()
         util._finalizer_registry.clear()
@@ -97,9 +107,14 @@ class Forked:
     stderr = property(lambda self: _read(self._err))
 
 
-def run(argv: list[str], cwd: str | Path | None = None, env: Mapping[str, str] | None = None) -> Forked:
-    """Run ``promptmix ARGV`` to its end."""
-    done = Forked(argv, cwd, env)
+def run(
+    argv: list[str],
+    cwd: str | Path | None = None,
+    env: Mapping[str, str] | None = None,
+    work: Callable[[list[str]], int] | None = None,
+) -> Forked:
+    """Run ``promptmix ARGV``, or ``work``, to its end."""
+    done = Forked(argv, cwd, env, work)
     done.wait()
     return done
 
@@ -107,11 +122,22 @@ def run(argv: list[str], cwd: str | Path | None = None, env: Mapping[str, str] |
 def _main(argv: list[str]) -> int:
     from promptmix.cli import main
 
+    if argv[:1] == ["train"]:
+        few()
     sys.argv = ["promptmix", *argv]
     try:
         return main(argv)
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
+
+
+def few() -> None:
+    """Leave this process's embedded data sets few test pictures, as ``tests/conftest.py`` does in the tests' own."""
+    import pytest
+
+    from tests.few import few_emoji
+
+    few_emoji(pytest.MonkeyPatch())
 
 
 def _end(code: int) -> None:

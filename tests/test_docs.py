@@ -14,6 +14,7 @@ import pytest
 from promptmix.cli import main
 from promptmix.plugin_manager import load_plugin
 from promptmix.registry import PROTOCOL_REGISTRY, ROUTER_REGISTRY
+from tests import forked
 from tests.trainers.toy import first_step, toy_trainer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,7 +63,13 @@ def test_the_notebook_runs(tmp_path):
     """Its cells in order, as a kernel runs them; the last one's pictures are a cat, told from a bus and a flower."""
     cells = json.loads((ROOT / "docs" / "quickstart.ipynb").read_text(encoding="utf-8"))["cells"]
     program = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+
+    def run(_):
+        forked.few()
+        exec(compile(program, "quickstart.ipynb", "exec"), {"__name__": "__main__"})
+        return 0
+
+    done = forked.run([], tmp_path, work=run)
     assert done.returncode == 0, done.stderr
     first, prediction = done.stdout.splitlines()
     assert first.startswith("MoCoOp ")

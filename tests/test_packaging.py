@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import forked
+
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("trainers", "plugins", "configs")
 
@@ -241,16 +243,17 @@ def test_the_wheel_holds_everything_under_one_name(wheel):
 def test_the_wheel_works_from_another_folder(wheel, tmp_path):
     site = tmp_path / "site"
     wheel.extractall(site)
-    code = (
-        "import promptmix, pathlib; from promptmix.cli import main; from promptmix.config.flags import resolve_config;"
-        f"assert pathlib.Path(promptmix.__file__).is_relative_to({str(site)!r});"
-        "assert resolve_config('configs/quickstart.yaml').is_file();"
-        "raise SystemExit(main(['list']))"
-    )
-    environment = os.environ | {"PYTHONPATH": str(site)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
-    )
+
+    def use(words):
+        import promptmix
+        from promptmix.cli import main
+        from promptmix.config.flags import resolve_config
+
+        assert Path(promptmix.__file__).is_relative_to(site)
+        assert resolve_config("configs/quickstart.yaml").is_file()
+        return main(words)
+
+    done = forked.run(["list"], tmp_path, os.environ | {"PYTHONPATH": str(site)}, work=use)
     assert done.returncode == 0, done.stderr
     assert "promptmix.trainers." in done.stdout
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ from promptmix.cli import main
 from promptmix.errors import PluginError, UserError
 from promptmix.plugin_manager import get_plugin_manager, load_plugin, switch_off
 from promptmix.registry import PROTOCOL_REGISTRY, REGISTRIES
+from tests import forked
 
 ROOT = Path(__file__).resolve().parent.parent
 HOOK = "from promptmix import hookimpl\n"
@@ -104,18 +105,21 @@ def installed(tmp_path):
 
 
 def test_an_installed_plugin_that_fails_is_left_out_of_lists_and_can_be_switched_off(installed):
-    code = (
-        "import sys, json, io, contextlib\nfrom promptmix.cli import main\nshown = []\n"
-        "for command in json.loads(sys.argv[1]):\n"
-        "    out, err = io.StringIO(), io.StringIO()\n"
-        "    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err): code = main(command)\n"
-        "    shown.append((code, out.getvalue(), err.getvalue()))\n"
-        "print(json.dumps(shown))\n"
-    )
+    def shown(commands):
+        from promptmix.cli import main
+
+        found = []
+        for command in commands:
+            out, err = io.StringIO(), io.StringIO()
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                code = main(command)
+            found.append((code, out.getvalue(), err.getvalue()))
+        print(json.dumps(found))
+        return 0
 
     def promptmix(*commands, **more):
-        run = [sys.executable, "-c", code, json.dumps(commands)]
-        done = subprocess.run(run, capture_output=True, text=True, timeout=300, env=installed | more, check=True)
+        done = forked.run(list(commands), env=installed | more, work=shown)
+        assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 
     listed, refused, near, without, both = promptmix(

@@ -19,6 +19,7 @@ from promptmix import hookspecs
 from promptmix.errors import PluginError, RegistryError
 from promptmix.plugin_manager import MOVED, MOVED_NAMES, get_plugin_manager, load_plugin
 from promptmix.registry import REGISTRIES, ROUTER_REGISTRY, TRAINER_REGISTRY, Registry, marked_classes, register
+from tests import forked
 
 ROOT = Path(__file__).resolve().parent.parent
 HOOKS = {name: spec for name, spec in vars(hookspecs).items() if hasattr(spec, "promptmix_spec")}
@@ -162,10 +163,11 @@ def test_an_installed_package_brings_a_router_that_mocoop_uses_from_yaml(tmp_pat
         "DATASET: {NUM_SHOTS: 1}\nOPTIM: {MAX_EPOCH: 1}\n"
         "ROUTER: {NAME: FirstExpert, FIRSTEXPERT: {EXPERT: 2}}\n"
     )
-    command = [sys.executable, "-m", "promptmix.cli", "train", "--trainer", "MoCoOp", "--config-file", tmp_path / "run.yaml"]
-    paths = os.pathsep.join([str(site), str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": paths}
-    subprocess.run([*command, "--output-dir", out, "--seed", "1"], check=True, timeout=300, env=environment)
+    command = ["train", "--trainer", "MoCoOp", "--config-file", str(tmp_path / "run.yaml"), "--seed", "1"]
+    done = forked.run(
+        [*command, "--output-dir", str(out)], env={**os.environ, "PYTHONPATH": os.pathsep.join([str(site), str(ROOT)])}
+    )
+    assert done.returncode == 0, done.stderr
     result = json.loads((out / "results.json").read_text())
     assert result["config"]["ROUTER"]["FIRSTEXPERT"]["EXPERT"] == 2
     assert result["metrics"]["test"]["accuracy"] > 10

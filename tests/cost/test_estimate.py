@@ -19,7 +19,7 @@ from promptmix.cost.machine import Machine
 from promptmix.cost.work import Sum, Work, work_of
 from promptmix.plugin_manager import get_plugin_manager
 from promptmix.utils import read_json
-from tests.trainers.toy import first_step, toy_trainer
+from tests.trainers.toy import first_step, shallow, toy_trainer
 
 RECORD = Path(__file__).resolve().parents[2] / "benchmarks" / "estimate.json"
 #: Steps whose recorded time is further from the formula than ``estimates.TOLERANCE``: small models, where little is arithmetic,
@@ -114,7 +114,8 @@ def test_a_record_that_was_cut_off_goes_on(tmp_path, monkeypatch):
     assert found["steps"][1]["why"] == "learns nothing by steps" and len(estimates.errors(found)) == 1
 
 
-def test_the_command_says_what_a_gpu_would_need(room, capsys, monkeypatch):
+def test_the_command_says_what_a_gpu_would_need(capsys, monkeypatch):
+    monkeypatch.setattr(estimate, "measure_machine", lambda clip: MACHINE)
     flags = ["--trainer", "CoOp", "--config-file", "configs/quickstart.yaml"]
     assert main(["estimate", *flags, "--gpu", "h200"]) == 0
     shown = capsys.readouterr().out
@@ -125,7 +126,7 @@ def test_the_command_says_what_a_gpu_would_need(room, capsys, monkeypatch):
 
 @pytest.mark.parametrize("name", ["CoOp", "MoCoOp", "MaPLe"])
 def test_a_step_that_ran_has_the_operations_of_its_shapes(room, name):
-    trainer = toy_trainer(room, name)
+    trainer = shallow(toy_trainer(room, name, *(("TRAINER.MAPLE.PROMPT_DEPTH", 2) if name == "MaPLe" else ())))
     first_step(trainer)
     state = torch.get_rng_state()
     estimate._counted.clear()

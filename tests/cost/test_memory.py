@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -9,10 +11,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from promptmix.clip.reference import encode_plain, plain
 from promptmix.cost.count import count
 from promptmix.cost.estimate import estimate
+from promptmix.cost.machine import measure_machine
 from promptmix.errors import UserError, is_out_of_memory
 from tests.clip.test_text import SHARED, TOKENIZER, WORDS
 from tests.trainers.golden import golden_clip
-from tests.trainers.toy import first_step, toy_trainer
+from tests.trainers.toy import first_step, shallow, toy_trainer
 
 SPARSE = ("ROUTER.NAME", "TopK", "ROUTER.TOPK.K", 1)
 
@@ -89,13 +92,23 @@ def test_all_experts_are_encoded_where_a_loss_needs_them(room, monkeypatch):
     assert all("experts" not in kwargs for kwargs in seen) and seen
 
 
-@pytest.mark.parametrize("name", ["CoOp", "CoCoOp", "MoCoOp", "MaPLe"])
-def test_estimate_counts_the_step_that_runs(room, name):
-    trainer = toy_trainer(room, name)
+@cache
+def machine_of_tests():
+    return measure_machine(golden_clip())
+
+
+#: Towers of two layers suffice where numbers of one way are compared with those of another.
+SHALLOW = {"CoOp": (), "CoCoOp": (), "MoCoOp": (), "MaPLe": ("TRAINER.MAPLE.PROMPT_DEPTH", 2)}
+
+
+@pytest.mark.parametrize("name", SHALLOW)
+def test_estimate_counts_the_step_that_runs(room, name, monkeypatch):
+    monkeypatch.setattr("promptmix.cost.estimate.measure_machine", lambda clip: machine_of_tests())
+    trainer = shallow(toy_trainer(room, name, *SHALLOW[name]))
     batch = next(iter(trainer.train_loader_x))
     first_step(trainer)
     ran = count(lambda: trainer.model.loss(trainer.model.step(batch["img"], batch["label"])).total.backward())
-    found = estimate(toy_trainer(room, name))
+    found = estimate(shallow(toy_trainer(room, name, *SHALLOW[name])))
     assert found.step_gflops == pytest.approx(ran.gflops, rel=0.02)  # attention kernels differ by device
     assert found.step_mb == pytest.approx(ran.live_mb, rel=0.25)
     assert found.epoch_seconds > 0 and found.step_mb > 0 and found.weights_mb > 1
@@ -112,7 +125,7 @@ def test_estimate_counts_the_step_that_runs(room, name):
     ],
 )
 def test_out_of_memory_names_two_settings_and_what_they_need(room, tmp_path, error, monkeypatch):
-    trainer = toy_trainer(room, "CoOp", "OUTPUT_DIR", str(tmp_path))
+    trainer = shallow(toy_trainer(room, "CoOp", "OUTPUT_DIR", str(tmp_path)))
     monkeypatch.setattr(trainer, "forward_backward", lambda batch: (_ for _ in ()).throw(error))
     with pytest.raises(UserError, match=r"out of memory: a step of CoOp .* MODEL.CLASS_CHUNK 1 \(\d+ MiB\)") as caught:
         trainer.train()
@@ -135,7 +148,7 @@ def test_compiled_towers_give_the_same_numbers(room, monkeypatch, name):
     monkeypatch.setattr(torch, "compile", lambda f: compiled.append(f.__name__) or compile_(f, backend="aot_eager"))
     found = []
     for on in (False, True):
-        trainer = toy_trainer(room, name, "MODEL.COMPILE", on)
+        trainer = shallow(toy_trainer(room, name, "MODEL.COMPILE", on, *SHALLOW[name]))
         assert not any("_orig_mod" in key for key in trainer.clip.state_dict())
         first_step(trainer)
         trainer.set_model_mode("eval")

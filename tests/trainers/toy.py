@@ -129,6 +129,13 @@ def toy_trainer(room: Path, trainer: str, *opts: object, classes: str = "base", 
     return build_trainer(cfg)
 
 
+def shallow(trainer, layers: int = 2):
+    """Leave the towers of a built trainer their first layers, where more of the same would only take longer."""
+    for blocks in (trainer.clip.text.blocks, trainer.clip.image.layers.blocks):
+        del blocks[layers:]
+    return trainer
+
+
 def first_step(trainer, stage: int = 0) -> dict[str, torch.Tensor]:
     """Learn from the first batch of a stage; the gradients stay where they are."""
     trainer.set_model_mode("train")
