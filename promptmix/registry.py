@@ -59,16 +59,20 @@ class Registry:
         Raises:
             RegistryError: no entry has this name; the message lists those there are.
         """
+        name = self.own_name(name)
         if name not in self._entries:
             names = self.registered_names()
-            # What the authors' code calls it may be nearer to another method's name.
-            here = [own for own, entry in self._entries.items() if getattr(entry, "published_as", None) == name]
-            hint = f"; it is called {here[0]!r} here" if here else closest(name[:100], names)
             raise RegistryError(
-                f"unknown {self.kind} {name[:100]!r}{hint} (choices: {', '.join(names) or 'none'}); "
+                f"unknown {self.kind} {name[:100]!r}{closest(name[:100], names)} (choices: {', '.join(names) or 'none'}); "
                 "a plugin that brings it must be installed or named with --plugin"
             )
         return self._entries[name]
+
+    def own_name(self, name: str) -> str:
+        """Return the name here of what its authors' code calls ``name`` (``published_as``); any other name as it is."""
+        if name in self._entries:
+            return name
+        return next((own for own, entry in self._entries.items() if name in getattr(entry, "published_as", ())), name)
 
     @contextmanager
     def layer(self) -> Iterator[dict[str, Any]]:

@@ -24,6 +24,7 @@ from promptmix.plugins.prompt_bank.attributes import AttributePrompts, CoupledAt
 
 from promptmix import register
 from promptmix.config.declare import inherits
+from promptmix.config.published import Theirs
 from promptmix.engine.layout import Layout, Rule, linear
 from promptmix.prompts.heads import Cosine
 from promptmix.prompts.learner import Learner
@@ -52,6 +53,16 @@ _ATT = (Rule("ctx", "bank.ctx"), Rule("ctx_att{i}", "bank.att.{i-1}"))
 class _WithAttributes(PromptTrainer):
     """What both share: the words of the data set."""
 
+    published_keys = {
+        "TRAINER.ATPROMPT.USE_ATPROMPT": Theirs(values={"True": True}, instead="--trainer CoOp or MaPLe does without"),
+        **{f"TRAINER.ATPROMPT.N_ATT{n}": "N_ATT" for n in (1, 2, 3)},
+        "TRAINER.COOP.*": "*",
+        "TRAINER.COOP.CSC": Theirs(values={"False": False}, instead="leave it out"),
+        "TRAINER.COOP.CLASS_TOKEN_POSITION": Theirs(values={"end": "end"}, instead="leave it out"),
+        "TRAINER.MAPLE.*": "*",
+        **dict.fromkeys(("TRAINER.COOP.CTX_INIT", "TRAINER.MAPLE.CTX_INIT"), Theirs()),  # their context starts from noise
+    }
+
     def words(self, attributes: Sequence[str]) -> tuple[str, ...]:
         """Return the words given, or the authors' for the data set."""
         return tuple(attributes) or ATTRIBUTES.get(self.cfg.DATASET.NAME, OTHERS)
@@ -61,6 +72,7 @@ class _WithAttributes(PromptTrainer):
 class CoOpATP(_WithAttributes):
     """CoOp behind attribute words, trained with cross-entropy."""
 
+    published_as = ("CoOp_ATP",)
     layout = Layout("prompt_learner", _ATT)
 
     @inherits(AttributePrompts)
@@ -73,6 +85,7 @@ class CoOpATP(_WithAttributes):
 class MaPLeATP(_WithAttributes):
     """MaPLe behind attribute words, trained with cross-entropy."""
 
+    published_as = ("MaPLe_ATP",)
     layout = Layout(
         "MultiModalPromptLearner",
         (

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from promptmix import register
 from promptmix.config.declare import Setting, inherits
+from promptmix.config.published import Theirs
 from promptmix.engine.layout import Layout, Rule
 from promptmix.errors import ConfigError
 from promptmix.prompts.heads import Cosine
@@ -119,6 +120,14 @@ class Constraint(Loss):
 class CLAP(PromptTrainer):
     """A linear probe from the zero-shot weights, held near them class by class."""
 
+    published_as = ("ADAPTER",)
+    published_keys = {
+        "TRAINER.ADAPTER.*": "*",
+        "TRAINER.ADAPTER.INIT": Theirs(
+            values={"ZS": "ZS"}, instead="give ZS, or take another method (`promptmix list trainers`)"
+        ),
+        "TRAINER.ADAPTER.ENHANCED_BASE": Theirs(values={"none": "none"}, instead="give none"),
+    }
     layout = Layout("adapter", (Rule("prototypes", "bank.prototypes"),), unused=("base_text_features",), ours_alone=r"losses\..*")
 
     @inherits(Prototypes)

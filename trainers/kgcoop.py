@@ -25,6 +25,7 @@ from promptmix.plugins.text_supervision.hard_prompts import CosineToHard
 
 from promptmix import register
 from promptmix.config.declare import Setting, inherits
+from promptmix.config.published import Theirs
 from promptmix.engine.layout import Layout, Rule
 from promptmix.prompts.learner import Learner
 from promptmix.prompts.losses import CrossEntropy
@@ -36,6 +37,10 @@ from promptmix.prompts.trainer import PromptTrainer
 class KgCoOp(PromptTrainer):
     """One soft prompt, held near the hard prompt by the cosine of their text features."""
 
+    published_keys = {
+        "TRAINER.COOP.*": "*",
+        "TRAINER.COOP.CTX_INIT": Theirs("CTX_INIT", {"True": "a photo of a", "False": ""}),
+    }
     layout = Layout(
         "prompt_learner",
         (Rule("ctx", "bank.ctx", expert_axis=True),),

@@ -117,7 +117,8 @@ def _kaiming(width_in: int, width_out: int) -> nn.Linear:
 class MMA(PromptTrainer):
     """Adapters with a shared middle in the last blocks of both towers, trained with cross-entropy."""
 
-    published_as = "MultiModalAdapter"
+    published_as = ("MultiModalAdapter",)
+    published_keys = {"TRAINER.MMADAPTER.*": "*"}
     layout = Layout(
         "adapter_learner",
         tuple(

@@ -63,6 +63,7 @@ class OwnProjection(nn.Module):
 class MMRL(PromptTrainer):
     """Tokens of a shared representation space in the last layers of both towers, scored beside the class token."""
 
+    published_keys = {"TASK": "TASK"}
     layout = Layout(
         "MultiModalRepresentationLearner",
         (

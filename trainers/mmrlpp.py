@@ -105,6 +105,7 @@ class LowRankBeside(nn.Module):
 class MMRLpp(PromptTrainer):
     """MMRL with shared aligners, tokens that flow from layer to layer, and a low-rank projection."""
 
+    published_keys = {"TASK": "TASK"}
     layout = Layout(
         "MultiModalRepresentationLearner",
         (

@@ -28,6 +28,7 @@ from torch import nn
 
 from promptmix import register
 from promptmix.config.declare import Setting
+from promptmix.config.published import Theirs
 from promptmix.engine import build_lr_scheduler, build_optimizer
 from promptmix.engine.layout import Layout, Rule, linear
 from promptmix.errors import ConfigError
@@ -42,6 +43,10 @@ class MoCoOp(PromptTrainer):
     """Template groups as experts, a router taught by hard prompts, and grouped text supervision."""
 
     roles = {"PROMPT_BANK": TemplateGroups, "ROUTER": HardPromptTopK, "TEXT_SUPERVISION": GroupedContrastive}
+    published_keys = {
+        "--exp": Theirs(),  # what their log is called
+        "DATASET.INCLUDE_ALL_CLASSES": Theirs(values={"True": True, "False": False}),  # as DATASET.SUBSAMPLE_CLASSES says here
+    }
     layout = Layout(
         "prompt_learner",
         (

@@ -24,6 +24,7 @@ from promptmix.plugins.prompt_bank.soft import Soft
 
 from promptmix import register
 from promptmix.config.declare import Setting, inherits, parted
+from promptmix.config.published import Theirs
 from promptmix.engine.layout import Layout, Rule
 from promptmix.prompts.learner import Learner
 from promptmix.prompts.losses import CrossEntropy
@@ -35,6 +36,12 @@ from promptmix.prompts.trainer import PromptTrainer
 class MoPD(PromptTrainer):
     """One soft prompt, taught by the hard prompts that a gate trusts for the image."""
 
+    published_keys = {
+        "TRAINER.COOP.*": "*",
+        "TRAINER.COOP.CTX_INIT": Theirs("CTX_INIT", {"True": "a photo of a", "False": ""}),
+        "LOSS.num_prompts": "K",
+        "LOSS.T": "T",
+    }
     layout = Layout("prompt_learner", (Rule("ctx", "bank.ctx", expert_axis=True), Rule("gate", "losses.distill.gate")))
 
     @inherits(Soft, without=["n_prompts"], n_ctx=4, ctx_init="a photo of a")

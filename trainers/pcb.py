@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from promptmix import register
 from promptmix.config.declare import Setting, inherits
+from promptmix.config.published import Theirs
 from promptmix.engine.layout import Layout, Rule
 from promptmix.prompts.context import initial_context
 from promptmix.prompts.learner import Learner
@@ -34,6 +35,8 @@ from promptmix.prompts.roles import Task
 from promptmix.prompts.trainer import PromptTrainer
 
 MODES = ("none", "AS", "AE")
+ROUNDS = "rounds are the protocol: promptmix run active --trainer PCB, with PROTOCOL.ACTIVE.SELECTOR and PROTOCOL.ACTIVE.GAMMA"
+SENTENCES = "set TRAINER.PCB.MODE AS (or AE) and DATASET.DESCRIPTIONS FILE"
 
 
 class Described(Soft):
@@ -82,7 +85,12 @@ class Described(Soft):
 class PCB(PromptTrainer):
     """A soft prompt, class-specific by default, with or without descriptions of the classes."""
 
-    published_as = "ALVLM"
+    published_as = ("ALVLM",)
+    published_keys = {
+        "TRAINER.COOP.*": "*",
+        **dict.fromkeys(("TRAINER.COOPAL.METHOD", "TRAINER.COOPAL.GAMMA"), Theirs(instead=ROUNDS)),
+        **dict.fromkeys(("TRAINER.COOPAL.ASPATH", "TRAINER.COOPAL.AEPATH"), Theirs(instead=SENTENCES)),
+    }
     layout = Layout("prompt_learner", (Rule("ctx", "bank.ctx", expert_axis=True),))
 
     @inherits(Soft, without=["n_prompts", "count_words"], csc=True)

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from promptmix import register
 from promptmix.config.declare import Setting, inherits
+from promptmix.config.published import Theirs
 from promptmix.engine.layout import Layout, Rule
 from promptmix.prompts.context import POSITIONS
 from promptmix.prompts.learner import Learner
@@ -64,6 +65,7 @@ class TransportAndGlobal(Transport):
 class PLOT(PromptTrainer):
     """Several soft prompts, each of which finds its own patches by optimal transport."""
 
+    published_keys = {"TRAINER.PLOT.CSC": Theirs(values={"False": False}, instead="leave it out")}
     layout = Layout("prompt_learner", (Rule("ctx", "bank.ctx"),))
 
     @inherits(Transport)

@@ -33,6 +33,7 @@ from promptmix import register
 from promptmix.clip.tokens import ClassTokens
 from promptmix.clip.vision import PromptStep, VisualPrompts
 from promptmix.config.declare import Setting, inherits
+from promptmix.config.published import Theirs
 from promptmix.engine.layout import Layout, Rule
 from promptmix.errors import SettingError
 from promptmix.prompts.deep import STD, check_depth
@@ -149,6 +150,14 @@ class TransportOfSets(Transport):
 class PLOTpp(PromptTrainer):
     """Several visual and several text prompts, matched by optimal transport."""
 
+    published_as = ("PLOTPP",)
+    published_keys = {
+        "TRAINER.PLOTPP.CSC": Theirs(values={"False": False}, instead="leave it out"),
+        "TRAINER.PLOTPP.CLASS_TOKEN_POSITION": Theirs(values={"end": "end"}, instead="leave it out"),
+        "TRAINER.PLOTPP.CTX_INIT": Theirs(values={"True": True}, instead="words to start from are TRAINER.PLOTPP.TEMPLATES"),
+        "TRAINER.PLOTPP.N_CTX": Theirs(),  # the words decide
+        "TRAINER.PLOTPP.PRETRAIN_DIR": "MODEL.INIT_WEIGHTS",
+    }
     layout = Layout("prompt_learner", (Rule("ctx", "bank.ctx"), Rule("ctx_vision", "bank.ctx_vision")), whole=True)
 
     @inherits(Transport)

@@ -34,6 +34,7 @@ from yacs.config import CfgNode
 
 from promptmix import register
 from promptmix.config.declare import Setting, inherits
+from promptmix.config.published import Theirs
 from promptmix.engine.layout import Layout, Rule
 from promptmix.errors import SettingError
 from promptmix.parallel import group
@@ -62,6 +63,13 @@ def project(specific: Tensor, general: Tensor, factor: float = 1.0) -> Tensor:
 class ProGrad(PromptTrainer):
     """One soft prompt whose steps never go against what the zero-shot model knows."""
 
+    published_keys = {
+        "TRAINER.COOP.*": "*",
+        "TRAINER.COOP.CTX_INIT": Theirs("CTX_INIT", {"True": "a photo of a", "False": ""}),
+        "LOSS.LAMBDA": "LAMBDA",
+        "LOSS.T": "T",
+        "LOSS.NAME": Theirs(values={"prograd": "prograd"}, instead="give prograd; --trainer CoOp is cross-entropy alone"),
+    }
     layout = Layout("prompt_learner", (Rule("ctx", "bank.ctx", expert_axis=True),))
 
     @classmethod

@@ -34,6 +34,7 @@ from yacs.config import CfgNode
 
 from promptmix import register
 from promptmix.config.declare import Setting
+from promptmix.config.published import Theirs
 from promptmix.engine.layout import VISUAL, Layout, Rule, linear
 from promptmix.engine.league import TEACHER
 from promptmix.errors import ConfigError
@@ -79,6 +80,12 @@ class PromptKD(PromptTrainer):
     league = TEACHER
     unlabeled = True
     ignores = tuple(key for key in PromptTrainer.ignores if key != "DATASET.UNLABELED")
+    published_keys = {
+        "TRAINER.MODAL": Theirs(  # the pictures and the names are those that DATASET says
+            values={"base2novel": "", "cross": ""}, instead="give base2novel or cross"
+        ),
+        "TRAINER.PROMPTKD.TEMPERATURE": "T",
+    }
     layout = Layout(
         "VLPromptLearner",
         (

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from promptmix import register
 from promptmix.config.declare import Setting, inherits
+from promptmix.config.published import Theirs
 from promptmix.engine.layout import Layout, Rule
 from promptmix.errors import ConfigError
 from promptmix.prompts.heads import Cosine
@@ -78,6 +79,10 @@ class Residual(Hard):
 class TaskRes(PromptTrainer):
     """What the task adds to the text features, learned with cross-entropy."""
 
+    published_keys = {
+        "TRAINER.TaskRes.RESIDUAL_SCALE": "ALPHA",
+        "--enhanced-base": Theirs(values={"none": "none"}, instead="give none: the regular base"),
+    }
     layout = Layout("prompt_learner", (Rule("text_feature_residuals", "bank.residual"),), unused=("base_text_features",))
 
     @inherits(Residual)

@@ -32,6 +32,7 @@ from yacs.config import CfgNode
 from promptmix import register
 from promptmix.clip import split_template
 from promptmix.config.declare import Setting
+from promptmix.config.published import Theirs
 from promptmix.engine.layout import Layout, Rule, linear
 from promptmix.errors import SettingError
 from promptmix.prompts.context import initial_context, refuse_idle_length
@@ -116,6 +117,13 @@ class ClassAware(PromptBank):
 class TCP(PromptTrainer):
     """One soft prompt with class-aware tokens deep in the text tower, held near the hand-written prompt."""
 
+    published_keys = {
+        "TRAINER.COOP.*": "*",
+        "TRAINER.COOP.W": Theirs(),  # the factor 8 is written into their loss
+        "TRAINER.COOP.CTX_INIT": Theirs("CTX_INIT", {"True": "a photo of a", "False": ""}),
+        "TRAINER.COOP.CSC": Theirs(values={"False": False}, instead="leave it out"),
+        "TRAINER.COOP.CLASS_TOKEN_POSITION": Theirs(values={"end": "end"}, instead="leave it out"),
+    }
     layout = Layout(
         "prompt_learner",
         (

@@ -65,12 +65,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --coop-repo: promptmix's engine, the checkout's own Dassl (or an installed one), or the Dassl in this folder",
     )
     add("--plugin", action="append", default=[], metavar="MODULE|FILE", help="load a plugin; may be repeated")
-    add("--device", choices=("auto", "cpu", "cuda"), help="where to compute")
+    add("--device", type=_device, metavar="auto|cpu|cuda[:N]", help="where to compute; N = which of several GPUs")
     add_devices(parser)
     add("--threads", type=int, metavar="N", help="CPU threads; default: as PyTorch chooses")
     add("--quiet", action="store_true", help="print nothing but errors; log.txt has it all")
     add("--list", action="store_true", help="show what is registered, as `promptmix list` does")
     add("opts", nargs="*", metavar="KEY VALUE", help="config overrides at the end (OPTIM.MAX_EPOCH 5)")
+
+
+def _device(text: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", text):
+        raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (choose from auto, cpu, cuda, cuda:N)")
+    return text
 
 
 def add_devices(parser: argparse.ArgumentParser) -> None:
@@ -118,7 +124,27 @@ def split_arguments(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[l
     late = next((place for place in range(0, len(pairs), 2) if pairs[place].startswith("--")), None)
     if late is not None:
         parser.error(f"flags come before the KEY VALUE pairs: write {' '.join(pairs[late:])} before {pairs[0]}")
-    return flags, pairs
+    flags, published = _without_published(parser, flags)
+    return flags, [*pairs, *published]
+
+
+def _without_published(parser: argparse.ArgumentParser, flags: list[str]) -> tuple[list[str], list[str]]:
+    """Return the flags without those that the trainer's authors added to theirs, and these as pairs of flag and value."""
+    known = {flag for action in parser._actions for flag in action.option_strings}
+    at = flags.index("--trainer") + 1 if "--trainer" in flags else len(flags)
+    if at >= len(flags) or all(word.partition("=")[0] in known for word in flags if word.startswith("--")):
+        return flags, []
+    from promptmix.config.published import flags_of
+    from promptmix.plugin_manager import get_plugin_manager
+
+    get_plugin_manager()
+    theirs, kept, pairs, words = flags_of(flags[at]), list[str](), list[str](), iter(flags)
+    for word in words:
+        if word in theirs:
+            pairs += [word, next(words, "")]
+        else:
+            kept.append(word)
+    return kept, pairs
 
 
 def _without_unknown(parser: argparse.ArgumentParser, flags: list[str]) -> list[str]:
@@ -157,6 +183,7 @@ def run(args: argparse.Namespace) -> int:
     code = start_devices(args)
     if code is not None:
         return code
+    args.device = launch.take_gpu(args.device)
     if launch.place()[1] > 1 and args.coop_repo:
         raise ConfigError("--coop-repo runs another program's trainer, which knows one device; leave --devices out")
     values: dict[str, Any] = vars(args)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
@@ -46,11 +46,12 @@ def check_place(flag: str, path: str) -> None:
         raise UserError(f"{flag} {path}: no such folder; check the path, or leave {flag} out")
 
 
-def resolve_config(path: str) -> Path:
+def resolve_config(path: str, trainer: str = "") -> Path:
     """Return the file that ``path`` names: as given, else among the shipped configs, as a file or in their table of names.
 
     Args:
         path: a path, or a shipped config with or without its leading ``configs/`` (``configs/quickstart.yaml``).
+        trainer: method that it is for, whose authors may keep their files elsewhere.
 
     Raises:
         ConfigError: there is no such file in either place.
@@ -61,9 +62,10 @@ def resolve_config(path: str) -> Path:
     shipped = Path(str(files("promptmix.configs")))
     if not given.is_absolute():
         parts = PurePath(path).parts
-        candidate = shipped.joinpath(*(parts[1:] if parts[:1] == ("configs",) else parts))
-        if candidate.is_file() or named_tree(candidate) is not None:
-            return candidate
+        for place in _places(parts[1:] if parts[:1] == ("configs",) else parts, trainer):
+            candidate = shipped.joinpath(*place)
+            if candidate.is_file() or named_tree(candidate) is not None:
+                return candidate
     found = [file.relative_to(shipped).as_posix() for file in shipped.rglob("[!_]*.yaml")]
     names = sorted(f"configs/{name}" for name in (*found, *named_configs(shipped)))
     folders = sorted({str(PurePath(name).parent) for name in names})
@@ -74,6 +76,17 @@ def resolve_config(path: str) -> Path:
         f"config file {path}: no such file here or among the shipped ones{closest(path, same)} "
         f"(folders of shipped files: {', '.join(folders)})"
     )
+
+
+def _places(parts: tuple[str, ...], trainer: str) -> Iterator[tuple[str, ...]]:
+    """Yield where a file may lie among ours: as it is named, else in the folder of the method whose authors name it so."""
+    from promptmix.registry import TRAINER_REGISTRY
+
+    yield parts
+    if parts and parts[:-1] in ((), ("trainers",)):  # configs/trainers/coprompt.yaml
+        yield ("trainers", TRAINER_REGISTRY.own_name(trainer), parts[-1])
+    elif parts[:-2] in ((), ("trainers",)):  # configs/MoCoOp/..., configs/trainers/MultiModalAdapter/...
+        yield ("trainers", TRAINER_REGISTRY.own_name(parts[-2]), parts[-1])
 
 
 def load_plugins(names: Iterable[str], lenient: bool = False) -> None:
@@ -115,9 +128,13 @@ def make_config(
     load_plugins(plugins)
     from promptmix import config
     from promptmix.config.places import refuse_foreign_places
+    from promptmix.config.published import expect
 
     cfg = config.get_cfg()
-    paths = [resolve_config(path) for path in config_files if path]
+    _, trainer = flags.get("--trainer", ("", ""))
+    if trainer:
+        expect(cfg, trainer)  # files are merged first, and may have keys of its authors
+    paths = [resolve_config(path, trainer) for path in config_files if path]
     names = []
     for path in paths:
         config.merge_file(cfg, path)

@@ -22,6 +22,7 @@ from promptmix.config.declare import (
     shown,
 )
 from promptmix.config.names import named_tree
+from promptmix.config.published import translated
 from promptmix.config.yamlfile import read_yaml
 from promptmix.errors import ConfigError, PluginError
 from promptmix.plugin_manager import TRIALS, get_plugin_manager
@@ -118,7 +119,8 @@ def merge_tree(cfg: CN, tree: dict[str, Any], source: str) -> None:
     Raises:
         ConfigError: an unknown key, a wrong type or an empty value.
     """
-    for key, value in _leaves(tree, cfg):
+    leaves = _leaves(tree, cfg)
+    for key, value in leaves if Path(source).name in RECORDS else translated(cfg, leaves, source):
         _set(cfg, key, value, source)
 
 
@@ -130,7 +132,7 @@ def merge_opts(cfg: CN, opts: Sequence[Any], source: str = "command line") -> No
     """
     if len(opts) % 2:
         raise ConfigError(f"{source}: overrides come as KEY VALUE pairs, but {opts[-1]!r} has no value; give it one")
-    for key, text in zip(opts[::2], opts[1::2], strict=True):
+    for key, text in translated(cfg, zip(opts[::2], opts[1::2], strict=True), source):
         _set(cfg, key, text, source)
 
 

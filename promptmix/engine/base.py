@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
@@ -10,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from promptmix.config.published import Theirs
 from promptmix.console import signals
 from promptmix.engine.checkpoint import (
     load_state_dict_strict,
@@ -56,6 +58,9 @@ class TrainerBase:
     """The iterative trainer in the abstract: named models with their optimizers and schedulers, and the epoch loop."""
 
     registry: ClassVar[Registry] = TRAINER_REGISTRY
+    #: What the authors' code calls the trainer, and its keys and flags (``TRAINER.COOP.*``: a node), each with the key here.
+    published_as: ClassVar[tuple[str, ...]] = ()
+    published_keys: ClassVar[Mapping[str, str | Theirs]] = {}
 
     def __init__(self) -> None:
         self._models: OrderedDict[str, nn.Module] = OrderedDict()

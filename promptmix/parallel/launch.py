@@ -75,6 +75,24 @@ def take_device() -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = str(local) if names is None else names[local]
 
 
+def take_gpu(device: str | None) -> str | None:
+    """Have this process see the one GPU that ``cuda:N`` names, before CUDA starts; return the device without the number.
+
+    Raises:
+        ConfigError: there are fewer GPUs, or every process has its own.
+    """
+    kind, colon, number = (device or "").partition(":")
+    if not colon:
+        return device
+    if place()[1] > 1:
+        raise ConfigError(f"--device {device} beside --devices, which gives each process a GPU of its own; leave one out")
+    names = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    if names and int(number) >= len(names):
+        raise ConfigError(f"--device {device}: CUDA_VISIBLE_DEVICES names {len(names)} GPUs, counted from 0; lower the number")
+    os.environ["CUDA_VISIBLE_DEVICES"] = names[int(number)] if names else number
+    return kind
+
+
 def leave_quietly() -> None:
     """End this process at once where ``start`` started it, which says in one line who was lost."""
     if _OURS in os.environ:

@@ -53,10 +53,11 @@ def refuse_idle_length(cfg: CfgNode, node: str) -> None:
         node: dotted key of the node that holds ``N_CTX`` and ``CTX_INIT``.
 
     Raises:
-        ConfigError: both were given on the command line.
+        ConfigError: it was given on the command line, and the words are more or fewer.
     """
     settings = get_key(cfg, node)
-    if settings.CTX_INIT and source_of(cfg, f"{node}.N_CTX") == "command line":
+    differs = len(settings.CTX_INIT.replace("_", " ").split()) != settings.N_CTX  # CoOp's scripts give both
+    if settings.CTX_INIT and differs and source_of(cfg, f"{node}.N_CTX") == "command line":
         raise ConfigError(
             f"{node}.N_CTX {settings.N_CTX} would be ignored, since CTX_INIT {settings.CTX_INIT!r} sets the length; drop one"
         )

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
+import os
 from pathlib import Path
 
 import pytest
 
-from promptmix.config import get_cfg, merge_file, merge_opts, source_of, validate
+from promptmix.cli import main
+from promptmix.commands import train
+from promptmix.config import get_cfg, get_key, merge_file, merge_opts, source_of, validate
 from promptmix.config.flags import make_config, resolve_config
 from promptmix.config.names import named_configs, named_tree
 from promptmix.data.datasets.descriptions import DESCRIPTIONS
-from promptmix.errors import ConfigError, RegistryError
+from promptmix.errors import ConfigError
+from promptmix.parallel import launch
 from promptmix.plugin_manager import get_plugin_manager
 from promptmix.registry import TRAINER_REGISTRY
 
@@ -88,8 +93,8 @@ def test_the_authors_names_stand_for_ours(name, same):
 
 @pytest.mark.parametrize(("theirs", "ours"), [("MultiModalAdapter", "MMA"), ("ALVLM", "PCB"), ("PLOTPP", "PLOTpp")])
 def test_the_authors_trainers_are_known_by_our_names(theirs, ours):
-    with pytest.raises(RegistryError, match=rf"unknown trainer '{theirs}'; (it is called '{ours}' here|did you mean '{ours}')"):
-        TRAINER_REGISTRY.get(theirs)
+    assert TRAINER_REGISTRY.get(theirs) is TRAINER_REGISTRY.get(ours)
+    assert ours == make_config([], {"--trainer": ("TRAINER.NAME", theirs)}, []).TRAINER.NAME
 
 
 def test_names_are_typed_from_any_folder_and_suggested(tmp_path, monkeypatch):
@@ -195,6 +200,89 @@ def test_the_authors_command_lines_merge_and_validate(trainer, config, opts):
     cfg = make_config(files, flags, opts.split())
     validate(cfg)
     assert trainer == cfg.TRAINER.NAME and cfg.DATASET.NAME == "Caltech101" and cfg.INPUT.SIZE == (224, 224)
+
+
+#: The same of scripts with names and keys of their own: command line, and keys here with what they become.
+THEIRS = [
+    (
+        "MoPD MoPD/vit_b16_ep100_ctxv1 TRAINER.COOP.N_CTX 4 TRAINER.COOP.CSC False TRAINER.COOP.W 0.7 TRAINER.COOP.W2 0.5 "
+        "LOSS.num_prompts 3 TRAINER.COOP.CLASS_TOKEN_POSITION end",
+        {"TRAINER.MOPD.W": 0.7, "TRAINER.MOPD.W2": 0.5, "TRAINER.MOPD.K": 3},
+    ),
+    ("KgCoOp KgCoOp/vit_b16_ep100_ctxv1 TRAINER.COOP.N_CTX 4 TRAINER.COOP.W 4.0", {"TRAINER.KGCOOP.W": 4.0}),
+    ("TCP TCP/vit_b16_ep100_ctxv1 TRAINER.COOP.N_CTX 4 TRAINER.COOP.CSC False TRAINER.COOP.W 1.0", {"TRAINER.TCP.W": 8.0}),
+    ("MMRL MMRL/vit_b16_cross_datasets TRAINER.MMRL.REG_WEIGHT 0.2 TASK CD", {"TRAINER.MMRL.TASK": "CD"}),
+    ("MultiModalAdapter MultiModalAdapter/vit_b16_ep5_imnet TRAINER.MMADAPTER.ADAPTER_DIM 16", {"TRAINER.MMA.ADAPTER_DIM": 16}),
+    ("PromptKD PromptKD/vit_b16_c2_ep20_batch8_4+4ctx TRAINER.MODAL base2novel", {"TRAINER.NAME": "PromptKD"}),
+    (
+        "CoOp_ATP CoOp/vit_b16 TRAINER.COOP.N_CTX 2 TRAINER.ATPROMPT.USE_ATPROMPT True TRAINER.ATPROMPT.N_ATT1 3 "
+        "TRAINER.ATPROMPT.N_ATT2 3",
+        {"TRAINER.COOPATP.N_CTX": 2, "TRAINER.COOPATP.N_ATT": 3},
+    ),
+    ("MaPLe_ATP MaPLe/vit_b16_c2_ep5_batch4_2ctx TRAINER.MAPLE.N_CTX 4", {"TRAINER.MAPLEATP.N_CTX": 4, "OPTIM.LR": 0.0035}),
+    ("CoPrompt coprompt", {"TRAINER.COPROMPT.PROMPT_DEPTH": 9}),
+    (
+        "ADAPTER SGD_lr1e-1_B256_ep300 TRAINER.ADAPTER.INIT ZS TRAINER.ADAPTER.CONSTRAINT none",
+        {"TRAINER.CLAP.CONSTRAINT": "none"},
+    ),
+    ("TaskRes TaskRes/adam_lr2e-3_B256_ep100 TRAINER.TaskRes.RESIDUAL_SCALE 1.0", {"TRAINER.TASKRES.ALPHA": 1.0}),
+    ("ProGrad ProGrad/rn50 LOSS.LAMBDA 0.8 TRAINER.COOP.N_CTX 16", {"TRAINER.PROGRAD.LAMBDA": 0.8}),
+    (
+        "PLOTPP PLOTPP/vit TRAINER.PLOTPP.N_CTX 4 TRAINER.PLOTPP.CTX_INIT True TRAINER.PLOTPP.MODEL_UPD vision",
+        {"TRAINER.PLOTPP.MODEL_UPD": "vision", "OPTIM.MAX_EPOCH": 50},
+    ),
+    ("CoCoOp CoCoOp/rn50_c4_ep10_batch1_ctxv1", {"MODEL.BACKBONE.NAME": "RN50"}),
+]
+
+
+@pytest.mark.parametrize(("line", "expected"), THEIRS, ids=lambda value: str(value)[:20])
+def test_keys_of_the_authors_are_ours(line, expected):
+    trainer, config, *opts = line.split()
+    flags = {"--root": ("DATASET.ROOT", "/data"), "--trainer": ("TRAINER.NAME", trainer)}
+    cfg = make_config(["configs/datasets/caltech101.yaml", f"configs/trainers/{config}.yaml"], flags, opts)
+    validate(cfg)
+    assert expected == {key: get_key(cfg, key) for key in expected}
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("ADAPTER TRAINER.ADAPTER.INIT TipA", "INIT is 'TipA', which CLAP has not here; give ZS"),
+        ("ALVLM TRAINER.COOPAL.METHOD badge", "rounds are the protocol: promptmix run active"),
+        ("CoOp_ATP TRAINER.ATPROMPT.N_ATT1 2 TRAINER.ATPROMPT.N_ATT2 4", "N_ATT1 and .*N_ATT2 are one key here, .*COOPATP.N_ATT"),
+        ("MoPD TRAINER.COOP.DEPTH 2", "unknown config key 'TRAINER.COOP.DEPTH'"),
+        ("CoOp TRAINER.COOP.W 2", "unknown config key 'TRAINER.COOP.W'"),
+    ],
+)
+def test_keys_of_the_authors_that_are_nothing_here(line, reason):
+    trainer, *opts = line.split()
+    with pytest.raises(ConfigError, match=reason):
+        make_config([], {"--trainer": ("TRAINER.NAME", trainer)}, opts)
+
+
+def test_a_source_with_both_nodes_keeps_them_apart():
+    cfg = make_config([], {"--trainer": ("TRAINER.NAME", "KgCoOp")}, ["TRAINER.COOP.N_CTX", 3, "TRAINER.KGCOOP.N_CTX", 5])
+    assert (cfg.TRAINER.COOP.N_CTX, cfg.TRAINER.KGCOOP.N_CTX) == (3, 5)
+
+
+def test_flags_of_the_authors(capsys):
+    parser = argparse.ArgumentParser()
+    train.add_arguments(parser)
+    words = ["--trainer", "TaskRes", "--enhanced-base", "none", "--device", "cuda:1", "OPTIM.LR", "0.1"]
+    flags, opts = train.split_arguments(parser, words)
+    assert opts == ["OPTIM.LR", "0.1", "--enhanced-base", "none"] and parser.parse_args(flags).device == "cuda:1"
+    with pytest.raises(ConfigError, match="--enhanced-base is 'x.pth', which TaskRes has not here; give none"):
+        make_config([], {"--trainer": ("TRAINER.NAME", "TaskRes")}, ["--enhanced-base", "x.pth"])
+    assert main(["train", "--trainer", "CoOp", "--enhanced-base", "none"]) == 2
+    assert "--enhanced-base" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("visible", "seen"), [("", "1"), ("4,6", "6")])
+def test_one_of_several_gpus(monkeypatch, visible, seen):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert launch.take_gpu("cuda:1") == "cuda" and os.environ["CUDA_VISIBLE_DEVICES"] == seen
+    with pytest.raises(ConfigError, match="names 1 GPUs, counted from 0"):
+        launch.take_gpu("cuda:1")
 
 
 @pytest.mark.parametrize(
