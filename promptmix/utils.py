@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from promptmix.errors import DataError, OutputError, UserError
-from promptmix.files.text import harmless
+from promptmix.files.text import harmless, json_text, parse_json
 
 __all__ = [
     "atomic_write",
@@ -245,14 +245,14 @@ def read_json(fpath: str | os.PathLike[str]) -> Any:
     except DataError as error:
         raise DataError(f"{error}; check the path") from error
     try:
-        return json.loads(text)
+        return parse_json(text)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{fpath} is not valid JSON ({error}); mend it or make it anew") from error
 
 
 def write_json(obj: Any, fpath: str | os.PathLike[str]) -> None:
     """Write ``obj`` as JSON, whole or not at all; folders are made where missing."""
-    text = json.dumps(obj, indent=4, ensure_ascii=False) + "\n"
+    text = json_text(json.dumps(obj, indent=4, ensure_ascii=False)) + "\n"
     atomic_write(fpath, lambda path: path.write_text(text, encoding="utf-8"))
 
 

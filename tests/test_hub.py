@@ -179,8 +179,10 @@ def test_the_card_is_markdown_with_a_head(run, packed, tmp_path):
     assert tree["library_name"] == "promptmix" and tree["license"] == "mit" and tree["base_model"] == "tiny-en"
     record = results.load(run / "results.json")
     assert f"{record.metrics['test']['accuracy']:.2f}" in body and "anna/emoji" in body and "ball or sports equipment" in body
-    record.vocabulary = {"classnames": ["<script>alert(1)</script>", "a|b\n# c", "[x](http://y)"]}
+    record.vocabulary = {"classnames": ["<script>alert(1)</script>", "a|b\n# c", "[x](http://y)", "\\[z](http://y)", "\u202e"]}
+    record.title = "a\u202e\n---\nb"
     shown = card_of([record], name="`x`")
+    assert "\\\\\\[z]" in shown and "\u202e" not in shown and shown.count("\n---\n") == 1
     assert "<script>" not in shown and "\n# c" not in shown and "&lt;script&gt;" in shown and "None is stated" in shown
     assert main(["card", str(run), str(run)]) == 2
     assert main(["card", str(run), "--out", str(tmp_path / "CARD.md")]) == 0

@@ -59,11 +59,13 @@ def regressions(now: Mapping[str, Mapping[str, float]], recorded: str | Path) ->
     """
     before = read_json(recorded)
     lines = []
+    if not isinstance(before, dict):
+        raise UserError(f"{recorded} is no record of `promptmix bench ci`; make it anew with --update")
     for case, counts in now.items():
         for key in ("gflops", "live_mb", "operations", "launches"):
-            if key not in before.get(case, {}):
+            old, new = (before.get(case) or {}).get(key), counts[key]
+            if type(old) not in (int, float):
                 raise UserError(f"{recorded} has no {key} of case {case}; record it with `promptmix bench ci --update`")
-            old, new = before[case][key], counts[key]
             if new > old * (1 + TOLERANCE):
                 lines.append(f"{case}: {key} {new:.1f}, recorded {old:.1f} ({100 * (new / old - 1):+.1f}%)")
     return lines

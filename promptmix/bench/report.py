@@ -14,6 +14,7 @@ from tabulate import tabulate
 
 from promptmix.bench.measure import Cost, Row
 from promptmix.errors import UserError
+from promptmix.files.text import one_line
 from promptmix.runs.results import git_commit
 from promptmix.utils import collect_env_info, read_json, write_json
 
@@ -75,10 +76,14 @@ def read(path: str) -> list[Row]:
         UserError: it is another kind of file.
     """
     try:
-        return [
-            Row(row["work"], {name: Cost(**cost) for name, cost in row["ways"].items()}, row["minimum_gflops"])
-            for row in read_json(path)["results"]
-        ]
+        found = []
+        for row in read_json(path)["results"]:
+            ways = {one_line(name): Cost(**cost) for name, cost in row["ways"].items()}
+            found.append(Row(one_line(row["work"]), ways, row["minimum_gflops"]))
+            given = [row["minimum_gflops"], *(number for cost in ways.values() for number in asdict(cost).values())]
+            if not ways or any(type(number) not in (int, float, type(None)) for number in given):
+                raise TypeError(f"the numbers of {row['work']!r:.60} are none")
+        return found
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is no file of `promptmix bench --json` ({type(error).__name__}: {error}); name one") from error
 

@@ -8,7 +8,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from promptmix.errors import UserError
-from promptmix.files.text import harmless
+from promptmix.files.text import one_line
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
             datetime.fromtimestamp(entry.used, timezone.utc).strftime("%Y-%m-%d %H:%M"),
             f"{entry.size / 1e6:.1f}",
             what,
-            harmless(entry.about),
+            one_line(entry.about),
         )
         for what, entry in entries
     ]

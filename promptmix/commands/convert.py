@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from promptmix.errors import UserError
+from promptmix.files.text import harmless
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--trainer {args.trainer}: {learned.source} was written by {learned.trainer}; leave the flag out")
     written = [convert.write_theirs(learned, target)] if args.to == "coop" else convert.write_ours(learned, target)
     count = sum(tensor.numel() for state in learned.models.values() for tensor in state.values())
-    sys.stdout.write(f"{learned.trainer}, epoch {learned.epoch}: {count:,} numbers from {learned.source}\n")
+    sys.stdout.write(f"{harmless(learned.trainer)}, epoch {learned.epoch}: {count:,} numbers from {learned.source}\n")
     for path in written:
         sys.stdout.write(f"-> {path}\n")
     return 0

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from promptmix.commands.train import split_arguments
 from promptmix.errors import UserError
-from promptmix.files.text import harmless
+from promptmix.files.text import harmless, one_line
 from promptmix.registry import closest
 
 if TYPE_CHECKING:
@@ -143,12 +143,12 @@ def _show(about: Description, report: Report, everything: bool) -> int:
     if report.split:
         write(f"split: {report.split}\n")
     for finding in report.findings:
-        write(f"- {harmless(finding)}\n")
+        write(f"- {one_line(finding)}\n")
     for note in report.notes:
-        write(f"- as published: {note}\n" if report.ok else f"- {harmless(note)}\n")
+        write(f"- as published: {note}\n" if report.ok else f"- {one_line(note)}\n")
     shown = list(report.bad.items()) if everything else list(report.bad.items())[:20]
     for path, wrong in shown:
-        write(f"- {harmless(os.path.relpath(path, report.folder))}: {harmless(wrong)}\n")
+        write(f"- {one_line(os.path.relpath(path, report.folder))}: {one_line(wrong)}\n")
     if len(shown) < len(report.bad):
         write(f"- and {len(report.bad) - len(shown):,} more bad pictures; --all names them\n")
     write(f"{about.name}: {'all right' if report.ok else 'not right'} ({report.folder})\n")
@@ -170,9 +170,9 @@ def _check_other(args: argparse.Namespace) -> int:
     leaks = find_leaks(parts)
     said += [leak for leak in leaks if not any(leak in line for line in said)]  # a data set may have said them itself
     for line in said:
-        sys.stdout.write(f"- {harmless(line)}\n")
+        sys.stdout.write(f"- {one_line(line)}\n")
     for path, wrong in list(bad.items())[: None if args.all else 20]:
-        sys.stdout.write(f"- {harmless(path)}: {harmless(wrong)}\n")
+        sys.stdout.write(f"- {one_line(path)}: {one_line(wrong)}\n")
     sizes = ", ".join(f"{part} {len(items):,}" for part, items in parts.items())
     state = f"{len(bad):,} bad pictures" if bad else "see above" if said else "all right"
     sys.stdout.write(f"{args.name}: {dataset.num_classes} classes, {sizes}; {state}\n")

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from promptmix.errors import UserError
-from promptmix.files.text import harmless, json_text
+from promptmix.files.text import harmless, json_text, one_line
 
 PICTURE_FORMATS = ("svg", "pdf", "png")
 
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
         sys.stdout.write(harmless(f"{one.trainer} on {one.dataset} ({one.run})\n"))
         for title, table in show.sections(one, args.format):
             sys.stdout.write(f"\n{harmless(title)}\n\n{table}\n")
-        sys.stdout.write("".join(harmless(f"\nnote: {note}\n") for note in one.notes) + "\n")
+        sys.stdout.write("".join(f"\nnote: {one_line(note)}\n" for note in one.notes) + "\n")
     for title, table in show.over_runs(found, args.format):
         sys.stdout.write(f"{harmless(title)}\n\n{table}\n\n")
     return 0

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from promptmix.errors import UserError
-from promptmix.files.text import harmless
+from promptmix.files.text import one_line
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,5 +69,5 @@ def run(args: argparse.Namespace) -> int:
         notes += more
     sys.stdout.write("\n\n".join(text) + "\n")
     for note in [*unread, *notes]:
-        sys.stderr.write(f"note: {harmless(note)}\n")
+        sys.stderr.write(f"note: {one_line(note)}\n")
     return 0

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from promptmix.config.flags import check_count
 from promptmix.errors import DataError, UserError
-from promptmix.files.text import csv_cell, harmless, json_text
+from promptmix.files.text import csv_cell, json_text, one_line
 
 if TYPE_CHECKING:
     from promptmix.predict import Prediction
@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
     sys.stdout.flush()
     if args.embeddings:
         _write_embeddings(kept, Path(args.embeddings))
-    sys.stderr.writelines(f"promptmix: left out: {line}\n" for line in unreadable)
+    sys.stderr.writelines(f"promptmix: left out: {one_line(line)}\n" for line in unreadable)
     return 1 if unreadable and not args.skip_bad else 0
 
 
@@ -226,8 +226,8 @@ class _Table(_Writer):
         self._rows: list[tuple[str, str, str]] = []
 
     def _take(self, image: str, ranks: list[tuple[str, float]]) -> None:
-        shown = [(harmless(name), f"{100 * value:.1f}%") for name, value in ranks] or [("-", f"< {100 * self._threshold:g}%")]
-        self._rows += [(harmless(image) if rank == 0 else "", *cells) for rank, cells in enumerate(shown)]
+        shown = [(one_line(name), f"{100 * value:.1f}%") for name, value in ranks] or [("-", f"< {100 * self._threshold:g}%")]
+        self._rows += [(one_line(image) if rank == 0 else "", *cells) for rank, cells in enumerate(shown)]
 
     def end(self) -> None:
         """Write the table."""

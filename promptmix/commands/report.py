@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from promptmix.errors import UserError
-from promptmix.files.text import harmless
+from promptmix.files.text import harmless, one_line
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,6 +49,6 @@ def run(args: argparse.Namespace) -> int:
         text = page(runs, Wish(args.title, args.root, args.compare, found), notes)
     atomic_write(out, lambda path: path.write_text(text, encoding="utf-8", errors="backslashreplace"))
     for note in dict.fromkeys(notes):
-        sys.stderr.write(f"note: {harmless(note)}\n")
+        sys.stderr.write(f"note: {one_line(note)}\n")
     sys.stdout.write(f"{harmless(out)}: {len(runs)} runs, {len(text.encode('utf-8', 'replace')) / 1e6:.1f} MB\n")
     return 0

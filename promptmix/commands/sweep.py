@@ -12,6 +12,7 @@ from promptmix.config.flags import check_count
 from promptmix.errors import UserError
 from promptmix.files.links import open_own
 from promptmix.files.places import refuse_unwritable
+from promptmix.files.text import one_line
 
 if TYPE_CHECKING:
     from promptmix.runs.backends import Backend, Options
@@ -93,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
         _show(plan.output, args.format)
     if failed:
         sys.stderr.write(f"{len(failed)} of {len(plan.jobs)} failed; the same command tries them again:\n")
-        sys.stderr.writelines(f"  {job.protocol} {job.name}: {error}\n" for job, error in failed)
+        sys.stderr.writelines(f"  {job.protocol} {job.name}: {one_line(error)}\n" for job, error in failed)
     elif found is not None:
         _choose(found, args.format)
     return 1 if failed else 0
@@ -109,7 +110,7 @@ def _show(output: str, form: str) -> None:
     rows, metrics, notes = tables.aggregate(runs, split=split)
     sys.stdout.write(f"\n{tables.render(rows + tables.averages(rows, metrics), metrics, form)}\n")
     for note in notes:
-        sys.stderr.write(f"note: {note}\n")
+        sys.stderr.write(f"note: {one_line(note)}\n")
 
 
 def _choose(found: Search, form: str) -> None:

@@ -7,7 +7,6 @@ too.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 from promptmix.config.declare import shown
 from promptmix.errors import DataError
+from promptmix.files.text import parse_json
 from promptmix.registry import closest
 from promptmix.utils import read_text
 
@@ -105,7 +105,7 @@ def read_descriptions(path: str, dataset: str) -> Descriptions:
             f"DATASET.DESCRIPTIONS {error}; give a JSON file (class name -> list of sentences), or a folder with <data set>.json"
         ) from error
     try:
-        content = json.loads(text, object_pairs_hook=_once)
+        content = parse_json(text)
     except (ValueError, RecursionError) as error:
         raise DataError(f"DATASET.DESCRIPTIONS {file} is no valid JSON ({error}); {_FORM}") from error
     if not content:
@@ -144,15 +144,6 @@ def _is_text(text: Any) -> bool:
         return isinstance(text, str) and bool(text.strip()) and bool(text.encode())
     except UnicodeEncodeError:
         return False
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Refuse names that stand in an object twice, of which JSON readers keep the last without a word."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{shown(next(name for name in names if names.count(name) > 1))} stands in it twice")
-    return found
 
 
 def _plain(name: str) -> str:

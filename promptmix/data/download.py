@@ -11,6 +11,7 @@ import tarfile
 import urllib.error
 import urllib.request
 import zipfile
+import zlib
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from tqdm import tqdm
@@ -118,11 +119,20 @@ def unpack(archive: Path, into: Path) -> None:
             _unpack_zip(archive, into)
         else:
             _unpack_tar(archive, into)
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError) as error:
+    except (
+        tarfile.TarError,
+        zipfile.BadZipFile,
+        zlib.error,
+        EOFError,
+        OSError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # RuntimeError: a password
         shutil.rmtree(into, ignore_errors=True)
         if isinstance(error, DataError):
             raise
-        raise DataError(f"can't unpack {archive} ({error}); remove it and run the same command again") from error
+        said = " ".join(str(error).split())
+        raise DataError(f"can't unpack {archive} ({said}); remove it and run the same command again") from error
 
 
 def _unpack_zip(archive: Path, into: Path) -> None:

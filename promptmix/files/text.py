@@ -2,27 +2,57 @@
 
 from __future__ import annotations
 
+import html
+import json
 import re
 import unicodedata
+from typing import Any
 
-__all__ = ["csv_cell", "harmless", "json_text", "table_cell"]
+__all__ = ["csv_cell", "harmless", "json_text", "one_line", "parse_json", "table_cell"]
 
-#: Control characters but tab and newline, and those that turn the direction of what follows.
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
+#: Control characters but tab and newline, those that turn the direction of what follows, and halves of characters.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "|")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 #: Formats of tabulate whose cells end at a bar.
-_BARRED = {"github", "pipe", "orgtbl", "jira", "presto", "psql", "pretty", "textile", "youtrack", "moinmoin", "mediawiki"}
+_BARRED = {"orgtbl", "jira", "presto", "psql", "pretty", "textile", "youtrack", "moinmoin", "mediawiki", "asciidoc"}
 
 
 def harmless(text: object) -> str:
-    r"""Return text with control characters written out (``\x1b``), but for tabs and line ends."""
+    r"""Return text with control characters written out (``\x1b``), but for tabs and line ends; UTF-8 can write it."""
     return _CONTROL.sub(_written, str(text))
+
+
+def one_line(text: object) -> str:
+    """Return ``harmless`` text on one line, so that a name can't begin a line of its own."""
+    return " ".join(harmless(text).split())
 
 
 def json_text(text: str) -> str:
     """Return JSON with control characters inside its strings as escapes of JSON."""
     return _CONTROL.sub(lambda found: f"\\u{ord(found.group()):04x}", text)
+
+
+def parse_json(text: str) -> Any:
+    """Return what JSON says, which can be understood in one way only.
+
+    Raises:
+        ValueError: it is no JSON, an object has a name twice, of which readers keep either, or a number is none.
+        RecursionError: it is nested too deep.
+    """
+    return json.loads(text, object_pairs_hook=_once, parse_constant=_no_number)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r:.60} stands in it twice")
+    return found
+
+
+def _no_number(word: str) -> float:
+    raise ValueError(f"{word} is no number of JSON")
 
 
 def csv_cell(value: object) -> object:
@@ -42,9 +72,15 @@ def table_cell(text: object, form: str) -> str:
         text: what the cell says.
         form: one of tabulate's formats.
     """
-    plain = " ".join(harmless(text).split()) if any(end in str(text) for end in "\t\n") else harmless(text)
+    plain = one_line(text) if any(end in str(text) for end in "\t\n") else harmless(text)
     if form in ("github", "pipe"):
         return plain.replace("\\", "\\\\").replace("|", "\\|") if "|" in plain else plain
+    if form == "unsafehtml":  # tabulate escapes in its other formats of these kinds
+        return html.escape(plain)
+    if form == "latex_raw":
+        from tabulate import LATEX_ESCAPE_RULES
+
+        return "".join(LATEX_ESCAPE_RULES.get(letter, letter) for letter in plain)
     return plain.replace("|", "¦") if form in _BARRED else plain
 
 

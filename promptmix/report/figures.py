@@ -78,7 +78,7 @@ def svg(figure: Any, name: str) -> str:  # matplotlib's figure
         warnings.filterwarnings("ignore", "Glyph .* missing")
         figure.savefig(file, format="svg", metadata={"Date": None})
     pyplot.close(figure)
-    text = file.getvalue()
+    text = harmless(file.getvalue())  # names of axes and bars too
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.S)
     text = re.sub(r' id="[A-Za-z.\d]+_\d+"', "", text)  # names that every figure gives
     text = text.replace(_INK, "currentColor").replace(_FAINT, "var(--faint)").replace("#000000", "currentColor")

@@ -123,7 +123,8 @@ def work(job: Job, threads: int, command: Sequence[str] = (), directory: str = "
         report = job.place / "error.txt"
         with contextlib.suppress(OSError):
             report.parent.mkdir(parents=True, exist_ok=True)
-            report.write_text(traceback.format_exc(), encoding="utf-8")
+            with open_own(report) as file:
+                file.write(traceback.format_exc())
         text = " ".join(f"{type(error).__name__}: {error}".split())
         return Outcome(f"{text[:2000]} (traceback in {report})", seconds=time.monotonic() - begin)
     (job.place / "error.txt").unlink(missing_ok=True)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import html
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import yaml
 
-from promptmix.files.text import harmless, table_cell
+from promptmix.files.text import one_line
 from promptmix.runs.results import RunResult
 
 __all__ = ["card_of"]
@@ -89,12 +90,12 @@ def _head(run: RunResult, licence: str) -> str:
     head: dict[str, Any] = {
         "library_name": "promptmix",
         "pipeline_tag": "zero-shot-image-classification",
-        "tags": ["prompt-learning", "clip", run.trainer],
-        "base_model": run.backbone,
-        "datasets": [run.title or run.dataset],
+        "tags": ["prompt-learning", "clip", one_line(run.trainer)],
+        "base_model": one_line(run.backbone),
+        "datasets": [one_line(run.title or run.dataset)],
     }
     if licence:
-        head["license"] = licence
+        head["license"] = one_line(licence)
     return f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---\n"
 
 
@@ -105,7 +106,7 @@ def _numbers(runs: Sequence[RunResult]) -> list[str]:
         for split, numbers in run.metrics.items():
             values = [numbers.get(key) for key in ("accuracy", "macro_accuracy", "macro_f1")]
             cells = [data, run.subsample_classes, split, *("-" if value is None else f"{value:.2f}" for value in values)]
-            lines.append("| " + " | ".join(_text(table_cell(cell, "github")) for cell in cells) + " |")
+            lines.append("| " + " | ".join(map(_text, cells)) + " |")
     return lines
 
 
@@ -114,7 +115,7 @@ def _settings(run: RunResult) -> list[str]:
     settings = run.settings()
     said = {key: settings[key] for key in sorted(run.config_sources) if key in settings}
     lines = ["| key | value |", "| --- | --- |"]
-    return [*lines, *(f"| `{_text(key)}` | {_text(table_cell(json.loads(value), 'github'))} |" for key, value in said.items())]
+    return [*lines, *(f"| `{_text(key)}` | {_text(json.loads(value))} |" for key, value in said.items())]
 
 
 def _classes(run: RunResult) -> str:
@@ -124,5 +125,6 @@ def _classes(run: RunResult) -> str:
 
 
 def _text(value: object) -> str:
-    """Return text that is neither markup nor a second line."""
-    return html.escape(" ".join(harmless(value).split()), quote=False).replace("`", "'").replace("[", "\\[")
+    """Return text that is neither markup nor a second line, nor ends the cell of a table."""
+    plain = html.escape(one_line(value), quote=False).replace("`", "'")
+    return re.sub(r"[\\\[|]", r"\\\g<0>", plain)

@@ -28,6 +28,7 @@ from promptmix.config.declare import shown
 from promptmix.engine import convert
 from promptmix.errors import CheckpointError, DataError, UserError
 from promptmix.files.sums import file_digest
+from promptmix.files.text import parse_json
 from promptmix.registry import closest
 from promptmix.runs import calibration, results
 from promptmix.runs.card import card_of
@@ -207,7 +208,7 @@ def check(folder: Path) -> dict[str, Any]:
         raise DataError(f"{folder} holds no {NOTE}; name a folder that `promptmix hub pack` made, or {SCHEME}NAME")
     remedy = "get the folder again from who gave it to you"
     try:
-        note = json.loads(read_text(path, most=2**20))
+        note = parse_json(read_text(path, most=2**20))
         if type(note["format"]) is not int:
             raise TypeError("format is a number")
         files, newer = dict(note["files"].items()), note["format"] > FORMAT

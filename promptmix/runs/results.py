@@ -18,6 +18,7 @@ from typing import Any
 
 from promptmix.engine.league import LABELLED
 from promptmix.errors import DataError, UserError
+from promptmix.files.text import parse_json
 from promptmix.runs.checked import check_fields
 from promptmix.version import __version__
 
@@ -220,7 +221,7 @@ def load(path: str | Path) -> RunResult:
     try:
         if not Path(path).is_file() or Path(path).stat().st_size > _MOST_BYTES:
             raise ValueError(f"no file, or more than {_MOST_BYTES:,} bytes")
-        tree = json.loads(Path(path).read_text(encoding="utf-8"))
+        tree = parse_json(Path(path).read_text(encoding="utf-8"))
         schema = tree["schema_version"]
         if type(schema) is not int:
             raise TypeError(f"schema_version is a {type(schema).__name__}, not a number")

@@ -116,6 +116,8 @@ def figures(rows: list[Row], metric: str) -> Iterator[tuple[str, Any]]:
         slug = re.sub(r"\W+", "-", protocol)
         shots = sorted({row.shots for row in mine}, key=_number)
         parts = [part for part in _PARTS if any((metric, part) in row.cells for row in mine)]
+        if not parts:  # classes of another program's name
+            continue
         if len([shot for shot in shots if shot != "all"]) > 1:
             for part in parts:
                 yield f"shots-{slug}-{part}", _curves(mine, metric, part, styles, protocol)
@@ -179,6 +181,10 @@ def _panels(rows: list[Row]) -> list[str]:
     return sorted(names, key=lambda name: (not names[name], name))
 
 
+def _words(metric: str) -> str:
+    return harmless(metric.replace("_", " "))
+
+
 def _wrapped(text: str, width: int) -> str:
     return "\n".join(textwrap.wrap(harmless(text), width, break_long_words=False))
 
@@ -231,7 +237,7 @@ def _curves(rows: list[Row], metric: str, part: str, styles: dict[Any, _Series],
         ax.set_visible(False)
     figure.suptitle(f"{_PARTS[part]}, {protocol}", fontsize=11)
     figure.supxlabel("shots per class", fontsize=10)
-    figure.supylabel(f"{metric.replace('_', ' ')} (%)", fontsize=10)
+    figure.supylabel(f"{_words(metric)} (%)", fontsize=10)
     _legend(figure, axes[: len(panels)], rows)
     return figure
 
@@ -264,8 +270,8 @@ def _scatter(rows: list[Row], metric: str, styles: dict[Any, _Series], shots: st
             label=style.label if large else None,
         )
     _square(ax, [row.cells[metric, part] for row in drawn for part in ("base", "new")])
-    ax.set_xlabel(f"base {metric.replace('_', ' ')} (%)")
-    ax.set_ylabel(f"new {metric.replace('_', ' ')} (%)")
+    ax.set_xlabel(f"base {_words(metric)} (%)")
+    ax.set_ylabel(f"new {_words(metric)} (%)")
     ax.set_title(f"base to new, {shots} shots" + ("; large: average over data sets" if averaged else ""), fontsize=11)
     _legend(figure, [ax], drawn)
     return figure
@@ -315,7 +321,7 @@ def _ranking(rows: list[Row], metric: str, parts: list[str], styles: dict[Any, _
     grid[0, 0].set_yticks(range(len(keys)), [styles[key].label.replace("\n", " ") for key in keys], fontsize=8.5)
     told = ["dotted: ZeroshotCLIP"] if any(row.method == "ZeroshotCLIP" for row in rows) else []
     told += ["pale: each data set"] if averaged else []
-    figure.suptitle("; ".join([f"{metric.replace('_', ' ')}, {title}", *told, *filter(None, [_bars_are(rows)])]), fontsize=9)
+    figure.suptitle("; ".join([f"{_words(metric)}, {title}", *told, *filter(None, [_bars_are(rows)])]), fontsize=9)
     return figure
 
 
@@ -354,10 +360,10 @@ def _bars(rows: list[Row], metric: str, parts: list[str], styles: dict[Any, _Ser
         ax.set_ylabel(f"{_PARTS[part]} (%)")
         ax.grid(axis="x", visible=False)
     grid[-1, 0].margins(x=0.02)
-    grid[-1, 0].set_xticks(range(len(panels)), [_wrapped(name, 20) if long else name for name in panels])
+    grid[-1, 0].set_xticks(range(len(panels)), [_wrapped(name, 20) if long else harmless(name) for name in panels])
     if not long and len(panels) > 2 and max(len(name) for name in panels) > 9:
         for label in grid[-1, 0].get_xticklabels():
             label.set(ha="right", rotation=35, rotation_mode="anchor")
-    figure.suptitle(f"{metric.replace('_', ' ')}, {title}", fontsize=11)
+    figure.suptitle(f"{_words(metric)}, {title}", fontsize=11)
     _legend(figure, grid.flat, rows)
     return figure

@@ -15,6 +15,7 @@ import csv
 import hashlib
 import io
 import json
+import re
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -25,7 +26,7 @@ from tabulate import tabulate, tabulate_formats
 
 from promptmix.engine.league import note_on, rank
 from promptmix.errors import UserError
-from promptmix.files.text import csv_cell, harmless, json_text, table_cell
+from promptmix.files.text import csv_cell, json_text, one_line, table_cell
 from promptmix.registry import closest
 from promptmix.runs.results import RunResult
 from promptmix.tables import origins
@@ -161,10 +162,10 @@ def _legend(rows: list[Row], fmt: str) -> list[str]:
     """Return the lines that say what ± and stars are, as comments where a format has its own language."""
     kinds = spreads_in(rows)
     texts = [f"± is {' or '.join(kinds)}"] if kinds else []
-    texts += [f"* {harmless(text)}" for text in dict.fromkeys(text for row in rows for text in row.approximations)]
+    texts += [f"* {one_line(text)}" for text in dict.fromkeys(text for row in rows for text in row.approximations)]
     if "latex" in fmt:
         return [f"% {text.replace('%', ' percent')}" for text in texts]
-    return [f"<!-- {text.replace('--', '- -')} -->" for text in texts] if "html" in fmt else texts
+    return [f"<!-- {re.sub('-(?=-)', '- ', text)} -->" for text in texts] if "html" in fmt else texts
 
 
 def harmonic(base: float, new: float) -> float:

@@ -296,8 +296,17 @@ def test_archives_that_leave_the_folder_are_refused(tmp_path):
             unpack(archive, into)
         assert not into.exists() and not (tmp_path / "work" / "evil").exists() and not (tmp_path / "evil").exists()
     (tmp_path / "half.tar.gz").write_bytes(archives[0].read_bytes()[:40])
-    with pytest.raises(DataError, match="can't unpack"):
-        unpack(tmp_path / "half.tar.gz", tmp_path / "half")
+    secret = tmp_path / "secret.zip"
+    with zipfile.ZipFile(secret, "w") as pack:
+        pack.writestr("a", b"x")
+    content = bytearray(secret.read_bytes())
+    content[6] |= 1  # in its own header, and in that of the directory: it has a password
+    content[content.rindex(b"PK\1\2") + 8] |= 1
+    secret.write_bytes(content)
+    for archive in (tmp_path / "half.tar.gz", secret):
+        with pytest.raises(DataError, match="can't unpack .*; remove it") as refusal:
+            unpack(archive, tmp_path / "half")
+        assert "\n" not in str(refusal.value) and not (tmp_path / "half").exists()
 
 
 def test_prepare_makes_coops_layout(server, tmp_path, monkeypatch, capsys):

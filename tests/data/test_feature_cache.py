@@ -168,6 +168,19 @@ def test_a_file_that_may_not_be_touched_is_read_all_the_same(tmp_path, monkeypat
     assert torch.equal(cache.get("key")["features"], torch.ones(3))
 
 
+def test_clearing_follows_no_link_and_waits_for_no_pipe(tmp_path):
+    other = tmp_path / ".x.safetensors.1.tmp"
+    other.mkdir()
+    (other / "keep").touch()
+    cache = FeatureCache(tmp_path / "cache")
+    cache.folder.mkdir()
+    (cache.folder / other.name).symlink_to(other)
+    os.mkfifo(cache.folder / "pipe.safetensors")
+    assert cache.entries() == []
+    cache.clear()
+    assert (other / "keep").is_file() and not list(cache.folder.iterdir())
+
+
 def test_clearing_removes_what_killed_writers_left(tmp_path):
     (tmp_path / ".key.safetensors.abc.tmp").mkdir()
     (tmp_path / ".key.safetensors.abc.tmp" / ".tmpdef").write_bytes(bytes(1000))

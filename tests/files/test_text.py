@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from promptmix.cli import main
-from promptmix.files.text import csv_cell, harmless, json_text, table_cell
+from promptmix.files.text import csv_cell, harmless, json_text, one_line, parse_json, table_cell
 from promptmix.runs.results import RunResult
 from promptmix.tables import tables
 from promptmix.utils import get_logger
@@ -26,6 +26,16 @@ def test_what_is_harmless_stays(text):
     assert not any(ord(c) < 32 and c not in "\t\n" or 0x7F <= ord(c) < 0xA0 for c in shown)
     assert json.loads(json_text(json.dumps(text, ensure_ascii=False))) == text
     assert shown == text or shown != text and "\\" in shown
+
+
+def test_halves_of_characters_can_be_written():
+    assert harmless("a\ud800").encode() and one_line("a\n# b\ud800") == "a # b\\ud800"
+
+
+@pytest.mark.parametrize("text", ['{"a": 1, "a": 2}', '[{"b": {"a": 1, "a": 1}}]', '{"a": NaN}', "[-Infinity]"])
+def test_json_says_one_thing(text):
+    with pytest.raises(ValueError, match="twice|no number"):
+        parse_json(text)
 
 
 @pytest.mark.parametrize("text", ["plain", "é 猫 🐈", "a\tb\nc", "no|bar"])
@@ -49,6 +59,23 @@ def test_cells_of_tables(form):
     cell = table_cell("a|b\nc", form)
     assert "\n" not in cell
     assert cell.replace("\\|", "").count("|") == (1 if form == "simple" else 0)
+
+
+@pytest.mark.parametrize(
+    ("form", "text"), [("unsafehtml", "<script>"), ("latex_raw", "\\input{/etc/passwd}"), ("asciidoc", "a|b")]
+)
+def test_cells_hold_no_markup(form, text):
+    assert not any(word in table_cell(text, form) for word in ("<script", "\\input", "|"))
+
+
+@pytest.mark.parametrize("form", ["html", "latex", "github"])
+def test_a_legend_stays_what_it_is(form):
+    told = tables.aggregate(
+        [RunResult("CoOp", "x", metrics={"test": {"accuracy": 1.0}}, approximations=["a\n\\input{b}--->\n# c"])]
+    )[:2]
+    legend = tables.render(*told, fmt=form).splitlines()[-1]
+    assert legend.endswith("# c -->" if form == "html" else "# c") and legend.count("-->") == (form == "html") or form != "html"
+    assert legend.startswith({"html": "<!-- ", "latex": "% ", "github": "* "}[form])
 
 
 def rows():

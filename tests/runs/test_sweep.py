@@ -151,6 +151,17 @@ def test_failed_runs_are_told_and_the_others_go_on(folder):
     assert "Traceback" in report.read_text()
 
 
+def test_a_traceback_goes_through_no_link(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("promptmix.runs.execute.execute", fail)
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "error.txt").symlink_to(tmp_path / "mine")
+    outcome = backends.work(SimpleNamespace(place=tmp_path), torch.get_num_threads())
+    assert "ZeroDivisionError" in outcome.error and (tmp_path / "mine").read_text() == "mine"
+
+
 class FakeJob:
     """Stands in for a job of submitit: runs when it is asked for."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from typing import Any
 
 from promptmix.config.declare import shown
 from promptmix.errors import DataError
+from promptmix.files.text import parse_json
 from promptmix.utils import read_text
 
 __all__ = ["SUFFIXES", "Cells", "picture_paths", "read_table", "table_of"]
@@ -122,10 +122,10 @@ def _entries(text: str, where: Path) -> Iterator[tuple[int, dict[Any, Any]]]:
     """Yield the objects of JSON Lines with their lines, or those of a list in JSON with their numbers."""
     try:
         if where.suffix.lower() == ".json":
-            found = json.loads(text)
+            found = parse_json(text)
             numbered = list(enumerate(found if isinstance(found, list) else [found], start=1))
         else:
-            numbered = [(number, json.loads(line)) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+            numbered = [(number, parse_json(line)) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: {' '.join(str(error).split())}; {_EXAMPLE}") from error
     for number, entry in numbered:

@@ -223,6 +223,8 @@ class FeatureCache:
         found = []
         for path in self.folder.glob("*" + _SUFFIX) if self.folder.is_dir() else ():
             with contextlib.suppress(*_UNREADABLE):
+                if not path.is_file():  # a named pipe would be waited for
+                    continue
                 state = path.stat()
                 with safe_open(path, framework="pt") as file:
                     about = (file.metadata() or {}).get("about", "")
@@ -277,7 +279,7 @@ def _remove(path: Path) -> int:
     """Remove a file, or what a writer left, and return how many bytes that freed."""
     freed = 0
     with contextlib.suppress(OSError):  # gone already, or open on a system that forbids it
-        left = path.is_dir()
+        left = path.is_dir() and not path.is_symlink()  # what a link leads to is another's
         for file in list(path.iterdir()) if left else [path]:
             size = file.stat().st_size
             file.unlink()
