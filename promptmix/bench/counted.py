@@ -64,7 +64,7 @@ def regressions(now: Mapping[str, Mapping[str, float]], recorded: str | Path) ->
     for case, counts in now.items():
         for key in ("gflops", "live_mb", "operations", "launches"):
             old, new = (before.get(case) or {}).get(key), counts[key]
-            if type(old) not in (int, float):
+            if not isinstance(old, int | float):
                 raise UserError(f"{recorded} has no {key} of case {case}; record it with `promptmix bench ci --update`")
             if new > old * (1 + TOLERANCE):
                 lines.append(f"{case}: {key} {new:.1f}, recorded {old:.1f} ({100 * (new / old - 1):+.1f}%)")
