@@ -17,7 +17,7 @@ from PIL import Image
 import promptmix
 from promptmix import console
 from promptmix.cli import main
-from promptmix.config import get_cfg, merge_file
+from promptmix.config import get_cfg, merge_file, merge_opts
 from promptmix.config.yamlfile import read_yaml
 from promptmix.data.reading.images import read_image
 from promptmix.data.reading.pictures import quick_problem
@@ -235,11 +235,26 @@ def test_predictions_for_odd_input(train, tmp_path, pictures, capsys):
         ({"classnames": 3}, "give a list"),
         ({"batch_size": -1}, "batch_size is -1"),
         ({"batch_size": 1.5}, "batch_size is 1.5"),
+        ({"classnames": ["\ud800", "b"]}, "give a list"),
+        ({"unreadable": "x"}, "unreadable is 'x'"),
+        ({"embeddings": 1}, "embeddings is 1"),
     ):
         with pytest.raises(ConfigError, match=words):
             predictor.predict(picture, **options)
-    with pytest.raises(ConfigError, match="give paths, PIL pictures"):
-        predictor.predict([None])
+    for images in ([None], 5, np.zeros(()), (pictures / "ant" / "0.png").open("rb")):
+        for ask in (predictor.predict, predictor.stream):
+            with pytest.raises(ConfigError, match="give paths, PIL pictures"):
+                list(ask(images))
+    assert [one.image for one in predictor.stream(picture)] == [picture]
+    with pytest.raises(ZeroDivisionError):  # the caller's own
+        predictor.predict(1 / 0 for _ in "a")
+    odd = {"device": 5, "reading": ["upright"], "weights": 5, "descriptions": {}, "epoch": 10**400, "temperature": 10**400}
+    for name, value in odd.items():
+        with pytest.raises(ConfigError, match=f"{name} is "):
+            promptmix.load(tmp_path / "out", **{name: value})
+    for merge, value in ((merge_file, None), (merge_opts, {"SEED": 1})):
+        with pytest.raises(ConfigError, match="give the path|must be a list"):
+            merge(get_cfg(), value)
     for run in (None, 3, b"out"):
         with pytest.raises(ConfigError, match="give the output folder"):
             promptmix.load(run)

@@ -221,7 +221,7 @@ def test_sentences_about_classes_are_named_again_by_whoever_predicts(pictures, t
 
 def test_pictures_without_pixels_and_closed_ones_are_one_line(tmp_path):
     from promptmix.data.reading.images import as_rgb
-    from promptmix.predict.given import listed
+    from promptmix.predict.given import each
 
     path = tmp_path / "a.png"
     Image.new("RGB", (4, 4)).save(path)
@@ -234,4 +234,4 @@ def test_pictures_without_pixels_and_closed_ones_are_one_line(tmp_path):
     with path.open("rb") as file:
         pass
     with pytest.raises(ConfigError, match="give paths"):
-        listed(file)
+        list(each(file))

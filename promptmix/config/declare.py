@@ -136,7 +136,7 @@ def shown(value: Any) -> str:
     """Return ``value`` as a message shows it: on one line, cut where it is long."""
     try:
         text = " ".join(repr(value).splitlines())  # of an array there are several
-    except (ValueError, RecursionError):  # a number of more digits than Python prints, or a list that holds itself
+    except Exception:  # a number of more digits than Python prints, a list that holds itself, an object that can't say what it is
         return f"a {type(value).__name__} too large to show"
     return text if len(text) <= 200 else f"{text[:197]}..."
 

@@ -93,6 +93,8 @@ def file_trees(path: str | Path) -> list[tuple[dict[str, Any], str]]:
     Raises:
         ConfigError: a file is missing, not YAML, or builds on itself.
     """
+    if not isinstance(path, (str, Path)):
+        raise ConfigError(f"config file {shown(path)}: give the path of a YAML file")
     return _file_trees(Path(path), [])
 
 
@@ -130,6 +132,8 @@ def merge_opts(cfg: CN, opts: Sequence[Any], source: str = "command line") -> No
     Raises:
         ConfigError: a key without a value, an unknown key, or a value of the wrong type.
     """
+    if not isinstance(opts, (list, tuple)):
+        raise ConfigError(f"{source}: overrides are {shown(opts)}, but must be a list of keys and values in turn")
     if len(opts) % 2:
         raise ConfigError(f"{source}: overrides come as KEY VALUE pairs, but {opts[-1]!r} has no value; give it one")
     for key, text in translated(cfg, zip(opts[::2], opts[1::2], strict=True), source):

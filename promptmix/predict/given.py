@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,38 +12,65 @@ from PIL import Image
 from promptmix.config.declare import shown
 from promptmix.errors import ConfigError
 
-__all__ = ["Picture", "listed", "texts"]
+__all__ = ["Picture", "checked", "count", "each", "texts"]
 
 #: A path (``pack.zip::member`` too), a picture, or the content of a picture's file.
 Picture = str | Path | Image.Image | bytes
+_PICTURES = "give paths, PIL pictures, or contents of files as bytes"
 
 
-def texts(names: Any) -> tuple[str, ...]:  # whatever the caller gave
+def checked(name: str, value: Any, kinds: type | tuple[type, ...], takes: str) -> None:  # whatever the caller gave
+    """Refuse an argument of another type.
+
+    Raises:
+        ConfigError: it is of none of ``kinds``; ``takes`` says what to give.
+    """
+    if not isinstance(value, kinds) or isinstance(value, bool) and kinds is not bool:
+        raise ConfigError(f"{name} is {shown(value)}; give {takes}")
+
+
+def count(name: str, value: Any, most: int = 10**6) -> None:
+    """Refuse what is no whole number from 1 to ``most``.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if type(value) is not int or not 1 <= value <= most:
+        raise ConfigError(f"{name} is {shown(value)}; give a whole number from 1 to {most:,}")
+
+
+def texts(names: Any) -> tuple[str, ...]:
     """Return class names as a tuple.
 
     Raises:
         ConfigError: they are no names.
     """
-    try:
-        found = tuple(names)
-    except TypeError:
-        found = ()
-    if not found or not all(isinstance(name, str) and name.strip() for name in found):
+    found = tuple(names) if isinstance(names, Iterable) and getattr(names, "ndim", 1) != 0 else ()
+    if not found or not all(isinstance(name, str) and name.strip() and "\0" not in name and _is_whole(name) for name in found):
         raise ConfigError(f"classnames is {shown(names)}; give a list of one or more names, each once")
     return found
 
 
-def listed(images: Any) -> list[Picture]:
-    """Return pictures as a list.
+def _is_whole(name: str) -> bool:
+    """Tell whether a name is whole characters, which no tokenizer takes halves of."""
+    try:
+        return bool(name.encode())
+    except UnicodeEncodeError:
+        return False
+
+
+def each(images: Any) -> Iterator[Picture]:
+    """Yield pictures, of one or several.
 
     Raises:
         ConfigError: one of them is neither a path nor a picture.
     """
-    try:
-        found = list(images)
-    except (TypeError, ValueError):  # a closed file
-        found = [images]
-    for image in found:
+    if isinstance(images, Picture):
+        yield images
+        return
+    if not isinstance(images, Iterable) or isinstance(images, io.IOBase) or getattr(images, "ndim", 1) == 0:
+        raise ConfigError(f"images is {shown(images)}; {_PICTURES}")
+    for image in images:
         if not isinstance(image, Picture):
-            raise ConfigError(f"image is {shown(image)}; give paths, PIL pictures, or contents of files as bytes")
-    return found
+            raise ConfigError(f"image is {shown(image)}; {_PICTURES}")
+        yield image

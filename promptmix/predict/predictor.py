@@ -30,7 +30,7 @@ from promptmix.engine.checkpoint import load_state_dict_strict
 from promptmix.errors import CheckpointError, ConfigError, DataError, WeightsError
 from promptmix.files.places import is_own_place
 from promptmix.plugin_manager import check_plugins, load_plugin
-from promptmix.predict.given import Picture, listed, texts
+from promptmix.predict.given import Picture, checked, count, each, texts
 from promptmix.prompts.learner import Learner, PromptLearner
 from promptmix.prompts.step import Step
 from promptmix.prompts.trainer import PromptTrainer
@@ -74,7 +74,7 @@ def load(
     run: str | Path,
     *,
     epoch: int | None = None,
-    device: str = "",
+    device: str | torch.device = "",
     plugins: Sequence[str] = (),
     reading: str = "",
     weights: str | Path = "",
@@ -120,13 +120,17 @@ class Predictor:
         run: str | Path,
         *,
         epoch: int | None = None,
-        device: str = "",
+        device: str | torch.device = "",
         plugins: Sequence[str] = (),
         reading: str = "",
         weights: str | Path = "",
         descriptions: str | Path = "",
         temperature: float | None = None,
     ) -> None:
+        checked("reading", reading, str, f"{', '.join(map(repr, READINGS))}, or leave it out")
+        checked("device", device, (str, torch.device), "auto, cpu or cuda, or leave it out")
+        checked("weights", weights, (str, Path), "the path of a file, or leave it out")
+        checked("descriptions", descriptions, (str, Path), "the path of a file, or leave it out")
         if reading not in ("", *READINGS):
             raise ConfigError(f"reading is {reading!r}; choose from {', '.join(map(repr, READINGS))}, or leave it out")
         check_plugins()
@@ -136,15 +140,15 @@ class Predictor:
             load_plugin(plugin)
         if not isinstance(run, (str, Path)) or "\0" in str(run):
             raise ConfigError(f"the run is {shown(run)}; give the output folder of a run")
-        if epoch is not None and (type(epoch) is not int or epoch < 1):
-            raise ConfigError(f"epoch is {shown(epoch)}; give a whole number from 1 on, or leave it out")
+        if epoch is not None:
+            count("epoch", epoch)
         folder = place_of(run)
         self.result = read_result(folder)
         cfg = config.get_cfg()
         config.merge_tree(cfg, self.result.config, str(folder / FILE_NAME))
         forget_places(cfg, folder, str(weights), str(descriptions))
         cfg.VERBOSE = False
-        cfg.DEVICE = device or cfg.DEVICE
+        cfg.DEVICE = str(device) or cfg.DEVICE
         config.check_values(cfg)
         cfg.freeze()
         self._folder, self.config = folder, cfg
@@ -193,13 +197,12 @@ class Predictor:
             ConfigError: the names are no list of texts, fewer than one, or one is twice there; a picture is none.
             CheckpointError: the run's prompts belong to its own classes.
         """
-        given = [images] if isinstance(images, Picture) else listed(images)
         options: dict[str, Any] = {"batch_size": batch_size, "unreadable": unreadable, "embeddings": embeddings}
-        return list(self.stream(given, classnames, **options))
+        return list(self.stream(list(each(images)), classnames, **options))
 
     def stream(
         self,
-        images: Iterable[Picture],
+        images: Iterable[Picture] | Picture,
         classnames: Sequence[str] | None = None,
         *,
         batch_size: int = 32,
@@ -211,11 +214,12 @@ class Predictor:
         Yields:
             Predictions in the order of the pictures.
         """
-        if type(batch_size) is not int or batch_size < 1:
-            raise ConfigError(f"batch_size is {shown(batch_size)}; give a whole number from 1 on")
+        count("batch_size", batch_size)
+        checked("unreadable", unreadable, (list, type(None)), "a list, which gets a line for each, or leave it out")
+        checked("embeddings", embeddings, bool, "True or False")
         names = self._names(classnames)
         learner, classifier = self.classifier(names)
-        given = iter(images)
+        given = each(images)
         while batch := list(islice(given, batch_size)):
             readable, inputs = self._read_batch(batch, unreadable)
             if readable:
@@ -347,7 +351,7 @@ def _temperature(folder: Path, result: RunResult, epoch: int | None, given: floa
         ConfigError: the caller's is no positive number.
     """
     if given is not None:
-        if isinstance(given, bool) or not isinstance(given, (int, float)) or not 0 < given < float("inf"):
+        if isinstance(given, bool) or not isinstance(given, (int, float)) or not 0 < given < 1e300:
             raise ConfigError(f"temperature is {shown(given)}; give a positive number, or leave it out")
         return float(given)
     found = calibration.read(folder)

@@ -74,7 +74,7 @@ def _settings_of(old: RunResult, cfg: CfgNode, model_dir: str) -> dict[str, obje
     for key in (*old.settings(), *_IDENTITY):
         try:
             theirs, ours = _value(old.config, key), config.get_key(cfg, key)
-        except KeyError:  # of another version
+        except (KeyError, TypeError):  # of another version, or a group of keys where we have a value
             continue
         if theirs == (list(ours) if isinstance(ours, tuple) else ours) or (key.startswith(_OWN) and not _counts(key)):
             continue
