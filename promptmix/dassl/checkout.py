@@ -21,6 +21,7 @@ from yacs.config import CfgNode
 import promptmix.dassl.engine
 import promptmix.dassl.utils
 from promptmix.dassl import program, vendored
+from promptmix.dassl.absent import standing_in
 from promptmix.dassl.bridge import fill
 from promptmix.dassl.config import get_cfg_default
 from promptmix.dassl.importing import installed
@@ -69,9 +70,10 @@ def run_checkout(path: str, args: argparse.Namespace, **options: Any) -> RunResu
     kind = _Ours if engine.folder is None else _Theirs
     session: _Ours | _Theirs = kind(root, file, engine, args, options, weights, on_cpu, taken)
     with ExitStack() as stack:
-        stack.enter_context(explained(root))
+        stack.enter_context(explained(root, os.path.expanduser(args.root)))
         stack.enter_context(patched_torch())
         early = stack.enter_context(program.surroundings(root, file, words))
+        stack.enter_context(standing_in(root, engine.folder))
         if weights is not None:
             stack.enter_context(weights.opened())
         if on_cpu:

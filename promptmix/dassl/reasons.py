@@ -34,6 +34,8 @@ _OURS = (
     "TrainerXU",
 )
 _FORK = "it may need a fork of Dassl: give its folder with --dassl, or take promptmix's own trainer (`promptmix list trainers`)"
+_PAGE = "see the checkout's own page for it"
+_WEIGHTS = re.compile(r"(RN\d+(x\d+)?|ViT-[BL]-\d+(-336px)?)\.pt")
 _NO_GPU = (
     "no kernel image|not compiled with cuda|found no nvidia driver|no cuda gpus|cuda driver|cuda error|requires? cuda|cuda device"
     r"|torch\.cuda\.is_available\(\)"
@@ -41,8 +43,8 @@ _NO_GPU = (
 
 
 @contextmanager
-def explained(root: Path) -> Iterator[None]:
-    """Turn whatever the checkout at ``root`` raises inside the context into one line.
+def explained(root: Path, data: str = "") -> Iterator[None]:
+    """Turn whatever the checkout at ``root`` raises inside the context into one line; ``data`` is where its data sets lie.
 
     Raises:
         UserError: what stopped it; ``--debug`` shows the traceback.
@@ -50,7 +52,7 @@ def explained(root: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise _reason(_first_cause(error), root) from error
+        raise _reason(_first_cause(error), root, data) from error
     except SystemExit as error:
         if error.code in (None, 0):
             return
@@ -74,7 +76,7 @@ def _first_cause(error: BaseException) -> BaseException:
     return chain[-1] if type(error) is Exception else error
 
 
-def _reason(error: BaseException, root: Path) -> UserError:
+def _reason(error: BaseException, root: Path, data: str) -> UserError:
     """Return the error to show for ``error``."""
     if isinstance(error, UserError):
         return error
@@ -101,6 +103,9 @@ def _reason(error: BaseException, root: Path) -> UserError:
         return ConfigError(f"{place} changes its config, which its program froze ({text})")
     if in_yacs and isinstance(error, KeyError | ValueError | AssertionError):
         reason = error.args[0] if error.args else text
+        lost = re.match(r"Non-existent config key: (\S+)", str(reason))
+        if lost and not lost.group(1).startswith("TRAINER."):
+            return ConfigError(f"the checkout's config can't be merged: nothing declares its key {lost.group(1)}; {_FORK}")
         return ConfigError(f"the checkout's config can't be merged: {reason}; check its YAML files and the KEY VALUE pairs")
     if isinstance(error, AttributeError) and isinstance(error.obj, TrainerBase):
         return UserError(
@@ -114,19 +119,44 @@ def _reason(error: BaseException, root: Path) -> UserError:
             "file, or a folder with OpenAI's file names (RN50.pt, ViT-B-16.pt) for a checkout that loads several models"
         )
     if isinstance(error, FileNotFoundError) and error.filename:
-        return UserError(f"{place} needs the file {error.filename}, which is not there; see the checkout's own page for it")
+        return _missing(str(error.filename), place, root, data)
     if isinstance(error, KeyError) and frames[-1].filename.endswith(("os.py", "<frozen os>")) and error.args:
         return UserError(f"{place} reads the environment variable {error.args[0]}, which is not set; set it as its page says")
     if isinstance(error, KeyError) and re.search(rf"batch\w*\[.{re.escape(str(error.args[:1])[2:-3])}.\]", frames[-1].line or ""):
         return UserError(f"{place} reads {error} of a batch, which Dassl's batches lack; {_FORK}")
-    missing = re.search(r"(?:file|filename|path) '?([^\s']+)'? does not exist", text)
-    if missing:  # torch.jit says it so
-        return UserError(f"{place} needs the file {missing.group(1)}, which is not there; see the checkout's own page for it")
+    # torch.jit, and programs that catch the error and raise another.
+    missing = re.search(r"(?:file|filename|path) '?([^\s']+)'? does not exist|No such file or directory: '([^']+)'", text)
+    if missing:
+        return _missing(missing.group(1) or missing.group(2), place, root, data)
     owner = re.match(r"(\w+)\.\w+\(\) (got an unexpected|takes|missing)", text)
     if isinstance(error, TypeError) and owner and owner.group(1) in _OURS:
         return UserError(f"{place} calls Dassl otherwise than Dassl itself takes it ({text}); {_FORK}")
     kind = type(error).__name__
     return UserError(f"{place} fails: {kind}{f': {text}' if text != kind else ''} (--debug shows the traceback)")
+
+
+def _missing(name: str, place: str, root: Path, data: str) -> UserError:
+    """Return what to say of a file that is not there: what it may be, and where there is one of its name."""
+    file = Path(name)
+    said = f"{place} needs the file {name}, which is not there"
+    if _WEIGHTS.fullmatch(file.name):
+        return UserError(
+            f"{said}; MODEL.BACKBONE.WEIGHTS may be a folder with OpenAI's file names, which stands for {file.name} too"
+        )
+    foreign = file.is_absolute() and not file.is_relative_to(root)
+    whose = ": a path of its authors' machine" if foreign and not file.parent.exists() else ""
+    parts = file.parts[1:] if file.is_absolute() else file.parts
+    tails = [Path(*parts[at:]) for at in range(len(parts))]
+    bases = [root, *([Path(data)] if data else [])]
+    found = next((str(base / tail) for tail in tails for base in bases if (base / tail).exists()), "")
+    if not found and not foreign:
+        others = sorted(path.relative_to(root) for path in root.rglob(file.name) if ".git" not in path.parts)
+        found = (
+            f"{others[0]}{f' (and {len(others) - 1} more)' if others[1:] else ''}, which a key or flag of its own may choose"
+            if others
+            else ""
+        )
+    return UserError(f"{said}{whose}; {f'there is {found}' if found else _PAGE}")
 
 
 def _import_reason(error: ImportError, root: Path, place: str) -> UserError:

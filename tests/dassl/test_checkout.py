@@ -161,9 +161,9 @@ def test_wrong_requests_are_one_line(room, tmp_path, capsys, change, message):
 
 def test_a_missing_package_is_named(room, tmp_path, capsys):
     (tmp_path / "repo").mkdir()
-    (tmp_path / "repo" / "train.py").write_text("import a_package_nobody_has\n")
+    (tmp_path / "repo" / "train.py").write_text("import a_package_nobody_has\na_package_nobody_has.start()\n")
     assert main(["train", "--coop-repo", str(tmp_path / "repo"), "--trainer", "X"]) == 2
-    assert "train.py:1 needs the package a_package_nobody_has, which is not installed" in capsys.readouterr().err
+    assert "train.py:2 needs the package a_package_nobody_has, which is not installed" in capsys.readouterr().err
 
 
 def test_a_plugin_in_dassls_idiom(tmp_path, room, capsys):

@@ -31,6 +31,14 @@ def test_a_config_used_otherwise_than_it_is(room, capsys, line, reason):
     assert re.search(rf"wordbias.py:\d+ {reason}", refused(room, capsys))
 
 
+def test_a_config_key_that_only_a_fork_of_dassl_has(room, capsys):
+    """BIP's files set OPTIM.EPS."""
+    change(room, "configs/trainers/WordBias/ep3.yaml", ("OPTIM:\n", "OPTIM:\n  EPS: 0.001\n"))
+    assert "nothing declares its key OPTIM.EPS; it may need a fork of Dassl: give its folder with --dassl" in refused(
+        room, capsys
+    )
+
+
 def test_a_key_that_only_a_fork_of_dassl_has(room, capsys):
     """Craft's trainers read the class name of each picture."""
     parse = "    def parse_batch_train(self, batch):\n"
@@ -52,7 +60,7 @@ def test_a_key_that_only_a_fork_of_dassl_has(room, capsys):
         ),
         (
             "trainers/wordbias.py",
-            "import a_package_nobody_has",
+            "import a_package_nobody_has; a_package_nobody_has.use()",
             r"trainers/wordbias.py:1 needs the package a_package_nobody_has, which",
         ),
         (
@@ -74,7 +82,22 @@ def test_a_key_that_only_a_fork_of_dassl_has(room, capsys):
         (
             "trainers/wordbias.py",
             "raise ValueError('The provided filename ./clip/ViT-L-14.pt does not exist')",
-            r"trainers/wordbias.py:1 needs the file ./clip/ViT-L-14.pt, which is not there",
+            r"wordbias.py:1 needs the file ./clip/ViT-L-14.pt, which is not there; MODEL.BACKBONE.WEIGHTS may be a folder",
+        ),
+        (
+            "trainers/wordbias.py",
+            "open('/home/someone/project/clip/clip.py')",
+            r"wordbias.py:1 needs .*: a path of its authors' machine; there is .*/fork/clip/clip.py",
+        ),
+        (
+            "trainers/wordbias.py",
+            "raise ValueError(\"No such file or directory: '/home/someone/weights/tiny.pt'\")",
+            r"wordbias.py:1 needs .*: a path of its authors' machine; there is .*/weights/tiny.pt",
+        ),
+        (
+            "trainers/wordbias.py",
+            "open('./words/None/squares.yaml')",
+            r"wordbias.py:1 needs .* there is configs/datasets/squares.yaml, which a key or flag of its own may choose",
         ),
         (
             "trainers/wordbias.py",
