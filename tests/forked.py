@@ -71,11 +71,7 @@ class Forked:
             del sys.modules[name]
         for name in [name for name in logging.root.manager.loggerDict if name.partition(".")[0].startswith(_OURS)]:
             del logging.root.manager.loggerDict[name]
-        # Processes of the tests are not this one's.
-        process._children.clear()
-        util._finalizer_registry.clear()
-        server: Any = forkserver._forkserver
-        server._forkserver_address = server._forkserver_alive_fd = server._forkserver_pid = None
+        forget_processes()
 
     def poll(self) -> int | None:
         """Return the exit code, negative for a signal; None while it runs."""
@@ -129,6 +125,14 @@ def _main(argv: list[str]) -> int:
         return main(argv)
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
+
+
+def forget_processes() -> None:
+    """Leave the processes of those whom this one was forked from to them."""
+    process._children.clear()
+    util._finalizer_registry.clear()
+    server: Any = forkserver._forkserver
+    server._forkserver_address = server._forkserver_alive_fd = server._forkserver_pid = None
 
 
 def few() -> None:

@@ -17,6 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from promptmix.cost.shapes import run
+
 
 @dataclass(frozen=True)
 class Count:
@@ -91,7 +93,7 @@ class _Operators(TorchDispatchMode):
         returns = func._schema.returns  # type: ignore[attr-defined]
         view = any(part.alias_info is not None and not part.alias_info.is_write for part in returns)
         self.launches += not view and func is not torch.ops.aten._unsafe_view.default
-        return func(*args, **(kwargs or {}))
+        return run(func, args, kwargs or {})
 
 
 _FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -155,7 +157,7 @@ class _Counter(TorchDispatchMode):
                 parts = func.decompose(*args, **(kwargs or {}))  # type: ignore[attr-defined]
             if parts is not NotImplemented:
                 return parts
-        output = func(*args, **(kwargs or {}))
+        output = run(func, args, kwargs or {})
         flops = _flops(packet, args, kwargs or {}, output)
         self.flops += flops
         if self._listener is not None:

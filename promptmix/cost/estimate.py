@@ -256,7 +256,7 @@ def step_count(trainer: Counted, size: int, class_chunk: int | None = None) -> C
         trainer.model.loss(trainer.model.step(images[:pictures], labels[:pictures])).total.backward()
 
     try:
-        step(2)  # what is built once
+        count(lambda: step(2))  # what is built once
         return count(lambda: step(size))
     finally:
         tower.class_chunk = before

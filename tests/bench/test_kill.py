@@ -1,7 +1,10 @@
 """Runs killed at random moments end as the unbroken one, and a run that does not is found."""
 
+import multiprocessing
 import os
+import signal
 from argparse import Namespace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,11 +12,27 @@ import torch
 from promptmix.bench import kill
 from promptmix.engine.checkpoint import load_checkpoint, save_plain
 from promptmix.utils import read_json, write_json
+from tests import forked
+
+
+@pytest.fixture
+def from_here(monkeypatch):
+    """Fork runs from this process, which has imported everything and leaves the data set few test pictures."""
+    work = kill._work
+
+    def begin(argv, threads):
+        forked.forget_processes()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        work(argv, threads)
+
+    monkeypatch.setattr(kill, "multiprocessing", SimpleNamespace(get_context=lambda _: multiprocessing.get_context("fork")))
+    monkeypatch.setattr(kill.multiprocessing, "set_start_method", multiprocessing.set_start_method, raising=False)
+    monkeypatch.setattr(kill, "_work", begin)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals")
 @pytest.mark.parametrize(("command", "method", "workers"), [("train", "PromptSRC", [0, 1]), ("run", "CoOp", [0])])
-def test_killed_runs_end_as_the_unbroken_one(command, method, workers, tmp_path):
+def test_killed_runs_end_as_the_unbroken_one(command, method, workers, tmp_path, from_here):
     args = Namespace(epochs=3, shots=1, threads=1, workers=workers, seed=os.getpid())
     trials = list(kill.trials(method, 1, tmp_path, args, command))
     assert sum(len(trial.kills) for trial in trials) == 1

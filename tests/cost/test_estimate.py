@@ -11,7 +11,7 @@ import torch
 from promptmix.bench import estimates
 from promptmix.bench.world import silenced
 from promptmix.cli import main
-from promptmix.cost import estimate
+from promptmix.cost import estimate, shapes
 from promptmix.cost.count import count, count_operations
 from promptmix.cost.estimate import training_step
 from promptmix.cost.gpu import GPUS, KERNEL_US, Bound, bound
@@ -135,3 +135,43 @@ def test_a_step_that_ran_has_the_operations_of_its_shapes(room, name):
     estimate.on_meta(trainer)
     assert found == round(estimate.step_count(trainer, 4).gflops, 3) > 0
     assert estimate.step_gflops(trainer) == found  # kept, since nothing runs on meta twice
+
+
+def on_shapes(*shapes, dtype=torch.float32):
+    return [torch.empty(shape, device="meta", dtype=dtype) for shape in shapes]
+
+
+ATEN = torch.ops.aten
+ROWS, WIDE, STATS = (2, 6, 8), (8,), (2, 6, 1)
+CALLS = {
+    "addmm": (ATEN.addmm.default, lambda kind: on_shapes((5,), (6, 8), (8, 5), dtype=kind)),
+    "add": (ATEN.add.Tensor, lambda kind: on_shapes(ROWS, ROWS, dtype=kind)),
+    "add to all": (ATEN.add.Tensor, lambda kind: on_shapes(ROWS, WIDE, dtype=kind)),
+    "times a number": (ATEN.mul.Tensor, lambda kind: [*on_shapes(ROWS, dtype=kind), 0.5]),
+    "times columns": (ATEN.mul.Tensor, lambda kind: [on_shapes(ROWS, dtype=kind)[0].mT, on_shapes((2, 8, 6), dtype=kind)[0]]),
+    "norm": (
+        ATEN.native_layer_norm.default,
+        lambda kind: [*on_shapes(ROWS, dtype=kind), [8], *on_shapes(WIDE, WIDE, dtype=kind), 1e-5],
+    ),
+    "norm, back": (
+        ATEN.native_layer_norm_backward.default,
+        lambda kind: [
+            *on_shapes(ROWS, ROWS, dtype=kind),
+            [8],
+            *on_shapes(STATS, STATS),
+            *on_shapes(WIDE, WIDE, dtype=kind),
+            [True, True, False],
+        ],
+    ),
+    "softmax, back": (ATEN._softmax_backward_data.default, lambda kind: [*on_shapes(ROWS, ROWS, dtype=kind), -1, kind]),
+}
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("call", CALLS)
+def test_shapes_are_those_that_pytorch_gives(call, kind):
+    func, make = CALLS[call]
+    given = make(kind)
+    ours, theirs = (one if isinstance(one, tuple) else (one,) for one in (shapes.run(func, given, {}), func(*given)))
+    told = [[part is not None and (part.shape, part.dtype, part.stride(), part.device) for part in one] for one in (ours, theirs)]
+    assert told[0] == told[1]
