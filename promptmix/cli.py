@@ -78,8 +78,8 @@ def main(argv: list[str] | None = None) -> int:
         argv: arguments without the program's name; None = those of the process.
 
     Returns:
-        Exit code: 0; 2 for what the user can mend; 70 for what nobody foresaw; 130 (Ctrl-C) and 143 (SIGTERM) for "again"; 1 when
-        the reader of our output went away, or where a command says so.
+        Exit code: 0; 2 for what the user can mend; 70 for what nobody foresaw; 130 (Ctrl-C), 143 (SIGTERM) and 129 (SIGHUP) for
+        "again"; 1 when the reader of our output went away, or where a command says so.
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
     console.ready()

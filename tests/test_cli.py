@@ -260,7 +260,7 @@ def endless(dots, tmp_path):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals")
-@pytest.mark.parametrize(("number", "group"), [(signal.SIGTERM, False), (signal.SIGTERM, True), (signal.SIGINT, False)])
+@pytest.mark.parametrize(("number", "group"), [(signal.SIGHUP, False), (signal.SIGTERM, True), (signal.SIGINT, False)])
 def test_signals_end_a_run_with_one_line_and_the_next_goes_on(endless, dots, tmp_path, capsys, number, group):
     process = endless("DATALOADER.NUM_WORKERS", "2" if group else "0")
     fails(capsys, [*dots, "OPTIM.MAX_EPOCH", "100000"], f"in use by another process (pid {process.pid})", "--output-dir")

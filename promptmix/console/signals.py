@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, which Slurm sends before it kills: both end a command with one line and a code that says "again".
+"""Ctrl-C, SIGTERM, which Slurm sends before it kills, and SIGHUP of a closed terminal: one line, and a code that says "again".
 
 A signal raises ``Stopped`` wherever the main thread is, except in loops that ask ``check()`` themselves. There an error in the
 wrong line would be dropped (in a finaliser) or leave a lock held that the end then waits for (in a queue to another thread), so
@@ -17,10 +17,14 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
-__all__ = ["Stopped", "check", "end_workers", "listening", "received", "stopping"]
+__all__ = ["Stopped", "check", "end_workers", "listening", "received", "stopping", "take_back"]
 
 #: After a process was stopped, more signals are taken for the same one this long, in seconds: a whole group gets several.
 _SAME = 1.0
+#: What Python does where nobody says otherwise. SIGHUP comes where the terminal goes away; Windows has none.
+_USUAL: dict[int, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+if hasattr(signal, "SIGHUP"):
+    _USUAL[signal.SIGHUP] = signal.SIG_DFL
 #: Seconds that a loop may take to its next ``check()``.
 _PATIENCE = 5.0
 
@@ -75,15 +79,14 @@ def _reset() -> None:
 
 @contextlib.contextmanager
 def stopping() -> Iterator[None]:
-    """Have SIGINT and SIGTERM raise ``Stopped`` inside the context, where the process would otherwise end at once.
+    """Have signals that ask a process to end raise ``Stopped`` inside the context, where it would otherwise end at once.
 
     A process that ignores one of them goes on doing so, as jobs in the background do.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    usual: dict[int, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
-    ours = [number for number, handler in usual.items() if signal.getsignal(number) is handler]
+    ours = [number for number, handler in _USUAL.items() if signal.getsignal(number) is handler]
     _reset()
     for number in ours:
         signal.signal(number, _on_signal)
@@ -91,7 +94,7 @@ def stopping() -> Iterator[None]:
         yield
     finally:
         for number in ours:
-            signal.signal(number, usual[number])
+            signal.signal(number, _USUAL[number])
         _reset()
 
 
@@ -103,6 +106,14 @@ def listening() -> Iterator[None]:
         yield
     finally:
         _State.listening -= 1
+
+
+def take_back() -> None:
+    """Have what Python was told to do at a signal done again, after a library told the system otherwise."""
+    if threading.current_thread() is threading.main_thread():
+        for number in _USUAL:
+            if (handler := signal.getsignal(number)) is not None:
+                signal.signal(number, handler)
 
 
 def received(wait: float = 0.0) -> int:
@@ -133,7 +144,7 @@ def check() -> None:
 
 def _in_worker() -> None:
     """Let a forked worker end as it would without us."""
-    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
+    for number, handler in _USUAL.items():
         if signal.getsignal(number) is _on_signal:
             signal.signal(number, handler)
     _State.number, _State.stopped, _State.timer = 0, 0.0, None

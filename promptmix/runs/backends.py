@@ -24,6 +24,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from promptmix.console import signals
 from promptmix.errors import UserError
 from promptmix.files.links import open_own
 from promptmix.hookspecs import hookimpl
@@ -303,6 +304,7 @@ def on_ray(jobs: Sequence[Job], options: Options, started: Started) -> Generator
     except (ConnectionError, RuntimeError, ValueError) as error:
         where = f"--address {options.address}" if options.address else "--backend ray"
         raise UserError(f"{where}: {' '.join(str(error).split())}; start Ray there, or leave --address out") from error
+    signals.take_back()  # Ray ends a process at SIGTERM by itself, with a page of addresses
     try:
         has_gpus = options.share is not None or ray.cluster_resources().get("GPU", 0)
         gpus = share_of(jobs, options) if has_gpus else 0
