@@ -43,6 +43,12 @@ class Hard(PromptBank):
         return self(names)
 
 
+def bottleneck(width: int, reduction: int) -> nn.Sequential:
+    """Return ``ReLU(W2 ReLU(W1 f))`` of ``width`` numbers, with a ``reduction``-th of them inside."""
+    inner = max(width // reduction, 1)
+    return nn.Sequential(nn.Linear(width, inner, bias=False), nn.ReLU(), nn.Linear(inner, width, bias=False), nn.ReLU())
+
+
 @register
 class ImageAdapter(Hard):
     """Hand-written prompts, and image features ``ratio A(f) + (1 - ratio) f``, A(f) = ReLU(W2 ReLU(W1 f)), f not normalised.
@@ -67,11 +73,7 @@ class ImageAdapter(Hard):
     ) -> None:
         super().__init__(task, templates)
         width = task.clip.embed_dim
-        inner = max(width // reduction, 1)
-        self.ratio = ratio
-        self.adapter = nn.Sequential(
-            nn.Linear(width, inner, bias=False), nn.ReLU(), nn.Linear(inner, width, bias=False), nn.ReLU()
-        )
+        self.ratio, self.adapter = ratio, bottleneck(width, reduction)
 
     def adapt(self, image: Tensor) -> Tensor:
         """Return normalised features (B, D) of features (B, D) as they come from the tower."""

@@ -16,6 +16,7 @@ from promptmix.prompts.roles import Task
 
 TENSORS = ("norms", "biases", "all")
 #: Where a tower ends: what stands behind its blocks, by the first part of a name (CLIP's own towers, timm's).
+_STAGES = ("layer1", "layer2", "layer3", "layer4", "attnpool")
 _BEHIND = ("ln_post", "ln_final", "proj", "text_projection", "norm", "fc_norm", "head", "attn_pool")
 
 
@@ -31,7 +32,8 @@ class TunedTowers(ChangedTowers):
         task: the frozen model and the data set's words.
         tensors: what is learned.
         encoder: in which towers.
-        vision_start: first block of the image tower, counted from 0; what stands in front of the blocks counts as block 0.
+        vision_start: first block of the image tower, counted from 0; what stands in front of them counts as block 0. Those of a
+            ResNet are its four stages and its attention pool.
         text_start: first block of the text tower.
         templates: the hand-written prompt; encoded anew in each step where the text tower learns.
     """
@@ -64,8 +66,8 @@ class TunedTowers(ChangedTowers):
 def _chosen(tower: Any, tensors: str, setting: str, start: int, task: Task) -> Iterator[tuple[str, Tensor]]:
     """Yield the parameters of a tower, by name, that learn."""
     image = isinstance(tower, ImageTower)
-    blocks = list(tower.layers.blocks if image else tower.blocks) if not image or tower.takes_prompts else []
-    if image and not blocks and (start or tensors != "all"):
+    blocks = blocks_of(tower)
+    if image and (start and not blocks or tensors != "all" and not tower.takes_prompts):
         raise ConfigError(
             f"MODEL.BACKBONE.NAME is {task.clip.name}, whose image tower ({type(tower.visual).__name__}) has no blocks to choose "
             "from; set ENCODER to text, or choose a vision transformer such as ViT-B/16 or tiny-vit"
@@ -83,6 +85,16 @@ def _chosen(tower: Any, tensors: str, setting: str, start: int, task: Task) -> I
             }[tensors]
             if chosen and (_outside(name, len(blocks)) if block is None else block) >= start:
                 yield name, held
+
+
+def blocks_of(tower: Any) -> list[nn.Module]:
+    """Return the blocks of a tower, or the parts that stand for them; none where it has neither."""
+    if not isinstance(tower, ImageTower):
+        return list(tower.blocks)
+    if tower.layers is not None and tower.takes_prompts:
+        return list(tower.layers.blocks)
+    parts = [getattr(tower.visual, name, None) for name in _STAGES]
+    return [part for part in parts if isinstance(part, nn.Module)] if all(parts) else []
 
 
 def _outside(name: str, depth: int) -> int:

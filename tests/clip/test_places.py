@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from promptmix.plugins.prompt_bank.tuned_towers import blocks_of
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -268,6 +269,8 @@ def test_weights_of_a_resnet_are_changed_and_its_places_read():
         close(image, changed.visual(images))
         close(tokens, changed(images, tokens=kind)[1])
         assert tokens.shape == (2, 4, 24)
+    blocks = blocks_of(tower)  # what "from block 4 on" means for tuned towers
+    assert blocks[4] is tower.visual.attnpool and blocks[:4] == [getattr(tower.visual, f"layer{i}") for i in range(1, 5)]
     with pytest.raises(ConfigError, match=r"c_proj.weight' a function, but it is no linear layer"):
         tower(images, weights={name: lambda x: x})
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from functools import lru_cache
 
 import pytest
@@ -11,7 +13,7 @@ from promptmix.plugins.heads.cache import Cache, search
 from promptmix.plugins.heads.linear import LinearHead
 from promptmix.plugins.prompt_bank.hard import Hard, ImageAdapter
 from promptmix.trainers.clap import Constraint, Prototypes
-from promptmix.trainers.cross_modal import ImageTextCrossEntropy, RawHard
+from promptmix.trainers.cross_modal import CrossModal, ImageTextCrossEntropy, RawHard
 from promptmix.trainers.lp_plus_plus import BlendedProbe, descent
 from promptmix.trainers.prolip import NearStart, TunedProjection
 from promptmix.trainers.taskres import Residual
@@ -21,7 +23,7 @@ from promptmix.prompts.heads import Cosine
 from promptmix.prompts.learner import Learner
 from promptmix.prompts.losses import CrossEntropy
 from promptmix.prompts.roles import Task
-from tests.trainers.golden import close, compare, golden_clip, golden_task, images, labels, numbers, seeded
+from tests.trainers.golden import FOLDER, close, compare, golden_clip, golden_task, images, labels, numbers, seeded
 
 ROWS = torch.arange(20) // 4  # labels of five classes with four shots
 
@@ -157,6 +159,39 @@ def test_cross_modal(monkeypatch):
     close(head.scores(unit(test)), expected["logits"])
     learner.eval()
     close(head.scores(unit(test)), expected["logits_wiseft"])
+
+
+def test_cross_modal_adapter_and_partial_finetuning(monkeypatch):
+    """Both at once: the adapter reads features of an image tower whose last block learns, and texts beside them."""
+    case, expected = "cross_modal_adapter", numbers("cross_modal_adapter")
+    note = json.loads((FOLDER / f"{case}.json").read_text())
+    learner = CrossModal.compose(
+        None, golden_task(frozen()), note["settings"]["templates"], 0.2, 1, zeroshot_share=0.5, scale=math.exp(4.0)
+    ).train()
+    ours = dict(learner.named_parameters())
+    names = {"head.1.weight": "head.weight", **{f"head.0.fc.{i}.weight": f"head.adapter.{i}.weight" for i in (0, 2)}}
+    towers = {name: name.removeprefix("image.") for name in note["learned"] if name.startswith("image.")}
+    for name, held in towers.items():
+        held = held.replace("transformer_encoder.", "transformer.resblocks.").replace(".", "/")
+        names[name] = f"bank.values.image.visual/{held}"
+    assert set(names.values()) == set(ours) and set(names) == set(note["learned"])
+    with torch.no_grad():
+        for name, shape in note["learned"].items():
+            start = torch.zeros(shape) if name.startswith("head.0.") else ours[names[name]]
+            ours[names[name]].copy_(start + 0.2 * learned(case, name, *shape))
+    rows = torch.tensor(note["settings"]["rows"])
+    monkeypatch.setattr(learner.losses["ce"], "draw", lambda count: rows)
+    terms = learner.loss(learner.step(images(), labels()))
+    close(terms.logits, expected["logits"])
+    close(terms.total, expected["loss"])
+    terms.total.backward()
+    for name in names:
+        if f"gradnorm:{name}" in expected:
+            norm, head = float(expected[f"gradnorm:{name}"]), expected[f"gradhead:{name}"]
+            close(ours[names[name]].grad.norm(), expected[f"gradnorm:{name}"])
+            close(ours[names[name]].grad.flatten()[: len(head)], head, scale=norm)
+    with torch.no_grad():
+        close(learner.eval().step(images()).logits, expected["wiseft"])
 
 
 def test_lp_plus_plus():
