@@ -103,10 +103,11 @@ def test_a_changed_file_is_refused(packed, tmp_path, picture):
     with pytest.raises(DataError, match="not what was packed"):
         promptmix.load("hub:anna/emoji")
     tensors.write_bytes(whole)
-    (packed / "prompt_learner" / "model.pth.tar-1").write_bytes(b"another")
-    with pytest.raises(DataError, match="was not packed"):
-        promptmix.load(packed)
-    (packed / "prompt_learner" / "model.pth.tar-1").unlink()
+    for another in ("prompt_learner/model.pth.tar-1", "prompt_learner/checkpoint", "run_config.yaml"):
+        (packed / another).write_bytes(b"another")
+        with pytest.raises(DataError, match="was not packed"):
+            promptmix.load(packed)
+        (packed / another).unlink()
     shutil.copytree(packed, tmp_path / "copy")  # a folder that travelled
     assert promptmix.load(tmp_path / "copy").predict(picture)
 

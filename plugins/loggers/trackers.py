@@ -80,6 +80,7 @@ class MLflow:
         self._client.set_terminated(self._id)
 
 
+_MOST_LETTERS = 500  # of the name of an experiment in MLflow
 #: Node below LOGGER, the module that it needs, and the tracker.
 TRACKERS: dict[str, tuple[str, Callable[..., Tracker]]] = {"WANDB": ("wandb", Wandb), "MLFLOW": ("mlflow", MLflow)}
 _open: WeakKeyDictionary[Any, list[Tracker]] = WeakKeyDictionary()
@@ -105,11 +106,14 @@ def validate_config(cfg: CfgNode) -> None:
     """Refuse a tracker that is not installed.
 
     Raises:
-        ConfigError: the message names the extra.
+        ConfigError: the message names the extra; or MLflow takes no experiment of such a name.
     """
     for node, (module, _) in TRACKERS.items():
         if cfg.LOGGER[node].ENABLED and find_spec(module) is None:
             raise ConfigError(f"LOGGER.{node}.ENABLED is True, but {module} is not installed; pip install 'promptmix[{module}]'")
+    name = cfg.LOGGER.MLFLOW.EXPERIMENT
+    if cfg.LOGGER.MLFLOW.ENABLED and not 0 < len(name.strip()) <= _MOST_LETTERS:  # MLflow would say it after it made its store
+        raise ConfigError(f"LOGGER.MLFLOW.EXPERIMENT has {len(name)} letters; give it 1 to {_MOST_LETTERS}")
 
 
 @hookimpl

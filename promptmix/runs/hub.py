@@ -26,6 +26,7 @@ from typing import Any
 
 from promptmix.config.declare import shown
 from promptmix.engine import convert
+from promptmix.engine.run_folder import PROGRESS_FILE
 from promptmix.errors import CheckpointError, DataError, UserError
 from promptmix.files.sums import file_digest
 from promptmix.files.text import parse_json
@@ -49,6 +50,8 @@ _TOLD = (
     *("versions", "commit", "started", "finished", "seconds", "peak_memory_mb", "learned_parameters", "step_gflops", "league"),
     *("vocabulary", "protocol", "part", "title", "variant", "trained_on"),
 )
+#: What else than folders of models commands read of a run.
+_READ = (calibration.FILE, results.CONFIG_NAME, PROGRESS_FILE)
 _FILES = ("MODEL.BACKBONE.WEIGHTS", "MODEL.BACKBONE.TOKENIZER", "DATASET.DESCRIPTIONS")
 
 
@@ -222,9 +225,9 @@ def check(folder: Path) -> dict[str, Any]:
         problem = _problem_of(folder, name, digest)
         if problem:
             raise DataError(f"{path} names {shown(name)}, which {problem}; {remedy}")
-    strange = [file for file in folder.glob("*/model.*") if file.relative_to(folder).as_posix() not in files]
-    strange += [file for file in folder.glob("*/*.pth.tar*")]
-    strange += [file for file in folder.glob(calibration.FILE) if file.name not in files]
+    # Whatever a command would read of a run: tensors of any name, a config that comes before the record's, a training to go on.
+    there = [file for part in ("*/*", *_READ) for file in folder.glob(part) if not file.is_dir()]
+    strange = [file for file in there if file.relative_to(folder).as_posix() not in files]
     if strange or results.FILE_NAME not in files:
         what = f"{strange[0]} was not packed" if strange else f"{path} lacks {results.FILE_NAME}"
         raise DataError(f"{what}; {remedy}")

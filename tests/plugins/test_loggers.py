@@ -70,6 +70,13 @@ def test_a_tracker_that_is_not_installed_is_one_line(tmp_path, capsys, monkeypat
     assert not (tmp_path / "run").exists()
 
 
+def test_a_name_that_mlflow_takes_not_leaves_nothing(tmp_path, capsys):
+    more = ["LOGGER.MLFLOW.ENABLED", "True", "LOGGER.MLFLOW.EXPERIMENT", "x" * 501]
+    assert main([*QUICK, "--output-dir", str(tmp_path / "run"), *SHORT, *more]) == 2
+    assert "LOGGER.MLFLOW.EXPERIMENT has 501 letters; give it 1 to 500" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_tracker_that_fails_is_one_line_before_a_training_and_a_warning_during_it(monkeypatch, capsys):
     class Trainer:
         cfg = get_cfg()
