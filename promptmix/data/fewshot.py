@@ -129,10 +129,13 @@ def load_split(path: StrPath, root: StrPath = "") -> dict[str, list[Datum]]:
 
 def _datum(row: Sequence[Any], root: StrPath) -> Datum:
     impath, label, classname, *domain = row
-    if not isinstance(impath, str) or not isinstance(classname, str):
-        raise ValueError(f"bad row {row!r}")
+    numbers = [label, *domain]
+    texts = isinstance(row, list) and isinstance(impath, str) and "\0" not in impath and isinstance(classname, str)
+    if not texts or len(domain) > 1 or not all(type(number) is int and 0 <= number < 2**31 for number in numbers):
+        raise ValueError(f"bad row {row!r:.200}")
+    classname.encode()  # a half of a character is no name
     joined = os.path.join(root, impath) if root else impath
-    return Datum(joined, int(label), int(domain[0]) if domain else 0, classname)
+    return Datum(joined, label, domain[0] if domain else 0, classname)
 
 
 def _relative(impath: str, root: StrPath) -> str:

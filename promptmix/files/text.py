@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import math
 import re
 import unicodedata
 from typing import Any
@@ -40,7 +41,7 @@ def parse_json(text: str) -> Any:
         ValueError: it is no JSON, an object has a name twice, of which readers keep either, or a number is none.
         RecursionError: it is nested too deep.
     """
-    return json.loads(text, object_pairs_hook=_once, parse_constant=_no_number)
+    return json.loads(text, object_pairs_hook=_once, parse_constant=_no_number, parse_float=_number)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -49,6 +50,11 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r:.60} stands in it twice")
     return found
+
+
+def _number(word: str) -> float:
+    number = float(word)
+    return number if abs(number) < math.inf else _no_number(word)
 
 
 def _no_number(word: str) -> float:

@@ -103,7 +103,10 @@ def test_split_file_round_trip(tmp_path):
     assert again["val"] == []
 
 
-@pytest.mark.parametrize("content", ["not json", "[]", '{"train": [["a.png", 0]]}', '{"train": [[1, 0, "ant"]]}', "5"])
+ODD_ROWS = ('["a.png", 0]', '[1, 0, "ant"]', '["a.png", 1.5, "ant"]', '["a.png", -1, "ant"]', '["a.png", true, "ant"]', '"a1c"')
+
+
+@pytest.mark.parametrize("content", ["not json", "[]", "5", *(f'{{"train": [{row}]}}' for row in ODD_ROWS)])
 def test_bad_split_file_is_named(tmp_path, content):
     path = tmp_path / "split.json"
     path.write_text(content)

@@ -32,7 +32,7 @@ def test_halves_of_characters_can_be_written():
     assert harmless("a\ud800").encode() and one_line("a\n# b\ud800") == "a # b\\ud800"
 
 
-@pytest.mark.parametrize("text", ['{"a": 1, "a": 2}', '[{"b": {"a": 1, "a": 1}}]', '{"a": NaN}', "[-Infinity]"])
+@pytest.mark.parametrize("text", ['{"a": 1, "a": 2}', '[{"b": {"a": 1, "a": 1}}]', '{"a": NaN}', "[-Infinity]", "[1e999]"])
 def test_json_says_one_thing(text):
     with pytest.raises(ValueError, match="twice|no number"):
         parse_json(text)
