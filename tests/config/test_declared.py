@@ -8,7 +8,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from promptmix.config import check_values, get_cfg, get_key, merge_opts, source_of, validate
+from promptmix.config import check_values, get_cfg, get_key, merge_opts, source_of, sources, validate
+from promptmix.config.checks import check_pairs
 from promptmix.config.declare import Setting, all_declared, all_defaults
 from promptmix.errors import ConfigError, UserError
 
@@ -47,12 +48,19 @@ def is_in_range(value, setting: Setting) -> bool:
     )
 
 
-def set_and_check(key, value, cfg=None):
-    """Return the tree (a new one, or ``cfg``) with ``value`` set, or None where it was refused as it should be."""
+def set_and_check(key, value, cfg=None, alone=None):
+    """Return the tree (a new one, or ``cfg``) with ``value`` set, or None where it was refused as it should be.
+
+    ``alone`` is the key's declaration, by which it is checked as ``check_values`` checks all; others are at their defaults.
+    """
     cfg = get_cfg() if cfg is None else cfg
     try:
         merge_opts(cfg, [key, value], source="the test")
-        check_values(cfg)
+        if alone is None:
+            check_values(cfg)
+        else:
+            alone.check(key, get_key(cfg, key), source_of(cfg, key))
+            check_pairs(cfg, sources(cfg))
     except UserError as error:
         text = str(error)
         assert text
@@ -87,7 +95,7 @@ def test_values_around_the_bounds(key):
         # A key of one value refuses a list whatever is in it.
         lists = ([one] * count, tuple([one] * count), [one] * (count + 1)) if holds or place == 0 else ()
         for value in (one, *lists, *([int(one)] if one in bounds else [])):
-            if set_and_check(key, value, cfg) is not None:
+            if set_and_check(key, value, cfg, setting if place else None) is not None:
                 assert is_in_range(get_key(cfg, key), setting), (key, value)
             (get_key(cfg, node) if node else cfg)[name] = default
 

@@ -117,8 +117,10 @@ def together(room: Path) -> tuple[dict[str, dict[str, torch.Tensor]], str, str]:
     return found, refused, ""
 
 
-if __name__ == "__main__":
+def second(words: list[str]) -> int:
+    """Be the other process, in the folder that ``words`` name."""
     torch.set_num_threads(1)
     get_plugin_manager()
     DATASET_REGISTRY._entries["ToyPictures"] = toy.ToyPictures
-    together(Path(sys.argv[1]))
+    together(Path(words[0]))
+    return 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,9 +13,16 @@ import torch
 
 from promptmix.engine import load_checkpoint
 from promptmix.parallel import launch
+from tests import forked
 from tests.parallel import session
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def second(words):
+    from tests.parallel import session  # with a promptmix of its own
+
+    return session.second(words)
 
 
 @pytest.fixture(scope="module")
@@ -34,12 +40,12 @@ def ended(room, tmp_path_factory):
         for name, value in {**own, "RANK": "0"}.items():
             patch.setenv(name, value)
         patch.setattr(launch, "leave_quietly", lambda: None)
-        command = [sys.executable, "-m", "tests.parallel.session", str(folder)]
-        other = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "RANK": "1"}, stdout=subprocess.PIPE)
+        other = forked.Forked([str(folder)], ROOT, {**os.environ, "RANK": "1"}, second)
         try:
             both, *heard = session.together(folder)
         finally:
-            said = other.communicate(timeout=session.TIMEOUT)[0].decode()
+            said, errors = other.communicate(timeout=session.TIMEOUT)
+            sys.stderr.write(errors)
     session.train(folder, folder / "2 to 1")
     return folder, alone, both, heard, said, other.returncode
 

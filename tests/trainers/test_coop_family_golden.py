@@ -114,7 +114,7 @@ def test_prograd_gradient_is_the_projected_one(clip, conflict):
 
 @pytest.mark.parametrize("build", [cocoop, kgcoop, mopd])
 def test_short_training_equals_the_plain_tower(build, monkeypatch):
-    """Five SGD steps through the prefix-shared tower and through the plain one end at the same loss, and learn."""
+    """Three SGD steps through the prefix-shared tower and through the plain one have the same losses, and learn."""
     finals = []
     for plain in (False, True):
         clip = golden_clip()
@@ -123,14 +123,14 @@ def test_short_training_equals_the_plain_tower(build, monkeypatch):
         learner = build(clip)
         optimizer = torch.optim.SGD(learner.parameters(), lr=0.05, momentum=0.9)
         losses = []
-        for _ in range(5):
+        for _ in range(3):
             optimizer.zero_grad()
             loss = learner.loss(learner.step(images(), labels())).total
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
         assert losses[-1] < losses[0]
-        finals.append(losses[-1])
+        finals.append(losses)
     assert finals[0] == pytest.approx(finals[1], rel=1e-3)
 
 
