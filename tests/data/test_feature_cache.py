@@ -242,3 +242,21 @@ def test_tensors_of_another_size_than_asked_for_are_dropped(shapes, tmp_path):
     cache.put("key", {"features": torch.ones(4, 3)}, "a")
     assert cache.get("key", {"features": (4, 3)}) is not None and cache.get("key", {"features": (4,)}) is not None
     assert cache.get("key", shapes) is None and not list(tmp_path.iterdir())
+
+
+def test_a_file_that_another_process_replaces_while_it_is_opened_is_no_damage(tmp_path, capsys, monkeypatch):
+    """PyTorch opens the file a second time by its name; between the two it may be removed and written anew."""
+
+    def load(path):
+        os.rename(path, tmp_path / "aside")
+        try:
+            torch.UntypedStorage.from_file(os.fspath(path), shared=False, nbytes=8)
+        finally:
+            os.rename(tmp_path / "aside", path)
+
+    cache = FeatureCache(tmp_path)
+    cache.put("key", {"features": torch.ones(4, 3)}, "a")
+    monkeypatch.setattr("promptmix.data.features.cache.load_file", load)
+    assert cache.get("key") is None and not capsys.readouterr().out
+    monkeypatch.undo()
+    assert cache.get("key") is not None

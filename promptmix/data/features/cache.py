@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -126,6 +127,8 @@ class FeatureCache:
             return None
         except _UNREADABLE as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
+            if os.strerror(errno.ENOENT) in reason:  # removed meanwhile, as PyTorch says it, and perhaps there again
+                return None
         if reason:
             if path.exists():
                 get_logger().warning("Cached %s in %s are not used and made anew: %s", self.what, path, reason)
