@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--on", default="", metavar="DATA", help=about)
     add("--root", default="", help="folder of the data sets; default: the run's")
     add("--load-epoch", type=int, metavar="N", help="the checkpoint of this epoch; default: the one that the run was tested with")
+    add("--skip-bad", action="store_const", const=True, help="leave out missing or damaged pictures instead of stopping")
     add("--split", choices=("test", "val"), default="", help="what is evaluated; default: as the run, mostly test")
     add("--calibrate", action="store_true", help="also fit a temperature on the val part and keep it, for `promptmix predict`")
     add("--weights", default="", metavar="FILE", help="the backbone's file, where the run had one of its own")
@@ -62,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
     folder = args.output_dir or str(place / (Path(what).stem or "data"))
     flags: dict[str, tuple[str, Any]] = {
         "--root": ("DATASET.ROOT", args.root),
+        "--skip-bad": ("DATASET.SKIP_BAD", args.skip_bad),
         "--split": ("TEST.SPLIT", args.split),
         "--weights": ("MODEL.BACKBONE.WEIGHTS", args.weights),
         "--device": ("DEVICE", args.device),

@@ -79,12 +79,12 @@ def run(args: argparse.Namespace) -> int:
     refuse_undivided(args.trainer)
     jobs = [cfg] if args.no_baseline or args.trainer == fit.BASELINE else [cfg, fit.baseline_of(cfg, wish)]
     started, command = time.monotonic(), ["promptmix", *args.argv]
-    progress = Lines(total=len(jobs))
+    progress, said = Lines(total=len(jobs)), set[str]()
     try:
         done = []
         with group.joined(choose_device(cfg.DEVICE, cfg.USE_CUDA), args.trainer):
             for job in jobs:
-                done.append(_run(job, wish, progress, command))
+                done.append(_run(job, wish, progress, command, said, alone=len(jobs) == 1))
                 gc.collect()  # a trainer refers to itself: its model goes before the next one comes
     finally:
         progress.close()
@@ -103,14 +103,15 @@ def _shots(text: str) -> int:
     return int(text)
 
 
-def _run(cfg: CfgNode, wish: Wish, progress: Lines, command: list[str]) -> RunResult:
-    """Run one config, unless it has finished before; the first says what was chosen."""
+def _run(cfg: CfgNode, wish: Wish, progress: Lines, command: list[str], said: set[str], alone: bool) -> RunResult:
+    """Run one config, unless it has finished before; the first says what was chosen, and none repeats a note."""
     from promptmix.engine import build_trainer
     from promptmix.parallel import group
     from promptmix.runs import fit
     from promptmix.runs.calibration import calibrate, in_words
     from promptmix.runs.progress import warnings_to
     from promptmix.runs.run import finished, running, train_or_test, written
+    from promptmix.utils import get_logger
 
     out = sys.stdout
     trained = wish.trainer == cfg.TRAINER.NAME
@@ -132,12 +133,16 @@ def _run(cfg: CfgNode, wish: Wish, progress: Lines, command: list[str]) -> RunRe
         if trained:
             out.write(f"  note: pictures that changed since are not looked at; remove {cfg.OUTPUT_DIR} to train anew\n")
         return before
-    with warnings_to(out) if trained else warnings_to(sys.stderr):
+    with warnings_to(out if trained else sys.stderr, said):
         options: dict[str, Any] = {"quiet": True, "build": build, "on_epoch": progress.epoch, "command": command}
         with running(cfg, labels={"title": wish.name}, plugins=wish.plugins, **options) as (trainer, result):
             train_or_test(trainer)
             calibratable = trained and trainer.val_loader is not None and hasattr(trainer, "scores")
             found = calibrate(trainer, cfg.OUTPUT_DIR) if calibratable else None
+            if alone and fit.template_is_unread(trainer, wish):
+                get_logger().warning(
+                    "--template changed nothing: %s reads none, and --no-baseline leaves out what does", cfg.TRAINER.NAME
+                )
     result = written(cfg, result)
     progress.end(result, skipped=False)
     if calibratable:

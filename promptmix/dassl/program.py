@@ -86,13 +86,19 @@ def command_line(words: Sequence[str], opts: Sequence[str], root: Path, taken: d
             values = [_absolute(value) for value in values]
         else:
             values = [_existing(value, root) for value in values]
-        kept.append([flag, *values])
+        kept.append([_spelled(flag, taken), *values])
     # A flag that takes many values would take the pairs too.
     kept.sort(key=lambda group: group[0] not in _MANY)
     if kept and kept[-1][0] in _MANY:
         kept.append(["--root", ""])
     pairs = [_existing(word, root) if index % 2 else word for index, word in enumerate(opts)]
     return [word for group in kept for word in group] + pairs
+
+
+def _spelled(flag: str, taken: dict[str, Any]) -> str:
+    """Return a flag as the checkout's program spells it: MuDPT and FAPT write ``--output_dir``."""
+    same = [other for other in taken if other.replace("_", "-") == flag.replace("_", "-")]
+    return flag if flag in taken or not same else same[0]
 
 
 def groups(words: Sequence[str]) -> Iterator[tuple[str, list[str]]]:

@@ -115,7 +115,8 @@ def _renamed(root: Path, file: Path) -> Engine | None:
 def _copy(root: Path) -> Path | None:
     """Return the package ``dassl`` in the checkout, or beside it where the checkout is a folder of a repository."""
     places = [root / "dassl", *sorted(root.glob("*/dassl")), *sorted(root.glob("*/*assl*/dassl"))]
-    if not (root / ".git").exists():
+    in_repository = any((root.parent / name).exists() for name in (".git", "README.md"))  # an archive has no .git
+    if in_repository and not (root / ".git").exists():
         places += [parent / "dassl" for parent in sorted(root.parent.glob("*assl*"))]
     return next((place for place in places if (place / "engine" / "trainer.py").is_file()), None)
 

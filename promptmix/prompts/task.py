@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
 from promptmix.clip import CLIP
 from promptmix.data.descriptions import Descriptions
+
+
+class Templates(tuple[str, ...]):
+    """A data set's templates, which know whether anything has read one."""
+
+    were_read = False
+
+    def __iter__(self) -> Iterator[str]:
+        self.were_read = True
+        return super().__iter__()
+
+    def __getitem__(self, place: Any) -> Any:  # a place or a slice
+        self.were_read = True
+        return super().__getitem__(place)
 
 
 @dataclass(frozen=True)
@@ -33,6 +49,10 @@ class Task:
     train_labels: tuple[int, ...] = ()
     open_world: bool = False
     descriptions: Descriptions = field(default_factory=lambda: Descriptions({}))
+
+    def __post_init__(self) -> None:
+        for name in ("templates", "template_groups"):
+            object.__setattr__(self, name, Templates(getattr(self, name)))
 
     def label_rows(self, features: Tensor) -> Tensor:
         """Pick from features (E, C_all, D) of all class names those of the classes told apart: (E, C, D)."""

@@ -173,6 +173,12 @@ def _look(wish: Wish) -> dict[str, tuple[str, Any]]:
     }
 
 
+def template_is_unread(trainer: Any, wish: Wish) -> bool:  # a trainer with Dassl's interface
+    """Tell whether the caller gave templates and nothing of a trained method has read one."""
+    task = getattr(getattr(trainer, "model", None), "task", None)
+    return bool(wish.templates) and task is not None and not (task.templates.were_read or task.template_groups.were_read)
+
+
 def defaults(cfg: CfgNode, dataset: Any, wish: Wish) -> list[tuple[str, str]]:  # a DatasetBase
     """Return what was chosen, as pairs of a word and a line that also says how to choose otherwise.
 

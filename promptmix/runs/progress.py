@@ -31,12 +31,15 @@ def numbers(result: RunResult) -> str:
 
 
 @contextlib.contextmanager
-def warnings_to(stream: TextIO) -> Iterator[None]:
-    """Show warnings on ``stream`` too, while a quiet run sends its lines to its log."""
+def warnings_to(stream: TextIO, said: set[str] | None = None) -> Iterator[None]:
+    """Show warnings on ``stream`` too, while a quiet run sends its lines to its log; those of ``said`` not once more."""
+    said = set() if said is None else said
 
     def show(record: logging.LogRecord) -> bool:
-        if record.levelno >= logging.WARNING:
-            stream.write(f"  note: {harmless(record.getMessage())}\n")
+        line = harmless(record.getMessage())
+        if record.levelno >= logging.WARNING and line not in said:
+            stream.write(f"  note: {line}\n")
+            said.add(line)
         return True
 
     from promptmix.utils import get_logger  # here, as progress of other processes needs no torch

@@ -67,6 +67,7 @@ def own_dassl(room, folder, name="dassl"):
 def test_a_dassl_that_differs_is_used(room, folder, name, capsys):
     """15 of 16 copies differ, in evaluators and data managers too: another engine would give other numbers without a word."""
     own_dassl(room, folder, name)
+    (room / "README.md").write_text("")
     results = run(room, weights="")
     assert results["metrics"]["test"]["accuracy"] == 75.0
     assert f"{folder}/{name.replace('.', '/')} (" in results["versions"]["dassl"]
@@ -76,6 +77,18 @@ def test_a_dassl_that_differs_is_used(room, folder, name, capsys):
     assert not [
         module for module in sys.modules if module.partition(".")[0] in ("Dassl", "dassl", "my_dassl", "gdown", "trainers")
     ]
+
+
+def test_a_dassl_beside_the_checkout_is_another_repository(tmp_path):
+    """A folder of code, where a fork of Dassl lies beside a checkout that came as an archive."""
+    (tmp_path / "fork").mkdir()
+    engine = tmp_path / "Dassl.pytorch" / "dassl" / "engine"
+    engine.mkdir(parents=True)
+    (engine / "trainer.py").write_text("another = True\n")
+    (tmp_path / "fork" / "train.py").write_text("")
+    assert vendored.choose(tmp_path / "fork", tmp_path / "fork" / "train.py", "").folder is None
+    (tmp_path / "README.md").write_text("")
+    assert vendored.choose(tmp_path / "fork", tmp_path / "fork" / "train.py", "").folder == engine.parent
 
 
 def test_ours_on_request_names_what_is_not_used(room, caplog):

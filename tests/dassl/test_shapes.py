@@ -42,6 +42,11 @@ def test_a_forks_own_flags_are_taken(room):
     assert run(room, "--note", "ab", "--twice")["config"]["TRAINER"]["WORDBIAS"]["NOTE"] == "abab"
 
 
+def test_flags_that_a_fork_writes_otherwise(room):
+    change(room, "train.py", ("--output-dir", "--output_dir"), ("--dataset-config-file", "--dataset_config_file"))
+    assert run(room)["config"]["DATASET"]["NAME"] == "OxfordPets"
+
+
 def test_what_a_program_sets_for_all_its_trainers_may_go_unread(room):
     change(room, "train.py", ("NOTE = args.note", "NOTE = args.note; cfg.OPTIM.NEW_LAYERS = ['film']"))
     assert run(room, "--note", "ab")["config"]["OPTIM"]["NEW_LAYERS"] == ["film"]

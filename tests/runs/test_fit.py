@@ -43,8 +43,11 @@ def test_it_says_what_it_chose_compares_and_says_what_to_type_next(pictures, tmp
 
 @pytest.mark.parametrize("trainer", ["MoCoOp", "MoPD", "MaPLe", "TipAdapterF", "PromptSRC"])
 def test_methods_with_groups_visual_prompts_and_caches_need_no_config(pictures, tmp_path, trainer, capsys):
-    assert fit(pictures, tmp_path, "--trainer", trainer, "--shots", "2", "--no-baseline") == 0
-    assert "at most 2: 2 a class" in capsys.readouterr().out
+    given = ["--template", "an icon of a {}."] if trainer in ("MaPLe", "TipAdapterF") else []
+    assert fit(pictures, tmp_path, "--trainer", trainer, "--shots", "2", "--no-baseline", *given) == 0
+    said = capsys.readouterr().out
+    assert "at most 2: 2 a class" in said
+    assert ("--template changed nothing: MaPLe reads none" in said) == (trainer == "MaPLe")
 
 
 def test_few_pictures_are_said_with_numbers(pictures, tmp_path, capsys):
