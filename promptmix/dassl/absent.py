@@ -72,8 +72,9 @@ class _Absent(MetaPathFinder, Loader):
         if fullname in _COOPS or fullname in _MOVED:
             return ModuleSpec(fullname, self)
         is_own = (self.root / top).is_dir() or (self.root / f"{top}.py").is_file() or top in ("dassl", "datasets", "trainers")
-        parent = fullname.rpartition(".")[0]
-        if parent and not isinstance(sys.modules.get(parent), _Package):  # it may be a name that its module lacks
+        parent = sys.modules.get(fullname.rpartition(".")[0])
+        # It may be a name that its module lacks; a namespace (google) has parts of several packages.
+        if parent is not None and not isinstance(parent, _Package) and getattr(parent, "__file__", None):
             return None
         if is_own or frame.f_lineno in _tried(frame.f_code.co_filename):
             return None
@@ -89,10 +90,12 @@ class _Absent(MetaPathFinder, Loader):
             vars(module).update({name: list(lines) for name, lines in _COOPS[spec.name].items()})
             log("%s imports %s, which was not published with it; CoOp's is used", _at(self.root), spec.name)
             return module
-        if "." not in spec.name:
-            until = "what it would write down is lost" if spec.name in _LOGGERS else "it is passed over until something uses it"
-            log("The package %s (%s) is not installed; %s", spec.name, _at(self.root), until)
-        return _Package(spec.name, self.root)
+        parent = sys.modules.get(spec.name.rpartition(".")[0])
+        if isinstance(parent, _Package):
+            return _Package(spec.name, self.root, parent.of)
+        until = "what it would write down is lost" if spec.name in _LOGGERS else "it is passed over until something uses it"
+        log("The package %s (%s) is not installed; %s", spec.name, _at(self.root), until)
+        return _Package(spec.name, self.root, spec.name)
 
     def exec_module(self, module: ModuleType) -> None:
         """Nothing to run."""
@@ -101,9 +104,10 @@ class _Absent(MetaPathFinder, Loader):
 class _Package(ModuleType):
     """A package that is not installed."""
 
-    def __init__(self, name: str, root: Path) -> None:
+    def __init__(self, name: str, root: Path, of: str) -> None:
         super().__init__(name)
-        self.__dict__["_part"] = _Part(name, root)
+        self.of = of
+        self.__dict__["_part"] = _Part(name, root, of)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -114,20 +118,18 @@ class _Package(ModuleType):
 class _Part:
     """Something in a package that is not installed: it may be named, and says so when it is called."""
 
-    def __init__(self, name: str, root: Path) -> None:
-        self._name, self._root = name, root
-        self._silent = name.partition(".")[0] in _LOGGERS
+    def __init__(self, name: str, root: Path, of: str) -> None:
+        self._name, self._root, self._of = name, root, of
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return _Part(f"{self._name}.{name}", self._root)
+        return _Part(f"{self._name}.{name}", self._root, self._of)
 
     def __call__(self, *_args: Any, **_kwargs: Any) -> Any:
-        if self._silent:
+        if self._of in _LOGGERS:
             return self
-        package = self._name.partition(".")[0]
-        raise PluginError(f"{_at(self._root)} needs the package {package}, which is not installed ({self._name}); install it")
+        raise PluginError(f"{_at(self._root)} needs the package {self._of}, which is not installed ({self._name}); install it")
 
     def __mro_entries__(self, _bases: tuple[Any, ...]) -> tuple[type, ...]:
         return (type(self._name.rpartition(".")[2], (), {"__init__": lambda _self, *_args, **_kwargs: self()}),)

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+import datetime
+import os.path as osp
+import time
+from collections import OrderedDict
 from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
 
 from promptmix.dassl.data import DataManager
 from promptmix.dassl.evaluation import build_evaluator
@@ -26,12 +35,19 @@ from promptmix.engine import TRAINER_REGISTRY, SimpleTrainer, TrainerBase, Train
 
 __all__ = ["TRAINER_REGISTRY", "SimpleNet", "SimpleTrainer", "TrainerBase", "TrainerX", "TrainerXU", "build_trainer"]
 
-#: What forks import from ``dassl.engine.trainer``, which imports it itself.
-_PASSED_ON = (
-    *(AverageMeter, DataManager, MetricMeter, Registry, build_backbone, build_evaluator, build_head, build_lr_scheduler),
-    *(build_optimizer, check_availability, count_num_param, load_checkpoint, load_pretrained_weights, mkdir_if_missing),
-    *(resume_from_checkpoint, save_checkpoint, tolist_if_not),
-)
+#: What forks import from ``dassl.engine.trainer``, which imports it itself; some take all of it (``import *``).
+_PASSED_ON = {
+    **{"datetime": datetime, "nn": nn, "np": np, "osp": osp, "time": time, "torch": torch, "tqdm": tqdm},
+    **{
+        passed.__name__: passed
+        for passed in (
+            *(AverageMeter, DataManager, MetricMeter, OrderedDict, Registry, build_backbone, build_evaluator, build_head),
+            *(build_lr_scheduler, build_optimizer, check_availability, count_num_param, load_checkpoint, mkdir_if_missing),
+            *(load_pretrained_weights, resume_from_checkpoint, save_checkpoint, tolist_if_not),
+        )
+    },
+}
+__all__ += list(_PASSED_ON)
 
 
 def __getattr__(name: str) -> Any:

@@ -143,8 +143,9 @@ def _missing(name: str, place: str, root: Path, data: str) -> UserError:
         return UserError(
             f"{said}; MODEL.BACKBONE.WEIGHTS may be a folder with OpenAI's file names, which stands for {file.name} too"
         )
-    foreign = file.is_absolute() and not file.is_relative_to(root)
-    whose = ": a path of its authors' machine" if foreign and not file.parent.exists() else ""
+    there = next((above for above in file.parents if above.exists()), file)
+    foreign = file.is_absolute() and len(there.parts) <= 2  # / or /home
+    whose = ": a path of its authors' machine" if foreign else ""
     parts = file.parts[1:] if file.is_absolute() else file.parts
     tails = [Path(*parts[at:]) for at in range(len(parts))]
     bases = [root, *([Path(data)] if data else [])]

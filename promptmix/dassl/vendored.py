@@ -6,6 +6,7 @@ import ast
 import hashlib
 import importlib
 import importlib.machinery
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -154,13 +155,16 @@ def theirs(engine: Engine) -> Iterator[Any]:
     top = engine.name.partition(".")[0]
     hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == top}
     finders, paths = list(sys.meta_path), list(sys.path)
+    said = logging.root.manager.disable  # Dassl's module for WILDS silences all logs
     sys.meta_path[:] = [finder for finder in finders if not _is_ours(finder)]
     sys.path.insert(0, str(Path(engine.folder or "").parents[engine.name.count(".")]))
     try:
         with _absent():
             module = importlib.import_module(f"{engine.name}.engine")
+        logging.disable(said)
         yield module
     finally:
+        logging.disable(said)
         sys.meta_path[:] = finders
         sys.path[:] = paths
         for name in [name for name in sys.modules if name.partition(".")[0] == top]:

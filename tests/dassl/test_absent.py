@@ -30,6 +30,8 @@ def imports(room, line, use=""):
     [
         ("import nobody_has_it.plot as plt", "isinstance(self, plt.Figure)"),
         ("from nobody_has_it import Clusters, fast", ""),
+        ("import google.nobody_has_it as generative", ""),
+        ("from dassl.engine.trainer import *\nfrom dassl.evaluation.evaluator import *", "torch, np, osp, tqdm, build_optimizer"),
         ("import nobody_has_it as n\n\n\nclass Mine(n.Base):\n    size: n.Size | None = None\n", ""),
         ("import swanlab", "swanlab.init(project='x').log({'loss': 1}); swanlab.run.name = 'y'"),
         ("import pickle5", "assert pickle5.loads(pickle5.dumps(3)) == 3"),
@@ -43,7 +45,7 @@ def test_what_nothing_uses_may_be_absent(room, line, use):
     run(room)
     assert not {"nobody_has_it", "swanlab", "pickle5"} & (set(sys.modules) - before)
     said = re.search(
-        r"The package nobody_has_it \(trainers/wordbias.py:\d+\) is not installed; it is passed over until", log(room)
+        r"The package (google\.)?nobody_has_it \(trainers/wordbias.py:\d+\) is not installed; it is passed over until", log(room)
     )
     assert bool(said) == ("nobody_has_it" in line and "try" not in line)
 
