@@ -15,8 +15,9 @@ from promptmix.prompts.changed import ENCODERS, ChangedTowers
 from promptmix.prompts.roles import Task
 
 TENSORS = ("norms", "biases", "all")
-#: Where a tower ends: what stands behind its blocks, by the first part of a name (CLIP's own towers, timm's).
+#: What stands for the blocks of a ResNet.
 _STAGES = ("layer1", "layer2", "layer3", "layer4", "attnpool")
+#: Where a tower ends: what stands behind its blocks, by the first part of a name (CLIP's own towers, timm's).
 _BEHIND = ("ln_post", "ln_final", "proj", "text_projection", "norm", "fc_norm", "head", "attn_pool")
 
 

@@ -59,8 +59,9 @@ class Tokenizer:
         return find(self._texts, text, lambda: self._encode_uncached(text), size=65536)
 
     def word(self, token: int) -> str:
-        """Return what a token stands for; a piece that goes on into the next one ends with a hyphen."""
-        text: str = self._simple.decode([token])
+        r"""Return what a token stands for; one that goes on into the next ends with a hyphen, half a letter is ``\xe2``."""
+        raw = bytes(self._simple.byte_decoder[letter] for letter in self._simple.decoder[token])
+        text = raw.decode(errors="backslashreplace").replace("</w>", " ")
         return text.rstrip() if text.endswith(" ") else f"{text}-"
 
     def class_tokens(self, names: Sequence[str]) -> ClassTokens:

@@ -29,6 +29,14 @@ def tower(quick_gelu: bool = True, causal: bool = True, layers: int = 3) -> Text
 SHARED = {gelu: tower(gelu) for gelu in (True, False)}
 
 
+def test_every_byte_has_a_word_of_its_own():
+    """Halves of letters in UTF-8 too, which a replacement character would make all the same."""
+    # Single bytes, before more of a word and at its end; white space has none.
+    words = list(filter(None, map(TOKENIZER.word, range(512))))
+    assert TOKENIZER.word(320) == "a" and TOKENIZER.word(187) == "\\xff-"
+    assert len(set(words)) == len(words) > 500
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     names=st.lists(st.sampled_from(WORDS), min_size=1, max_size=6),
