@@ -222,7 +222,7 @@ THEIRS = [
     ("MaPLe_ATP MaPLe/vit_b16_c2_ep5_batch4_2ctx TRAINER.MAPLE.N_CTX 4", {"TRAINER.MAPLEATP.N_CTX": 4, "OPTIM.LR": 0.0035}),
     ("CoPrompt coprompt", {"TRAINER.COPROMPT.PROMPT_DEPTH": 9}),
     (
-        "ADAPTER SGD_lr1e-1_B256_ep300 TRAINER.ADAPTER.INIT ZS TRAINER.ADAPTER.CONSTRAINT none",
+        "ADAPTER SGD_lr1e-1_B256_ep300 TRAINER.ADAPTER.INIT RANDOM TRAINER.ADAPTER.CONSTRAINT none",
         {"TRAINER.CLAP.CONSTRAINT": "none"},
     ),
     ("TaskRes TaskRes/adam_lr2e-3_B256_ep100 TRAINER.TaskRes.RESIDUAL_SCALE 1.0", {"TRAINER.TASKRES.ALPHA": 1.0}),
@@ -247,7 +247,7 @@ def test_keys_of_the_authors_are_ours(line, expected):
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ("ADAPTER TRAINER.ADAPTER.INIT TipA", "INIT is 'TipA', which CLAP has not here; give ZS"),
+        ("ADAPTER TRAINER.ADAPTER.ENHANCED_BASE x.pt", "ENHANCED_BASE is 'x.pt', which CLAP has not here; give none"),
         ("ALVLM TRAINER.COOPAL.METHOD badge", "rounds are the protocol: promptmix run active"),
         ("CoOp_ATP TRAINER.ATPROMPT.N_ATT1 2 TRAINER.ATPROMPT.N_ATT2 4", "N_ATT1 and .*N_ATT2 are one key here, .*COOPATP.N_ATT"),
         ("MoPD TRAINER.COOP.DEPTH 2", "unknown config key 'TRAINER.COOP.DEPTH'"),

@@ -254,6 +254,30 @@ def test_clap():
         close(learner.logits(learner.features(images()), learner.classifier()), expected["logits"])
 
 
+def test_clap_with_an_adaptive_constraint_on_cosines():
+    """Three epochs of full batches, the outer step behind each; the published model is for EuroSAT's template."""
+    case, expected = "clap_adaptive", numbers("clap_adaptive")
+    task = golden_task(frozen(), templates=("a centered satellite photo of {}.",))
+    bank = Prototypes(task)
+    constraint = Constraint(bank, "l2", views=1, distance="cosine", adaptive=True)
+    learner = Learner(task, bank, head=Cosine(task, bank), loss=CrossEntropy() + constraint)
+    train = unit(given(case, "train", 20, 512))
+    with torch.no_grad():
+        constraint.prepare(lambda: [learner.step(train, ROWS)])
+    optimizer = torch.optim.SGD([bank.prototypes], lr=3.0, momentum=0.9)  # so that the distances count
+    for epoch in range(3):
+        optimizer.zero_grad()
+        loss = learner.loss(learner.step(train, ROWS)).total
+        loss.backward()
+        optimizer.step()
+        constraint.update()
+        close(loss, expected["losses"][epoch])
+        close(constraint.multipliers, expected["multipliers"][epoch])
+    close(bank.prototypes.flatten()[:256], expected["prototypes_head"])
+    random = Prototypes(task, start="random").prototypes
+    assert random.std().item() == pytest.approx((2 / 512) ** 0.5, rel=0.1)
+
+
 def test_prolip():
     case, expected = "prolip", numbers("prolip")
     task = golden_task(frozen())
