@@ -173,7 +173,8 @@ class CLAP(PromptTrainer):
 
     def after_epoch(self) -> None:
         """Let the constraint's weights grow, where they do, before the epoch is saved."""
-        for part in self.model.losses.values():
+        learner: Any = self.model  # of compose
+        for part in learner.losses.values():
             if isinstance(part, Constraint):
                 part.update()
         super().after_epoch()
