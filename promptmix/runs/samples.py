@@ -167,7 +167,7 @@ def _check(found: Mapping[str, np.ndarray]) -> None:
         ValueError: they don't; the message names one.
     """
     for name, kind in _REQUIRED.items() | {(name, kind) for name, kind in _ROUTING.items() if "expert" in found}:
-        if name not in found or found[name].dtype.kind != kind:
+        if name not in found or getattr(found[name], "dtype", np.dtype("V")).kind != kind:  # bytes, of what is no array
             raise ValueError(f"its array {name} is missing or of another type")
     count = found["label"].shape[:1]
     for name, array in found.items():

@@ -129,6 +129,15 @@ def test_arrays_that_do_not_belong_together_are_refused(tmp_path, name, value):
         samples.read(write(tmp_path / "p.npz", arrays | {name: value}))
 
 
+def test_a_member_that_is_no_array_is_refused(tmp_path):
+    arrays = kept(*made())
+    write(tmp_path / "p.npz", {name: value for name, value in arrays.items() if name != "label"})
+    with zipfile.ZipFile(tmp_path / "p.npz", "a") as pack:
+        pack.writestr("label.npy", b"no array")
+    with pytest.raises(DataError, match="label is missing or of another type"):
+        samples.read(tmp_path / "p.npz")
+
+
 def test_a_named_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "p.npz")
     with pytest.raises(DataError, match="no regular file"):
