@@ -19,6 +19,7 @@ from promptmix import console
 from promptmix.cli import main
 from promptmix.config import get_cfg, merge_file, merge_opts
 from promptmix.config.yamlfile import read_yaml
+from promptmix.data.datasets.tables import picture_paths
 from promptmix.data.reading.images import read_image
 from promptmix.data.reading.pictures import quick_problem
 from promptmix.errors import ConfigError, DataError, OutputError
@@ -222,6 +223,14 @@ def test_tables_that_are_wrong(train, pictures, capsys, lines, words):
     columns = "path,label,split" if "," in lines[0].partition(",")[2] or "cells" in words else "path,label"
     (pictures / "labels.csv").write_text("\n".join([columns, *lines]) + "\n")
     fails(capsys, [*train, "DATASET.NAME", "CSV"], words)
+
+
+def test_a_table_that_is_no_text_or_one_long_line(tmp_path):
+    table = tmp_path / "t.csv"
+    for content, words in ((b"\xff\xfep\0", "UTF-8"), (b"x" * 200_000, "line 1: field larger")):
+        table.write_bytes(content)
+        with pytest.raises(DataError, match=f"{words}.*columns"):
+            list(picture_paths(table))
 
 
 def test_predictions_for_odd_input(train, tmp_path, pictures, capsys):

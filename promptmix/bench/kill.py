@@ -31,6 +31,7 @@ import yaml
 
 from promptmix.engine.checkpoint import load_checkpoint
 from promptmix.errors import UserError
+from promptmix.files.text import one_line
 from promptmix.runs.results import FILE_NAME
 
 __all__ = ["COMMANDS", "Trial", "differences", "run", "trials"]
@@ -116,7 +117,7 @@ def trials(method: str, kills: int, folder: Path, args: Namespace, command: str 
         if way not in unbroken:
             place, begin = folder / f"whole{len(unbroken)}", time.monotonic()
             if not _ends(start(way, place)):
-                raise UserError(f"bench kill: {method} {' '.join(way)} can't {command} even unbroken; try it by itself")
+                raise UserError(f"bench kill: {method} {' '.join(way)} can't {command} even unbroken{_last_words(place)}")
             unbroken[way] = place, time.monotonic() - begin
         whole, seconds = unbroken[way]
         place, number = folder / f"trial{number}", number + 1
@@ -135,7 +136,7 @@ def trials(method: str, kills: int, folder: Path, args: Namespace, command: str 
             if child.exitcode not in (0, -hit, 128 + hit):  # it may have ended in time, or not have begun to listen
                 wrong.append(f"{hit.name} ended it with {child.exitcode}")
         if not _ends(start(way, place, draw.choice(args.workers))):
-            wrong.append("it could not go on")
+            wrong.append(f"it could not go on{_last_words(place)}")
         hits += len(found)
         if found:
             yield Trial(method, place, way, found, wrong + differences(whole, place))
@@ -164,6 +165,12 @@ def _ends(child: BaseProcess) -> bool:
     return child.exitcode == 0
 
 
+def _last_words(place: Path) -> str:
+    """Return the last line that the latest run into ``place`` printed, as the end of a message."""
+    lines = Path(f"{place}.txt").read_text(encoding="utf-8", errors="replace").split("\n")
+    return next((f": {one_line(line)}" for line in reversed(lines) if line.strip()), "")
+
+
 def _start(command: str, method: str, args: Namespace, way: tuple[str, ...], place: Path, workers: int = 0) -> BaseProcess:
     """Start a run, or go on with it, in a process that has imported everything already."""
     # The cache is the run's own, so that some are cold when a run is killed.
@@ -171,7 +178,7 @@ def _start(command: str, method: str, args: Namespace, way: tuple[str, ...], pla
     argv = _argv(command, method, str(args.shots), place, (*_settings(**more), *way))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
-    child = context.Process(target=_work, args=(argv, args.threads))
+    child = context.Process(target=_work, args=(argv, args.threads, f"{place}.txt"))
     child.start()
     return child
 
@@ -201,12 +208,13 @@ def _argv(command: str, method: str, shots: str, place: Path, settings: tuple[st
     return ["sweep", str(file), "--jobs", "2", "--threads", "1", "--backend", "ray" if command == "ray" else "local"]
 
 
-def _work(argv: list[str], threads: int) -> None:
-    """Be the process of one command; what it prints is not wanted."""
+def _work(argv: list[str], threads: int, told: str) -> None:
+    """Be the process of one command; what it prints goes to the file ``told``."""
     multiprocessing.set_start_method(None, force=True)  # workers start as in a process of its own
-    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.makedirs(os.path.dirname(told), exist_ok=True)
+    told_to = os.open(told, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
-        os.dup2(nothing, stream)
+        os.dup2(told_to, stream)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the server that we are forked from ignores it
     torch.set_num_threads(threads)
     sys.argv[1:] = argv

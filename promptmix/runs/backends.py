@@ -301,9 +301,10 @@ def on_ray(jobs: Sequence[Job], options: Options, started: Started) -> Generator
     here: dict[str, Any] = {} if options.address else {"num_cpus": options.jobs * options.threads, "include_dashboard": False}
     try:
         ray.init(address=options.address or "local", log_to_driver=False, **here)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except Exception as error:  # of a node that does not start in time Ray raises no kind of its own
         where = f"--address {options.address}" if options.address else "--backend ray"
-        raise UserError(f"{where}: {' '.join(str(error).split())}; start Ray there, or leave --address out") from error
+        remedy = "start Ray there, or leave --address out" if options.address else "try again where less runs, or --backend local"
+        raise UserError(f"{where}: {' '.join(str(error).split())}; {remedy}") from error
     signals.take_back()  # Ray ends a process at SIGTERM by itself, with a page of addresses
     try:
         has_gpus = options.share is not None or ray.cluster_resources().get("GPU", 0)

@@ -20,10 +20,10 @@ def from_here(monkeypatch):
     """Fork runs from this process, which has imported everything and leaves the data set few test pictures."""
     work = kill._work
 
-    def begin(argv, threads):
+    def begin(argv, threads, told):
         forked.forget_processes()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        work(argv, threads)
+        work(argv, threads, told)
 
     monkeypatch.setattr(kill, "multiprocessing", SimpleNamespace(get_context=lambda _: multiprocessing.get_context("fork")))
     monkeypatch.setattr(kill.multiprocessing, "set_start_method", multiprocessing.set_start_method, raising=False)
@@ -39,6 +39,9 @@ def test_killed_runs_end_as_the_unbroken_one(command, method, workers, tmp_path,
     assert [trial for trial in trials if trial.wrong] == []
     broken = trials[0].place
     whole = next(one for one in sorted(tmp_path.glob("whole?")) if not kill.differences(one, broken))
+
+    (tmp_path / "told.txt").write_text("begun\npromptmix: error: no room\n\n")
+    assert kill._last_words(tmp_path / "told") == ": promptmix: error: no room"
 
     # What the comparison is worth.
     path = next(broken.rglob("prompt_learner/model.pth.tar-3"))

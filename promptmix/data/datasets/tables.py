@@ -41,7 +41,7 @@ def table_of(pictures: str | os.PathLike[str]) -> Path | None:
         return path
     for name in _METADATA:
         for file in (path / name, path / "train" / name):
-            if file.is_file() and "label" in _first(read_text(file), file):
+            if file.is_file() and "label" in _first(_text(file), file):
                 return path / name
     return None
 
@@ -71,7 +71,7 @@ def picture_paths(where: Path) -> Iterator[str]:
     Raises:
         DataError: it has no column for them.
     """
-    text = read_text(where)
+    text = _text(where)
     if "path" not in _first(text, where):
         raise DataError(f"{where} has no column 'path' or 'file_name'; its first line must name the columns, such as path,label")
     yield from (os.path.normpath(where.parent / row["path"]) for _, row, _ in _rows(text, where) if row["path"])
@@ -115,7 +115,24 @@ def _rows(text: str, where: Path) -> Iterator[Cells]:
 def _reader(text: str, where: Path) -> csv.DictReader[str]:
     # Lines end where CSV says: a quoted name may hold a line end, and one of Unicode's others.
     delimiter = "\t" if where.suffix.lower() == ".tsv" else ","
-    return csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
+    table = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
+    try:
+        _ = table.fieldnames  # the first line is read
+    except csv.Error as error:
+        raise DataError(f"{where}, line 1: {error}; its first line must name the columns, such as path,label") from error
+    return table
+
+
+def _text(where: Path) -> str:
+    """Return what stands in a table.
+
+    Raises:
+        DataError: it can't be read.
+    """
+    try:
+        return read_text(where)
+    except DataError as error:
+        raise DataError(f"{error}; give a table in UTF-8, with the columns path and label") from error
 
 
 def _entries(text: str, where: Path) -> Iterator[tuple[int, dict[Any, Any]]]:
