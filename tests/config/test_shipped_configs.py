@@ -134,6 +134,12 @@ def test_mocoops_groups_come_with_the_data_set(name):
     assert [len(group) for group in DESCRIPTIONS[name].groups] == GROUPS[name]
 
 
+@pytest.mark.parametrize("name", [path.stem for path in sorted(CONFIGS.glob("trainers/MoCoOp/*.yaml"))] + ["ucf101", "imagenet"])
+def test_mocoop_supervises_chosen_experts_alone_where_batches_are_below_4(name):
+    cfg = merged(f"MoCoOp/{name}")
+    assert cfg.TEXT_SUPERVISION.GROUPEDCONTRASTIVE.CHOSEN_ONLY is (cfg.DATALOADER.TRAIN_X.BATCH_SIZE < 4)
+
+
 def test_mocoop_has_a_name_for_each_of_the_eleven():
     files = {path.stem for path in CONFIGS.glob("datasets/*.yaml")} - {"emoji_concepts", "emoji_families"}
     tested_only = {"imagenetv2", "imagenet_sketch", "imagenet_a", "imagenet_r"}
