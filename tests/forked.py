@@ -48,7 +48,7 @@ class Forked:
             code = 1
             try:
                 self._begin(cwd, dict(os.environ if env is None else env))
-                code = int((work or _main)(argv))
+                code = int((work or command)(argv))
             except BaseException:
                 traceback.print_exc()
             finally:
@@ -115,7 +115,8 @@ def run(
     return done
 
 
-def _main(argv: list[str]) -> int:
+def command(argv: list[str]) -> int:
+    """Run ``promptmix ARGV`` in this process; return its exit code."""
     from promptmix.cli import main
 
     if argv[:1] == ["train"]:
