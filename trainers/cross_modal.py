@@ -58,7 +58,8 @@ class TunedRawHard(TunedTowers):
     def __init__(self, task: Task, blocks: int, templates: Sequence[str]) -> None:
         depth = len(blocks_of(task.clip.image))
         if blocks > depth:
-            raise SettingError("image_blocks", blocks, f"but the image tower of {task.clip.name} has {depth}; give no more")
+            remedy = "give no more" if depth else "leave it out, or choose a vision transformer such as ViT-B/16 or tiny-vit"
+            raise SettingError("image_blocks", blocks, f"but the image tower of {task.clip.name} has {depth} blocks; {remedy}")
         super().__init__(task, "all", "vision", vision_start=depth - blocks)
         self.templates = tuple(templates) or task.templates[:1]
 
