@@ -83,10 +83,12 @@ class _Absent(MetaPathFinder, Loader):
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         self.made.append(spec.name)
         log = get_logger().warning
+        module = ModuleType(spec.name)
         if spec.name in _MOVED:
-            return importlib.import_module(_MOVED[spec.name])
+            there = vars(importlib.import_module(_MOVED[spec.name]))
+            vars(module).update({name: value for name, value in there.items() if not name.startswith("__")})
+            return module
         if spec.name in _COOPS:
-            module = ModuleType(spec.name)
             vars(module).update({name: list(lines) for name, lines in _COOPS[spec.name].items()})
             log("%s imports %s, which was not published with it; CoOp's is used", _at(self.root), spec.name)
             return module

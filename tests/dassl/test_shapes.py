@@ -13,6 +13,9 @@ import pytest
 import torch
 
 from promptmix.cli import main
+from promptmix.dassl.checkout import _report_own_tests
+from promptmix.dassl.config import get_cfg_default
+from promptmix.registry import EVALUATOR_REGISTRY
 from tests.dassl.fork import change, command, log, make, refused, run
 
 
@@ -85,6 +88,15 @@ def test_a_test_of_another_name_reports_its_numbers(room):
     change(room, "trainers/wordbias.py", ("    def parse_batch_train", f"{body}    def parse_batch_train"))
     change(room, "train.py", ("build_trainer(cfg).train()", "build_trainer(cfg).search()"))
     assert run(room)["metrics"]["test"]["accuracy"] > 0
+
+
+def test_an_evaluator_that_no_registry_of_dassls_has():
+    """M3PL builds it by a registry of its own."""
+    cfg = get_cfg_default()
+    cfg.TEST.EVALUATOR = "MultiClassification"
+    before = dict(EVALUATOR_REGISTRY.snapshot())
+    _report_own_tests(cfg)
+    assert before == EVALUATOR_REGISTRY.snapshot()
 
 
 def test_what_main_prints_first_is_in_the_log(room):
