@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -75,6 +76,15 @@ class _OnCPU(TorchFunctionMode):
             get_logger().warning("No GPU: %s in the checkout is read as the CPU's%s", what, where)
 
 
+def _in_fp32(loaded: Any) -> Any:  # whatever a file holds
+    """Return tensors in fp16 as fp32, also those in dicts and lists: OpenAI's weights are stored so."""
+    if isinstance(loaded, torch.Tensor):
+        return loaded.float() if loaded.dtype == torch.float16 else loaded
+    if type(loaded) in (dict, OrderedDict):
+        return type(loaded)((key, _in_fp32(value)) for key, value in loaded.items())
+    return [_in_fp32(value) for value in loaded] if type(loaded) is list else loaded
+
+
 @contextmanager
 def without_cuda(root: Path) -> Iterator[None]:
     """Run what asks for CUDA on the CPU inside the context, and say once for each kind where the checkout at ``root`` asks."""
@@ -82,7 +92,7 @@ def without_cuda(root: Path) -> Iterator[None]:
 
     def on_cpu(*args: Any, **kwargs: Any) -> Any:
         with torch._C.DisableTorchFunction():  # which makes tensors of the stored dtype
-            return load(*args, **{**kwargs, "map_location": "cpu"})
+            return _in_fp32(load(*args, **{**kwargs, "map_location": "cpu"}))
 
     nothing: Callable[..., None] = lambda *_args, **_kwargs: None  # noqa: E731
     replaced: list[tuple[Any, str, Any]] = [

@@ -8,6 +8,7 @@ from urllib.error import URLError
 import pytest
 import torch
 
+from promptmix.dassl.nogpu import without_cuda
 from promptmix.dassl.reasons import explained
 from promptmix.errors import PluginError, UserError
 from tests.dassl.fork import change, make, refused, run
@@ -155,6 +156,14 @@ def test_hard_coded_cuda_runs_on_the_cpu(room, line):
         ("        cfg = self.cfg\n        print", f"        {line}\n        cfg = self.cfg\n        print"),
     )
     assert run(room)["metrics"]["test"]["accuracy"] > 0
+
+
+def test_stored_fp16_is_read_as_fp32(tmp_path):
+    """HPT multiplies weights as they were stored with what .half() was passed over for."""
+    torch.save({"state_dict": {"w": torch.ones(2).half()}, "epochs": [3], "mask": torch.ones(2) > 0}, tmp_path / "w.pt")
+    with without_cuda(tmp_path):
+        found = torch.load(tmp_path / "w.pt")
+    assert found["state_dict"]["w"].dtype == torch.float32 and found["epochs"] == [3] and found["mask"].dtype == torch.bool
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
