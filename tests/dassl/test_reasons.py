@@ -159,7 +159,7 @@ def test_hard_coded_cuda_runs_on_the_cpu(room, line):
 
 
 def test_stored_fp16_is_read_as_fp32(tmp_path):
-    """HPT multiplies weights as they were stored with what .half() was passed over for."""
+    """What a checkout makes of stored weights meets what .half() was passed over for."""
     torch.save({"state_dict": {"w": torch.ones(2).half()}, "epochs": [3], "mask": torch.ones(2) > 0}, tmp_path / "w.pt")
     with without_cuda(tmp_path):
         found = torch.load(tmp_path / "w.pt")
