@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -76,34 +77,56 @@ def test_same_seed_same_loss(room, name):
     assert losses[0] == losses[1]
 
 
+@dataclass(frozen=True)
+class Saved:
+    """What a trainer was when it saved itself after its first step."""
+
+    folder: Path
+    state: set[str]
+    learned: dict[str, torch.Tensor]
+    scores: torch.Tensor
+
+
+@pytest.fixture(scope="module")
+def saved(room, tmp_path_factory):
+    """Return a function that trains a method for a step and saves it, once."""
+    folder, made = tmp_path_factory.mktemp("saved"), {}
+
+    def save(name):
+        if name not in made:
+            trainer = toy_trainer(room, name)
+            first_step(trainer)
+            trainer.save_model(0, str(folder / name))
+            parts = getattr(trainer.model, "components", ())
+            taken = {id(buffer) for part in parts if part.needs_preparing for buffer in part.buffers()}
+            taken |= {id(getattr(part, name)) for part in parts for name in part.sized_by_data}
+            state = {key for key, _ in trainer.model.named_parameters()}
+            state |= {key for key, buffer in trainer.model.named_buffers() if id(buffer) in taken}
+            learned = {key: tensor.detach().clone() for key, tensor in learned_tensors(trainer).items()}
+            made[name] = Saved(folder / name, state, learned, scores(trainer))
+        return made[name]
+
+    return save
+
+
 @pytest.mark.parametrize("name", LEARNED)
-def test_checkpoint_holds_what_was_learned_and_nothing_else(room, name, tmp_path):
-    trainer = toy_trainer(room, name)
-    first_step(trainer)
-    trainer.save_model(0, str(tmp_path))
-    saved = load_checkpoint(tmp_path / "prompt_learner" / "model.pth.tar-1")["state_dict"]
-    parts = getattr(trainer.model, "components", ())
-    taken = {id(buffer) for part in parts if part.needs_preparing for buffer in part.buffers()}
-    taken |= {id(getattr(part, name)) for part in parts for name in part.sized_by_data}
-    assert set(saved) == {key for key, _ in trainer.model.named_parameters()} | {
-        key for key, buffer in trainer.model.named_buffers() if id(buffer) in taken
-    }
+def test_checkpoint_holds_what_was_learned_and_nothing_else(room, name, saved):
+    before = saved(name)
+    assert set(load_checkpoint(before.folder / "prompt_learner" / "model.pth.tar-1")["state_dict"]) == before.state
     other = toy_trainer(room, name, seed=2)
-    other.load_model(str(tmp_path), epoch=1)
-    assert torch.equal(scores(other), scores(trainer))
+    other.load_model(str(before.folder), epoch=1)
+    assert torch.equal(scores(other), before.scores)
 
 
 @pytest.mark.parametrize("name", sorted(set(LEARNED) - CLASS_SPECIFIC))
-def test_base_checkpoint_evaluates_on_new_classes(room, name, tmp_path):
-    trainer = toy_trainer(room, name)
-    first_step(trainer)
-    trainer.save_model(0, str(tmp_path))
+def test_base_checkpoint_evaluates_on_new_classes(room, name, saved):
+    before = saved(name)
     new = toy_trainer(room, name, classes="new", seed=2)
-    new.load_model(str(tmp_path), epoch=1)
+    new.load_model(str(before.folder), epoch=1)
     assert scores(new).shape == (2 * NEW, NEW)
     assert 0 <= new.test() <= 100
-    ours, theirs = learned_tensors(new), learned_tensors(trainer)
-    assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
+    ours = learned_tensors(new)
+    assert all(torch.equal(value, before.learned[key]) for key, value in ours.items())
 
 
 @pytest.mark.parametrize("name", sorted(CLASS_SPECIFIC))
