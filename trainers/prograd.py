@@ -65,7 +65,7 @@ class ProGrad(PromptTrainer):
 
     published_keys = {
         "TRAINER.COOP.*": "*",
-        "TRAINER.COOP.CTX_INIT": Theirs("CTX_INIT", {"True": "a photo of a", "False": ""}),
+        "TRAINER.COOP.CTX_INIT": Theirs("CTX_INIT", {"True": None, "False": ""}),  # the data set's words, as our configs say
         "LOSS.LAMBDA": "LAMBDA",
         "LOSS.T": "T",
         "LOSS.NAME": Theirs(values={"prograd": "prograd"}, instead="give prograd; --trainer CoOp is cross-entropy alone"),
