@@ -33,6 +33,7 @@ __all__ = ["from_streams", "get_random_states", "load_progress", "save_progress"
 
 #: Raised when the file's meaning changes; a training goes on with the promptmix that it began with.
 _VERSION = 1
+_NO_STATE = object()
 
 
 def save_progress(trainer: Trainer, folder: RunFolder) -> None:
@@ -48,7 +49,8 @@ def save_progress(trainer: Trainer, folder: RunFolder) -> None:
         models[name] = {
             "state_dict": trainer._models[name].state_dict(),
             "optimizer": None if optim is None else optim.state_dict(),
-            "scheduler": None if sched is None else sched.state_dict(),
+            # M3PL's is a function of the step.
+            "scheduler": None if sched is None else getattr(sched, "state_dict", lambda: _NO_STATE)(),
         }
     state = {
         "version": _VERSION,
@@ -61,6 +63,8 @@ def save_progress(trainer: Trainer, folder: RunFolder) -> None:
         "random": get_random_states(trainer),
     }
     try:
+        if any(model["scheduler"] is _NO_STATE for model in models.values()):
+            raise CheckpointError("its learning-rate schedule keeps no state")
         save_plain(state, folder.progress)
     except CheckpointError as error:
         if not trainer.__dict__.get("_told_no_resume"):

@@ -117,6 +117,14 @@ def test_state_that_cannot_be_stored_is_told_once_and_training_goes_on(tmp_path,
     assert capsys.readouterr().out.count("can't be resumed exactly: checkpoint.own.object is a object") == 1
 
 
+def test_a_schedule_without_a_state_is_told_once_too(tmp_path, capsys):
+    """M3PL's is a function of the step."""
+    trainer = Drawing(tmp_path)
+    trainer._scheds["one"], trainer.update_lr = (lambda step: None), lambda: None
+    trainer.train(0, 3)
+    assert capsys.readouterr().out.count("can't be resumed exactly: its learning-rate schedule keeps no state") == 1
+
+
 @pytest.mark.parametrize(
     "change",
     [
