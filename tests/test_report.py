@@ -14,6 +14,7 @@ from PIL import Image
 
 from promptmix.cli import main
 from promptmix.files.text import harmless
+from promptmix.report import figures
 from promptmix.report.reliability import reliability_of
 from promptmix.report.thumbnails import SIDE, Album
 from promptmix.runs import samples
@@ -140,6 +141,13 @@ def test_a_page_does_not_grow_without_end(tmp_path, monkeypatch):
     album = Album(str(tmp_path))
     made_ones = [bool(album.thumbnail(f"{i}.png")) for i in range(12)]
     assert made_ones[0] and not made_ones[-1] and album.refused == made_ones.count(False)
+
+
+def test_half_a_character_in_a_name_ends_no_chart():
+    lines = {"a\ud800": ([1.0, 2.0], [1.0, 0.5])}
+    with figures.drawing():
+        drawn = figures.curves(lines, "loss", "of a\ud800\u202e")
+    assert drawn.encode() and "\u202e" not in drawn and "a\\ud800" in drawn
 
 
 def test_a_temperature_mends_scores_that_are_too_sure(tmp_path):

@@ -74,7 +74,7 @@ def svg(figure: Any, name: str) -> str:  # matplotlib's figure
 
     file = io.StringIO()
     # Its clips must not be another figure's; letters that matplotlib has no shape of are the browser's to draw.
-    with pyplot.rc_context({"svg.hashsalt": name}), warnings.catch_warnings():
+    with pyplot.rc_context({"svg.hashsalt": harmless(name)}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")
         figure.savefig(file, format="svg", metadata={"Date": None})
     pyplot.close(figure)
