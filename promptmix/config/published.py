@@ -60,9 +60,10 @@ def translated(cfg: CfgNode, pairs: Iterable[tuple[str, Any]], source: str) -> I
     named = [value for key, value in pairs if key == "TRAINER.NAME"]
     name = TRAINER_REGISTRY.own_name(str(cfg.__dict__.get(_EXPECTED) or (named or [cfg.TRAINER.NAME])[-1]))
     own, declared = f"TRAINER.{name.upper()}", _declared(name)
-    if any(key.startswith(f"{own}.") for key, _ in pairs):
-        # Their node for all methods is another method's here, and this source tells the two apart.
-        declared = {key: theirs for key, theirs in declared.items() if not key.endswith(".*")}
+    others = {_node(key) for key in declared} - {name.upper()}
+    if any(_node(key) in cfg.TRAINER and _node(key) not in others for key, _ in pairs):
+        # With nodes of this or more methods, as our quick start has them, the source tells methods apart as we do.
+        declared = {key: theirs for key, theirs in declared.items() if _node(key) not in others & {*cfg.TRAINER}}
     found: dict[str, tuple[str, Any]] = {}
     for key, value in pairs:
         if key == "TRAINER.NAME":
@@ -84,6 +85,12 @@ def translated(cfg: CfgNode, pairs: Iterable[tuple[str, Any]], source: str) -> I
         if str(other) != str(meant):
             raise ConfigError(f"{source}: {before} and {key} are one key here, {here}; give both the same value")
         yield here, meant
+
+
+def _node(key: str) -> str:
+    """Return the node below TRAINER that a key stands in; "" where it stands in none."""
+    top, _, rest = key.partition(".")
+    return rest.partition(".")[0] if top == "TRAINER" and "." in rest else ""
 
 
 def _declared(trainer: str) -> dict[str, Theirs]:

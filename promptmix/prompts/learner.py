@@ -440,7 +440,8 @@ class Learner(PromptLearner):
                 start = f"{prefix}."
                 module.take_sizes({key.removeprefix(start): value for key, value in state.items() if key.startswith(start)})
             for name in module.training_only if isinstance(module, Component) else ():
-                state.setdefault(f"{prefix}.{name}", getattr(module, name))
+                if getattr(module, name) is not None:  # its settings can leave it out
+                    state.setdefault(f"{prefix}.{name}", getattr(module, name))
             for name in module.sized_by_data if isinstance(module, Component) else ():
                 own, theirs = getattr(module, name), state.get(f"{prefix}.{name}")
                 if theirs is not None and theirs.shape != own.shape and theirs.shape[1:] == own.shape[1:]:

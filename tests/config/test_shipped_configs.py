@@ -273,6 +273,13 @@ def test_a_source_with_both_nodes_keeps_them_apart():
     assert (cfg.TRAINER.COOP.N_CTX, cfg.TRAINER.KGCOOP.N_CTX) == (3, 5)
 
 
+@pytest.mark.parametrize("trainer", [name for name in TRAINER_REGISTRY.registered_names() if name not in ("CoOp", "MoCoOp")])
+def test_the_quick_start_leaves_other_methods_alone(trainer):
+    """It has keys of CoOp's, which is what the authors of several methods call their own."""
+    cfg = make_config(["configs/quickstart.yaml"], {"--trainer": ("TRAINER.NAME", trainer)}, [])
+    assert cfg.TRAINER[trainer.upper()] == get_cfg().TRAINER[trainer.upper()]
+
+
 def test_flags_of_the_authors(capsys):
     parser = argparse.ArgumentParser()
     train.add_arguments(parser)
