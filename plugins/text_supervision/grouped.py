@@ -11,7 +11,7 @@ from torch import Tensor
 
 from promptmix import register
 from promptmix.config.declare import Setting
-from promptmix.prompts.roles import ManyPrompts, PromptBank, Task, TextSupervision
+from promptmix.prompts.roles import PromptBank, Task, TextSupervision
 from promptmix.prompts.step import Step
 
 
@@ -38,7 +38,7 @@ class GroupedContrastive(TextSupervision):
         super().__init__()
         self.task, self.chosen_only = task, chosen_only
         self.needs_all_experts = not chosen_only
-        if chosen_only and isinstance(bank, ManyPrompts):
+        if chosen_only:
             bank.idle_learn = False
 
     def forward(self, step: Step) -> Tensor:

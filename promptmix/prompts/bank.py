@@ -101,6 +101,9 @@ class PromptBank(Component, ABC):
     per_image: bool = False
     #: Whether ``forward`` takes ``experts``, a tensor of indices, and then gives features (len(experts), C, D) of those alone.
     takes_experts: bool = False
+    #: Whether experts that a step leaves out get a gradient of zero, so that weight decay and momentum move them as if they had
+    #: been encoded. Otherwise they get none and stand still, and every step leaves them out.
+    idle_learn: bool = True
 
     #: Whether image features are mixed with those of the frozen tower (``join``), which then also runs in evaluation.
     needs_frozen_image: ClassVar[bool] = False
@@ -206,9 +209,6 @@ class ManyPrompts(PromptBank):
     """A bank of several prompts, each of which goes through the text tower by itself, so that some of them can."""
 
     takes_experts = True
-    #: Whether experts that a step leaves out get a gradient of zero, so that weight decay and momentum move them as if they had
-    #: been encoded. Otherwise they get none and stand still.
-    idle_learn: bool = True
 
     def forward(
         self,

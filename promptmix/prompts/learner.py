@@ -268,7 +268,8 @@ class Learner(PromptLearner):
     def skips_experts(self) -> bool:
         """Whether experts that no image chose can be left out: no loss looks at their features (and there are numbers at all)."""
         wanted = any(loss.needs_all_experts for loss in (*self.losses.values(), *self.measures.values()))
-        return self.sparse_experts and self.bank.takes_experts and not wanted and not self.clip.scale.is_meta
+        sparse = (self.sparse_experts or not self.bank.idle_learn) and self.bank.takes_experts
+        return sparse and not wanted and not self.clip.scale.is_meta
 
     @property
     def routes_first(self) -> bool:

@@ -65,9 +65,11 @@ def test_mocoop(case, classes):
     assert routing.experts.tolist() == expected["experts"].astype(int).tolist()
 
 
-def test_mocoop_at_batch_1_supervises_the_chosen_experts_only():
+@pytest.mark.parametrize("sparse", [True, False])
+def test_mocoop_at_batch_1_supervises_the_chosen_experts_only(sparse):
     """The others' features count as zero, each adding the constant ln C; they get no gradient of the supervision."""
     learner = mocoop(5, chosen_only=True)
+    learner.sparse_experts = sparse  # what saves work changes no number
     parameters = set_learned("mocoop_batch1", learner, MOCOOP_NAMES)
     expected = numbers("mocoop_batch1")
     assert learner.skips_experts
