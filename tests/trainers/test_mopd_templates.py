@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
+from promptmix.trainers.mopd import GENERAL, TEACHERS
 
 from promptmix.config import get_cfg, merge_file
 from promptmix.config.flags import resolve_config
 from tests.trainers.golden import FOLDER
+from tests.trainers.toy import toy_trainer
 
 #: Config file of each data set with the authors' W, W2, k and epochs.
 WEIGHTS = {
@@ -38,6 +41,20 @@ def test_templates_and_weights_are_the_authors(name):
     cfg = merged(f"configs/datasets/{name}.yaml", f"configs/trainers/MoPD/{name}.yaml")
     theirs = json.loads((FOLDER / "mopd_templates.json").read_text(encoding="utf-8"))
     node = cfg.TRAINER.MOPD
-    assert list(node.TEMPLATES) == theirs[cfg.DATASET.NAME]
+    assert not node.TEMPLATES and list(TEACHERS[cfg.DATASET.NAME]) == theirs[cfg.DATASET.NAME]
     assert WEIGHTS[name] == (node.W, node.W2, node.K, cfg.OPTIM.MAX_EPOCH)
     assert (cfg.DATALOADER.TRAIN_X.BATCH_SIZE, cfg.OPTIM.LR, node.T) == (128, 0.002, 1.0)
+
+
+def test_teachers_follow_the_data_set_whatever_the_config_is_called(room):
+    """The authors' scripts name one config for all data sets."""
+    for name, opts, expected in (
+        ("OxfordPets", (), TEACHERS["OxfordPets"]),
+        ("OxfordPets", ("TRAINER.MOPD.TEMPLATES", ["a {}.", "one {}.", "{}"]), ("a {}.", "one {}.", "{}")),
+        ("Own", (), GENERAL),
+    ):
+        trainer = toy_trainer(room, "MoPD", "TRAINER.MOPD.K", 3, *opts)
+        trainer.cfg.defrost()
+        trainer.cfg.DATASET.NAME = name
+        learner = trainer.build_learner(replace(trainer.model.task, templates=("a photo of a {}.",)))
+        assert learner.losses["distill"].templates == expected
