@@ -57,7 +57,7 @@ class Forked:
     def _begin(self, cwd: str | Path | None, env: Mapping[str, str]) -> None:
         os.setsid()
         signal.setitimer(signal.ITIMER_REAL, 0)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM):  # nohup has one ignored
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
         nothing = os.open(os.devnull, os.O_RDONLY)
         for number, file in enumerate((nothing, self._out.fileno(), self._err.fileno())):
