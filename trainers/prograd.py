@@ -10,7 +10,7 @@ Beier Zhu, Yulei Niu, Yucheng Han, Yue Wu, Hanwang Zhang. ICCV 2023. https://arx
 | G_prograd | ``project`` |
 | lambda | ``LAMBDA`` |
 
-Deviations from the authors' code: initial words are counted in tokens (``COUNT_WORDS``, on in the configs that need it, counts as
+Deviations from the authors' code: initial words are counted in tokens (``COUNT_WORDS``, on with CTX_INIT "data set", counts as
 theirs does: of "a type of pet, a photo of a" the last token stays in front of the name); the projection lives here, where theirs
 needs a fork of Dassl; it also works under ``amp``, where theirs fails. L_kl is reported as a divergence (theirs leaves out the
 teacher's entropy, which has no gradient).
@@ -42,6 +42,21 @@ from promptmix.prompts.learner import Learner, LossTerms
 from promptmix.prompts.roles import Task
 from promptmix.prompts.trainer import PromptTrainer
 
+#: What CTX_INIT says where the words are those of the data set.
+OF_DATA_SET = "data set"
+#: The authors' words for a data set: where the context starts, and what the zero-shot model is asked
+#: (github.com/BeierZhu/Prompt-align, commit 1b76203).
+WORDS = {
+    "DescribableTextures": "a texture of",
+    "EuroSAT": "a centered satellite photo of",
+    "FGVCAircraft": "a type of aircraft, a photo of a",
+    "Food101": "a type of food, a photo of",
+    "OxfordFlowers": "a type of flower, a photo of a",
+    "OxfordPets": "a type of pet, a photo of a",
+    "UCF101": "a photo of a person doing",
+}
+OTHERS = "a photo of a"
+
 
 def project(specific: Tensor, general: Tensor, factor: float = 1.0) -> Tensor:
     """Return the prompt-aligned gradient G_prograd of one tensor.
@@ -65,7 +80,7 @@ class ProGrad(PromptTrainer):
 
     published_keys = {
         "TRAINER.COOP.*": "*",
-        "TRAINER.COOP.CTX_INIT": Theirs("CTX_INIT", {"True": None, "False": ""}),  # the data set's words, as our configs say
+        "TRAINER.COOP.CTX_INIT": Theirs("CTX_INIT", {"True": OF_DATA_SET, "False": ""}),
         "LOSS.LAMBDA": "LAMBDA",
         "LOSS.T": "T",
         "LOSS.NAME": Theirs(values={"prograd": "prograd"}, instead="give prograd; --trainer CoOp is cross-entropy alone"),
@@ -76,7 +91,7 @@ class ProGrad(PromptTrainer):
     def validate(cls, cfg: CfgNode) -> None:
         """Let N_CTX and CTX_INIT stand together: here the words fill the last of N_CTX vectors."""
 
-    @inherits(Soft, without=["n_prompts"], ctx_init="a photo of a")
+    @inherits(Soft, without=["n_prompts"], ctx_init=OTHERS)
     def compose(
         self,
         task: Task,
@@ -87,7 +102,14 @@ class ProGrad(PromptTrainer):
         t: Annotated[float, Setting("temperature T of the divergence", above=0)] = 1.0,
         **soft: Any,
     ) -> Learner:
-        """Return one soft prompt whose divergence from the zero-shot model is measured, but not part of the loss."""
+        """Return one soft prompt whose divergence from the zero-shot model is measured, but not part of the loss.
+
+        With CTX_INIT "data set" it starts from ``WORDS``, and so does the zero-shot model.
+        """
+        if soft["ctx_init"] == OF_DATA_SET:
+            words = WORDS.get(self.cfg.DATASET.NAME, OTHERS)
+            soft |= {"ctx_init": words, "count_words": True}
+            templates = templates or (f"{words} {{}}.",)
         prompt = Soft(task, **soft)
         missing = soft["n_ctx"] - prompt.ctx.shape[-2]
         if missing < 0:

@@ -25,8 +25,7 @@ class Theirs:
 
     Attributes:
         key: key here, of the method's node where it has no dot; "" = there is none.
-        values: their values, as they are typed, and what each is here; None = what the config says already. Where there is no
-            key, these change nothing and pass.
+        values: their values, as they are typed, and what each is here. Where there is no key, these change nothing and pass.
         instead: what to do about another value, where there is no key; "" = their code doesn't read it either, and any passes.
     """
 
@@ -77,8 +76,6 @@ def translated(cfg: CfgNode, pairs: Iterable[tuple[str, Any]], source: str) -> I
         if not here:
             if theirs.instead and str(value) not in theirs.values:
                 raise ConfigError(f"{source}: {key} is {str(value)[:100]!r}, which {name} has not here; {theirs.instead}")
-            continue
-        if meant is None:
             continue
         here = here if "." in here else f"{own}.{here}"
         before, other = found.setdefault(here, (key, meant))

@@ -232,7 +232,7 @@ THEIRS = [
         {"TRAINER.CLAP.CONSTRAINT": "none"},
     ),
     ("TaskRes TaskRes/adam_lr2e-3_B256_ep100 TRAINER.TaskRes.RESIDUAL_SCALE 1.0", {"TRAINER.TASKRES.ALPHA": 1.0}),
-    ("ProGrad ProGrad/dtd TRAINER.COOP.CTX_INIT True", {"TRAINER.PROGRAD.CTX_INIT": "a texture of"}),
+    ("ProGrad ProGrad/rn50_ep100 TRAINER.COOP.CTX_INIT True", {"TRAINER.PROGRAD.CTX_INIT": "data set"}),
     ("KgCoOp KgCoOp/vit_b16_ep100_ctxv1 TRAINER.COOP.CTX_INIT True", {"TRAINER.KGCOOP.CTX_INIT": "a photo of a"}),
     ("ProGrad ProGrad/rn50 LOSS.LAMBDA 0.8 TRAINER.COOP.N_CTX 16", {"TRAINER.PROGRAD.LAMBDA": 0.8}),
     (

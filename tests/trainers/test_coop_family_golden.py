@@ -134,14 +134,16 @@ def test_short_training_equals_the_plain_tower(build, monkeypatch):
     assert finals[0] == pytest.approx(finals[1], rel=1e-3)
 
 
-def test_a_context_of_as_many_vectors_as_the_authors_count_words(clip):
+@pytest.mark.parametrize("say", [True, False], ids=["words", "data set"])
+def test_a_context_of_as_many_vectors_as_the_authors_count_words(clip, say):
     """Of nine tokens that are eight words the last one is not learned; it stands between context and name."""
     words = "a type of pet, a photo of a"
-    task = golden_task(clip, templates=(f"{words} {{}}.",))
-    learner = ProGrad.compose(SimpleNamespace(), task, n_ctx=16, ctx_init=words, count_words=True)
+    data = SimpleNamespace(cfg=SimpleNamespace(DATASET=SimpleNamespace(NAME="OxfordPets")))
+    given = {"ctx_init": words, "count_words": True, "templates": (f"{words} {{}}.",)}
+    learner = ProGrad.compose(data, golden_task(clip), n_ctx=16, **(given if say else {"ctx_init": "data set"}))
     expected = numbers("prograd_words")
     close(learner.bank.ctx.norm(dim=-1), expected["start_norm"])
     close(learner.bank.ctx.flatten()[-256:], expected["start_head"])
     compare("prograd_words", learner, {"prompt_learner.ctx": "bank.ctx"})
     with pytest.raises(ConfigError, match="count_words is True, but then the name stands at the end"):
-        Soft(task, ctx_init=words, count_words=True, class_token_position="front")
+        Soft(golden_task(clip), ctx_init=words, count_words=True, class_token_position="front")
