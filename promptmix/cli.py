@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import os
 import signal
 import sys
 from typing import NoReturn
@@ -143,6 +144,10 @@ def _dispatch(arguments: list[str]) -> int:
         return 0
     if name not in COMMANDS:
         raise UserError(f"unknown command {name!r}{closest(name, list(COMMANDS))} (commands: {', '.join(COMMANDS)})")
+    try:
+        os.getcwd()  # PyTorch would end the process with a line of its own
+    except OSError as error:
+        raise UserError(f"the current folder can't be read ({error.strerror}): change to another one (cd)") from error
     module = importlib.import_module(f"promptmix.commands.{name.replace('-', '_')}")
     parser = Parser(prog=f"promptmix {name}", description=COMMANDS[name], allow_abbrev=False)
     module.add_arguments(parser)

@@ -282,6 +282,15 @@ def test_predictions_for_odd_input(train, tmp_path, pictures, capsys):
     fails(capsys, [*ask, pictures / "ant" / "1.png"], "1.png")
 
 
+@pytest.mark.skipif(os.name == "nt", reason="a current folder can't be removed on this system")
+def test_a_current_folder_that_is_gone(tmp_path, monkeypatch, capsys):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    fails(capsys, ["list"], "the current folder can't be read (No such file or directory): change to another one (cd)")
+
+
 def test_a_second_folder_for_parse(capsys):
     fails(capsys, ["parse", "a", "b"], "'b' is one too many", "takes DIR")
 

@@ -73,6 +73,11 @@ def test_the_console_shows_what_matters_and_the_log_has_it_all(tmp_path, capsys,
         assert "* accuracy: " in shown.out
 
 
+def test_a_folder_may_be_called_as_a_log(dots, tmp_path):
+    assert main([*dots, "--output-dir", str(tmp_path / "run.txt")]) == 0
+    assert (tmp_path / "run.txt" / "log.txt").is_file()
+
+
 def test_the_log_alone_gives_the_same_row(dots, tmp_path):
     assert main(dots) == 0
     run = results.load(tmp_path / "out" / "results.json")

@@ -61,7 +61,7 @@ class Output:
         Raises:
             UserError: the folder can't be made or written; choose another ``--output-dir``.
         """
-        note, log = self._directory / CONFIG_NAME, log_file(self._directory)
+        note, log = self._directory / CONFIG_NAME, log_file(self._directory / "log.txt")
         missing = [path for path in (note, self._directory, *self._directory.parents) if not path.exists()]
         try:
             text: str = cfg.dump()

@@ -262,7 +262,7 @@ def _print_header(cfg: CN, arguments: Mapping[str, Any]) -> None:
         cfg.DATASET.NAME,
         f"{cfg.DATASET.NUM_SHOTS}-shot" if cfg.DATASET.NUM_SHOTS > 0 else "all pictures",
         cfg.SEED,
-        log_file(cfg.OUTPUT_DIR),
+        log_file(Path(cfg.OUTPUT_DIR) / "log.txt"),
     )
     line = get_logger().debug
     line("***************\n** Arguments **\n***************")
