@@ -399,6 +399,17 @@ def test_a_file_that_fails_names_the_target(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.skipif(os.name == "nt", reason="needs a shell")
+def test_processes_that_a_command_starts_have_an_output_too():
+    start = "subprocess.run([sys.executable, '-c', sys.argv[1]])"
+    script = f"import subprocess, sys; from promptmix import console; console.ready(); {start}"
+    inner = "import sys; sys.stdout.flush(); sys.stderr.write('there')"
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, "-c", script, inner], capture_output=True, text=True
+    )
+    assert done.stderr == "there"
+
+
 @pytest.mark.parametrize(("where", "code"), [(">&-", 0), (">/dev/full", 2), ("| head -1", 0)])
 def test_standard_output_that_is_closed_or_full(where, code):
     command = f"{sys.executable} -m promptmix.cli --help {where}"
