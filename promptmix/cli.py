@@ -147,7 +147,7 @@ def _dispatch(arguments: list[str]) -> int:
     try:
         os.getcwd()  # PyTorch would end the process with a line of its own
     except OSError as error:
-        raise UserError(f"the current folder can't be read ({error.strerror}): change to another one (cd)") from error
+        raise UserError(f"the current folder can't be read ({error.strerror}); change to another one (cd)") from error
     module = importlib.import_module(f"promptmix.commands.{name.replace('-', '_')}")
     parser = Parser(prog=f"promptmix {name}", description=COMMANDS[name], allow_abbrev=False)
     module.add_arguments(parser)

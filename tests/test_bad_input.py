@@ -288,7 +288,7 @@ def test_a_current_folder_that_is_gone(tmp_path, monkeypatch, capsys):
     gone.mkdir()
     monkeypatch.chdir(gone)
     gone.rmdir()
-    fails(capsys, ["list"], "the current folder can't be read (No such file or directory): change to another one (cd)")
+    fails(capsys, ["list"], "the current folder can't be read (No such file or directory); change to another one (cd)")
 
 
 def test_a_second_folder_for_parse(capsys):
@@ -310,6 +310,8 @@ def test_sizes_of_a_measurement_that_can_not_be(flags, words, capsys):
 
 
 def test_a_lack_of_memory_says_what_helps():
+    line, code = console.describe(ImportError("libtorch_cpu.so: failed to map segment from shared object"))
+    assert code == 2 and "memory does not suffice to load libtorch_cpu.so" in line and "ulimit -v" in line
     line, code = console.describe(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"))
     assert code == 2 and line.startswith("memory does not suffice; lower DATALOADER.TRAIN_X.BATCH_SIZE")
 
