@@ -310,10 +310,15 @@ def test_sizes_of_a_measurement_that_can_not_be(flags, words, capsys):
 
 
 def test_a_lack_of_memory_says_what_helps():
-    line, code = console.describe(ImportError("libtorch_cpu.so: failed to map segment from shared object"))
-    assert code == 2 and "memory does not suffice to load libtorch_cpu.so" in line and "ulimit -v" in line
     line, code = console.describe(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"))
     assert code == 2 and line.startswith("memory does not suffice; lower DATALOADER.TRAIN_X.BATCH_SIZE")
+    line, code = console.describe(ImportError("libtorch_cpu.so: failed to map segment from shared object"))
+    assert code == 2 and "memory does not suffice to load libtorch_cpu.so" in line and "ulimit -v" in line
+
+
+def test_a_lack_of_room_for_temporary_files_says_what_helps():
+    line, code = console.describe(FileNotFoundError(2, "No usable temporary directory found in ['/tmp']"))
+    assert code == 2 and line.endswith("found in ['/tmp']; make room there, or set TMPDIR to a folder that can be written")
 
 
 @pytest.mark.parametrize("command", [["parse", ""], ["report", "runs", ""], ["card", ""], ["eval", ""], ["sweep", ""]])

@@ -77,6 +77,8 @@ def describe(error: BaseException) -> tuple[str, int]:
         return f"memory does not suffice; {_REMEDIES[errno.ENOMEM]}", 2
     if isinstance(error, ImportError) and "failed to map segment" in str(error):  # the system's words, in front of them the file
         return _one_line(f"memory does not suffice to load {error}; raise its limit (ulimit -v), or close other programs"), 2
+    if isinstance(error, FileNotFoundError) and "No usable temporary directory" in str(error):
+        return _one_line(f"{error.strerror}; make room there, or set TMPDIR to a folder that can be written"), 2
     file, line = _origin(error)
     words = _words(error)
     from promptmix.plugin_manager import plugin_at, strangers
