@@ -309,18 +309,6 @@ def test_sizes_of_a_measurement_that_can_not_be(flags, words, capsys):
     fails(capsys, ["bench", "text", *flags], words)
 
 
-def test_a_lack_of_memory_says_what_helps():
-    line, code = console.describe(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"))
-    assert code == 2 and line.startswith("memory does not suffice; lower DATALOADER.TRAIN_X.BATCH_SIZE")
-    line, code = console.describe(ImportError("libtorch_cpu.so: failed to map segment from shared object"))
-    assert code == 2 and "memory does not suffice to load libtorch_cpu.so" in line and "ulimit -v" in line
-
-
-def test_a_lack_of_room_for_temporary_files_says_what_helps():
-    line, code = console.describe(FileNotFoundError(2, "No usable temporary directory found in ['/tmp']"))
-    assert code == 2 and line.endswith("found in ['/tmp']; make room there, or set TMPDIR to a folder that can be written")
-
-
 @pytest.mark.parametrize("command", [["parse", ""], ["report", "runs", ""], ["card", ""], ["eval", ""], ["sweep", ""]])
 def test_an_empty_name_is_not_the_current_folder(command, capsys):
     fails(capsys, command, "is empty; name one")
@@ -404,17 +392,6 @@ def test_a_file_that_fails_names_the_target(tmp_path):
     with pytest.raises(OutputError, match="results.json can't be written: No space left on device"):
         atomic_write(tmp_path / "results.json", full)
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.skipif(os.name == "nt", reason="needs a shell")
-def test_processes_that_a_command_starts_have_an_output_too():
-    start = "subprocess.run([sys.executable, '-c', sys.argv[1]])"
-    script = f"import subprocess, sys; from promptmix import console; console.ready(); {start}"
-    inner = "import sys; sys.stdout.flush(); sys.stderr.write('there')"
-    done = subprocess.run(
-        ["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, "-c", script, inner], capture_output=True, text=True
-    )
-    assert done.stderr == "there"
 
 
 @pytest.mark.parametrize(("where", "code"), [(">&-", 0), (">/dev/full", 2), ("| head -1", 0)])

@@ -24,7 +24,7 @@ class GroupedContrastive(TextSupervision):
 
     Args:
         task: the class names.
-        bank: the experts; unused here, since the loss gets the bank of the step.
+        bank: the experts, which with ``chosen_only`` stand still where no picture chose them; the loss gets the bank of the step.
         chosen_only: experts that no picture of the batch chose count with features of zero, as in the authors' code at batches
             below 4: they learn nothing from the batch (no momentum moves them), and each adds the constant ln C to the sum.
     """

@@ -131,6 +131,7 @@ def split_arguments(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[l
 def _without_published(parser: argparse.ArgumentParser, flags: list[str]) -> tuple[list[str], list[str]]:
     """Return the flags without those that the trainer's authors added to theirs, and these as pairs of flag and value."""
     known = {flag for action in parser._actions for flag in action.option_strings}
+    flags = [part for flag in flags for part in (flag.split("=", 1) if re.match("--trainer=.", flag) else [flag])]
     at = flags.index("--trainer") + 1 if "--trainer" in flags else len(flags)
     if at >= len(flags) or all(word.partition("=")[0] in known for word in flags if word.startswith("--")):
         return flags, []

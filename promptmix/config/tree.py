@@ -190,7 +190,7 @@ def validate(cfg: CN) -> None:
     check_values(cfg)
     trainer = TRAINER_REGISTRY.get(cfg.TRAINER.NAME)
     DATASET_REGISTRY.get(cfg.DATASET.NAME)
-    if hasattr(trainer, "roles"):  # others may build theirs from a registry of their own (M3PL)
+    if hasattr(trainer, "roles"):  # a checkout's may build theirs from a registry of its own
         EVALUATOR_REGISTRY.get(cfg.TEST.EVALUATOR)
     _refuse_unread(cfg, getattr(trainer, "ignores", ()))
     _check_views(cfg, getattr(trainer, "views", cfg.DATALOADER.K_TRANSFORMS))

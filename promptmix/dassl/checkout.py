@@ -328,7 +328,7 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 def _report_own_tests(cfg: CfgNode) -> None:
     """Let the evaluator report the numbers of a test that is a trainer's own, unless there are those of the engine's ``test``."""
-    if cfg.TEST.EVALUATOR not in EVALUATOR_REGISTRY:  # M3PL has a registry of its own
+    if cfg.TEST.EVALUATOR not in EVALUATOR_REGISTRY:  # it may have a registry of its own
         return
     evaluator: Any = EVALUATOR_REGISTRY.get(cfg.TEST.EVALUATOR)
 

@@ -49,7 +49,7 @@ def save_progress(trainer: Trainer, folder: RunFolder) -> None:
         models[name] = {
             "state_dict": trainer._models[name].state_dict(),
             "optimizer": None if optim is None else optim.state_dict(),
-            # M3PL's is a function of the step.
+            # A checkout's may be a mere function of the step.
             "scheduler": None if sched is None else getattr(sched, "state_dict", lambda: _NO_STATE)(),
         }
     state = {

@@ -280,10 +280,11 @@ def test_the_quick_start_leaves_other_methods_alone(trainer):
     assert cfg.TRAINER[trainer.upper()] == get_cfg().TRAINER[trainer.upper()]
 
 
-def test_flags_of_the_authors(capsys):
+@pytest.mark.parametrize("trainer", [["--trainer", "TaskRes"], ["--trainer=TaskRes"]], ids=len)
+def test_flags_of_the_authors(capsys, trainer):
     parser = argparse.ArgumentParser()
     train.add_arguments(parser)
-    words = ["--trainer", "TaskRes", "--enhanced-base", "none", "--device", "cuda:1", "OPTIM.LR", "0.1"]
+    words = [*trainer, "--enhanced-base", "none", "--device", "cuda:1", "OPTIM.LR", "0.1"]
     flags, opts = train.split_arguments(parser, words)
     assert opts == ["OPTIM.LR", "0.1", "--enhanced-base", "none"] and parser.parse_args(flags).device == "cuda:1"
     with pytest.raises(ConfigError, match="--enhanced-base is 'x.pth', which TaskRes has not here; give none"):
