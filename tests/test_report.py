@@ -5,6 +5,7 @@ import io
 import re
 import shutil
 import subprocess
+import sys
 from collections import Counter
 from html.parser import HTMLParser
 
@@ -189,6 +190,9 @@ def test_bad_calls_end_in_one_line(room, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("promptmix.report.page.importlib.util.find_spec", lambda name: None)
     assert main(["report", runs, "--out", str(tmp_path / "r.html"), "--no-interpret"]) == 2
     assert "promptmix[report]" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["report", "nowhere", "--out", str(tmp_path / "r.html")]) == 2  # before the runs are looked at
+    assert "a report needs matplotlib" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome on the path")

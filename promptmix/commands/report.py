@@ -36,12 +36,13 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--out {args.out}: must name a file that ends in .html")
     from promptmix.config.flags import check_place, load_plugins
     from promptmix.report import gather
+    from promptmix.report.figures import drawing
     from promptmix.report.inside import insights
     from promptmix.report.page import Wish, page
     from promptmix.utils import atomic_write
 
     check_place("--root", args.root)
-    with contextlib.redirect_stdout(sys.stderr):
+    with contextlib.redirect_stdout(sys.stderr), drawing():  # what is not installed is said before anything is computed
         load_plugins(args.plugin)
         runs, notes = gather.find(args.runs)
         options = {"root": args.root, "device": args.device, "weights": args.weights}
