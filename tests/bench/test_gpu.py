@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 import signal
+import sys
 import time
 from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
+from zipfile import ZipFile
 
 import pytest
 import torch
@@ -97,4 +99,18 @@ def test_numbers_that_are_not_finite_are_far_off():
 
 def test_a_bare_checkout_names_all_packages_it_needs():
     declared = (ROOT / "pyproject.toml").read_text(encoding="utf-8").partition("dependencies = [")[2].partition("]")[0]
-    assert sorted(bench.NEEDS.values()) == sorted(re.findall(r'"([a-z_]+)>=', declared))
+    assert {*re.findall(r'"([a-z_]+)>=', declared)} == {*bench.NEEDS.values()} - {"ftfy", "regex", "wcwidth"}
+
+
+def test_a_bare_checkout_takes_what_is_lacking_from_wheels(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(bench, "NEEDS", {"made_up_package": "made-up"})
+    assert bench.main(["--help"], tmp_path) == 2
+    assert f"-d wheels made-up`, then carry the folder wheels/ into {tmp_path}" in capsys.readouterr().out
+    (tmp_path / "wheels").mkdir()
+    wheel = tmp_path / "wheels" / "made_up-1.0-py3-none-any.whl"
+    with ZipFile(wheel, "w") as archive:
+        archive.writestr("made_up_package.py", "")
+    assert bench.main(["--help"], tmp_path) == 0 and "usage: promptmix bench" in capsys.readouterr().out
+    wheel.write_bytes(b"no archive")
+    assert bench.main([], tmp_path) == 2 and f"{wheel} cannot be unpacked" in capsys.readouterr().out
