@@ -24,6 +24,7 @@ from promptmix.dassl import program, vendored
 from promptmix.dassl.absent import standing_in
 from promptmix.dassl.bridge import fill
 from promptmix.dassl.config import get_cfg_default
+from promptmix.dassl.data.sets import SETS
 from promptmix.dassl.importing import installed
 from promptmix.dassl.nogpu import to_fp32, without_cuda
 from promptmix.dassl.patches import patched_torch
@@ -210,6 +211,8 @@ class _Ours(_Session):
         with ExitStack() as stack:
             stack.enter_context(installed())
             trainers = stack.enter_context(TRAINER_REGISTRY.layer())
+            # Below the checkout's own, which may have the same names.
+            stack.enter_context(DATASET_REGISTRY.layer()).update(SETS)
             stack.enter_context(DATASET_REGISTRY.layer())
             stack.enter_context(EVALUATOR_REGISTRY.layer())
 

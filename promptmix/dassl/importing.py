@@ -46,6 +46,34 @@ MODULES: dict[str, str] = {
             "utils",
         )
     },
+    **{
+        f"dassl.data.datasets.{name}": f"{_HERE}.data.sets"
+        for name in (
+            *(
+                "da",
+                "da.cifarstl",
+                "da.digit5",
+                "da.domainnet",
+                "da.mini_domainnet",
+                "da.office31",
+                "da.office_home",
+                "da.visda17",
+            ),
+            *(
+                "dg",
+                "dg.cifar_c",
+                "dg.digit_single",
+                "dg.digits_dg",
+                "dg.office_home_dg",
+                "dg.pacs",
+                "dg.vlcs",
+                "ssl",
+                "ssl.cifar",
+                "ssl.stl10",
+                "ssl.svhn",
+            ),
+        )
+    },
     # Files that Dassl cuts finer than we do.
     **{
         f"dassl.{package}.{name}": f"{_HERE}.{package}"
