@@ -93,6 +93,10 @@ class CLIP(nn.Module):
         """What is added to scaled cosines; the same for every class, so it matters to sigmoids, not to a softmax."""
         return self.logit_bias
 
+    def with_bias(self, scores: Tensor) -> Tensor:
+        """Add ``bias`` to scores, where the model has one."""
+        return scores if self.logit_bias is None else scores + self.logit_bias
+
     def train(self, mode: bool = True) -> CLIP:
         """Stay in evaluation mode: batch norms and dropout of a frozen model must not move."""
         return super().train(False)

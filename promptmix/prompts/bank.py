@@ -79,6 +79,22 @@ class Component(nn.Module):
             state: the checkpoint's tensors of this part, by their names in it.
         """
 
+    def fit_state(self, state: dict[str, Tensor], prefix: str) -> None:
+        """Make this part and a checkpoint that is about to be loaded agree on sizes, and on what training alone reads.
+
+        Args:
+            state: the checkpoint's tensors by their names.
+            prefix: of this part's names.
+        """
+        self.take_sizes({name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)})
+        for name in self.training_only:
+            if getattr(self, name) is not None:  # its settings can leave it out
+                state.setdefault(f"{prefix}{name}", getattr(self, name))
+        for name in self.sized_by_data:
+            own, theirs = getattr(self, name), state.get(f"{prefix}{name}")
+            if theirs is not None and theirs.shape != own.shape and theirs.shape[1:] == own.shape[1:]:
+                own.data = torch.empty(theirs.shape, dtype=own.dtype, device=own.device)
+
     def before_training(self) -> None:
         """Take what only training reads, such as sentences about the classes, so that evaluation does without.
 

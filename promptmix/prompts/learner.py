@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from promptmix.clip import CLIP
 from promptmix.clip.projection import unprojected
-from promptmix.clip.vision import VisualPrompts, are_pictures, are_views, prompts_of
+from promptmix.clip.vision import VisualPrompts, are_pictures, are_views
+from promptmix.config.declare import Setting
 from promptmix.engine.layout import today
-from promptmix.errors import ConfigError, PluginError
-from promptmix.prompts.heads import WeightedScores
-from promptmix.prompts.losses import CrossEntropy
-from promptmix.prompts.roles import IMAGE_LEVELS, Component, Head, Loss, LossSum, PromptBank, Router, Task, TextSupervision
+from promptmix.errors import PluginError
+from promptmix.prompts.bank import IMAGE_LEVELS
+from promptmix.prompts.roles import Component, Head, Loss, LossSum, PromptBank, Router, Task, check_parts, takes_step
 from promptmix.prompts.step import Routing, Step
+from promptmix.registry import register
 
 
 @dataclass(frozen=True)
@@ -42,17 +43,6 @@ def _refuse_unscalar(part: str, value: object) -> None:
         return
     shape = f" of shape {tuple(value.shape)} and type {value.dtype}" if isinstance(value, Tensor) else ""
     raise PluginError(f"the loss {part!r} returned a {type(value).__name__}{shape}; return a scalar of real numbers, or None")
-
-
-def checked(made: object, by: str) -> PromptLearner:
-    """Return what ``by`` made, which must be a learner.
-
-    Raises:
-        PluginError: it is something else.
-    """
-    if not isinstance(made, PromptLearner):
-        raise PluginError(f"{by} returned a {type(made).__name__}, but must return a Learner; see docs/write-a-method.md")
-    return made
 
 
 class PromptLearner(nn.Module, ABC):
@@ -80,12 +70,7 @@ class PromptLearner(nn.Module, ABC):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Say what to change in a learner of promptmix 0.1's first form."""
         super().__init_subclass__(**kwargs)
-        own = vars(cls).get("loss")
-        if own is not None and own.__code__.co_argcount > 2:
-            raise PluginError(
-                f"{cls.__module__}.{cls.__qualname__}: loss(image_features, labels) is now loss(step); "
-                "read step.features and step.labels"
-            )
+        takes_step(cls, "loss", "loss(image_features, labels)", "step.features and step.labels")
 
     @property
     def clip(self) -> CLIP:
@@ -192,6 +177,65 @@ class PromptLearner(nn.Module, ABC):
         return state
 
 
+@register
+class WeightedScores(Head):
+    """``s * <f_b, sum_k w_bk t_{e_bk, c}>``: the experts' scores, weighed by the router, equally without one (MoCoOp).
+
+    The mixed text feature is not normalised again, so the weighted sum of the experts' own scores is the same number without a
+    text feature per image. With one prompt it is the cosine times the scale.
+
+    Args:
+        task: the frozen model.
+        bank: unused, like in every head that reads features alone.
+        scale: s.
+    """
+
+    mixes = True
+
+    def __init__(
+        self, task: Task, bank: PromptBank, scale: Annotated[float, Setting("s; 0 = the model's temperature", low=0)] = 0.0
+    ) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, step: Step) -> Tensor:
+        """Return class scores (B, C)."""
+        image = step.image
+        text = step.text.to(image.dtype)
+        images = "bed" if image.dim() == 3 else "bd"
+        scores = torch.einsum(f"{images},{'b' if text.dim() == 4 else ''}ecd->bec", image, text)
+        return step.task.clip.with_bias((self.scale or step.task.clip.scale) * weigh(step, scores))
+
+
+def weigh(step: Step, scores: Tensor) -> Tensor:
+    """Return the experts' scores (B, E, C) weighed by the router, equally without one: (B, C)."""
+    if step.routing is None:
+        return scores.mean(dim=1)
+    weights = step.routing.dense if step.experts is None else step.routing.dense[:, step.experts]
+    return torch.einsum("be,bec->bc", weights.to(scores.dtype), scores)
+
+
+class CrossEntropy(Loss):
+    """Cross-entropy of class scores, mean over the batch.
+
+    Args:
+        scores: a method of a head that gives scores (B, C) of its own, or K sets (K, B, C); None = ``step.logits``.
+        part: its name in log lines.
+    """
+
+    def __init__(self, scores: Callable[[Step], Tensor] | None = None, part: str = "ce") -> None:
+        super().__init__()
+        self.scores, self.part = scores, part
+        self.needs_all_experts = self.needs_all_images = scores is not None
+
+    def forward(self, step: Step) -> Tensor:
+        """Return the loss (scalar)."""
+        scores = step.logits if self.scores is None else step.once(self.scores)
+        if scores.dim() == 2:
+            return F.cross_entropy(scores, step.labels)
+        return F.cross_entropy(scores.flatten(0, 1), step.labels.repeat(len(scores)))
+
+
 class Learner(PromptLearner):
     """A bank, a router, a head and a sum of losses as one learner.
 
@@ -206,7 +250,7 @@ class Learner(PromptLearner):
         measures: losses that are reported under these names, but not learned from.
 
     Raises:
-        ConfigError: the prompts differ from image to image, but a supervision takes one set of text features.
+        ConfigError: a part needs what another does not give (``check_parts``).
     """
 
     def __init__(
@@ -227,12 +271,7 @@ class Learner(PromptLearner):
         self.measures = nn.ModuleDict(dict(measures or {}))
         if len(self.losses) < len(self.terms):
             raise ValueError(f"terms of a loss need names of their own: {[term.part for term in self.terms]}; see Loss.named")
-        for supervision in self.losses.values():
-            if bank.per_image and isinstance(supervision, TextSupervision) and not supervision.takes_per_image:
-                raise ConfigError(
-                    f"TEXT_SUPERVISION.NAME {type(supervision).__name__} takes one set of text features, but the prompts of "
-                    f"{type(bank).__name__} differ from image to image; choose another of the two"
-                )
+        check_parts(self.components, bank, self.head)
         own = [part.per_class for part in self.components if part.class_specific]
         self.class_specific, self.per_class = bool(own), " and ".join(dict.fromkeys(own))
         #: Which image features the parts read, and so what is encoded and kept.
@@ -241,21 +280,12 @@ class Learner(PromptLearner):
         self.text_per_picture = bank.per_image or self.text_per_picture
         #: Whether text features are kept as they come from the tower.
         self.needs_raw_text = any(part.needs_raw_text for part in self.components)
-        if self.needs_raw_text and bank.per_image:
-            raise ConfigError(
-                f"a part reads raw text features, which {type(bank).__name__} does not give; choose another of the two"
-            )
         #: Whether each expert has image features of its own.
         self.image_per_expert = not bank.image_is_frozen and bank.num_visual > 1
         #: Whether the frozen tower's features stand in front of the experts' own, which route images or are mixed with them.
         self.keeps_frozen = router is not None or bank.per_image or bank.needs_frozen_image
         #: Whether several features of an image are kept side by side: (B, 1 + E, D), (B, E, D) or (B, 2, D).
         self.stacks_images = self.image_per_expert or bank.needs_frozen_image
-        if self.head.needs_tokens and bank.needs_frozen_image:
-            raise ConfigError(
-                f"{type(self.head).__name__} reads patches, and {type(bank).__name__} mixes features of whole images alone with "
-                "frozen ones; choose another of the two"
-            )
         self._frozen_text: Tensor | None = None
 
     @property
@@ -302,46 +332,16 @@ class Learner(PromptLearner):
         schedules: Sequence[VisualPrompts | None] = self.bank.visual() or [None]
         changes = self.bank.image_changes()
         if not self.stacks_images:
-            return self._encode_set(images, schedules[0], changes)
+            return self.encode_set(images, schedules[0], changes)
         sets = [self.encode_unprompted(images)] if self.keeps_frozen else []
-        sets += [self._encode_set(images, schedule, changes) for schedule in schedules]
+        sets += [self.encode_set(images, schedule, changes) for schedule in schedules]
         return torch.cat([found if found.dim() == 3 else found[:, None] for found in sets], dim=1)
 
     def encode_unprompted(self, images: Tensor) -> Tensor:
         """Return the frozen tower's features (B, D) of images, at the learner's ``image_level``."""
         return self.clip.encode_frozen(lambda: self._encoder(self.clip.encode_image)(images))
 
-    def encode_chosen(self, images: Tensor, routing: Routing, unprompted: Tensor, experts: Tensor | None) -> Tensor:
-        """Return what visual experts give of the images that chose them.
-
-        Args:
-            images: (B, 3, S, S).
-            routing: of these images.
-            unprompted: the frozen tower's features (B, D), which stand in for images that did not choose an expert.
-            experts: those that are asked for (E',); None = all E.
-
-        Returns:
-            (B, E', D), or (B, E', 1 + M, D) with the patches behind the image's.
-        """
-        schedules, changes = self.bank.visual(), self.bank.image_changes()
-        choices = routing.experts.cpu()  # one wait for the device
-        idle, columns, found = [], [], None
-        for expert in range(len(schedules)) if experts is None else experts.tolist():
-            rows = (choices == expert).any(dim=1).nonzero()[:, 0].to(images.device)
-            if len(rows):
-                found = self._encode_set(images[rows], prompts_of(schedules[expert], rows), changes)
-            else:
-                idle += [step.tokens for step in schedules[expert].values() if isinstance(step.tokens, Tensor)]
-            columns.append((rows, found if len(rows) else None))
-        shape = found.shape[1:] if found is not None else unprompted.shape[1:]
-        others = (unprompted if len(shape) == 1 else unprompted[:, None]).expand(-1, *shape)
-        own = [others if new is None else others.to(new.dtype).index_copy(0, rows, new) for rows, new in columns]
-        stacked = torch.stack(own, dim=1)
-        # Idle experts get a gradient of zero, so that weight decay and momentum move them as if they had been encoded.
-        learns = idle and torch.is_grad_enabled()
-        return stacked + 0.0 * torch.stack([tokens.sum() for tokens in idle]).sum() if learns else stacked
-
-    def _encode_set(self, images: Tensor, schedule: VisualPrompts | None, changes: Mapping[str, Any]) -> Tensor:
+    def encode_set(self, images: Tensor, schedule: VisualPrompts | None, changes: Mapping[str, Any]) -> Tensor:
         """Return (B, D), or (B, 1 + M, D) with the patches' features behind the image's."""
         if not self.head.needs_tokens:
             features: Tensor = self._encoder(self.clip.encode_image)(images, schedule, **changes)
@@ -438,13 +438,5 @@ class Learner(PromptLearner):
         state = {today(name): tensor for name, tensor in state.items()}
         for prefix, module in self.named_modules():
             if isinstance(module, Component):
-                start = f"{prefix}."
-                module.take_sizes({key.removeprefix(start): value for key, value in state.items() if key.startswith(start)})
-            for name in module.training_only if isinstance(module, Component) else ():
-                if getattr(module, name) is not None:  # its settings can leave it out
-                    state.setdefault(f"{prefix}.{name}", getattr(module, name))
-            for name in module.sized_by_data if isinstance(module, Component) else ():
-                own, theirs = getattr(module, name), state.get(f"{prefix}.{name}")
-                if theirs is not None and theirs.shape != own.shape and theirs.shape[1:] == own.shape[1:]:
-                    own.data = torch.empty(theirs.shape, dtype=own.dtype, device=own.device)
+                module.fit_state(state, f"{prefix}.")
         return state

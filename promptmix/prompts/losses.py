@@ -2,34 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import torch.nn.functional as F
 from torch import Tensor
 
+from promptmix.prompts.learner import CrossEntropy as CrossEntropy
 from promptmix.prompts.roles import Loss, Router
 from promptmix.prompts.step import Step
-
-
-class CrossEntropy(Loss):
-    """Cross-entropy of class scores, mean over the batch.
-
-    Args:
-        scores: a method of a head that gives scores (B, C) of its own, or K sets (K, B, C); None = ``step.logits``.
-        part: its name in log lines.
-    """
-
-    def __init__(self, scores: Callable[[Step], Tensor] | None = None, part: str = "ce") -> None:
-        super().__init__()
-        self.scores, self.part = scores, part
-        self.needs_all_experts = self.needs_all_images = scores is not None
-
-    def forward(self, step: Step) -> Tensor:
-        """Return the loss (scalar)."""
-        scores = step.logits if self.scores is None else step.once(self.scores)
-        if scores.dim() == 2:
-            return F.cross_entropy(scores, step.labels)
-        return F.cross_entropy(scores.flatten(0, 1), step.labels.repeat(len(scores)))
 
 
 class RouterLoss(Loss):

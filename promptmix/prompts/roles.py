@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -17,7 +18,7 @@ from yacs.config import CfgNode
 
 from promptmix.clip.vision import TokenKind
 from promptmix.config.declare import parse_sum
-from promptmix.errors import PluginError, SettingError
+from promptmix.errors import ConfigError, PluginError, SettingError
 from promptmix.prompts.bank import IMAGE_LEVELS as IMAGE_LEVELS
 from promptmix.prompts.bank import Component as Component
 from promptmix.prompts.bank import ImageLevel as ImageLevel
@@ -47,8 +48,8 @@ class Router(Component, ABC):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Say what to change in a router of promptmix 0.1's first form."""
         super().__init_subclass__(**kwargs)
-        _takes_step(cls, "forward", "forward(image_features)", "step.query")
-        _takes_step(cls, "loss", "loss(routing, image_features, labels)", "step.routing, step.query and step.labels")
+        takes_step(cls, "forward", "forward(image_features)", "step.query")
+        takes_step(cls, "loss", "loss(routing, image_features, labels)", "step.routing, step.query and step.labels")
 
     @abstractmethod
     def forward(self, step: Step) -> Routing:
@@ -123,7 +124,7 @@ class TextSupervision(Loss):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Say what to change in a supervision of promptmix 0.1's first form."""
         super().__init_subclass__(**kwargs)
-        _takes_step(cls, "forward", "forward(bank, text_features)", "step.bank and step.text")
+        takes_step(cls, "forward", "forward(bank, text_features)", "step.bank and step.text")
 
 
 class Distiller(Loss):
@@ -136,7 +137,7 @@ class Distiller(Loss):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Say what to change in a distiller of promptmix 0.1's first form."""
         super().__init_subclass__(**kwargs)
-        _takes_step(cls, "forward", "forward(image_features, logits, labels)", "step.image, step.logits and step.labels")
+        takes_step(cls, "forward", "forward(image_features, logits, labels)", "step.image, step.logits and step.labels")
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,7 @@ class LossSum:
         return LossSum(self.terms + (other.named(other.part) if isinstance(other, Loss) else other).terms)
 
 
-def _takes_step(cls: type, method: str, before: str, now: str) -> None:
+def takes_step(cls: type, method: str, before: str, now: str) -> None:
     """Refuse a class whose own ``method`` still has the signature ``before``."""
     own = vars(cls).get(method)
     if own is not None and len(inspect.signature(own).parameters) != 2 or f"{method}({_second(own)})" == before:
@@ -180,6 +181,29 @@ def _takes_step(cls: type, method: str, before: str, now: str) -> None:
 
 def _second(method: Any) -> str:
     return "" if method is None else list(inspect.signature(method).parameters)[1]
+
+
+def check_parts(parts: Sequence[Component], bank: PromptBank, head: Head) -> None:
+    """Refuse parts of one learner that need what its bank does not give.
+
+    Raises:
+        ConfigError: a part takes text features that are the same for all images, or reads them raw, where each image has its
+            own; or the head reads patches, which the bank does not mix with frozen features.
+    """
+    name = type(bank).__name__
+    for part in parts if bank.per_image else ():
+        if isinstance(part, TextSupervision) and not part.takes_per_image:
+            raise ConfigError(
+                f"TEXT_SUPERVISION.NAME {type(part).__name__} takes one set of text features, but the prompts of {name} differ "
+                "from image to image; choose another of the two"
+            )
+        if part.needs_raw_text:
+            raise ConfigError(f"a part reads raw text features, which {name} does not give; choose another of the two")
+    if head.needs_tokens and bank.needs_frozen_image:
+        raise ConfigError(
+            f"{type(head).__name__} reads patches, and {name} mixes features of whole images alone with frozen ones; choose "
+            "another of the two"
+        )
 
 
 def component_node(cfg: CfgNode, role: str, name: str) -> CfgNode:

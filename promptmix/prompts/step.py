@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar, overload
 
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from promptmix.clip.projection import map_last
+from promptmix.clip.vision import VisualPrompts, prompts_of
 from promptmix.prompts.bank import ImageLevel, PromptBank
 from promptmix.prompts.task import Task
 
@@ -83,8 +84,8 @@ class Composition(Protocol):
     def encode_unprompted(self, images: Tensor) -> Tensor:
         """Return the frozen tower's features (B, D)."""
 
-    def encode_chosen(self, images: Tensor, routing: Routing, unprompted: Tensor, experts: Tensor | None) -> Tensor:
-        """Return visual experts' features of the images that chose them."""
+    def encode_set(self, images: Tensor, schedule: VisualPrompts | None, changes: Mapping[str, Any]) -> Tensor:
+        """Return features of images with one set of visual prompts."""
 
     def features(self, images: Tensor) -> Tensor:
         """Return what caches keep of images."""
@@ -266,8 +267,7 @@ class Step:
         """The bank's own features (B, D), of E' experts (B, E', D); with patches (B, 1 + M, D) or (B, E', 1 + M, D)."""
         learner = self.learner
         if self._is_sparse:
-            assert self.images is not None and self.routing is not None  # noqa: S101  (what sparse means)
-            return learner.encode_chosen(self.images, self.routing, self._unprompted, self.experts)
+            return self._chosen()
         if not learner.stacks_images:
             return self.features
         begin = int(learner.keeps_frozen)
@@ -277,6 +277,32 @@ class Step:
         if learner.head.needs_tokens:
             own = own.unflatten(1, (self.bank.num_visual, -1))
         return own if self.experts is None else own[:, self.experts]
+
+    def _chosen(self) -> Tensor:
+        """What visual experts give of the images that chose them; the frozen tower's features stand in for all others.
+
+        Returns:
+            (B, E', D), or (B, E', 1 + M, D) with the patches behind the image's.
+        """
+        assert self.images is not None and self.routing is not None  # noqa: S101  (what sparse means)
+        images, unprompted = self.images, self._unprompted
+        schedules, changes = self.bank.visual(), self.bank.image_changes()
+        choices = self.routing.experts.cpu()  # one wait for the device
+        idle, columns, found = [], [], None
+        for expert in range(len(schedules)) if self.experts is None else self.experts.tolist():
+            rows = (choices == expert).any(dim=1).nonzero()[:, 0].to(images.device)
+            if len(rows):
+                found = self.learner.encode_set(images[rows], prompts_of(schedules[expert], rows), changes)
+            else:
+                idle += [step.tokens for step in schedules[expert].values() if isinstance(step.tokens, Tensor)]
+            columns.append((rows, found if len(rows) else None))
+        shape = found.shape[1:] if found is not None else unprompted.shape[1:]
+        others = (unprompted if len(shape) == 1 else unprompted[:, None]).expand(-1, *shape)
+        own = [others if new is None else others.to(new.dtype).index_copy(0, rows, new) for rows, new in columns]
+        stacked = torch.stack(own, dim=1)
+        # Idle experts get a gradient of zero, so that weight decay and momentum move them as if they had been encoded.
+        learns = idle and torch.is_grad_enabled()
+        return stacked + 0.0 * torch.stack([tokens.sum() for tokens in idle]).sum() if learns else stacked
 
     @made_once
     def _unprompted(self) -> Tensor:

@@ -30,10 +30,10 @@ from promptmix.engine.league import LABELLED
 from promptmix.engine.openworld import OpenWorld
 from promptmix.engine.precision import Precision
 from promptmix.engine.resume import from_streams
-from promptmix.errors import CheckpointError, ConfigError, SettingError
+from promptmix.errors import CheckpointError, ConfigError, PluginError, SettingError
 from promptmix.prompts.average import GaussianAverage
 from promptmix.prompts.compiled import CompiledStep, check_step, compiled_step
-from promptmix.prompts.learner import LossTerms, PromptLearner, checked
+from promptmix.prompts.learner import LossTerms, PromptLearner
 from promptmix.prompts.roles import LossSum, PromptBank, Routing, Task, build_component, build_losses
 from promptmix.prompts.stages import Stage, Stages
 from promptmix.prompts.step import Step
@@ -74,10 +74,8 @@ class PromptTrainer(TrainerX):
         if self.cfg.DATASET.UNLABELED == "none":
             return
         if self.train_loader_u is None:
-            asked, name = self.cfg.DATASET.UNLABELED, self.cfg.DATASET.NAME
-            raise ConfigError(
-                f"DATASET.UNLABELED is {asked!r}, but data set {name} gives no pictures without labels; set it to none"
-            )
+            node = self.cfg.DATASET
+            raise ConfigError(f"DATASET.UNLABELED is {node.UNLABELED!r}, but {node.NAME} has labelled ones alone; set it to none")
         self.train_loader_x = self.train_loader_u
 
     def compose(self, task: Task) -> PromptLearner:
@@ -104,12 +102,16 @@ class PromptTrainer(TrainerX):
 
         Raises:
             ConfigError: a setting doesn't fit the model or the data set; the message names its key.
+            PluginError: what ``compose`` returns is no learner.
         """
         try:
-            made = self.compose(task, **{name: self.node[key_of(name)] for name in settings_of(self.compose)})
-            return checked(made, f"{type(self).__name__}.compose")
+            made: object = self.compose(task, **{name: self.node[key_of(name)] for name in settings_of(self.compose)})
         except SettingError as error:
             raise error.under(f"TRAINER.{self.cfg.TRAINER.NAME.upper()}") from None
+        if not isinstance(made, PromptLearner):
+            by = f"{type(self).__name__}.compose"
+            raise PluginError(f"{by} returned a {type(made).__name__}, but must return a Learner; see docs/write-a-method.md")
+        return made
 
     def part(self, role: str, task: Task, *parts: Any) -> Any:
         """Return the part that YAML, or else ``roles``, chooses for ``role``; None where it chooses none."""
@@ -292,18 +294,15 @@ class PromptTrainer(TrainerX):
     def _features_of(self, split: str | None) -> Iterator[None]:
         """Have the evaluation of ``split`` read image features instead of pictures, where they may be kept."""
         cache = self._feature_cache()
-        validates = (split or self.cfg.TEST.SPLIT) == "val" and self.val_loader is not None
-        name = "val_loader" if validates else "test_loader"
-        loader = getattr(self, name)
+        part = "val" if (split or self.cfg.TEST.SPLIT) == "val" and self.val_loader is not None else "test"
+        loader = getattr(self, f"{part}_loader")
         if cache is not None:
-            split = name.partition("_")[0]
-            kind = self.model.feature_kind
-            found = feature_loader(loader, self._encode_frozen, self.cfg, cache, self.clip.image, split, kind)
-            setattr(self, name, found or loader)
+            found = feature_loader(loader, self._encode_frozen, self.cfg, cache, self.clip.image, part, self.model.feature_kind)
+            setattr(self, f"{part}_loader", found or loader)
         try:
             yield
         finally:
-            setattr(self, name, loader)
+            setattr(self, f"{part}_loader", loader)
 
     def run_epoch(self) -> None:
         """Go once through the labelled data.
