@@ -232,3 +232,12 @@ ROLES: dict[str, Registry] = {
     "TEXT_SUPERVISION": TEXT_SUPERVISION_REGISTRY,
     "DISTILLER": DISTILLER_REGISTRY,
 }
+
+
+def is_prompt_trainer(name: str) -> bool:
+    """Tell whether a trainer is a ``PromptTrainer``, made of parts in roles; others bring networks of their own.
+
+    Raises:
+        RegistryError: no trainer of this name.
+    """
+    return hasattr(TRAINER_REGISTRY.get(name), "roles")

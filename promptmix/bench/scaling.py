@@ -68,7 +68,7 @@ def study(world: World, lines: Iterable[Size], here: World | None = None, limit:
     """
     rows: list[list[Any]] = []
     for size in lines:
-        counts = count_step(world, size.method, size.batch, size.classes, *size.opts, experts=size.experts)
+        counts = count_step(world, size.method, size.batch, size.classes, *size.opts, experts=size.experts, compare=True)
         ours, full = counts["gflops"], counts["plain_gflops"]
         costs = _measured(here, size, ours <= limit, full <= limit, repeats) if here is not None else {}
         numbers: list[Any] = [ours, full, full / ours, counts["live_mb"], counts["plain_live_mb"]]

@@ -8,7 +8,7 @@ from yacs.config import CfgNode
 from promptmix.clip.load import COOP_NAMES, EMBEDDED_NAMES, load_embedded, load_open_clip
 from promptmix.errors import ConfigError
 from promptmix.hookspecs import hookimpl
-from promptmix.registry import BACKBONE_REGISTRY, TRAINER_REGISTRY, Registry, closest
+from promptmix.registry import BACKBONE_REGISTRY, Registry, closest, is_prompt_trainer
 
 
 @hookimpl
@@ -26,7 +26,7 @@ def validate_config(cfg: CfgNode) -> None:
     node = cfg.MODEL.BACKBONE
     name = COOP_NAMES.get(node.NAME, node.NAME)
     if node.NAME not in BACKBONE_REGISTRY and name not in open_clip.list_models():
-        if node.NAME and hasattr(TRAINER_REGISTRY.get(cfg.TRAINER.NAME), "roles"):  # others bring networks of their own
+        if node.NAME and is_prompt_trainer(cfg.TRAINER.NAME):  # others bring networks of their own
             BACKBONE_REGISTRY.get(node.NAME)
         return
     if node.TOKENIZER and name not in open_clip.list_models():

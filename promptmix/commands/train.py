@@ -234,9 +234,9 @@ def _refuse_beside_run(args: argparse.Namespace) -> None:
 
 def refuse_undivided(trainer: str) -> None:
     """Refuse several processes for a trainer without the towers that they share."""
-    from promptmix.registry import TRAINER_REGISTRY
+    from promptmix.registry import is_prompt_trainer
 
-    if launch.place()[1] > 1 and not hasattr(TRAINER_REGISTRY.get(trainer), "roles"):
+    if launch.place()[1] > 1 and not is_prompt_trainer(trainer):
         raise ConfigError(f"TRAINER.NAME {trainer} is no prompt trainer, whose towers --devices divides; leave it out")
 
 
@@ -257,10 +257,10 @@ def check_names(cfg: CfgNode) -> None:
         ConfigError: no trainer, no data set, or no backbone for a prompt trainer is chosen.
     """
     from promptmix.config import get_key
-    from promptmix.registry import TRAINER_REGISTRY
+    from promptmix.registry import is_prompt_trainer
 
     needed = {"TRAINER.NAME": "--trainer", "DATASET.NAME": "--dataset-config-file"}
-    if cfg.TRAINER.NAME and hasattr(TRAINER_REGISTRY.get(cfg.TRAINER.NAME), "roles"):
+    if cfg.TRAINER.NAME and is_prompt_trainer(cfg.TRAINER.NAME):
         needed["MODEL.BACKBONE.NAME"] = "--backbone"
     for key, flag in needed.items():
         if not get_key(cfg, key):

@@ -185,12 +185,12 @@ def validate(cfg: CN) -> None:
         RegistryError: no trainer or data set of this name.
         ConfigError: a value that its key does not take, or a setting that the chosen trainer would ignore.
     """
-    from promptmix.registry import DATASET_REGISTRY, EVALUATOR_REGISTRY, ROLES, TRAINER_REGISTRY, name_of
+    from promptmix.registry import DATASET_REGISTRY, EVALUATOR_REGISTRY, ROLES, TRAINER_REGISTRY, is_prompt_trainer, name_of
 
     check_values(cfg)
     trainer = TRAINER_REGISTRY.get(cfg.TRAINER.NAME)
     DATASET_REGISTRY.get(cfg.DATASET.NAME)
-    if hasattr(trainer, "roles"):  # a checkout's may build theirs from a registry of its own
+    if is_prompt_trainer(cfg.TRAINER.NAME):  # another may have evaluators of its own, and asks for one when it is built
         EVALUATOR_REGISTRY.get(cfg.TEST.EVALUATOR)
     _refuse_unread(cfg, getattr(trainer, "ignores", ()))
     _check_views(cfg, getattr(trainer, "views", cfg.DATALOADER.K_TRANSFORMS))

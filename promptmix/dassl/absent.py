@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any
 
+from promptmix.dassl.reasons import here
 from promptmix.data.templates import IMAGENET_7, IMAGENET_80
 from promptmix.errors import PluginError
 from promptmix.utils import get_logger
@@ -155,7 +156,10 @@ class _Part:
 
 
 def _importer() -> FrameType | None:
-    """Return the frame whose import statement is being run."""
+    """Return the frame whose import statement is being run.
+
+    Python tells a finder what is imported, not by which line, and the line decides: one in a ``try`` has an answer of its own.
+    """
     frame: FrameType | None = sys._getframe(2)
     while frame is not None and frame.f_code.co_filename.startswith("<frozen importlib"):
         frame = frame.f_back
@@ -163,14 +167,7 @@ def _importer() -> FrameType | None:
 
 
 def _at(root: Path) -> str:
-    """Return ``file:line`` of the checkout that runs now."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        file = Path(frame.f_code.co_filename)
-        if file.is_relative_to(root):
-            return f"{file.relative_to(root)}:{frame.f_lineno}"
-        frame = frame.f_back
-    return "the checkout"
+    return here(root) or "the checkout"
 
 
 @lru_cache(maxsize=64)

@@ -233,7 +233,7 @@ class _Ours(_Session):
                 options = dict(self.options)
                 if changed:  # among the arguments, which the log begins with
                     options["arguments"] = {**options.get("arguments", {}), "no_gpu": changed}
-                _report_own_tests(cfg)
+                stack.enter_context(_own_tests_reported(cfg))
                 trainer, self.result = stack.enter_context(running(cfg, load=False, build=self._built, prints=True, **options))
                 log = getattr(sys.stdout, "file", None)
                 if log is not None:
@@ -329,21 +329,28 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
         setattr(owner, name, before)
 
 
-def _report_own_tests(cfg: CfgNode) -> None:
-    """Let the evaluator report the numbers of a test that is a trainer's own, unless there are those of the engine's ``test``."""
-    if cfg.TEST.EVALUATOR not in EVALUATOR_REGISTRY:  # it may have a registry of its own
+@contextmanager
+def _own_tests_reported(cfg: CfgNode) -> Iterator[None]:
+    """Let the evaluator report the numbers of a test that is a trainer's own; the engine's ``test`` reports by itself."""
+    name, by_engine = cfg.TEST.EVALUATOR, SimpleTrainer.test
+    if name not in EVALUATOR_REGISTRY:  # it may have a registry of its own
+        yield
         return
-    evaluator: Any = EVALUATOR_REGISTRY.get(cfg.TEST.EVALUATOR)
+    evaluator: Any = EVALUATOR_REGISTRY.get(name)
 
     class Reporting(evaluator):
-        by_engine = False
+        reports = True
 
         def evaluate(self) -> dict[str, float]:
             results: dict[str, float] = super().evaluate()
-            if sys._getframe(1).f_code is SimpleTrainer.test.__code__:  # which reports by itself
-                Reporting.by_engine = True
-            elif not Reporting.by_engine:
+            if self.reports:
                 get_plugin_manager().hook.after_test(trainer=None, split=cfg.TEST.SPLIT, results=results)
             return results
 
-    EVALUATOR_REGISTRY.register(Reporting, name=cfg.TEST.EVALUATOR, force=True)
+    def test(self: SimpleTrainer, split: str | None = None) -> float:
+        Reporting.reports = False
+        return by_engine(self, split)
+
+    EVALUATOR_REGISTRY.register(Reporting, name=name, force=True)
+    with _replaced(SimpleTrainer, "test", test):
+        yield

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from yacs.config import CfgNode
 
+from promptmix.dassl.reasons import here
 from promptmix.utils import get_logger
 
 __all__ = ["to_fp32", "without_cuda"]
@@ -68,8 +68,8 @@ class _OnCPU(TorchFunctionMode):
         if what in self._said:
             return
         self._said.add(what)
-        frames = [frame for frame in traceback.extract_stack() if Path(frame.filename).is_relative_to(self._root)]
-        where = f" (first at {Path(frames[-1].filename).relative_to(self._root)}:{frames[-1].lineno})" if frames else ""
+        line = here(self._root)
+        where = f" (first at {line})" if line else ""
         if what.startswith("."):
             get_logger().warning("No GPU: calls of %s in the checkout are passed over%s", what, where)
         else:

@@ -17,7 +17,7 @@ import torch
 from promptmix.engine import TrainerBase
 from promptmix.errors import ConfigError, PluginError, UserError
 
-__all__ = ["explained", "where"]
+__all__ = ["explained", "here", "where"]
 
 #: Packages of a checkout; ones of the same names that pip would install are others.
 _PARTS = ("datasets", "trainers")
@@ -61,8 +61,17 @@ def explained(root: Path, data: str = "") -> Iterator[None]:
 
 def where(error: BaseException, root: Path) -> str:
     """Return ``file:line`` of the checkout where ``error`` came from, or an empty string."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).is_relative_to(root)]
-    return f"{Path(frames[-1].filename).relative_to(root)}:{frames[-1].lineno}" if frames else ""
+    return _innermost(traceback.extract_tb(error.__traceback__), root)
+
+
+def here(root: Path) -> str:
+    """Return ``file:line`` of the checkout that called what runs now, or an empty string."""
+    return _innermost(traceback.extract_stack(), root)
+
+
+def _innermost(frames: traceback.StackSummary, root: Path) -> str:
+    own = [frame for frame in frames if Path(frame.filename).is_relative_to(root)]
+    return f"{Path(own[-1].filename).relative_to(root)}:{own[-1].lineno}" if own else ""
 
 
 def _first_cause(error: BaseException) -> BaseException:

@@ -24,7 +24,7 @@ from promptmix.engine.run_folder import RunFolder
 from promptmix.hookspecs import hookimpl
 from promptmix.parallel import group
 from promptmix.plugin_manager import get_plugin_manager
-from promptmix.registry import TRAINER_REGISTRY
+from promptmix.registry import is_prompt_trainer
 from promptmix.runs import refusals, results, samples
 from promptmix.runs.from_run import replay_of, take_from_run
 from promptmix.runs.hub import place_of
@@ -126,7 +126,7 @@ def running(cfg: CN, **options: Any) -> Iterator[tuple[Any, RunResult]]:
     config.validate(cfg)
     cfg.freeze()
     result, recorder, folder = _new_result(cfg, asked), _Recorder(asked.on_epoch), RunFolder(cfg.OUTPUT_DIR)
-    prints = asked.prints or asked.build is None and not hasattr(TRAINER_REGISTRY.get(cfg.TRAINER.NAME), "roles")
+    prints = asked.prints or asked.build is None and not is_prompt_trainer(cfg.TRAINER.NAME)
     output = Output(cfg.OUTPUT_DIR, asked.quiet or not group.writes(), prints)
     if asked.no_train:
         with output:

@@ -29,7 +29,7 @@ SMALL = ["--backbone", "tiny-vit", "--repeats", "1", "--device", "cpu"]
 def test_counted_steps_at_full_size_did_not_become_dearer(tmp_path):
     get_plugin_manager()
     with silenced():
-        counts = count_cases(World("ViT-B/16", tmp_path, "meta"), compare=False)
+        counts = count_cases(World("ViT-B/16", tmp_path, "meta"))
     assert regressions(counts, RECORD) == []
     for case in CASES:
         assert counts[case]["gflops"] <= 1.15 * counts[case]["minimum_gflops"]  # the target for CoOp, met by all

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from promptmix.cli import main
-from promptmix.dassl.checkout import _report_own_tests
+from promptmix.dassl.checkout import _own_tests_reported
 from promptmix.dassl.config import get_cfg_default
 from promptmix.registry import EVALUATOR_REGISTRY
 from tests.dassl.fork import change, command, log, make, refused, run
@@ -95,8 +95,8 @@ def test_an_evaluator_that_no_registry_of_dassls_has():
     cfg = get_cfg_default()
     cfg.TEST.EVALUATOR = "MultiClassification"
     before = dict(EVALUATOR_REGISTRY.snapshot())
-    _report_own_tests(cfg)
-    assert before == EVALUATOR_REGISTRY.snapshot()
+    with _own_tests_reported(cfg):
+        assert before == EVALUATOR_REGISTRY.snapshot()
 
 
 def test_what_main_prints_first_is_in_the_log(room):
