@@ -3,23 +3,25 @@
 Both towers are stacks of open_clip's residual attention blocks, and each is read at one token: the text tower at EOT, a vision
 transformer at its class token. In the last layer, therefore, only that token asks; the others give their keys and values.
 The layers here are those blocks with less memory traffic, and open_clip's own wherever something else was put in a block.
-A layer takes what a method changes in it (``LayerChanges``); None is the frozen layer, to the bit.
+A layer takes what a method changes in it (``LayerChanges``); None is the frozen one, to the bit. ``Layers`` are a stack of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
-from open_clip.transformer import QuickGELU, ResidualAttentionBlock
+from open_clip.transformer import QuickGELU, ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
 from torch.func import functional_call
+from typing_extensions import override
 
 from promptmix.clip.memory import Recalled, recall
-from promptmix.clip.places import Branch, LayerChanges, beside, merged, run_changed
+from promptmix.clip.places import Branch, LayerChanges, PromptStep, beside, merged, run_changed
 from promptmix.errors import ConfigError
 
 #: Names of what gives queries, keys and values in a block of open_clip's.
@@ -284,3 +286,114 @@ def _mlp(block: ResidualAttentionBlock, x: Tensor) -> Tensor:
         return mlp(x)
     hidden = F.silu(mlp.c_fc(x).mul_(1.702)).mul_(1 / 1.702)
     return mlp.c_proj(hidden)
+
+
+class Layers(ABC):
+    """A stack of layers on tokens (B, L, W): leading tokens, patches, and prompts at the end.
+
+    Attributes:
+        prefix: of the layers' names in the image tower's state dict.
+        blocks: the layers, first to last.
+        width: W.
+        leading: tokens in front of the patches (class token, registers).
+        patches: number of patches M.
+        reads_first: whether the feature is the first token's.
+    """
+
+    prefix: str
+    blocks: nn.ModuleList
+    width: int
+    leading: int
+    patches: int
+    reads_first: bool
+
+    @abstractmethod
+    def embed(self, images: Tensor, step: PromptStep | None) -> tuple[Tensor, Any]:
+        """Return the tokens that enter the first layer, after ``step``, and what layers want to know beside them."""
+
+    def given(self, layer: int, x: Tensor, about: Any) -> Mapping[str, Tensor]:
+        """Return further arguments of a layer for tokens ``x``, from what ``embed`` returned."""
+        return {}
+
+    @abstractmethod
+    def pooled(self, x: Tensor) -> Tensor:
+        """Return the image features (B, D) of the tokens that leave the last layer."""
+
+    def first_norm(self, layer: int) -> nn.Module:
+        """Return the norm in front of a layer's attention."""
+        norm: nn.Module = self.blocks[layer].ln_1  # type: ignore[assignment]
+        return norm
+
+    def own_name(self, name: str) -> str:
+        """Return the name in the tower's state dict of what OpenAI's layout calls ``name``."""
+        return name
+
+    @abstractmethod
+    def norm(self, x: Tensor) -> Tensor:
+        """Apply the final norm to states (..., W)."""
+
+    @abstractmethod
+    def project(self, x: Tensor) -> Tensor:
+        """Map normed states (..., W) into the joint space (..., D), each as if it alone were the picture."""
+
+
+class ClipLayers(Layers):
+    """CLIP's own vision transformer."""
+
+    prefix = "visual.transformer.resblocks."
+    leading = 1
+
+    def __init__(self, visual: VisionTransformer) -> None:
+        self.visual: Any = visual
+        self.blocks = self.visual.transformer.resblocks
+        self.width = self.visual.class_embedding.shape[0]
+        self.patches = self.visual.positional_embedding.shape[0] - 1
+        self.reads_first = self.visual.attn_pool is None and self.visual.pool_type == "tok"
+
+    @override
+    def embed(self, images: Tensor, step: PromptStep | None) -> tuple[Tensor, None]:
+        visual = self.visual
+        x = visual.conv1(images).flatten(2).transpose(1, 2)
+        first = visual.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1)
+        x = torch.cat([first, x], dim=1) + visual.positional_embedding.to(x.dtype)
+        return enter_first(visual.ln_pre, x, step), None
+
+    @override
+    def pooled(self, x: Tensor) -> Tensor:
+        pooled: Tensor = self.visual._pool(x)[0]
+        return pooled if self.visual.proj is None else pooled @ self.visual.proj
+
+    @override
+    def norm(self, x: Tensor) -> Tensor:
+        if self.visual.attn_pool is not None:
+            return x  # the pool comes first, and has a norm of its own
+        normed: Tensor = self.visual.ln_post(x)
+        return normed
+
+    @override
+    def project(self, x: Tensor) -> Tensor:
+        pool, projection = self.visual.attn_pool, self.visual.proj
+        if pool is not None:  # one key: whoever asks is answered by its value
+            x = pool(x.reshape(-1, 1, x.shape[-1]))[:, 0].unflatten(0, x.shape[:-1])
+            x = self.visual.ln_post(x)
+        return x if projection is None else x @ projection
+
+
+def enter_first(norm: Callable[[Tensor], Tensor], x: Tensor, step: PromptStep | None) -> Tensor:
+    """Return tokens (B, L, W) behind the norm in front of the first layer, with those of ``step`` in front of or behind it."""
+    behind = step is not None and step.behind_norm
+    return apply_step(norm(x), step) if behind else norm(apply_step(x, step))
+
+
+def apply_step(x: Tensor, step: PromptStep | None) -> Tensor:
+    """Remove and append tokens at the end of (B, L, W)."""
+    if step is None:
+        return x
+    end = x.shape[1] - step.remove
+    kept, new = x[:, :end], step.tokens
+    if new is not None and not isinstance(new, Tensor):
+        new = new(x[:, end:])
+    if new is None:
+        return kept
+    new = new.to(x.dtype)
+    return torch.cat([kept, new if new.dim() == 3 else new.expand(x.shape[0], -1, -1)], dim=1)

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from promptmix.clip.kept import kept
 from promptmix.clip.packed import Prompts, expand, packing
 from promptmix.clip.places import Changes, PromptStep
-from promptmix.clip.tokens import ClassTokens, Tokenizer
+from promptmix.clip.tokens import ClassTokens, Tokenizer, kept
 from promptmix.errors import ConfigError
 from promptmix.parallel import group
 

@@ -16,9 +16,9 @@ from open_clip.transformer import ResidualAttentionBlock
 from torch import Tensor
 
 from promptmix.clip.blocks import enter, finish, join_heads, project, project_some, recalled, split_heads, split_thirds
-from promptmix.clip.kept import kept
 from promptmix.clip.memory import Recalled, recall
 from promptmix.clip.places import LayerChanges, PromptStep
+from promptmix.clip.tokens import kept
 
 
 @dataclass(frozen=True)

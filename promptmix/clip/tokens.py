@@ -1,21 +1,57 @@
-"""Tokens: CLIP's byte-pair encoding, templates and class names."""
+"""Tokens: CLIP's byte-pair encoding, templates and class names, and tables that follow from them alone.
+
+Such tables are made once: no step makes one, or copies it to the device. They lie in plain dictionaries, since ``torch.compile``
+looks into those and takes what it finds, where it would look through a ``functools.lru_cache`` and trace how each table is made.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, wraps
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
+import torch
 from open_clip import SimpleTokenizer
 
-from promptmix.clip.kept import find
 from promptmix.errors import ConfigError
 
 if TYPE_CHECKING:
     from open_clip.tokenizer import HFTokenizer
+
+
+Given = ParamSpec("Given")
+Table = TypeVar("Table")
+
+#: How many are kept; beyond, the oldest goes.
+_SIZE = 256
+
+
+def find(tables: dict[Hashable, Table], key: Hashable, make: Callable[[], Table], size: int = _SIZE) -> Table:
+    """Return ``tables[key]``, made when it is first asked for; ``size`` of them are kept."""
+    if key not in tables:
+        if len(tables) >= size:
+            del tables[next(iter(tables))]
+        tables[key] = make()
+    return tables[key]
+
+
+def kept(make: Callable[Given, Table]) -> Callable[Given, Table]:
+    """Keep what ``make`` returns for its positional arguments, which are hashable and decide it."""
+    tables: dict[Hashable, Table] = {}
+
+    @wraps(make)
+    def get(*args: Given.args, **none: Given.kwargs) -> Table:
+        return find(tables, args, lambda: _outside(make, *args))
+
+    return get
+
+
+@torch.inference_mode(False)  # a table made while a teacher runs serves steps that learn too
+def _outside(make: Callable[..., Table], *args: Hashable) -> Table:
+    return make(*args)
 
 
 @cache

@@ -11,10 +11,10 @@ import torch
 from open_clip.modified_resnet import ModifiedResNet
 from torch import Tensor, nn
 
-from promptmix.clip.blocks import first_token_layer, fits_caches, layer, values_layer
+from promptmix.clip.blocks import ClipLayers, Layers, apply_step, first_token_layer, fits_caches, layer, values_layer
 from promptmix.clip.compose import cut, rows_of
+from promptmix.clip.networks import can_read_places, layers_of, places_of
 from promptmix.clip.places import Changes, LayerAction, PromptStep, Weights, beside, merged, run_changed
-from promptmix.clip.visuals import ClipLayers, Layers, apply_step, can_read_places, layers_of, places_of
 from promptmix.errors import ConfigError
 from promptmix.parallel import group
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from promptmix.clip.kept import find
+from promptmix.clip.tokens import find
 from promptmix.clip.vision import VisualPrompts
 from promptmix.config.declare import declare_all, retire
 from promptmix.errors import ConfigError

@@ -1,9 +1,8 @@
-"""What the image tower knows of each make of network: where tokens come from, and how the feature is read from them."""
+"""Networks of the image tower that are not CLIP's vision transformer: timm's, and those that give a map of places (ResNet)."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,57 +12,8 @@ from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 from typing_extensions import override
 
-from promptmix.clip.blocks import attention
+from promptmix.clip.blocks import ClipLayers, Layers, attention, enter_first
 from promptmix.clip.places import PromptStep
-
-
-class Layers(ABC):
-    """A stack of layers on tokens (B, L, W): leading tokens, patches, and prompts at the end.
-
-    Attributes:
-        prefix: of the layers' names in the image tower's state dict.
-        blocks: the layers, first to last.
-        width: W.
-        leading: tokens in front of the patches (class token, registers).
-        patches: number of patches M.
-        reads_first: whether the feature is the first token's.
-    """
-
-    prefix: str
-    blocks: nn.ModuleList
-    width: int
-    leading: int
-    patches: int
-    reads_first: bool
-
-    @abstractmethod
-    def embed(self, images: Tensor, step: PromptStep | None) -> tuple[Tensor, Any]:
-        """Return the tokens that enter the first layer, after ``step``, and what layers want to know beside them."""
-
-    def given(self, layer: int, x: Tensor, about: Any) -> Mapping[str, Tensor]:
-        """Return further arguments of a layer for tokens ``x``, from what ``embed`` returned."""
-        return {}
-
-    @abstractmethod
-    def pooled(self, x: Tensor) -> Tensor:
-        """Return the image features (B, D) of the tokens that leave the last layer."""
-
-    def first_norm(self, layer: int) -> nn.Module:
-        """Return the norm in front of a layer's attention."""
-        norm: nn.Module = self.blocks[layer].ln_1  # type: ignore[assignment]
-        return norm
-
-    def own_name(self, name: str) -> str:
-        """Return the name in the tower's state dict of what OpenAI's layout calls ``name``."""
-        return name
-
-    @abstractmethod
-    def norm(self, x: Tensor) -> Tensor:
-        """Apply the final norm to states (..., W)."""
-
-    @abstractmethod
-    def project(self, x: Tensor) -> Tensor:
-        """Map normed states (..., W) into the joint space (..., D), each as if it alone were the picture."""
 
 
 def layers_of(visual: nn.Module) -> Layers | None:
@@ -77,48 +27,6 @@ def layers_of(visual: nn.Module) -> Layers | None:
         if type(visual.trunk) in (Eva, TimmTransformer):
             return TimmLayers(visual)
     return None
-
-
-class ClipLayers(Layers):
-    """CLIP's own vision transformer."""
-
-    prefix = "visual.transformer.resblocks."
-    leading = 1
-
-    def __init__(self, visual: VisionTransformer) -> None:
-        self.visual: Any = visual
-        self.blocks = self.visual.transformer.resblocks
-        self.width = self.visual.class_embedding.shape[0]
-        self.patches = self.visual.positional_embedding.shape[0] - 1
-        self.reads_first = self.visual.attn_pool is None and self.visual.pool_type == "tok"
-
-    @override
-    def embed(self, images: Tensor, step: PromptStep | None) -> tuple[Tensor, None]:
-        visual = self.visual
-        x = visual.conv1(images).flatten(2).transpose(1, 2)
-        first = visual.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1)
-        x = torch.cat([first, x], dim=1) + visual.positional_embedding.to(x.dtype)
-        return enter_first(visual.ln_pre, x, step), None
-
-    @override
-    def pooled(self, x: Tensor) -> Tensor:
-        pooled: Tensor = self.visual._pool(x)[0]
-        return pooled if self.visual.proj is None else pooled @ self.visual.proj
-
-    @override
-    def norm(self, x: Tensor) -> Tensor:
-        if self.visual.attn_pool is not None:
-            return x  # the pool comes first, and has a norm of its own
-        normed: Tensor = self.visual.ln_post(x)
-        return normed
-
-    @override
-    def project(self, x: Tensor) -> Tensor:
-        pool, projection = self.visual.attn_pool, self.visual.proj
-        if pool is not None:  # one key: whoever asks is answered by its value
-            x = pool(x.reshape(-1, 1, x.shape[-1]))[:, 0].unflatten(0, x.shape[:-1])
-            x = self.visual.ln_post(x)
-        return x if projection is None else x @ projection
 
 
 #: What a layer of OpenAI's layout calls its parts, and what timm calls them.
@@ -246,23 +154,3 @@ def _timm_project(visual: Any, x: Tensor) -> Tensor:
     out = pool(single) if pool is not None else single[:, 0]
     projected: Tensor = visual.head(trunk.head(trunk.head_drop(trunk.fc_norm(out))))
     return projected.unflatten(0, shape)
-
-
-def enter_first(norm: Callable[[Tensor], Tensor], x: Tensor, step: PromptStep | None) -> Tensor:
-    """Return tokens (B, L, W) behind the norm in front of the first layer, with those of ``step`` in front of or behind it."""
-    behind = step is not None and step.behind_norm
-    return apply_step(norm(x), step) if behind else norm(apply_step(x, step))
-
-
-def apply_step(x: Tensor, step: PromptStep | None) -> Tensor:
-    """Remove and append tokens at the end of (B, L, W)."""
-    if step is None:
-        return x
-    end = x.shape[1] - step.remove
-    kept, new = x[:, :end], step.tokens
-    if new is not None and not isinstance(new, Tensor):
-        new = new(x[:, end:])
-    if new is None:
-        return kept
-    new = new.to(x.dtype)
-    return torch.cat([kept, new if new.dim() == 3 else new.expand(x.shape[0], -1, -1)], dim=1)
