@@ -26,6 +26,7 @@ from promptmix.clip.reference import plain
 from promptmix.cost import memory
 from promptmix.cost.count import count, count_operations
 from promptmix.cost.estimate import HEAP, step_count, without_numbers
+from promptmix.engine.precision import use_repeatable_kernels
 from promptmix.errors import ConfigError, UserError
 from promptmix.prompts.compiled import CompiledStep
 from promptmix.prompts.trainer import PromptTrainer
@@ -42,6 +43,9 @@ _OPTS: dict[str, tuple[object, ...]] = {
 }
 _BATCH = 4
 _CHECKED_CLASSES = 10
+#: The step of a public training log (CoOp on ImageNet: batches of 32, fp16): precision, way, and whether image features are kept.
+_IMAGENET = [(precision, way, kept) for precision in ("fp16", "bf16") for way in ("ours", "cuda graph") for kept in (False, True)]
+_IMAGENET_BATCH = 32
 
 
 @dataclass(frozen=True)
@@ -194,17 +198,22 @@ def _plan(here: World, cpu: World, args: Namespace) -> list[Part]:
     ]
     reading: Part = [("pictures per second", partial(_reading, here, args))]
     if gpu:
-        return [agree(*TOLERANCES), alike, steps, times, reading]
+        imagenet: Part = [
+            (f"CoOp as on ImageNet, {precision}, {way}: time", partial(_time_imagenet, here, precision, way, kept=kept))
+            for precision, way, kept in _IMAGENET
+        ]
+        return [agree(*TOLERANCES), alike, imagenet, steps, times, reading]
     return [agree("fp32", "bf16", "fp16"), alike, steps, times, reading, agree("compiled")]
 
 
-def _trainer(world: World, method: str, classes: int, *opts: object) -> tuple[PromptTrainer, dict[str, Tensor]]:
+def _trainer(
+    world: World, method: str, classes: int, *opts: object, size: int = _BATCH, kept: bool = False
+) -> tuple[PromptTrainer, dict[str, Tensor]]:
+    """Return a trainer and a batch, the same whatever device draws it; with ``kept`` of image features in place of pictures."""
     trainer = world.trainer(method, classes, *opts)
     torch.manual_seed(1)
-    batch = world.batch(trainer, _BATCH)
-    torch.manual_seed(1)  # the same pictures whatever device draws them
-    pictures = torch.randn(batch["img"].shape)
-    return trainer, {"img": pictures.to(world.device), "label": torch.arange(_BATCH, device=world.device) % classes}
+    pictures = torch.randn(world.batch(trainer, size, features=kept)["img"].shape)
+    return trainer, {"img": pictures.to(world.device), "label": torch.arange(size, device=world.device) % classes}
 
 
 def _numbers(trainer: PromptTrainer, batch: dict[str, Tensor], *, compiled: bool = False) -> list[Tensor]:
@@ -224,6 +233,8 @@ def _agrees(here: World, cpu: World, method: str, way: str) -> Check:
     name = f"{method}: {way} against the CPU's fp32"
     if way == "fp16" and here.device.type != "cuda":
         return Check(name, None, "fp16 needs a GPU")
+    convolutions = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False  # which PyTorch allows by default, so that fp32 is not fp32 in the first layer
     try:
         expected = _numbers(*_trainer(cpu, method, _CHECKED_CLASSES))
         found = _numbers(*_trainer(here, method, _CHECKED_CLASSES, *_OPTS[way]), compiled=way == "compiled")
@@ -231,6 +242,8 @@ def _agrees(here: World, cpu: World, method: str, way: str) -> Check:
         return Check(name, None, str(error))
     except Exception as error:  # whatever a device or a compiler raises is an answer
         return Check(name, False, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
+    finally:
+        torch.backends.cudnn.allow_tf32 = convolutions
     off = max(_distance(a, b) for a, b in zip(expected, found, strict=True))
     return Check(name, off <= TOLERANCES[way], f"largest difference {off:.1e}, allowed {TOLERANCES[way]:.0e}")
 
@@ -244,11 +257,16 @@ def _distance(expected: Tensor, found: Tensor) -> float:
 
 
 def _repeats(here: World, method: str) -> Check:
-    name = f"{method}: two trainings of two steps agree to the bit"
+    name = f"{method}: two trainings of two steps agree to the bit (TRAIN.DETERMINISTIC)"
+    use_repeatable_kernels(True)
     try:
         first, second = (_learned(here, method) for _ in range(2))
     except ConfigError as error:
         return Check(name, None, str(error))
+    except RuntimeError as error:  # an operator that has no such kernel
+        return Check(name, False, str(error).strip().splitlines()[0])
+    finally:
+        use_repeatable_kernels(False)
     off = max(_distance(a, b) for a, b in zip(first, second, strict=True))
     return Check(name, all(map(torch.equal, first, second)), f"largest difference {off:.1e}")
 
@@ -291,12 +309,19 @@ def _two_steps(here: World, method: str) -> Check:
     return Check(name, all(bool(part.isfinite().all()) for part in learned), f"{len(learned)} learned tensors")
 
 
-def _time(here: World, method: str, classes: int, way: str) -> Timing:
-    work = f"{method}, batch {_BATCH}, {classes} classes"
+def _time_imagenet(here: World, precision: str, way: str, *, kept: bool, classes: int = 1000) -> Timing:
+    features = ", kept image features" if kept else ""
+    return _time(here, "CoOp", classes, way, *_OPTS[precision], size=_IMAGENET_BATCH, kept=kept, note=f", {precision}{features}")
+
+
+def _time(
+    here: World, method: str, classes: int, way: str, *opts: object, size: int = _BATCH, kept: bool = False, note: str = ""
+) -> Timing:
+    work = f"{method}, batch {size}, {classes} classes{note}"
     try:
-        trainer, batch = _trainer(here, method, classes, *_OPTS.get(way, ()))
+        trainer, batch = _trainer(here, method, classes, *_OPTS.get(way, ()), *opts, size=size, kept=kept)
         with plain(trainer.clip) if way == "plain" else nullcontext():
-            needs, free = _memory(trainer)
+            needs, free = _memory(trainer, size)
             if needs > free:
                 return Timing(work, way, error=f"needs {needs:,.0f} MiB of memory, and {free:,.0f} are free")
             return _measured(trainer, batch, work, way)
@@ -306,13 +331,13 @@ def _time(here: World, method: str, classes: int, way: str) -> Timing:
         return Timing(work, way, error=str(error).strip().splitlines()[0])
 
 
-def _memory(trainer: PromptTrainer) -> tuple[float, float]:
+def _memory(trainer: PromptTrainer, size: int) -> tuple[float, float]:
     """Return what a step will need and what is free, in MiB; a GPU says so itself, where a CPU's process would be killed."""
     free = memory.available_mb() if trainer.device.type == "cpu" else None
     if free is None:
         return 0.0, 0.0
     with without_numbers(trainer):
-        return HEAP * step_count(trainer, _BATCH).live_mb, free
+        return HEAP * step_count(trainer, size).live_mb, free
 
 
 def _measured(trainer: PromptTrainer, batch: dict[str, Tensor], work: str, way: str, seconds: float = 2.0) -> Timing:

@@ -225,6 +225,11 @@ def _add_training(cfg: CN) -> None:
     _key(cfg, "TRAIN.COUNT_ITER", "train_x", comment, choices=("train_x", "train_u", "smaller_one"))
     _key(cfg, "TRAIN.CLIP_GRAD_NORM", 0.0, "ours: largest gradient norm; 0 = not clipped", low=0)
 
+    comment = (
+        "ours: only kernels that repeat to the bit on a GPU, where others add up in any order; slower; a CPU repeats without"
+    )
+    _key(cfg, "TRAIN.DETERMINISTIC", False, comment)
+
     comment = "ours: compiled: the whole step through torch.compile, a minute at the start; cuda_graph: and replayed by CUDA"
     _key(cfg, "TRAIN.STEP", "eager", comment, choices=STEPS)
 

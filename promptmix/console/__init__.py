@@ -77,6 +77,9 @@ def describe(error: BaseException) -> tuple[str, int]:
         return f"memory does not suffice; {_REMEDIES[errno.ENOMEM]}", 2
     if isinstance(error, ImportError) and "failed to map segment" in str(error):  # the system's words, in front of them the file
         return _one_line(f"memory does not suffice to load {error}; raise its limit (ulimit -v), or close other programs"), 2
+    if isinstance(error, RuntimeError) and "does not have a deterministic implementation" in str(error):
+        what = str(error).split(" does not have")[0]
+        return _one_line(f"TRAIN.DETERMINISTIC is True, but {what} has no kernel that repeats to the bit; set it to False"), 2
     if isinstance(error, FileNotFoundError) and "No usable temporary directory" in str(error):
         return _one_line(f"{error.strerror}; make room there, or set TMPDIR to a folder that can be written"), 2
     file, line = _origin(error)

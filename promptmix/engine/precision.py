@@ -1,7 +1,8 @@
-"""Numerical precision of training: fp32, fp16 with loss scaling on CUDA, or bf16."""
+"""Numerical precision of training: fp32, fp16 with loss scaling on CUDA, or bf16; and whether a GPU's numbers repeat."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -11,7 +12,18 @@ from torch import nn
 from promptmix.config.core import DEVICES, PRECISIONS
 from promptmix.errors import ConfigError
 
-__all__ = ["Precision", "choose_device"]
+__all__ = ["Precision", "choose_device", "use_repeatable_kernels"]
+
+
+def use_repeatable_kernels(on: bool) -> None:
+    """Let a GPU take only kernels that give the same bits each time (``TRAIN.DETERMINISTIC``), or any again.
+
+    An operator that has none then raises a ``RuntimeError``. cuBLAS reads its setting when it starts, so this comes before the
+    first product on a GPU.
+    """
+    if on:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(on)
 
 
 def choose_device(name: str = "auto", use_cuda: bool = True) -> torch.device:

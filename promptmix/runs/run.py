@@ -20,6 +20,7 @@ from promptmix.cost.estimate import step_gflops
 from promptmix.engine import SimpleTrainer, build_trainer, collect_env_info, set_random_seed
 from promptmix.engine.league import LABELLED, league_of
 from promptmix.engine.log import log_file
+from promptmix.engine.precision import use_repeatable_kernels
 from promptmix.engine.run_folder import RunFolder
 from promptmix.hookspecs import hookimpl
 from promptmix.parallel import group
@@ -251,6 +252,7 @@ def _seed(cfg: CN) -> None:
     torch.backends.cudnn.deterministic = deterministic
     # Benchmarking picks the fastest kernel by timing it, so two seeded runs could use different ones.
     torch.backends.cudnn.benchmark = not deterministic
+    use_repeatable_kernels(cfg.TRAIN.DETERMINISTIC)
 
 
 def _print_header(cfg: CN, arguments: Mapping[str, Any]) -> None:

@@ -37,7 +37,7 @@ def test_a_cpu_agrees_with_itself_and_is_no_gpu(args, tmp_path):
         "CoOp: bf16 against the CPU's fp32": True,
         "CoOp: fp16 against the CPU's fp32": None,
         "CoOp: compiled against the CPU's fp32": True,
-        "CoOp: two trainings of two steps agree to the bit": True,
+        "CoOp: two trainings of two steps agree to the bit (TRAIN.DETERMINISTIC)": True,
         "CoOp: no step waits for the device": None,
     }
     assert [timing.way for timing in result.timings] == ["ours", "plain"]
@@ -82,6 +82,14 @@ def test_a_part_that_never_ends_takes_its_share_alone(args, tmp_path, monkeypatc
     result = gpu.run(args, tmp_path)
     assert result.not_reached == ["long (cut off after 0 s)", "late"] and [check.name for check in result.checks] == ["soon"]
     assert signal.getsignal(signal.SIGALRM) is handler
+
+
+def test_the_imagenet_step_is_timed_on_pictures_and_on_kept_features(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "_IMAGENET_BATCH", 2)
+    here = gpu.World("tiny-vit", tmp_path, "cpu")
+    seen, kept = (gpu._time_imagenet(here, "bf16", "ours", kept=kept, classes=3) for kept in (False, True))
+    assert seen.work == "CoOp, batch 2, 3 classes, bf16" and kept.work == f"{seen.work}, kept image features"
+    assert 0 < kept.launches < seen.launches and kept.milliseconds > 0
 
 
 def test_what_would_not_fit_is_not_begun(tmp_path, monkeypatch):

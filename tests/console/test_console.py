@@ -7,8 +7,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from promptmix import console
+from promptmix.engine.precision import use_repeatable_kernels
 
 
 def test_a_lack_of_memory_says_what_helps():
@@ -21,6 +23,17 @@ def test_a_lack_of_memory_says_what_helps():
 def test_a_lack_of_room_for_temporary_files_says_what_helps():
     line, code = console.describe(FileNotFoundError(2, "No usable temporary directory found in ['/tmp']"))
     assert code == 2 and line.endswith("found in ['/tmp']; make room there, or set TMPDIR to a folder that can be written")
+
+
+def test_an_operator_that_does_not_repeat_names_the_key_that_forbids_it():
+    use_repeatable_kernels(True)
+    try:
+        with pytest.raises(RuntimeError) as caught:
+            torch.zeros(2).put_(torch.tensor([0, 0]), torch.ones(2))
+    finally:
+        use_repeatable_kernels(False)
+    line, code = console.describe(caught.value)
+    assert code == 2 and line == "TRAIN.DETERMINISTIC is True, but put_ has no kernel that repeats to the bit; set it to False"
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs a shell")
