@@ -5,14 +5,14 @@ Zheng Li, Yibing Song, Penghai Zhao, Ming-Ming Cheng, Xiang Li, Jian Yang. ICCV 
 | paper | here |
 |---|---|
 | [T_a1] ... [A] ... [T_b1] ... [B] [T_1] ... [T_M] [CLS] | ``AttributePrompts.forward`` |
-| soft attribute tokens | ``AttributePrompts.att``, ``N_ATT`` each |
+| soft attribute tokens | ``AttributePrompts.att``, ``N_ATT`` each, or ``N_ATTS`` (N_ATT1, N_ATT2, N_ATT3) |
 | attributes found by the search | ``ATTRIBUTES`` below, or the key of that name |
 | deep version: only class-related tokens are dropped and added again | ``CoupledAttributes.deep`` |
 
 Deviations from the authors' code (github.com/zhengli97/ATPrompt): attribute words may have several tokens, where theirs counts
 one for each and so loses "energy" in OxfordPets' row (a checkpoint of theirs for OxfordPets was trained on that row); unused
-attribute tokens do not exist; N_ATT may differ from N_CTX in MaPLe; CTX_INIT, which theirs never reads, is no key. The search for
-attributes needs a language model's candidates and is not here.
+attribute tokens do not exist; N_ATT may differ from N_CTX in MaPLe; CTX_INIT, which theirs never reads, is no key. Not here: the
+search for attributes, which needs a language model's candidates, and ATPrompt on CoCoOp and on DePT, each a bank of its own.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class _WithAttributes(PromptTrainer):
 
     published_keys = {
         "TRAINER.ATPROMPT.USE_ATPROMPT": Theirs(values={"True": True}, instead="--trainer CoOp or MaPLe does without"),
-        **{f"TRAINER.ATPROMPT.N_ATT{n}": "N_ATT" for n in (1, 2, 3)},
+        **{f"TRAINER.ATPROMPT.N_ATT{n}": Theirs("N_ATT", instead="give N_ATTS (2, 4)") for n in (1, 2, 3)},
         "TRAINER.COOP.*": "*",
         "TRAINER.COOP.CSC": Theirs(values={"False": False}, instead="leave it out"),
         "TRAINER.COOP.CLASS_TOKEN_POSITION": Theirs(values={"end": "end"}, instead="leave it out"),

@@ -16,8 +16,8 @@ Classes are scored by the mean of the global and the local similarity. Both towe
 
 Deviations from the authors' code (github.com/MarcLafon/gallop): class names are read with spaces for underscores, where theirs
 takes them as given. On ResNets h_theta acts in the joint space, and prompts are drawn with replacement, as in theirs. Scores for
-out-of-distribution pictures (GL-MCM) are left out. Their checkpoint is one file; as ``GalLoP/model-best.pth.tar`` in a folder its
-names are understood.
+out-of-distribution pictures (GL-MCM) are left out, since nothing here tests with pictures of no class. Their checkpoint is one
+file; as ``GalLoP/model-best.pth.tar`` in a folder its names are understood.
 """
 
 from __future__ import annotations

@@ -9,16 +9,18 @@ Lingxiao Yang, Ru-Yuan Zhang, Yanchen Wang, Xiaohua Xie. CVPR 2024.
 | x + alpha A_k(x), alpha = 0.001 | ``SharedAdapters.actions``, ``ADAPTER_SCALE`` |
 
 y = alpha up(relu(shared(relu(down(ln_1(x)))))) of a block's input is added to what leaves the block. Each token is changed on its
-own, so that the text tower stays prefix-shared.
+own, so that the text tower stays prefix-shared. Block 0 adds alpha up(relu(shared(relu(down(x))))) to the word embeddings, before
+their positions, and to what enters the image tower's first block.
 
-As in the authors' code (github.com/ZjjConan/Multi-Modal-Adapter, trainers/mma.py), weights are trained as if alpha were 1: their
-gradients are divided by it, the inputs' are true. Deviations: ADAPTER_START counts from 1 and can't be 0, which there also adapts
-the token embeddings; text features are never kept from one evaluation to the next.
+As in the authors' code (github.com/ZjjConan/Multi-Modal-Adapter, trainers/mma.py), weights are trained as if alpha were 1, but
+for block 0's: their gradients are divided by it, the inputs' are true. Deviation: text features are never kept from one
+evaluation to the next.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Any
 
 import torch.nn.functional as F
@@ -34,6 +36,9 @@ from promptmix.prompts.heads import Cosine
 from promptmix.prompts.learner import Learner
 from promptmix.prompts.roles import PromptBank, Task
 from promptmix.prompts.trainer import PromptTrainer
+
+#: The block in front of the first.
+ENTRY = "0"
 
 
 class Adapter(nn.Module):
@@ -55,7 +60,7 @@ class SharedAdapters(PromptBank):
 
     Args:
         task: the frozen model and the data set's words.
-        adapter_start: first block, counted from 1.
+        adapter_start: first block, counted from 1; 0 = what enters it too.
         adapter_end: last block.
         adapter_dim: width between.
         adapter_scale: alpha.
@@ -65,7 +70,7 @@ class SharedAdapters(PromptBank):
     def __init__(
         self,
         task: Task,
-        adapter_start: Annotated[int, Setting("first block with adapters, counted from 1", low=1)] = 5,
+        adapter_start: Annotated[int, Setting("first block with adapters, counted from 1; 0 = what enters it too", low=0)] = 5,
         adapter_end: Annotated[int, Setting("last block with adapters", low=1)] = 12,
         adapter_dim: Annotated[int, Setting("width between", low=1)] = 32,
         adapter_scale: Annotated[float, Setting("alpha: factor on what is added", above=0)] = 0.001,
@@ -82,24 +87,40 @@ class SharedAdapters(PromptBank):
     def actions(self, adapters: nn.ModuleDict, tower: TextTower | ImageTower) -> Mapping[int, LayerAction]:
         """Return what is added behind each adapted block of one tower."""
 
-        def added(layer: str, adapter: Any) -> LayerAction:
-            norm, shared = tower.first_norm(int(layer) - 1), self.shared[layer]
+        def added(layer: str) -> LayerAction:
+            norm = tower.first_norm(int(layer) - 1)
 
             def after(x: Tensor, out: Tensor) -> Tensor:
-                return out + scaled(lambda h: adapter.up(F.relu(shared(F.relu(adapter.down(h))))), norm(x), self.scale)
+                return out + scaled(lambda h: self.adapted(adapters, layer, h), norm(x), self.scale)
 
             return LayerAction(after=after, per_token=True)
 
-        return {int(layer) - 1: added(layer, adapter) for layer, adapter in adapters.items()}
+        return {int(layer) - 1: added(layer) for layer in adapters if layer != ENTRY}
+
+    def adapted(self, adapters: Any, layer: str, x: Tensor) -> Tensor:
+        """Return A_k of tokens (..., W) without alpha."""
+        hidden = F.relu(self.shared[layer](F.relu(adapters[layer].down(x))))
+        out: Tensor = adapters[layer].up(hidden)
+        return out
+
+    def entering(self, adapters: nn.ModuleDict, x: Tensor) -> Tensor:
+        """Return what enters a tower's first block in the place of ``x`` (..., W)."""
+        return x + self.scale * self.adapted(adapters, ENTRY, x) if ENTRY in adapters else x
 
     def image_changes(self) -> dict[str, Any]:
         """Return the adapters of the image tower."""
-        return {"actions": self.actions(self.visual_adapters, self.task.clip.image)}
+        actions = self.actions(self.visual_adapters, self.task.clip.image)
+        if ENTRY in self.visual_adapters:
+            first = actions.get(0, LayerAction(per_token=True))
+            actions = {**actions, 0: replace(first, before=lambda x: self.entering(self.visual_adapters, x))}
+        return {"actions": actions}
 
     def encode(self, names: Sequence[str], *, full_stop: bool | None = None) -> Tensor:
         """Return text features (1, C, D)."""
         tower = self.task.clip.text
-        return tower(tower.compose_text(self.template, names), actions=self.actions(self.text, tower))
+        prompts = tower.compose_text(self.template, names)
+        prefix, tail = (self.entering(self.text, x) for x in (prompts.prefix, prompts.tail))
+        return tower(replace(prompts, prefix=prefix, tail=tail), actions=self.actions(self.text, tower))
 
     def references(self, names: Sequence[str]) -> Tensor:
         """Return the hand-written prompt's features (1, C, D) through the unchanged tower."""

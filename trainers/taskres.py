@@ -8,10 +8,11 @@ Tao Yu, Zhihe Lu, Xin Jin, Zhibo Chen, Xinchao Wang. CVPR 2023. https://arxiv.or
 | x, task residual, zero at the start | ``Residual.residual`` (C, D) |
 | t' = t + alpha x, then normalised | ``Residual.forward`` |
 | alpha = 0.5 (1.0 on OxfordFlowers) | ``ALPHA`` |
+| enhanced base: another text projection | ``ENHANCED_BASE``: a checkpoint with ``weight`` (D, W), as the authors share them |
 
 Class names keep their underscores in the base, as in the authors' code. Classes that were not trained on have no residual.
 
-Deviations from the authors' code: the enhanced base, which replaces the text projection by a downloaded one, is left out.
+Deviations from the authors' code: an enhanced base works in fp32 too, where theirs takes the regular one in silence.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ from torch import Tensor, nn
 from promptmix import register
 from promptmix.config.declare import Setting, inherits
 from promptmix.config.published import Theirs
+from promptmix.engine.checkpoint import load_checkpoint
 from promptmix.engine.layout import Layout, Rule
-from promptmix.errors import ConfigError
+from promptmix.errors import CheckpointError, ConfigError
 from promptmix.prompts.heads import Cosine
 from promptmix.prompts.learner import Learner
 from promptmix.prompts.roles import Task
@@ -42,6 +44,10 @@ class Residual(Hard):
         task: the frozen model and the class names.
         templates: hard templates that are averaged.
         alpha: scale of the residual.
+        enhanced_base: checkpoint with a text projection for the base; it is needed for testing too.
+
+    Raises:
+        CheckpointError: there is no such file, or it holds another matrix; name one that was made for this backbone.
     """
 
     class_specific = True
@@ -52,10 +58,14 @@ class Residual(Hard):
         task: Task,
         templates: Annotated[Sequence[str], Setting("hard templates that are averaged; () = the data set's first")] = (),
         alpha: Annotated[float, Setting("scale of the residual", low=0)] = 0.5,
+        enhanced_base: Annotated[
+            str, Setting('checkpoint with another text projection for the base; "" = the regular base', at_test=True, place=True)
+        ] = "",
     ) -> None:
         super().__init__(task, templates)
         self.alpha = alpha
-        base = task.clip.raw_features(self.templates, task.classnames, verbatim=True).mean(dim=0)
+        change = {"text_projection": projection_change(task, enhanced_base)} if enhanced_base else {}
+        base = task.clip.raw_features(self.templates, task.classnames, verbatim=True, weights=change).mean(dim=0)
         self.base: Tensor
         self.register_buffer("base", base, persistent=False)
         self.residual = nn.Parameter(torch.zeros_like(base))
@@ -75,13 +85,24 @@ class Residual(Hard):
         return self.encode(names)
 
 
+def projection_change(task: Task, path: str) -> Tensor:
+    """Return what a checkpoint's ``weight`` (D, W) changes in the text projection (W, D)."""
+    found, own = load_checkpoint(path).get("state_dict", {}).get("weight"), task.clip.text.text_projection
+    if not isinstance(own, Tensor):
+        raise ConfigError("MODEL.BACKBONE.NAME: this text tower has no projection that an enhanced base could replace")
+    if found is None or found.T.shape != own.shape:
+        shown = "none" if found is None else tuple(found.shape)
+        raise CheckpointError(f"{path}: 'weight' of the enhanced base is {shown}, but this backbone needs {tuple(own.T.shape)}")
+    return found.T.to(own) - own.detach()
+
+
 @register
 class TaskRes(PromptTrainer):
     """What the task adds to the text features, learned with cross-entropy."""
 
     published_keys = {
         "TRAINER.TaskRes.RESIDUAL_SCALE": "ALPHA",
-        "--enhanced-base": Theirs(values={"none": "none"}, instead="give none: the regular base"),
+        **dict.fromkeys(("--enhanced-base", "TRAINER.TaskRes.ENHANCED_BASE"), Theirs("ENHANCED_BASE", values={"none": ""})),
     }
     layout = Layout("prompt_learner", (Rule("text_feature_residuals", "bank.residual"),), unused=("base_text_features",))
 

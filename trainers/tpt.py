@@ -14,9 +14,10 @@ https://arxiv.org/abs/2209.07511
 Nothing is trained: a run tests, and keeps the start for predictions. The image tower sees each view once, without a graph; the
 text tower is prefix-shared in both passes.
 
-Deviations from the authors' code (github.com/azshue/TPT): a picture's views follow from the seed and its pixels; class names are
-the data set's (theirs has lists of its own); contexts count tokens, theirs words (``COUNT_WORDS``); starting from CoCoOp is left
-out.
+Deviations from the authors' code (github.com/azshue/TPT): a picture's views follow from the seed and its pixels (AugMix of one
+random state is theirs, draw for draw); class names are the data set's (theirs has lists of its own); contexts count tokens,
+theirs words (``COUNT_WORDS``). Starting from CoCoOp is left out: there the context that the meta-net gives is tuned for each
+picture in the place of a prompt, which is another learner.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ class AttributePrompts(PromptBank):
         n_ctx: M, context tokens in front of the class name.
         n_att: soft tokens in front of each attribute word.
         attributes: the A words, any number of them, of any number of tokens.
+        n_atts: soft tokens of each word, where they differ.
     """
 
     def __init__(
@@ -35,14 +36,20 @@ class AttributePrompts(PromptBank):
         n_ctx: Annotated[int, Setting("M: context tokens in front of the class name", low=1)] = 4,
         n_att: Annotated[int, Setting("soft tokens in front of each attribute word", low=1)] = 4,
         attributes: Annotated[Sequence[str], Setting("attribute words, such as (color, shape)")] = (),
+        n_atts: Annotated[Sequence[int], Setting("soft tokens of each word, where they differ; () = N_ATT", low=1)] = (),
     ) -> None:
         super().__init__(task)
         if not attributes:
             raise SettingError("attributes", tuple(attributes), "but must hold words such as (color, shape)")
+        counts = tuple(n_atts) or (n_att,) * len(attributes)
+        if len(counts) != len(attributes):
+            raise SettingError(
+                "n_atts", counts, f"but there are {len(attributes)} attribute words; give a number for each, or ()"
+            )
         tower = task.clip.text
         self.words = tuple(tower.tokenizer.encode(word) for word in attributes)
         self.ctx = nn.Parameter(torch.empty(n_ctx, tower.width).normal_(std=STD))
-        self.att = nn.ParameterList(nn.Parameter(torch.empty(n_att, tower.width).normal_(std=0.01)) for _ in attributes)
+        self.att = nn.ParameterList(nn.Parameter(torch.empty(count, tower.width).normal_(std=0.01)) for count in counts)
 
     @property
     def span(self) -> int:
@@ -75,6 +82,7 @@ class CoupledAttributes(AttributePrompts):
         attributes: the words.
         prompt_depth: J, layers with a context of their own.
         clone_maps: the maps of the deeper layers start as copies of one.
+        n_atts: soft tokens of each word, where they differ.
     """
 
     def __init__(
@@ -85,9 +93,10 @@ class CoupledAttributes(AttributePrompts):
         attributes: Annotated[Sequence[str], Setting("attribute words, such as (color, shape)")] = (),
         prompt_depth: Annotated[int, Setting("J: layers with a context of their own, from the first", low=1)] = 9,
         clone_maps: Annotated[bool, Setting("coupling maps of deeper layers start as copies of one, as the authors' do")] = False,
+        n_atts: Annotated[Sequence[int], Setting("soft tokens of each word, where they differ; () = N_ATT", low=1)] = (),
     ) -> None:
         check_depth(task.clip, "prompt_depth", prompt_depth, text=True, vision=True)
-        super().__init__(task, n_ctx, n_att, attributes)
+        super().__init__(task, n_ctx, n_att, attributes, n_atts)
         self.deeper = nn.ParameterList(nn.Parameter(torch.empty_like(self.ctx).normal_(std=STD)) for _ in range(prompt_depth - 1))
         widths = task.clip.text.width, task.clip.image.width
         self.couple = linear_maps(widths, 1, clones=False) + linear_maps(widths, prompt_depth - 1, clones=clone_maps)

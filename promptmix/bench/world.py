@@ -161,10 +161,10 @@ def _one_template(clip: CLIP) -> Iterator[None]:
     """Have one template's features stand for all of an ensemble: what is counted afterwards asks for their shape alone."""
     encode = clip._raw_features
 
-    def first(templates: Sequence[str], names: Sequence[str], verbatim: bool = False) -> Tensor:
-        return encode(templates[:1], names, verbatim).repeat(len(templates), 1, 1)
+    def first(templates: Sequence[str], *how: Any) -> Tensor:
+        return encode(templates[:1], *how).repeat(len(templates), 1, 1)
 
-    clip._raw_features = first  # type: ignore[method-assign]
+    clip._raw_features = first  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:

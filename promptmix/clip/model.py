@@ -158,15 +158,18 @@ class CLIP(nn.Module):
         """Return classifier weights (C, D): the mean of the templates' features as they come from the tower, then normalised."""
         return F.normalize(self.raw_features(templates, names).mean(dim=0), dim=-1)
 
-    def raw_features(self, templates: Sequence[str], names: Sequence[str], *, verbatim: bool = False) -> Tensor:
+    def raw_features(
+        self, templates: Sequence[str], names: Sequence[str], *, verbatim: bool = False, weights: Weights | None = None
+    ) -> Tensor:
         """Return the features (P, C, D) of P hard prompts as they come from the tower, not normalised.
 
         Args:
             templates: P templates.
             names: C class names.
             verbatim: keep underscores in names, where else they become spaces.
+            weights: deltas of the text tower's weights.
         """
-        return self.encode_frozen(lambda: self._raw_features(templates, names, verbatim))
+        return self.encode_frozen(lambda: self._raw_features(templates, names, verbatim, weights))
 
     def text_features(self, texts: Sequence[str], at_once: int = 256) -> Tensor:
         """Return the normalised features (N, D) of N whole texts, without gradient, a number of them at a time.
@@ -181,8 +184,11 @@ class CLIP(nn.Module):
 
         return self.encode_frozen(encode)
 
-    def _raw_features(self, templates: Sequence[str], names: Sequence[str], verbatim: bool = False) -> Tensor:
-        return torch.stack([self.text(self.text.compose_text(template, names, verbatim))[0] for template in templates])
+    def _raw_features(
+        self, templates: Sequence[str], names: Sequence[str], verbatim: bool = False, weights: Weights | None = None
+    ) -> Tensor:
+        prompts = (self.text.compose_text(template, names, verbatim) for template in templates)
+        return torch.stack([self.text(each, weights=weights)[0] for each in prompts])
 
     def _hard_features(self, templates: Sequence[str], names: Sequence[str]) -> Tensor:
         return F.normalize(self._raw_features(templates, names), dim=-1)

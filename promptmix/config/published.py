@@ -27,6 +27,7 @@ class Theirs:
         key: key here, of the method's node where it has no dot; "" = there is none.
         values: their values, as they are typed, and what each is here. Where there is no key, these change nothing and pass.
         instead: what to do about another value, where there is no key; "" = their code doesn't read it either, and any passes.
+            With a key: what to do where several of theirs are this key and differ.
     """
 
     key: str = ""
@@ -80,7 +81,8 @@ def translated(cfg: CfgNode, pairs: Iterable[tuple[str, Any]], source: str) -> I
         here = here if "." in here else f"{own}.{here}"
         before, other = found.setdefault(here, (key, meant))
         if str(other) != str(meant):
-            raise ConfigError(f"{source}: {before} and {key} are one key here, {here}; give both the same value")
+            remedy = f"give both the same value{theirs.instead and f', or {theirs.instead}'}"
+            raise ConfigError(f"{source}: {before} and {key} are one key here, {here}; {remedy}")
         yield here, meant
 
 

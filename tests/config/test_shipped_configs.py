@@ -257,7 +257,10 @@ def test_keys_of_the_authors_are_ours(line, expected):
     [
         ("ADAPTER TRAINER.ADAPTER.ENHANCED_BASE x.pt", "ENHANCED_BASE is 'x.pt', which CLAP has not here; give none"),
         ("ALVLM TRAINER.COOPAL.METHOD badge", "rounds are the protocol: promptmix run active"),
-        ("CoOp_ATP TRAINER.ATPROMPT.N_ATT1 2 TRAINER.ATPROMPT.N_ATT2 4", "N_ATT1 and .*N_ATT2 are one key here, .*COOPATP.N_ATT"),
+        (
+            "CoOp_ATP TRAINER.ATPROMPT.N_ATT1 2 TRAINER.ATPROMPT.N_ATT2 4",
+            "N_ATT1 and .*N_ATT2 are one key here, .*N_ATT; .*, or give N_ATTS",
+        ),
         ("MoPD TRAINER.COOP.DEPTH 2", "unknown config key 'TRAINER.COOP.DEPTH'"),
         ("CoOp TRAINER.COOP.W 2", "unknown config key 'TRAINER.COOP.W'"),
     ],
@@ -287,8 +290,9 @@ def test_flags_of_the_authors(capsys, trainer):
     words = [*trainer, "--enhanced-base", "none", "--device", "cuda:1", "OPTIM.LR", "0.1"]
     flags, opts = train.split_arguments(parser, words)
     assert opts == ["OPTIM.LR", "0.1", "--enhanced-base", "none"] and parser.parse_args(flags).device == "cuda:1"
-    with pytest.raises(ConfigError, match="--enhanced-base is 'x.pth', which TaskRes has not here; give none"):
-        make_config([], {"--trainer": ("TRAINER.NAME", "TaskRes")}, ["--enhanced-base", "x.pth"])
+    for given, meant in (("x.pth", "x.pth"), ("none", "")):
+        cfg = make_config([], {"--trainer": ("TRAINER.NAME", "TaskRes")}, ["--enhanced-base", given])
+        assert meant == cfg.TRAINER.TASKRES.ENHANCED_BASE
     assert main(["train", "--trainer", "CoOp", "--enhanced-base", "none"]) == 2
     assert "--enhanced-base" in capsys.readouterr().err
 

@@ -17,26 +17,28 @@ def frozen():
     return golden_clip()
 
 
-def mma() -> Learner:
-    task = golden_task(frozen())
-    bank = SharedAdapters(task, 2, 3, 32, 0.1)
-    return Learner(task, bank, head=Cosine(task, bank))
-
-
-MMA = {
-    **{
+def mma(start: int, end: int, width: int) -> tuple[Learner, dict[str, str]]:
+    """Adapters of the blocks ``start`` to ``end``, and their names by the authors'."""
+    task, kinds, blocks = golden_task(frozen()), ("weight", "bias"), range(start, end + 1)
+    bank = SharedAdapters(task, start, end, width, 0.1)
+    names = {
         f"adapter_learner.{tower}_adapter.{i}.{theirs}.{kind}": f"bank.{ours}.{i}.{name}.{kind}"
         for tower, ours in (("text", "text"), ("visual", "visual_adapters"))
-        for i in (2, 3)
+        for i in blocks
         for theirs, name in (("down.0", "down"), ("up", "up"))
-        for kind in ("weight", "bias")
-    },
-    **{f"adapter_learner.shared_adapter.{i}.0.{kind}": f"bank.shared.{i}.{kind}" for i in (2, 3) for kind in ("weight", "bias")},
-}
+        for kind in kinds
+    }
+    shared = {f"adapter_learner.shared_adapter.{i}.0.{kind}": f"bank.shared.{i}.{kind}" for i in blocks for kind in kinds}
+    return Learner(task, bank, head=Cosine(task, bank)), names | shared
 
 
 def test_mma():
-    learner = mma()
-    compare("mma", learner, MMA)
+    learner, names = mma(2, 3, 32)
+    compare("mma", learner, names)
     with torch.no_grad():
         close(learner.classifier()[0, :, :64], numbers("mma")["text_features"])
+
+
+def test_mma_from_what_enters_the_first_block():
+    learner, names = mma(0, 1, 4)
+    compare("mma_first", learner, names)

@@ -16,6 +16,7 @@ from promptmix.trainers.proda import Orthogonality, PromptDistribution, UpperBou
 from promptmix.trainers.tcp import ClassAware
 
 from promptmix.clip import reference
+from promptmix.errors import SettingError
 from promptmix.prompts.heads import Cosine
 from promptmix.prompts.learner import Learner
 from promptmix.prompts.losses import CrossEntropy
@@ -157,6 +158,15 @@ def test_coop_atp():
     one.bank.load_state_dict({name: value for name, value in learner.bank.state_dict().items() if name != "att.1"})
     with torch.no_grad():
         close(one.step(images()).logits, numbers("coop_atp")["one/logits"])
+
+
+def test_coop_atp_with_words_of_different_lengths():
+    task = golden_task(frozen())
+    bank = AttributePrompts(task, 2, attributes=("pattern", "color", "design"), n_atts=(1, 3, 2))
+    names = {"prompt_learner.ctx": "bank.ctx", **{f"prompt_learner.ctx_att{i + 1}": f"bank.att.{i}" for i in range(3)}}
+    compare("coop_atp_lengths", Learner(task, bank), names)
+    with pytest.raises(SettingError, match="there are 1 attribute words; give a number for each"):
+        AttributePrompts(task, attributes=("shape",), n_atts=(1, 3))
 
 
 def test_attribute_words_may_have_several_tokens():

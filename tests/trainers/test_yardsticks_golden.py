@@ -19,6 +19,7 @@ from promptmix.trainers.prolip import NearStart, TunedProjection
 from promptmix.trainers.taskres import Residual
 
 from promptmix.data.templates import IMAGENET_7
+from promptmix.errors import CheckpointError
 from promptmix.prompts.heads import Cosine
 from promptmix.prompts.learner import Learner
 from promptmix.prompts.losses import CrossEntropy
@@ -133,6 +134,20 @@ def test_taskres():
     expected = numbers("taskres")
     close(bank.base.norm(dim=-1), expected["base_norm"])
     close(bank.base.flatten()[:256], expected["base_head"])
+
+
+def test_taskres_with_an_enhanced_base(tmp_path):
+    weight = torch.from_numpy(seeded().stream("taskres_enhanced/weight", (512, 512))) * 0.05
+    torch.save({"state_dict": {"weight": weight}}, tmp_path / "base.pth")
+    task, template = golden_task(frozen()), ("a photo of a {}, a type of pet.",)
+    bank = Residual(task, template, 1.0, str(tmp_path / "base.pth"))
+    names = {"prompt_learner.text_feature_residuals": "bank.residual"}
+    compare("taskres_enhanced", Learner(task, bank, head=Cosine(task, bank)), names)
+    torch.save({"state_dict": {"weight": weight[:3]}}, tmp_path / "base.pth")
+    with pytest.raises(
+        CheckpointError, match=r"'weight' of the enhanced base is \(3, 512\), but this backbone needs \(512, 512\)"
+    ):
+        Residual(task, template, 1.0, str(tmp_path / "base.pth"))
 
 
 def test_cross_modal(monkeypatch):
