@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
             console.silence()  # `promptmix list | head`
             return 1
         except BaseException as error:  # a plugin may raise what is no Exception
-            if "--debug" in arguments:
+            if "--debug" in arguments[1:]:
                 raise
             number = _signal(error)
             if not number:

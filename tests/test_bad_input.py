@@ -83,6 +83,7 @@ def train(pictures, tmp_path):
         (["TRAIN.COUNT_ITER", "train_u"], ["TRAIN.COUNT_ITER", "would be ignored", "unlabelled"]),
         (["DATALOADER.TRAIN_X.N_INS", "3"], ["TRAIN_X.N_INS", "would be ignored", "RandomClassSampler"]),
         (["OPTIM.WARMUP_EPOCH", "1", "OPTIM.WARMUP_TYPE", "constant", "OPTIM.WARMUP_MIN_LR", "1e-6"], ["WARMUP_TYPE linear"]),
+        (["INPUT.TRANSFORMS", "('normalize', 'normalize')"], ["INPUT.TRANSFORMS names 'normalize' twice", "leave one out"]),
         (["INPUT.CUTOUT_N", "3"], ["INPUT.CUTOUT_N", "would be ignored", "add 'cutout' to INPUT.TRANSFORMS"]),
         (["PROTOCOL.NAME", "active"], ["PROTOCOL.NAME is 'active'", "promptmix run"]),
         (["MODEL.BACKBONE.TOKENIZER", "x"], ["MODEL.BACKBONE.TOKENIZER is 'x'", "tiny-vit has its own"]),
@@ -147,6 +148,8 @@ def test_a_sample_stays_out_of_other_pictures(pictures, capsys):
     [
         ("OPTIM: {LR: 0.1, LR: 0.2}", "key 'LR' is there twice"),
         ("a: 1\na: 2", "is there twice"),
+        ("OPTIM: {MAX_EPOCH: 010}", "010 is a number to the base 8 in YAML"),
+        ("OPTIM: {LR: 1:30.5}", "1:30.5 is a number to the base 60 in YAML"),
         ("_BASE_: bad.yaml", "leads back to itself"),
         ("_BASE_: 3", "must be the path"),
         ("_BASE_: pipe", "is no file"),
@@ -204,7 +207,9 @@ def test_pictures_that_are_none(tmp_path, capsys, train, pictures):
 
 def test_a_class_whose_name_is_no_text(train, pictures, capsys):
     os.rename(os.fsencode(pictures / "ant"), os.fsencode(pictures) + b"/\xff")
-    fails(capsys, train, "not UTF-8 text; rename the folder")
+    fails(capsys, train, "not UTF-8 text that can be seen; rename it")
+    os.rename(os.fsencode(pictures) + b"/\xff", pictures / "\u200b")
+    fails(capsys, train, "class or domain '\\u200b' is not")
 
 
 @pytest.mark.parametrize(

@@ -30,8 +30,8 @@ class Soft(ManyPrompts):
             type of pet, a photo of a") the last ones stay in front of the name as they are.
 
     Raises:
-        ConfigError: an unknown position, no context vector, ``ctx_init`` together with ``csc``, or a name that is not at the end
-            of words that are counted.
+        ConfigError: an unknown position, no context vector, ``ctx_init`` together with ``csc``, words to count where there are
+            none, or a name that is not at their end.
     """
 
     per_class = "a context"
@@ -57,7 +57,9 @@ class Soft(ManyPrompts):
         start = initial_context(task.clip.text, n_ctx, ctx_init, *leading)
         #: Ids of the tokens between the context and the class name.
         self.fixed: tuple[int, ...] = ()
-        if count_words and ctx_init:
+        if count_words:
+            if not ctx_init:
+                raise SettingError("count_words", True, "but CTX_INIT has no words to count; give some, or leave it out")
             if class_token_position != "end":
                 raise SettingError("count_words", True, "but then the name stands at the end; leave CLASS_TOKEN_POSITION out")
             words = len(ctx_init.replace("_", " ").split())

@@ -178,12 +178,13 @@ def packing(signature: tuple[tuple[str, int], ...], name_lengths: tuple[int, ...
     rows: list[int] = []
     lengths = []
     starts = (0, *accumulate(name_lengths))
+    tokens = starts[-1]
     for c, name_length in enumerate(name_lengths):
         offset, begin = 0, len(rows)
         for kind, m in signature:
             if kind == "names":
                 rows.extend(range(offset + starts[c], offset + starts[c] + name_length))
-                offset += sum(name_lengths)
+                offset += tokens
             elif kind == "class":
                 rows.extend(range(offset + c * m, offset + (c + 1) * m))
                 offset += len(name_lengths) * m

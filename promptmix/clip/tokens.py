@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, wraps
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
@@ -25,15 +25,16 @@ if TYPE_CHECKING:
 Given = ParamSpec("Given")
 Table = TypeVar("Table")
 
-#: How many are kept; beyond, the oldest goes.
+#: How many are kept; beyond, the oldest go.
 _SIZE = 256
 
 
 def find(tables: dict[Hashable, Table], key: Hashable, make: Callable[[], Table], size: int = _SIZE) -> Table:
     """Return ``tables[key]``, made when it is first asked for; ``size`` of them are kept."""
     if key not in tables:
-        if len(tables) >= size:
-            del tables[next(iter(tables))]
+        if len(tables) >= size:  # several go at once: looking for the oldest passes all that went before
+            for old in list(islice(tables, 1 + size // 8)):
+                del tables[old]
         tables[key] = make()
     return tables[key]
 

@@ -87,6 +87,9 @@ def _refuse_unread(cfg: CfgNode, given: Mapping[str, str]) -> None:
 
 
 def _check_pictures(node: CfgNode) -> None:
+    twice = next((name for name in node.TRANSFORMS if node.TRANSFORMS.count(name) > 1), "")
+    if twice:
+        raise ConfigError(f"INPUT.TRANSFORMS names {twice!r} twice, which would be done once; leave one out")
     low, high = node.RRCROP_SCALE
     if low > high:
         raise ConfigError(f"INPUT.RRCROP_SCALE is {(low, high)}: smallest share first, such as (0.08, 1.0)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,12 @@ _MOST_BYTES = 4 * 2**20
 _MOST_NODES = 200_000
 
 
+#: What YAML 1.1 takes for a number to the base 8 or 60, and nobody means: 010, 1:30.
+_OLD_NUMBER = re.compile(r"[-+]?(0[0-7_]+|[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?)")
+
+
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, which refuses a key that is there twice (PyYAML takes the last in silence)."""
+    """PyYAML's safe loader, which refuses what that takes in silence: a key that is there twice, of which it keeps the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -28,6 +33,13 @@ class _Loader(yaml.SafeLoader):
                 seen.add(key_node.value)
         tree: dict[Any, Any] = super().construct_mapping(node, deep)
         return tree
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        if node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float") and _OLD_NUMBER.fullmatch(str(node.value)):
+            other = "to the base 60" if ":" in node.value else "to the base 8"
+            problem = f"{node.value} is a number {other} in YAML; write it as usual, or in quotes where it is text"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        return super().construct_object(node, deep)
 
 
 def read_yaml(path: str | Path, what: str = "config file") -> Any:  # whatever the file holds

@@ -9,7 +9,7 @@ import re
 import unicodedata
 from typing import Any
 
-__all__ = ["csv_cell", "harmless", "json_text", "one_line", "parse_json", "table_cell"]
+__all__ = ["csv_cell", "harmless", "is_name", "json_text", "one_line", "parse_json", "table_cell"]
 
 #: Control characters but tab and newline, those that turn the direction of what follows, and halves of characters.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
@@ -27,6 +27,12 @@ def harmless(text: object) -> str:
 def one_line(text: object) -> str:
     """Return ``harmless`` text on one line, so that a name can't begin a line of its own."""
     return " ".join(harmless(text).split())
+
+
+def is_name(text: str) -> bool:
+    """Tell whether something can be called so: a part of it can be seen, and UTF-8 writes it, without NUL."""
+    kinds = {unicodedata.category(letter) for letter in text}
+    return any(kind[0] not in "CZ" for kind in kinds) and "Cs" not in kinds and "\0" not in text
 
 
 def json_text(text: str) -> str:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from promptmix.config.declare import shown
 from promptmix.errors import ConfigError
+from promptmix.files.text import is_name
 
 __all__ = ["Picture", "checked", "count", "each", "texts"]
 
@@ -46,17 +47,9 @@ def texts(names: Any) -> tuple[str, ...]:
         ConfigError: they are no names.
     """
     found = tuple(names) if isinstance(names, Iterable) and getattr(names, "ndim", 1) != 0 else ()
-    if not found or not all(isinstance(name, str) and name.strip() and "\0" not in name and _is_whole(name) for name in found):
-        raise ConfigError(f"classnames is {shown(names)}; give a list of one or more names, each once")
+    if not found or not all(isinstance(name, str) and is_name(name) for name in found):
+        raise ConfigError(f"classnames is {shown(names)}; give a list of one or more names that can be seen, each once")
     return found
-
-
-def _is_whole(name: str) -> bool:
-    """Tell whether a name is whole characters, which no tokenizer takes halves of."""
-    try:
-        return bool(name.encode())
-    except UnicodeEncodeError:
-        return False
 
 
 def each(images: Any) -> Iterator[Picture]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import open_clip
 import pytest
 import torch
@@ -9,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from promptmix.clip import TextTower, Tokenizer
+from promptmix.clip.packed import packing
 from promptmix.clip.reference import encode_plain
+from promptmix.clip.tokens import find
 from promptmix.errors import ConfigError
 
 WORDS = ["dog", "sea lion", "red double-decker bus", "itap", "a", "pine_tree", "Cessna 172", "crème brûlée", "o'clock"]
@@ -164,3 +168,12 @@ def test_adapters_and_hooks_that_come_later_are_run():
     torch.testing.assert_close(text(prompts), encode_plain(text, prompts))
     text.blocks[2].mlp.append(torch.nn.Linear(32, 32))
     assert (text(prompts) - before).abs().max() > 1e-3
+
+
+def test_many_class_names_cost_no_more_each_than_few():
+    rows, lengths = packing((("shared", 1), ("names", 0)), (1,) * 50_000, "cpu")  # with their square it takes half a minute
+    assert rows[-2:].tolist() == [0, 50_000] and lengths == (2,) * 50_000
+    tables: dict[Hashable, int] = {}
+    for number in range(100_000):
+        find(tables, number, lambda number=number: number, size=65536)
+    assert len(tables) <= 65536 and tables[99_999] == 99_999

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from promptmix.cli import main
-from promptmix.files.text import csv_cell, harmless, json_text, one_line, parse_json, table_cell
+from promptmix.files.text import csv_cell, harmless, is_name, json_text, one_line, parse_json, table_cell
 from promptmix.runs.results import RunResult
 from promptmix.tables import tables
 from promptmix.utils import get_logger
@@ -26,6 +26,13 @@ def test_what_is_harmless_stays(text):
     assert not any(ord(c) < 32 and c not in "\t\n" or 0x7F <= ord(c) < 0xA0 for c in shown)
     assert json.loads(json_text(json.dumps(text, ensure_ascii=False))) == text
     assert shown == text or shown != text and "\\" in shown
+
+
+@pytest.mark.parametrize(
+    ("text", "fits"), [("a\u200bb", True), ("猫\n", True), ("\u200b \x07", False), ("a\0", False), ("a\ud800", False)]
+)
+def test_names_can_be_seen(text, fits):
+    assert is_name(text) == fits
 
 
 def test_halves_of_characters_can_be_written():

@@ -147,3 +147,7 @@ def test_a_context_of_as_many_vectors_as_the_authors_count_words(clip, say):
     compare("prograd_words", learner, {"prompt_learner.ctx": "bank.ctx"})
     with pytest.raises(ConfigError, match="count_words is True, but then the name stands at the end"):
         Soft(golden_task(clip), ctx_init=words, count_words=True, class_token_position="front")
+    with pytest.raises(ConfigError, match="count_words is True, but CTX_INIT has no words"):
+        Soft(golden_task(clip), count_words=True)
+    with pytest.raises(ConfigError, match="ctx_init is 'a {}.', but must be the words before the class name alone"):
+        Soft(golden_task(clip), ctx_init="a {}.")

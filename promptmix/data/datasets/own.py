@@ -21,6 +21,7 @@ from promptmix.data.datum import Datum
 from promptmix.data.leaks import alike, find_leaks
 from promptmix.data.templates import groups_of
 from promptmix.errors import ConfigError, DataError
+from promptmix.files.text import is_name
 from promptmix.hookspecs import hookimpl
 from promptmix.registry import register
 from promptmix.utils import get_logger, read_text
@@ -59,8 +60,11 @@ class _Own(AssembledDataset):
                 f"no pictures in classes in {where}; ImageFolder reads CLASS/a.jpg or train/CLASS/a.jpg, CSV rows path,label"
             )
         for _, domain, label, path in found:
-            if not _is_text(domain + names.get(label, label)):
-                raise DataError(f"{ascii(path)}: the name of its class or domain is not UTF-8 text; rename the folder")
+            for name in filter(None, (domain, names.get(label, label))):
+                if not is_name(name):
+                    raise DataError(
+                        f"{ascii(path)}: its class or domain {ascii(name)} is not UTF-8 text that can be seen; rename it"
+                    )
         self.domains = sorted({domain for _, domain, _, _ in found})
         self.templates = list(node.TEMPLATES)
         self.template_groups = groups_of(self.templates)
@@ -171,15 +175,6 @@ class ImageFolder(_Own):
                     "its lines must be: folder class name"
                 )
         super().__init__(cfg, node, found, names, where)
-
-
-def _is_text(name: str) -> bool:
-    """Tell whether a name is whole characters, which file names need not be."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _parts(where: Path) -> dict[str, Path]:
