@@ -25,6 +25,7 @@ from promptmix.dassl.absent import standing_in
 from promptmix.dassl.bridge import fill
 from promptmix.dassl.config import get_cfg_default
 from promptmix.dassl.data.sets import SETS
+from promptmix.dassl.foreign import found_here
 from promptmix.dassl.importing import installed
 from promptmix.dassl.nogpu import to_fp32, without_cuda
 from promptmix.dassl.patches import patched_torch
@@ -75,6 +76,7 @@ def run_checkout(path: str, args: argparse.Namespace, **options: Any) -> RunResu
         stack.enter_context(patched_torch())
         early = stack.enter_context(program.surroundings(root, file, words))
         stack.enter_context(standing_in(root, engine.folder))
+        stack.enter_context(found_here(root, os.path.expanduser(args.root)))
         if weights is not None:
             stack.enter_context(weights.opened())
         if on_cpu:
@@ -234,10 +236,11 @@ class _Ours(_Session):
                 if changed:  # among the arguments, which the log begins with
                     options["arguments"] = {**options.get("arguments", {}), "no_gpu": changed}
                 stack.enter_context(_own_tests_reported(cfg))
+                before_the_log = early.take()
                 trainer, self.result = stack.enter_context(running(cfg, load=False, build=self._built, prints=True, **options))
                 log = getattr(sys.stdout, "file", None)
                 if log is not None:
-                    log.write(early.take())
+                    log.write(before_the_log)
                 if has_nothing_to_train(trainer):
                     trainer.train = trainer.test
                 self._do_what_main_cannot(trainer)

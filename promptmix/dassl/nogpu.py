@@ -33,8 +33,8 @@ def to_fp32(cfg: CfgNode) -> str:
 class _OnCPU(TorchFunctionMode):
     """Reads every request for CUDA as one for the CPU and every request for fp16 as one for fp32.
 
-    This reaches factories (``torch.zeros(3, device="cuda")``), ``Tensor.to``, ``Tensor.cuda`` and, through the latter two,
-    modules; what the checkout compares (``dtype == torch.float16``) stays as it is.
+    This reaches factories (``torch.zeros(3, device="cuda")``), ``Tensor.to`` and, through it, modules; what the checkout compares
+    (``dtype == torch.float16``) stays as it is.
     """
 
     def __init__(self, root: Path) -> None:
@@ -43,15 +43,21 @@ class _OnCPU(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
-        if func in (torch.Tensor.cuda, torch.Tensor.half):
-            self._say(f".{func.__name__}()")
-            return args[0]
         if func in (torch.Tensor.to, torch.Tensor.type):
             args = (args[0], *(self._plain(value) for value in args[1:]))
         for key in ("device", "dtype"):
             if key in kwargs:
                 kwargs = {**kwargs, key: self._plain(kwargs[key])}
         return func(*args, **kwargs)
+
+    def passed_over(self, name: str) -> Callable[..., torch.Tensor]:
+        """Return a method of tensors that does nothing, also where this mode is off: in functions that asked the mode before."""
+
+        def method(tensor: torch.Tensor, *_args: Any, **_kwargs: Any) -> torch.Tensor:
+            self._say(f".{name}()")
+            return tensor
+
+        return method
 
     def _plain(self, value: Any) -> Any:  # a device, a dtype or a tensor
         if isinstance(value, torch.dtype | str) and value in _HALF:
@@ -94,18 +100,23 @@ def without_cuda(root: Path) -> Iterator[None]:
         with torch._C.DisableTorchFunction():  # which makes tensors of the stored dtype
             return _in_fp32(load(*args, **{**kwargs, "map_location": "cpu"}))
 
+    mode = _OnCPU(root)
     nothing: Callable[..., None] = lambda *_args, **_kwargs: None  # noqa: E731
     replaced: list[tuple[Any, str, Any]] = [
         (torch, "load", on_cpu),
         *((torch.cuda, name, nothing) for name in ("set_device", "synchronize", "empty_cache", "reset_peak_memory_stats")),
         (torch.cuda, "get_device_name", lambda *_args: "no GPU"),
+        *((torch.Tensor, name, mode.passed_over(name)) for name in ("cuda", "half")),
     ]
-    before = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
+    before = [(owner, name, vars(owner).get(name)) for owner, name, _ in replaced]
     for owner, name, value in replaced:
         setattr(owner, name, value)
     try:
-        with _OnCPU(root):
+        with mode:
             yield
     finally:
         for owner, name, value in before:
-            setattr(owner, name, value)
+            if value is not None:
+                setattr(owner, name, value)
+            else:  # a method of the base class
+                delattr(owner, name)

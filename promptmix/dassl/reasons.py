@@ -14,6 +14,7 @@ from urllib.error import URLError
 
 import torch
 
+from promptmix.dassl.foreign import is_foreign, led_to
 from promptmix.engine import TrainerBase
 from promptmix.errors import ConfigError, PluginError, UserError
 
@@ -152,13 +153,9 @@ def _missing(name: str, place: str, root: Path, data: str) -> UserError:
         return UserError(
             f"{said}; MODEL.BACKBONE.WEIGHTS may be a folder with OpenAI's file names, which stands for {file.name} too"
         )
-    there = next((above for above in file.parents if above.exists()), file)
-    foreign = file.is_absolute() and len(there.parts) <= 2  # / or /home
+    foreign = is_foreign(file)
     whose = ": a path of its authors' machine" if foreign else ""
-    parts = file.parts[1:] if file.is_absolute() else file.parts
-    tails = [Path(*parts[at:]) for at in range(len(parts))]
-    bases = [root, *([Path(data)] if data else [])]
-    found = next((str(base / tail) for tail in tails for base in bases if (base / tail).exists()), "")
+    found = str(led_to(file, [root, *([Path(data)] if data else [])]) or "")
     if not found and not foreign:
         others = sorted(path.relative_to(root) for path in root.rglob(file.name) if ".git" not in path.parts)
         found = (

@@ -87,11 +87,6 @@ def test_a_key_that_only_a_fork_of_dassl_has(room, capsys):
         ),
         (
             "trainers/wordbias.py",
-            "open('/home/someone/project/clip/clip.py')",
-            r"wordbias.py:1 needs .*: a path of its authors' machine; there is .*/fork/clip/clip.py",
-        ),
-        (
-            "trainers/wordbias.py",
             "raise ValueError(\"No such file or directory: '/home/someone/weights/tiny.pt'\")",
             r"wordbias.py:1 needs .*: a path of its authors' machine; there is .*/weights/tiny.pt",
         ),
@@ -146,6 +141,7 @@ def test_a_checkout_without_its_datasets_is_not_told_to_install_another_package(
         "nn.Linear(2, 2).to('cuda')",
         "torch.ones(2, dtype=torch.float16) @ torch.ones(2)",
         "torch.ones(2).type(torch.float16) @ torch.ones(2)",
+        "torch.overrides.handle_torch_function(lambda x: x.half() @ torch.ones(2), (torch.ones(2),), torch.ones(2))",
     ],
 )
 def test_hard_coded_cuda_runs_on_the_cpu(room, line):
