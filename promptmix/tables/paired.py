@@ -16,6 +16,7 @@ import io
 import itertools
 import json
 import math
+import re
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -27,6 +28,7 @@ from promptmix.errors import DataError, UserError
 from promptmix.files.text import csv_cell, json_text, table_cell
 from promptmix.registry import closest
 from promptmix.runs import samples
+from promptmix.tables.groups import title_of
 from promptmix.tables.rows import Row, name_among
 
 __all__ = ["Comparison", "compare", "mcnemar", "render"]
@@ -37,6 +39,7 @@ _ENOUGH = 20
 _SEED = 0  # the same numbers each time
 MCNEMAR, BOOTSTRAP = "McNemar, exact", "bootstrap over pictures"
 _LABELS = {"base": "base", "new": "new", "h": "H", "test": "test"}
+_ROUND = re.compile(r"round\d{1,9}")
 
 
 @dataclass
@@ -46,7 +49,7 @@ class Comparison:
     Attributes:
         dataset: where.
         shots: training pictures per class, as tables say it.
-        part: ``base``, ``new``, ``h`` or ``test``.
+        part: ``base``, ``new``, ``h`` or ``test``, or a round of labelling (``round1``).
         first: a method, with backbone and settings where those differ.
         second: the other.
         difference: accuracy of the first minus that of the second, in points of percent.
@@ -140,7 +143,8 @@ def compare(rows: list[Row], baseline: str = "") -> tuple[list[Comparison], list
 
     Args:
         rows: what ``aggregate`` and ``averages`` return.
-        baseline: a method that all others are compared with; "" = every pair.
+        baseline: a method, or one of its rows by the name that it has here (``PCB (random)``), that all others are compared with;
+            "" = every pair.
 
     Returns:
         The comparisons, and notes on what could not be compared.
@@ -148,20 +152,21 @@ def compare(rows: list[Row], baseline: str = "") -> tuple[list[Comparison], list
     Raises:
         UserError: no row is of the method ``baseline``.
     """
-    methods = sorted({row.method for row in rows})
-    if baseline and baseline not in methods:
-        raise UserError(f"--compare {baseline}: no run of it{closest(baseline, methods)} (there are: {', '.join(methods)})")
     groups: dict[tuple[str, ...], list[Row]] = defaultdict(list)
     for row in rows:
         groups[row.dataset, row.protocol, row.shots, row.trained_on].append(row)
+    methods = sorted({row.method for row in rows}.union(*(_names(same).values() for same in groups.values())))
+    if baseline and baseline not in methods:
+        raise UserError(f"--compare {baseline}: no run of it{closest(baseline, methods)} (there are: {', '.join(methods)})")
     reader = _Reader()
     found: list[Comparison] = []
     for same in groups.values():
         names = _names(same)
         for first, second in itertools.combinations(same, 2):
-            if baseline and baseline not in (first.method, second.method):
+            is_it = [baseline in (row.method, names[id(row)]) for row in (first, second)]
+            if baseline and not any(is_it):
                 continue
-            if first.method == baseline:
+            if is_it[0]:
                 first, second = second, first
             found += _of_pair(first, second, _members(rows, first, second), (names[id(first)], names[id(second)]), reader)
     for rank, one in enumerate(sorted(found, key=lambda one: one.p)):
@@ -194,7 +199,9 @@ def _names(rows: list[Row]) -> dict[int, str]:
 def _of_pair(
     first: Row, second: Row, members: list[tuple[Row, Row]], names: tuple[str, str], reader: _Reader
 ) -> list[Comparison]:
-    parts = [part for part in ("base", "new", "test") if members and all(part in a.runs and part in b.runs for a, b in members)]
+    shared = set.intersection(*(set(row.runs) for pair in members for row in pair)) if members else set()
+    parts = [part for part in ("base", "new", "test") if part in shared]
+    parts += sorted(filter(_ROUND.fullmatch, shared), key=lambda part: (len(part), part))
     read = [[reader.place(part, a, b) for part in parts] for a, b in members]
     places = [[place for place in one if place is not None] for one in read]
     if not parts or any(len(one) < len(parts) for one in places):
@@ -305,7 +312,14 @@ def render(found: list[Comparison], fmt: str) -> str:
     titles = ("Data set", "Shots", "Part", "A", "B", "A - B", "95% interval", "p", "p (Holm)", "Pictures", "Test")
     cells = [
         (
-            *(one.dataset, one.shots, _LABELS[one.part], one.first, one.second, f"{one.difference:+.2f}"),
+            *(
+                one.dataset,
+                one.shots,
+                _LABELS.get(one.part) or title_of(one.part),
+                one.first,
+                one.second,
+                f"{one.difference:+.2f}",
+            ),
             f"{one.low:+.2f} to {one.high:+.2f}",
             *(shown_p(one.p), shown_p(one.holm), str(one.pictures)),
             one.test + (f" ({one.only_first}:{one.only_second})" if one.only_first is not None else ""),

@@ -130,6 +130,21 @@ def test_rows_of_one_method_are_told_apart_from_those_of_others_too(tmp_path):
     run_with(tmp_path, "B", [True] * 10 + [False] * 30, part="all")
     found, _ = paired.compare(rows_of(tmp_path), "B")
     assert {(one.first, one.second) for one in found} == {("A (short)", "B"), ("A (long)", "B")}
+    found, _ = paired.compare(rows_of(tmp_path), "A (short)")
+    assert {(one.first, one.second) for one in found} == {("A (long)", "A (short)"), ("B", "A (short)")}
+
+
+def test_rounds_of_labelling_are_compared(tmp_path):
+    for label, right in (("random", 10), ("badge", 30)):
+        for number in (0, 1):
+            hits = [True] * (right if number else 20) + [False] * (20 if not number else 40 - right)
+            place = run_with(tmp_path / f"{label}{number}", "A", hits, part="all")
+            record = json.loads((place / "results.json").read_text())
+            record |= {"variant": label, "protocol": "active", "part": f"round{number}"}
+            (place / "results.json").write_text(json.dumps(record))
+    first, second = paired.compare(rows_of(tmp_path), "A (random)")[0]
+    assert (first.part, first.difference, second.part, second.difference) == ("round0", 0, "round1", 50)
+    assert "| Round 1 |" in paired.render([second], "github")
 
 
 def test_what_can_not_be_compared_is_said(tmp_path):
