@@ -200,7 +200,7 @@ def _of_pair(
     first: Row, second: Row, members: list[tuple[Row, Row]], names: tuple[str, str], reader: _Reader
 ) -> list[Comparison]:
     shared = set.intersection(*(set(row.runs) for pair in members for row in pair)) if members else set()
-    parts = [part for part in ("base", "new", "test") if part in shared]
+    parts: list[str] = [part for part in ("base", "new", "test") if part in shared]
     parts += sorted(filter(_ROUND.fullmatch, shared), key=lambda part: (len(part), part))
     read = [[reader.place(part, a, b) for part in parts] for a, b in members]
     places = [[place for place in one if place is not None] for one in read]

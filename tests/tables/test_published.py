@@ -98,6 +98,17 @@ def test_average_over_the_eleven_is_compared_and_disagreement_told():
     assert not next(row for row in fewer if row.averages).published
 
 
+def test_averages_of_other_protocols_are_compared():
+    rows, metrics = table([run(trainer="PLOTpp", dataset=dataset, part="all", accuracy=80.0) for dataset in ELEVEN])
+    notes = published.add(rows)
+    assert rows[-1].published == {"test": 82.1} and "82.10 (-2.10)" in tables.render(rows, metrics)
+    assert "best published accuracy (few-shot), labelled pictures: 85.1 (SOT-GLP, abstract arXiv 2603.08347)" in notes
+    whole = {"part": "all", "protocol": "cross-dataset", "trained_on": "ImageNet", "trainer": "MaPLe"}
+    rows, _ = table([run(dataset=dataset, **whole) for dataset in ELEVEN[1:]])
+    published.add(rows)
+    assert rows[-1].published == {"test": 66.3} and not any(row.published for row in rows[:-1])
+
+
 @pytest.mark.parametrize(
     "change",
     [
