@@ -24,6 +24,9 @@ from promptmix.clip.memory import Recalled, recall
 from promptmix.clip.places import Branch, LayerChanges, PromptStep, beside, merged, run_changed
 from promptmix.errors import ConfigError
 
+#: The factor in quick-GELU.
+_QUICK = 1.702
+
 #: Names of what gives queries, keys and values in a block of open_clip's.
 _IN_PROJ = ("attn.in_proj_", "attn.q_proj.", "attn.k_proj.", "attn.v_proj.")
 
@@ -37,9 +40,18 @@ def is_standard(block: nn.Module) -> TypeGuard[ResidualAttentionBlock]:
         return False
     if tuple(mlp._modules) != ("c_fc", "gelu", "c_proj"):
         return False
-    watched = (block, attention, attention.out_proj, mlp)
+    watched = (block, attention, attention.out_proj, mlp, mlp.c_fc, mlp.c_proj)
     linear = type(mlp.c_fc) is nn.Linear and type(mlp.c_proj) is nn.Linear
     return linear and not any(part._forward_hooks or part._forward_pre_hooks for part in watched)
+
+
+def by_hand(x: Tensor) -> bool:
+    """Tell whether gradients with respect to ``x`` go through what is differentiated by hand.
+
+    A compiler does that by itself, and under autocast PyTorch chooses the types of what is kept.
+    """
+    wanted = torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling()
+    return wanted and (x.is_meta or not torch.is_autocast_enabled(x.device.type))
 
 
 def fits_caches(x: Tensor) -> bool:
@@ -68,6 +80,8 @@ def layer(
     """
     if not is_standard(block):
         return _foreign_layer(block, x, own, {**(given or {}), **({} if mask is None else {"attn_mask": mask})})
+    if own is None and mask is None:
+        return _frozen_layer(block, x)
     x, normed = enter(block, x, own)
     if own is not None and own.action is not None and own.action.attention is not None:
         return finish(block, x, own.action.attention(lambda extra: _attend(block, normed, extra, own, mask)), own)
@@ -158,7 +172,8 @@ def finish(block: ResidualAttentionBlock, x: Tensor, heads: Tensor, own: LayerCh
         # As rows (n, W): a linear layer on more axes is one on rows with views around it, forward and backward.
         rows = x.flatten(0, -2)
         rows = rows + block.ls_1(block.attn.out_proj(heads.flatten(0, -2)))
-        return (rows + block.ls_2(_mlp(block, block.ln_2(rows)))).view(x.shape)
+        rows = rows + block.ls_2(_mlp(block, block.ln_2(rows)))
+        return rows if x.dim() == 2 else rows.view(x.shape)
     entered = x
     x = x + _call(block.ls_1, _call(block.attn.out_proj, heads, own, "attn.out_proj"), own, "ls_1")
     hidden = _call(block.mlp.c_fc, _call(block.ln_2, x, own, "ln_2"), own, "mlp.c_fc")
@@ -200,24 +215,23 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(-1, (heads, -1)).transpose(-3, -2)
 
 
-def split_thirds(x: Tensor, heads: int) -> Tensor:
-    """Queries, keys and values (..., L, 3W) to (3, ..., H, L, W / H)."""
-    at = x.dim() - 2  # of L
-    return x.unflatten(-1, (3, heads, -1)).permute(at + 1, *range(at), at + 2, at, at + 3)
-
-
 def join_heads(x: Tensor) -> Tensor:
     """(..., H, L, d) to (..., L, H * d)."""
     return x.transpose(-3, -2).flatten(-2)
+
+
+def _frozen_layer(block: ResidualAttentionBlock, x: Tensor) -> Tensor:
+    """A layer in which nothing is changed, on tokens (..., L, W) that all see each other, as rows wherever that spares views."""
+    rows = x.flatten(0, -2)
+    qkv = project(block, block.ln_1(rows), None).view(-1, x.shape[-2], 3, block.attn.num_heads, block.attn.head_dim)
+    mixed = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4).unbind())
+    return finish(block, rows, mixed.transpose(1, 2).reshape(rows.shape)).view(x.shape)
 
 
 def _attend(
     block: ResidualAttentionBlock, normed: Tensor, extra: Tensor | None, own: LayerChanges | None, mask: Tensor | None
 ) -> Tensor:
     """Attention of tokens (..., L, W) over themselves and ``extra`` tokens (n, W) that all of them see; heads joined."""
-    if own is None and mask is None:  # then nothing is appended either
-        parts = split_thirds(project(block, normed, own), block.attn.num_heads).unbind()
-        return join_heads(F.scaled_dot_product_attention(parts[0], parts[1], parts[2]))
     query, key, value = project(block, normed, own).chunk(3, dim=-1)
     if extra is not None:
         more = project(block, _call(block.ln_1, extra.to(normed.dtype), own, "ln_1"), own).chunk(3, dim=-1)
@@ -280,12 +294,40 @@ def _foreign_layer(block: nn.Module, x: Tensor, own: LayerChanges | None, given:
 
 
 def _mlp(block: ResidualAttentionBlock, x: Tensor) -> Tensor:
-    """The block's MLP; quick-GELU goes through SiLU, which keeps one hidden tensor for the backward pass instead of two."""
+    """The block's MLP on rows (n, W).
+
+    Quick-GELU x sigmoid(a x) is SiLU(a x) / a, which keeps one hidden tensor for the backward pass instead of two, and both
+    factors are part of the products.
+    """
     mlp = block.mlp
     if not isinstance(mlp.gelu, QuickGELU):
         return mlp(x)
-    hidden = F.silu(mlp.c_fc(x).mul_(1.702)).mul_(1 / 1.702)
-    return mlp.c_proj(hidden)
+    weights = mlp.c_fc.weight, mlp.c_fc.bias, mlp.c_proj.weight, mlp.c_proj.bias
+    if by_hand(x) and not any(part.requires_grad for part in weights):
+        out: Tensor = _FrozenMLP.apply(x, *weights)
+        return out
+    up, up_bias, down, down_bias = weights
+    hidden = torch.addmm(up_bias, x, up.t(), beta=_QUICK, alpha=_QUICK)
+    return torch.addmm(down_bias, F.silu(hidden), down.t(), alpha=1 / _QUICK)
+
+
+class _FrozenMLP(torch.autograd.Function):
+    """``_mlp`` with the gradient of its input by hand: three products' worth of operators in place of seven."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, up: Tensor, up_bias: Tensor, down: Tensor, down_bias: Tensor) -> Tensor:
+        """Rows (n, W) to (n, W)."""
+        hidden = torch.addmm(up_bias, x, up.t(), beta=_QUICK, alpha=_QUICK)
+        ctx.save_for_backward(hidden, up, up_bias, down)
+        return torch.addmm(down_bias, F.silu(hidden), down.t(), alpha=1 / _QUICK)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradient of the rows."""
+        hidden, up, bias, down = ctx.saved_tensors
+        inner = torch.addmm(bias, grads[0], down, beta=0, alpha=1 / _QUICK)  # beta 0: a product and its factor in one
+        inner = torch.ops.aten.silu_backward(inner, hidden)
+        return torch.addmm(bias[:1], inner, up, beta=0, alpha=_QUICK), None, None, None, None
 
 
 class Layers(ABC):

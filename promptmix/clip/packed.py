@@ -1,21 +1,21 @@
 """Prompts as the text tower holds them: a prefix that all classes share, and a packed tail where they differ.
 
 Tokens of E prompts over C classes are kept as (E, P + N, W): P shared ones, then class after class what is its own, up to EOT,
-without padding. Every layer runs on those rows; attention of the tail's tokens looks at the shared keys and its own class's.
+without padding. Every layer runs on those rows. For attention they lie in a grid (``Layout``): the scores of a place are those
+with the prefix and, behind them, those with its own block, and one softmax goes over both. Keys are copied for no class.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from open_clip.transformer import ResidualAttentionBlock
 from torch import Tensor
 
-from promptmix.clip.blocks import enter, finish, join_heads, project, project_some, recalled, split_heads, split_thirds
+from promptmix.clip.blocks import by_hand, enter, finish, join_heads, project, project_some, recalled, split_heads
 from promptmix.clip.memory import Recalled, recall
 from promptmix.clip.places import LayerChanges, PromptStep
 from promptmix.clip.tokens import kept
@@ -122,22 +122,29 @@ def _unshared(begin: int, lengths: tuple[int, ...], start: int, remove: int, cou
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the packed tail tokens of C classes stand; all tensors on the tower's device.
+    """Where the packed tokens of a prefix and the tails of C classes stand; all tensors on the tower's device.
+
+    Attention looks at them as a grid of G places: blocks of T places, as many as the longest tail has, first for the prefix and
+    then one for each class. So all places ask the prefix in one product, and each block itself in another.
 
     Attributes:
+        start: P.
         positions: (N,) position in the prompt of each tail token.
-        places: (C * T,) row of the packed tail for each class and place; places behind EOT repeat row 0.
-        packed: (N,) place in the flattened (C * T) grid of each packed row.
+        places: (G,) packed row at each place; where nothing stands, row 0.
+        packed: (P + N,) place of each packed row.
+        hidden: (G, P + T) bool, where a place may not look: in the prefix, and in its own block.
         ends: (C,) packed row of the token that is read, each class's last one.
-        later: (T, T) or (C, T, T) bool, True where a query may not look.
-        beyond: (C, 1, T) bool, where the token that is read may not look: behind itself.
+        tails: (C * T,) ``places`` of the classes' blocks.
+        beyond: (C, P + T) bool, where the token that is read may not look: behind itself.
     """
 
+    start: int
     positions: Tensor
     places: Tensor
     packed: Tensor
+    hidden: Tensor
     ends: Tensor
-    later: Tensor
+    tails: Tensor
     beyond: Tensor
 
 
@@ -152,24 +159,32 @@ def layout_of(lengths: tuple[int, ...], start: int, device: str, blind: tuple[bo
         blind: for each class, whether its last token does not see itself; () where all do.
     """
     count = torch.tensor(lengths)
-    place = torch.arange(int(count.max()))
-    inside = place[None, :] < count[:, None]
-    first = count.cumsum(0) - count
-    padded = torch.where(inside, first[:, None] + place[None, :], 0)
-    causal, reach = place[None, :] <= place[:, None], inside[:, None, :]
+    size = int(count.max())
+    place, before = torch.arange(size), torch.arange(start)
+    inside = place < count[:, None]  # (C, T)
+    first = start + count.cumsum(0) - count
+    tails = torch.where(inside, first[:, None] + place, 0).flatten()
+    front = -(-start // size) * size  # places of the prefix's blocks
+    causal, reach = place <= place[:, None], inside.clone()
     if any(blind):
-        itself = (place[None, :] == count[:, None] - 1) & torch.tensor(blind)[:, None]  # (C, T)
+        itself = (place == count[:, None] - 1) & torch.tensor(blind)[:, None]  # (C, T)
         causal = causal & ~(itself[:, :, None] & itself[:, None, :])
-        reach = reach & ~itself[:, None, :]
+        reach &= ~itself
+    own = causal.expand(len(lengths), size, size).reshape(-1, size)
+    seen = torch.ones(front + len(own), start + size, dtype=torch.bool)
+    seen[:start, :start] = before <= before[:, None]
+    seen[:front, start:] = False
+    seen[front:, start:] = own
     parts = (
         (start + place).expand_as(inside)[inside],
-        padded.flatten(),
-        inside.flatten().nonzero().flatten(),
+        torch.cat([before, torch.zeros(front - start, dtype=torch.long), tails]),
+        torch.cat([before, front + inside.flatten().nonzero().flatten()]),
+        ~seen,
         first + count - 1,
-        ~causal,
-        ~reach,
+        tails,
+        torch.cat([torch.zeros(len(lengths), start, dtype=torch.bool), ~reach], dim=1),
     )
-    return Layout(*(part.to(device) for part in parts))
+    return Layout(start, *(part.to(device) for part in parts))
 
 
 @kept
@@ -196,79 +211,161 @@ def packing(signature: tuple[tuple[str, int], ...], name_lengths: tuple[int, ...
 
 
 def shared_block(
-    block: ResidualAttentionBlock, x: Tensor, start: int, layout: Layout, own: LayerChanges | None = None, *, last: bool
+    block: ResidualAttentionBlock, x: Tensor, layout: Layout, own: LayerChanges | None = None, *, last: bool
 ) -> Tensor:
-    """One transformer layer on packed tokens (E, P + N, W); the last layer gives EOT states (E, C, W) only."""
-    heads, memory = block.attn.num_heads, recalled(block, own)
-    x, normed = enter(block, x, own)
-    # Prefix and tail are split, not sliced: the gradient of a split is put together in one go. The prefix is copied, since what
-    # is kept of it for the backward pass would otherwise keep the tail's memory too.
-    sizes = (start, x.shape[1] - start)
-    if last:
-        # Only EOT asks in the last layer, and nobody reads the other tokens' outputs.
-        ends = start + layout.ends
-        query, *pairs = project_some(block, normed.index_select(1, ends), normed, own)
-        (k_front, k_tail), (v_front, v_tail) = (part.split(sizes, dim=1) for part in pairs)
-        k_front, v_front = (split_heads(part.clone(), heads) for part in (k_front, v_front))
-        k_tail, v_tail = (split_heads(part, heads).index_select(2, layout.places) for part in (k_tail, v_tail))
-        mixed = _attend_tail(split_heads(query, heads), (k_front, v_front), (k_tail, v_tail), layout.beyond, memory)
-        return finish(block, x.index_select(1, ends), join_heads(mixed), own)
-    front, tail = project(block, normed, own).split(sizes, dim=1)
-    q_front, k_front, v_front = split_thirds(front.clone(), heads).unbind()
-    # (1 or 2, E, H, C * T, d): keys and values are laid out at once. Queries are not kept for the backward pass, since they are
-    # scaled first, so they stand in memory of their own.
-    asking, given = (part.index_select(3, layout.places) for part in split_thirds(tail, heads).contiguous().split((1, 2)))
-    q_tail, (k_tail, v_tail) = asking[0], given.unbind()
-    mixed = _attend_tail(q_tail, (k_front, v_front), (k_tail, v_tail), layout.later, memory)
-    tail = join_heads(mixed.index_select(2, layout.packed))
-    if memory is None:
-        seen = F.scaled_dot_product_attention(q_front, k_front, v_front, is_causal=True)
-    else:
-        query = q_front * q_front.shape[-1] ** -0.5
-        logits = query @ k_front.transpose(-1, -2)
-        ahead = torch.ones(start, start, dtype=torch.bool, device=x.device).triu_(1)
-        seen = recall(query, logits.masked_fill(ahead, float("-inf")), lambda weights: weights @ v_front, memory)
-    return finish(block, x, torch.cat([join_heads(seen), tail], dim=1), own)
+    """One layer on packed tokens (E, P + N, W), or on their rows (E * (P + N), W); the last one gives EOT states (E, C, W)."""
+    heads, memory, count = block.attn.num_heads, recalled(block, own), len(layout.packed)
+    if not last:
+        x, normed = enter(block, x, own)
+        mixed = attend_packed(project(block, normed, own).flatten(0, -2), layout, heads, memory)
+        return finish(block, x, mixed if x.dim() == 2 else mixed.view(x.shape), own)
+    # Only EOT asks in the last layer, and nobody reads the other tokens' outputs.
+    x, normed = enter(block, x if x.dim() == 3 else x.view(-1, count, x.shape[-1]), own)
+    query, *pairs = project_some(block, normed.index_select(1, layout.ends), normed, own)
+    mixed = attend_ends(query, (pairs[0], pairs[1]), layout, heads, memory)
+    return finish(block, x.index_select(1, layout.ends), mixed, own)
 
 
-def _attend_tail(
-    query: Tensor, shared: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor], hidden: Tensor, memory: Recalled | None
-) -> Tensor:
-    """Attention of tail tokens over the shared prefix, their own class's tail, and a memory.
+class _Seen(NamedTuple):
+    """Keys or values of A = E * H prompts and heads.
+
+    Attributes:
+        shared: (A, P, d), of the prefix.
+        own: (A * B, T, d), of blocks.
+    """
+
+    shared: Tensor
+    own: Tensor
+
+
+def attend_packed(qkv: Tensor, layout: Layout, heads: int, memory: Recalled | None = None) -> Tensor:
+    """Attention of all tokens.
 
     Args:
-        query: (E, H, C * Q, d), already projected; Q is T, or 1 for EOT alone.
-        shared: keys and values (E, H, P, d) of the prefix.
-        own: keys and values (E, H, C * T, d) of the tail, padded.
-        hidden: bool (Q, T) or (C, Q, T): which places of its own tail a query may not see.
-        memory: keys and values that all of them see.
+        qkv: (E * (P + N), 3W), queries, keys and values of packed rows.
+        layout: where they stand.
+        heads: H.
+        memory: keys and values that all tokens see.
 
     Returns:
-        (E, H, C * Q, d), not yet projected.
+        (E * (P + N), W), heads joined.
     """
-    experts, heads, rows, size = query.shape
-    queries, places = hidden.shape[-2:]
-    k_shared, v_shared = (part.flatten(0, 1) for part in shared)
-    k_own, v_own = (part.reshape(-1, places, size) for part in own)  # (E * H * C, T, d)
-    q = query.reshape(experts * heads, rows, size) * size**-0.5
-    to_shared = torch.bmm(q, k_shared.transpose(1, 2))  # (E * H, C * Q, P)
-    to_own = torch.bmm(q.reshape(-1, queries, size), k_own.transpose(1, 2))  # (E * H * C, Q, T)
-    if hidden.dim() == 3:
-        to_own = to_own.view(-1, *hidden.shape).masked_fill(hidden, float("-inf"))
-    else:
-        to_own = to_own.masked_fill(hidden, float("-inf"))
-    scores = torch.cat([to_shared, to_own.view(experts * heads, rows, places)], dim=-1)
+    if memory is None and by_hand(qkv):
+        out: Tensor = _Attention.apply(qkv, layout, heads)
+        return out
+    parts = _in_grid(qkv, layout, heads)
+    query, keys, values = _seen(parts, layout)
+    query = query * query.shape[-1] ** -0.5
+    return _from_grid(_mix(query, keys, values, layout.hidden, heads, memory), layout, heads)
+
+
+def attend_ends(query: Tensor, pairs: tuple[Tensor, Tensor], layout: Layout, heads: int, memory: Recalled | None) -> Tensor:
+    """Attention of the tokens (E, C, W) that are read, over keys and values (E, P + N, W) of packed rows: (E, C, W)."""
+    size, width = query.shape[-1] // heads, layout.beyond.shape[1] - layout.start
+    seen = []
+    for part in pairs:
+        # The prefix is copied, since what is kept of it for the backward pass would otherwise keep the tails' memory too.
+        shared = split_heads(part[:, : layout.start].clone(), heads).flatten(0, 1)
+        seen.append(_Seen(shared, split_heads(part, heads).index_select(2, layout.tails).view(-1, width, size)))
+    query = split_heads(query, heads).flatten(0, 1) * size**-0.5
+    mixed = _mix(query, seen[0], seen[1], layout.beyond, heads, memory)
+    return join_heads(mixed.unflatten(0, (-1, heads)))
+
+
+def _in_grid(qkv: Tensor, layout: Layout, heads: int) -> Tensor:
+    """Rows (E * (P + N), 3W) to queries, keys and values (3, E * H, G, d), laid out at once."""
+    size = qkv.shape[-1] // (3 * heads)
+    packed = qkv.view(-1, len(layout.packed), 3, heads, size).permute(2, 0, 3, 1, 4)
+    return packed.index_select(3, layout.places).view(3, -1, len(layout.places), size)
+
+
+def _from_grid(mixed: Tensor, layout: Layout, heads: int) -> Tensor:
+    """(E * H, G, d) to rows (E * (P + N), W)."""
+    _, places, size = mixed.shape
+    return mixed.view(-1, heads, places, size).transpose(1, 2).index_select(1, layout.packed).view(-1, heads * size)
+
+
+def _seen(parts: Tensor, layout: Layout) -> tuple[Tensor, _Seen, _Seen]:
+    query, key, value = parts.unbind()
+    width, size = layout.hidden.shape[1] - layout.start, query.shape[-1]
+    keys, values = (_Seen(part[:, : layout.start], part.view(-1, width, size)) for part in (key, value))
+    return query, keys, values
+
+
+def _mix(query: Tensor, keys: _Seen, values: _Seen, hidden: Tensor, heads: int, memory: Recalled | None) -> Tensor:
+    """Attention of scaled queries (A, n, d), of which n / B ask each block; ``hidden`` is (n, P + T)."""
+    scores = _scores(query, keys, hidden)
+    if memory is None:
+        return _read(_parts(scores.softmax(dim=-1).to(query.dtype), values), values)
 
     def read(weights: Tensor) -> Tensor:
-        on_shared, on_own = weights.flatten(0, -3).split([to_shared.shape[-1], places], dim=-1)
-        if queries == 1:
-            on_own = on_own.contiguous()  # of a product of one row with a slice, PyTorch 2.14's compiler makes a wrong gradient
-        mixed = torch.bmm(on_own.view(-1, queries, places), v_own).view(experts * heads, rows, size)
-        return (torch.bmm(on_shared, v_shared) + mixed).view(experts, heads, rows, size)
+        return _read(_parts(weights.flatten(0, 1), values), values).unflatten(0, (-1, heads))
 
-    if memory is None:
-        return read(scores.softmax(dim=-1).to(query.dtype))
-    return recall(q.view(query.shape), scores.view(experts, heads, rows, -1), read, memory)
+    by_head = (part.unflatten(0, (-1, heads)) for part in (query, scores))
+    return recall(*by_head, read, memory).flatten(0, 1)
+
+
+def _scores(query: Tensor, keys: _Seen, hidden: Tensor) -> Tensor:
+    """(A, n, P + T)."""
+    with_shared = torch.bmm(query, keys.shared.transpose(1, 2))
+    with_own = torch.bmm(query.reshape(len(keys.own), -1, query.shape[-1]), keys.own.transpose(1, 2))
+    scores = torch.cat([with_shared, with_own.view(*query.shape[:2], -1)], dim=-1)
+    return scores.masked_fill_(hidden, float("-inf"))
+
+
+def _parts(weights: Tensor, values: _Seen) -> _Seen:
+    """Split (A, n, P + T) into those of the prefix (A, n, P) and of blocks (A * B, n / B, T)."""
+    blocks, width, _ = values.own.shape
+    shared, own = weights.split([weights.shape[-1] - width, width], dim=-1)
+    if blocks == weights.shape[0] * weights.shape[1]:
+        own = own.contiguous()  # of a product of one row with a slice, PyTorch 2.14's compiler makes a wrong gradient
+    return _Seen(shared, own.view(blocks, -1, width))
+
+
+def _read(weights: _Seen, values: _Seen) -> Tensor:
+    """Values that the weights choose (A, n, d)."""
+    mixed = torch.bmm(weights.own, values.own).view(*weights.shared.shape[:2], -1)
+    return torch.baddbmm(mixed, weights.shared, values.shared)
+
+
+class _Attention(torch.autograd.Function):
+    """``attend_packed`` with its gradient by hand, in half the operators that PyTorch's graph needs for its views."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, layout: Layout, heads: int) -> Tensor:
+        """See ``attend_packed``."""
+        query, keys, values = _seen(_in_grid(qkv, layout, heads), layout)
+        query.mul_(query.shape[-1] ** -0.5)
+        whole = _scores(query, keys, layout.hidden).softmax(dim=-1)
+        weights = _parts(whole, values)
+        ctx.save_for_backward(query, *keys, *values, whole, *weights)
+        ctx.layout, ctx.heads = layout, heads
+        return _from_grid(_read(weights, values), layout, heads)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        """Gradient of ``qkv``."""
+        query, k_shared, k_own, v_shared, v_own, whole, on_shared, on_own = ctx.saved_tensors
+        layout, heads, shape, (places, size) = ctx.layout, ctx.heads, query.shape, query.shape[1:]
+        scale, prefix, blocks = size**-0.5, layout.start, v_own.shape
+        rows = grads[0].view(-1, len(layout.packed), heads, size).transpose(1, 2)
+        grid = rows.new_zeros(len(rows), heads, places, size).index_copy_(2, layout.packed, rows)
+        grad, grad_own = grid.view(shape), grid.view(blocks)
+        # Through the weighted sum of values.
+        value = torch.bmm(on_own.transpose(1, 2), grad_own).view(shape)
+        value[:, :prefix].baddbmm_(on_shared.transpose(1, 2), grad)
+        with_shared = torch.bmm(grad, v_shared.transpose(1, 2))
+        with_own = torch.bmm(grad_own, v_own.transpose(1, 2)).view(*shape[:2], -1)
+        # Through softmax, and the products of queries and keys.
+        scores = torch._softmax_backward_data(torch.cat([with_shared, with_own], dim=-1), whole, -1, whole.dtype)
+        to_shared, to_own = scores.split([prefix, blocks[1]], dim=-1)
+        to_own = to_own.view(on_own.shape)
+        asked = torch.bmm(to_own, k_own).view(shape)
+        asked = torch.baddbmm(asked, to_shared, k_shared, beta=scale, alpha=scale)
+        key = torch.bmm(to_own.transpose(1, 2), query.view(blocks)).view(shape)
+        key[:, :prefix].baddbmm_(to_shared.transpose(1, 2), query)
+        parts = torch.stack([asked, key, value]).view(3, -1, heads, places, size)
+        return parts.permute(1, 3, 0, 2, 4).index_select(1, layout.packed).view(-1, 3 * heads * size), None, None
 
 
 def expand(piece: Tensor, experts: int) -> Tensor:

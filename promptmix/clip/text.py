@@ -192,16 +192,22 @@ class TextTower(PromptReader):
         position = whole.get("positional_embedding", self.positional_embedding)
         places = layout.positions
         if self.cls_emb is not None:
-            places = places.index_fill(0, layout.ends, len(position) - 1)
+            places = places.index_fill(0, layout.ends - start, len(position) - 1)
         x = torch.cat([prompts.prefix + position[:start], tail + position[places]], dim=1)
-        last = len(self.blocks) - 1
+        experts, last = len(x), len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
+            own = changes.at(i)
+            if x.dim() == 2 and (own is not None or i in changes.steps):
+                x = x.unflatten(0, (experts, -1))
             if i in changes.steps:
                 x, start, lengths = take_step(Packed(x, start, lengths), changes.steps[i], self.start)
                 layout = layout_of(lengths, start, device, blind)
-            own = changes.at(i)
-            run = self._layer if own is None else shared_block  # functions are not compiled
-            x = run(block, x, start, layout, *([] if own is None else [own]), last=i == last)
+            # What nothing is changed in takes tokens as rows; functions are not compiled.
+            x = (
+                self._layer(block, x.flatten(0, -2), layout, last=i == last)
+                if own is None
+                else shared_block(block, x, layout, own, last=i == last)
+            )
         return self._read(x, whole)
 
     def _closed(self, prompts: Prompts, token: Tensor) -> tuple[Tensor, tuple[int, ...], tuple[bool, ...]]:

@@ -135,7 +135,7 @@ def _dispatch() -> float:
     def work() -> None:
         x = tokens
         for _ in range(4):
-            x = shared_block(block, x, 4, layout, last=False)
+            x = shared_block(block, x, layout, last=False)
         x.sum().backward()
 
     return _best(work) / work_of(work).operators
