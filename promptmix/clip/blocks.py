@@ -307,8 +307,8 @@ def _mlp(block: ResidualAttentionBlock, x: Tensor) -> Tensor:
         out: Tensor = _FrozenMLP.apply(x, *weights)
         return out
     up, up_bias, down, down_bias = weights
-    hidden = torch.addmm(up_bias, x, up.t(), beta=_QUICK, alpha=_QUICK)
-    return torch.addmm(down_bias, F.silu(hidden), down.t(), alpha=1 / _QUICK)
+    hidden = F.silu(torch.addmm(up_bias, x, up.t(), beta=_QUICK, alpha=_QUICK), inplace=not torch.is_grad_enabled())
+    return torch.addmm(down_bias, hidden, down.t(), alpha=1 / _QUICK)
 
 
 class _FrozenMLP(torch.autograd.Function):
