@@ -40,7 +40,7 @@ def is_standard(block: nn.Module) -> TypeGuard[ResidualAttentionBlock]:
         return False
     if tuple(mlp._modules) != ("c_fc", "gelu", "c_proj"):
         return False
-    watched = (block, attention, attention.out_proj, mlp, mlp.c_fc, mlp.c_proj)
+    watched: tuple[nn.Module, ...] = (block, attention, attention.out_proj, mlp, *mlp.children())
     linear = type(mlp.c_fc) is nn.Linear and type(mlp.c_proj) is nn.Linear
     return linear and not any(part._forward_hooks or part._forward_pre_hooks for part in watched)
 
@@ -224,7 +224,8 @@ def _frozen_layer(block: ResidualAttentionBlock, x: Tensor) -> Tensor:
     """A layer in which nothing is changed, on tokens (..., L, W) that all see each other, as rows wherever that spares views."""
     rows = x.flatten(0, -2)
     qkv = project(block, block.ln_1(rows), None).view(-1, x.shape[-2], 3, block.attn.num_heads, block.attn.head_dim)
-    mixed = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4).unbind())
+    query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind()
+    mixed = F.scaled_dot_product_attention(query, key, value)
     return finish(block, rows, mixed.transpose(1, 2).reshape(rows.shape)).view(x.shape)
 
 

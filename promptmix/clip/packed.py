@@ -301,8 +301,8 @@ def _mix(query: Tensor, keys: _Seen, values: _Seen, hidden: Tensor, heads: int, 
     def read(weights: Tensor) -> Tensor:
         return _read(_parts(weights.flatten(0, 1), values), values).unflatten(0, (-1, heads))
 
-    by_head = (part.unflatten(0, (-1, heads)) for part in (query, scores))
-    return recall(*by_head, read, memory).flatten(0, 1)
+    asking, scores = (part.unflatten(0, (-1, heads)) for part in (query, scores))
+    return recall(asking, scores, read, memory).flatten(0, 1)
 
 
 def _scores(query: Tensor, keys: _Seen, hidden: Tensor) -> Tensor:
