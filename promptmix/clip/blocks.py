@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from open_clip.transformer import QuickGELU, ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 from typing_extensions import override
 
@@ -323,6 +324,7 @@ class _FrozenMLP(torch.autograd.Function):
         return torch.addmm(down_bias, F.silu(hidden), down.t(), alpha=1 / _QUICK)
 
     @staticmethod
+    @once_differentiable  # PyTorch's fused attention has no second derivative either
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Gradient of the rows."""
         hidden, up, bias, down = ctx.saved_tensors

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from open_clip.transformer import ResidualAttentionBlock
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from promptmix.clip.blocks import by_hand, enter, finish, join_heads, project, project_some, recalled, split_heads
 from promptmix.clip.memory import Recalled, recall
@@ -343,6 +344,7 @@ class _Attention(torch.autograd.Function):
         return _from_grid(_read(weights, values), layout, heads)
 
     @staticmethod
+    @once_differentiable  # PyTorch's fused attention has no second derivative either
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         """Gradient of ``qkv``."""
         query, k_shared, k_own, v_shared, v_own, whole, on_shared, on_own = ctx.saved_tensors

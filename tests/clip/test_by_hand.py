@@ -73,3 +73,11 @@ def test_autocast_chooses_types_itself():
         assert not blocks.by_hand(x)
     with torch.no_grad():
         assert not blocks.by_hand(x)
+
+
+def test_a_second_derivative_is_refused_and_not_wrong():
+    block = ResidualAttentionBlock(8, 2, act_layer=QuickGELU).requires_grad_(False)
+    x = torch.randn(5, 8, requires_grad=True)
+    (grad,) = torch.autograd.grad(blocks._mlp(block, x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
