@@ -171,6 +171,8 @@ def test_what_can_not_be_packed_is_one_line(run, packed, tmp_path, capsys):
         assert words in capsys.readouterr().err
     capsys.readouterr()
     assert main(["hub", "list"]) == 0 and capsys.readouterr().out == "anna/emoji: MoCoOp for tiny-en\n"
+    assert main(["hub", "list", "--hub", str(tmp_path)]) == 0
+    assert f"{tmp_path} holds no packed prompts; `promptmix hub pack RUN --as NAME` makes some" in capsys.readouterr().out
 
 
 def test_the_card_is_markdown_with_a_head(run, packed, tmp_path):

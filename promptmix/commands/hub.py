@@ -57,7 +57,10 @@ def run(args: argparse.Namespace) -> int:
         sys.stdout.write(harmless(f"{place}: {note['trainer']} for {note['backbone']}, {len(note['files'])} files as packed\n"))
         return 0
     damaged = 0
-    for name, found in hub.entries(folder):
+    entries = list(hub.entries(folder))
+    if not entries:
+        sys.stdout.write(harmless(f"{folder} holds no packed prompts; `promptmix hub pack RUN --as NAME` makes some\n"))
+    for name, found in entries:
         damaged += found is None
         told = "damaged; `promptmix hub check` says why" if found is None else f"{found['trainer']} for {found['backbone']}"
         sys.stdout.write(harmless(f"{name}: {told}\n"))

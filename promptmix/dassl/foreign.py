@@ -33,14 +33,14 @@ def led_to(path: Path, bases: Sequence[Path]) -> Path | None:
 
 @contextmanager
 def found_here(root: Path, data: str) -> Iterator[None]:
-    """Read what the checkout asks for by a path of its authors' machine from here, inside the context; say what is.
+    """Lead what the checkout asks for by a path of its authors' machine here, inside the context; say what is.
 
     Args:
         root: folder of the checkout.
         data: where its data sets lie, or an empty string.
     """
     bases = [root, *([Path(data).absolute()] if data else [])]
-    told = set[str]()
+    told, mkdir = set[str](), os.mkdir
 
     def instead(original: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(original)
@@ -48,27 +48,35 @@ def found_here(root: Path, data: str) -> Iterator[None]:
             try:
                 return original(*args, **kwargs)
             except FileNotFoundError:
-                place = look(args[0]) if args and isinstance(args[0], str | Path) and not writes(*args[1:], **kwargs) else None
+                path, *others = args or (None,)
+                makes = original is mkdir or writes(*others, **kwargs)
+                place = look(path, makes) if isinstance(path, str | Path) else None
                 if place is None:
                     raise
-                return original(str(place), *args[1:], **kwargs)
+                return original(str(place), *others, **kwargs)
 
         return call
 
     def writes(mode: Any = "r", *_args: Any, **kwargs: Any) -> bool:
         return bool(set(str(kwargs.get("mode", mode))) & set("wax+"))
 
-    def look(path: str | Path) -> Path | None:
+    def look(path: str | Path, makes: bool) -> Path | None:
         given = Path(path)
         if not given.is_absolute() or any(given.is_relative_to(base) for base in bases) or not is_foreign(given):
             return None
-        place = led_to(given, bases)
+        # What is made goes into a folder that is here.
+        folder = led_to(given.parent, bases) if makes else None
+        place = folder and folder / given.name if makes else led_to(given, bases)
         if place is not None and str(given.parent) not in told:
             told.add(str(given.parent))
             get_logger().warning("The checkout asks for %s, a path of its authors' machine; %s is taken for it", given, place)
         return place
 
-    places: list[tuple[Any, str]] = [(builtins, "open"), (io, "open"), *((os, name) for name in ("stat", "listdir", "scandir"))]
+    places: list[tuple[Any, str]] = [
+        (builtins, "open"),
+        (io, "open"),
+        *((os, name) for name in ("stat", "listdir", "scandir", "mkdir")),
+    ]
     before = [(owner, name, getattr(owner, name)) for owner, name in places]
     for owner, name, original in before:
         setattr(owner, name, instead(original))

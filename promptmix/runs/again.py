@@ -18,6 +18,7 @@ from promptmix.errors import DataError
 from promptmix.registry import DATASET_REGISTRY
 from promptmix.runs import results
 from promptmix.runs.protocols import dataset_files, is_file
+from promptmix.utils import get_logger
 
 __all__ = ["read_config"]
 
@@ -54,6 +55,7 @@ def read_config(
     config.merge_tree(cfg, tree, source)
     if on:
         _take_data(cfg, data, on)
+        _say_if_trained_on(cfg, data, on)
     if evaluates:
         config.reset(cfg, _STARTS, source)
     merge_flags(cfg, {"--from-run": ("OUTPUT_DIR", run)} | flags)
@@ -77,6 +79,17 @@ def _record(run: Path) -> tuple[dict[str, Any], str]:
     if not isinstance(tree, dict) or not isinstance(tree.get("DATASET", {}), dict):
         raise DataError(f"{source} holds no tree of config keys; name the output folder of a run of promptmix")
     return tree, str(source)
+
+
+def _say_if_trained_on(cfg: CfgNode, recorded: dict[str, Any], on: str) -> None:
+    """Say that other data, all of which is tested, is the run's own, of which it was trained on a part."""
+    name = cfg.DATASET.NAME
+    own = name in ("ImageFolder", "CSV") and recorded.get("NAME") == name
+    same = own and os.path.realpath(str(recorded.get("ROOT"))) == os.path.realpath(cfg.DATASET.ROOT)
+    if same and (name == "ImageFolder" or recorded.get("CSV", {}).get("FILE") == cfg.DATASET.CSV.FILE):
+        get_logger().warning(
+            "%s is what the run was trained on; without --on %s the pictures kept for its test are tested", on, on
+        )
 
 
 def _take_data(cfg: CfgNode, recorded: dict[str, Any], on: str) -> None:

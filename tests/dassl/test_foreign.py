@@ -42,17 +42,22 @@ def test_what_has_no_end_here_stops_the_run_as_before(room, capsys):
     )
 
 
-def test_folders_data_and_weights_but_nothing_that_is_written(tmp_path):
+def test_folders_data_weights_and_what_is_made_in_them(tmp_path):
     root, data = tmp_path / "fork", tmp_path / "data"
     (root / "gpt").mkdir(parents=True)
     (data / "squares" / "images").mkdir(parents=True)
     torch.save({"w": torch.ones(1)}, root / "gpt" / "w.pt")
     before = builtins.open, os.stat, os.listdir
     with found_here(root, str(data)):
-        assert os.listdir(f"{THEIRS}/squares") == ["images"] and Path(f"{THEIRS}/squares/images").is_dir()
+        os.makedirs(f"{THEIRS}/squares/split_fewshot", exist_ok=True)
+        Path(f"{THEIRS}/squares/split_fewshot/shot_1.json").write_text("[]")
+        assert (data / "squares" / "split_fewshot" / "shot_1.json").read_text() == "[]"
+        assert (
+            sorted(os.listdir(f"{THEIRS}/squares")) == ["images", "split_fewshot"] and Path(f"{THEIRS}/squares/images").is_dir()
+        )
         assert torch.load(f"{THEIRS}/gpt/w.pt")["w"] == 1
         for path, mode in (
-            (f"{THEIRS}/gpt/w.pt", "w"),
+            (f"{THEIRS}/nothing/of/ours.json", "w"),
             (tmp_path / "elsewhere" / "gpt" / "w.pt", "rb"),  # a path of this machine, mistyped
             ("gpt/w.pt", "rb"),
             (root / "lost", "rb"),

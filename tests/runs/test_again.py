@@ -69,7 +69,8 @@ def test_other_pictures_are_all_tested_with_the_words_of_the_run(run, pictures, 
         assert main(["eval", str(run), "--on", str(pictures), "--output-dir", str(run / "all"), "--skip-bad"]) == 0
     finally:
         damaged.unlink()
-    assert "among 3 classes" in capsys.readouterr().out
+    told = capsys.readouterr()
+    assert "among 3 classes" in told.out and "is what the run was trained on; without --on" in told.out + told.err
     found = results.load(run / "all" / "results.json")
     assert "* total: 70" in (run / "all" / "log.txt").read_text() and found.title == "pictures"
     assert found.vocabulary["templates"] == results.load(run / "results.json").vocabulary["templates"]

@@ -255,8 +255,12 @@ def _say_left_out(where: Path, parts: dict[str, Path], found: list[Found]) -> No
         get_logger().warning("%s: %d pictures are not %s and are left out, such as %s", where, len(loose), inside, loose[0])
     if other:
         kinds = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in other.most_common(5))
-        log = get_logger().warning if set(other) & _UNREAD_PICTURES else get_logger().info
-        log("%s: %d files are of no picture format that is read here and are left out (%s)", where, other.total(), kinds)
+        unread = sorted(set(other) & _UNREAD_PICTURES)
+        remedy = f"; save {' and '.join(unread)} as .jpg or .png to have them read" if unread else ""
+        log = get_logger().warning if unread else get_logger().info
+        log(
+            "%s: %d files are of no picture format that is read here and are left out (%s)%s", where, other.total(), kinds, remedy
+        )
 
 
 def _without_pictures(parts: dict[str, Path], found: list[Found]) -> list[str]:
