@@ -42,13 +42,7 @@ KINDS = ("l2", "corrected", "constant", "balanced")
 
 
 class Prototypes(Hard):
-    """A classifier learned from the hard one's weights.
-
-    Args:
-        task: the frozen model and the class names.
-        templates: hard templates that are averaged.
-        start: their weights, or normal numbers of deviation sqrt(2 / D).
-    """
+    """A classifier learned from the hard one's weights."""
 
     class_specific = True
     per_class = "a prototype"
@@ -57,7 +51,7 @@ class Prototypes(Hard):
         self,
         task: Task,
         templates: Annotated[Sequence[str], Setting("hard templates that are averaged; () = the data set's first")] = (),
-        start: Annotated[str, Setting("where prototypes start", choices=("zeroshot", "random"))] = "zeroshot",
+        start: Annotated[str, Setting("random: normal, of deviation sqrt(2 / D)", choices=("zeroshot", "random"))] = "zeroshot",
     ) -> None:
         super().__init__(task, templates)
         self.base: Tensor

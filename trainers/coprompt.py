@@ -66,7 +66,6 @@ class AdaptedCoupled(CoupledDeep):
     """MaPLe's prompts, and an adapter behind each tower on features that are not normalised yet.
 
     Args:
-        task: the frozen model and the class names.
         image_share: of the image adapter.
         text_share: of the text adapter.
         deep: settings of the prompts.
@@ -92,7 +91,6 @@ class SentenceConsistency(TextSupervision):
     """Distance of the text features to the frozen ones of one sentence about each class, another one in each step.
 
     Args:
-        task: the class names and the sentences about them.
         distance: ``cosine`` is 1 - mean cosine, ``mse`` the mean squared difference.
     """
 

@@ -50,7 +50,6 @@ class TunedRawHard(TunedTowers):
     """Hard prompts as ``RawHard`` has them, in front of an image tower whose last blocks learn.
 
     Args:
-        task: the frozen model and the class names.
         blocks: how many of them, with what stands behind; of a ResNet the attention pool is the last one.
         templates: hard templates that are averaged.
     """
@@ -72,7 +71,6 @@ class AdaptedHead(LinearHead):
     """``s <r A(f) + (1 - r) f, w_c>`` with A(f) = ReLU(W2 ReLU(W1 f)): CLIP-Adapter's network, on normalised f.
 
     Args:
-        task: the frozen model and the class names.
         bank: of one expert; its text features may be the start.
         ratio: r.
         head: settings of the linear head.

@@ -132,7 +132,6 @@ class KeyPrompts(PromptBank):
     """Frozen words in front of towers whose layers see prompts as keys and values.
 
     Args:
-        task: the frozen model and the data set's words.
         text: the prompts of the text tower.
         image: the prompts of the image tower.
         templates: the words; several are averaged.

@@ -44,7 +44,6 @@ class GlobalLocal(PromptBank):
     """Global prompts and local prompts ``[V]_1 ... [V]_M [CLASS]`` without a full stop; all start from the same words.
 
     Args:
-        task: the frozen model and the class names.
         n_global: N_g.
         n_local: N_l.
         ctx_init: words to start from; M is their number of tokens.
@@ -75,7 +74,6 @@ class SparseLocal(Head):
     """``s/2 * (mean_i <z, t_i> + mean_j top-k_j mean of <h(z_l), t_j>)``.
 
     Args:
-        task: the frozen model.
         bank: its prompts.
         topk: k_j of each local prompt, or one for all; no more than there are patches count.
     """

@@ -55,7 +55,6 @@ class Detectors(Soft):
     """K soft prompts, each of which takes some of the base classes for new ones.
 
     Args:
-        task: the frozen model and the class names.
         k: K.
         n_ctx: context vectors of each.
     """
@@ -106,7 +105,6 @@ class BaseOrNew(Cosine):
     """The learned prompt's scores for base classes, the frozen model's for the others.
 
     Args:
-        task: the frozen model.
         bank: the learned prompt.
         detectors: say how much a picture looks like one of a base class.
     """
@@ -134,8 +132,6 @@ class OpenworldLoss(Loss):
     """alpha mean_i CE_i + lambda mean_i AUC_i of K detectors, which it holds.
 
     Args:
-        task: the frozen model and the class names.
-        bank: the classifier's prompt; unused, its probabilities come with the step.
         k: K.
         n_ctx: context vectors of a detector.
         alpha: factor on the detectors' cross-entropy.

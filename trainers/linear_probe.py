@@ -75,7 +75,6 @@ class LogisticRegression(Head):
     """``W f + b`` on image features that are not normalised.
 
     Args:
-        task: the frozen model and the class names.
         level: ``raw`` features, or ``unprojected`` ones.
     """
 

@@ -33,11 +33,7 @@ from promptmix.prompts.trainer import PromptTrainer
 
 
 class BlendedProbe(Head):
-    """``f W^T + b + alpha (f t^T)``: a linear probe with a share of text for each class.
-
-    Args:
-        task: the frozen model and the class names.
-    """
+    """``f W^T + b + alpha (f t^T)``: a linear probe with a share of text for each class."""
 
     needs_preparing = True
     class_specific = True

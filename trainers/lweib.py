@@ -65,15 +65,6 @@ class Pair(nn.Module):
 class Convolutions(PromptBank):
     """Convolutions inside the blocks of both towers, in front of hand-written prompts with sentences about the classes.
 
-    Args:
-        task: the frozen model, the class names and the sentences about them.
-        text_ctx_init: words in front of the class name.
-        adapter_start: first block, counted from 1.
-        adapter_end: last block.
-        adapter_scale: s.
-        adapter_scale_factor: gamma.
-        slow_fast_ratio: probability of s, instead of gamma s, for each block of each tower in a training step.
-
     Raises:
         ConfigError: blocks are not in the towers, or patches are no square grid.
         DataError: classes lack sentences, or have not all as many.
@@ -174,7 +165,6 @@ class SampledCosine(Head):
     Those are the classes of the batch, and for each of them ``ratio`` others drawn without replacement.
 
     Args:
-        task: the frozen model.
         bank: of one expert.
         ratio: 0 takes no others, -1 all.
     """

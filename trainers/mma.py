@@ -56,16 +56,7 @@ class Adapter(nn.Module):
 
 @register
 class SharedAdapters(PromptBank):
-    """Adapters in the last blocks of both towers, in front of a hand-written prompt.
-
-    Args:
-        task: the frozen model and the data set's words.
-        adapter_start: first block, counted from 1; 0 = what enters it too.
-        adapter_end: last block.
-        adapter_dim: width between.
-        adapter_scale: alpha.
-        text_ctx_init: words in front of the class name.
-    """
+    """Adapters in the last blocks of both towers, in front of a hand-written prompt."""
 
     def __init__(
         self,

@@ -43,11 +43,7 @@ from promptmix.prompts.trainer import PromptTrainer
 
 
 class OwnProjection(nn.Module):
-    """P_v^r: a map (W, D) without bias, of the pretrained one's form but with a random start.
-
-    Args:
-        task: the frozen model.
-    """
+    """P_v^r: a map (W, D) without bias, of the pretrained one's form but with a random start."""
 
     def __init__(self, task: Task) -> None:
         super().__init__()

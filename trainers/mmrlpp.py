@@ -86,7 +86,6 @@ class LowRankBeside(nn.Module):
     """P_v^r: the pretrained map plus A B.
 
     Args:
-        task: the frozen model.
         rank: r.
     """
 

@@ -44,7 +44,6 @@ class ModularPrompts(DeepBank):
     """Deep text prompts that add tokens to the image tower layer by layer, and remove or carry on others.
 
     Args:
-        task: the frozen model and the class names.
         text: the text prompts of the layers 0 ... J-1.
         n_add: groups of tokens added at each deeper layer.
         n_remove: tokens removed before that.

@@ -43,7 +43,6 @@ class Described(Soft):
     """A soft context before ``<name>, which is/has <sentence>.`` for each sentence about a class, whose features are averaged.
 
     Args:
-        task: the frozen model, the class names and the sentences about them.
         mode: AS or AE.
         csc: one context for each sentence.
         n_ctx: M, context vectors.

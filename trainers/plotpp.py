@@ -80,7 +80,6 @@ class PromptSets(PromptBank):
     """N text prompts from N templates, and M visual prompts at the input of the image tower.
 
     Args:
-        task: the frozen model and the class names.
         starts: templates without the class name, the first of which says how many tokens are learned.
         m: M.
         n_ctx_v: tokens of a visual prompt.

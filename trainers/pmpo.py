@@ -55,7 +55,6 @@ class PartitionedPrompts(DeepBank):
     """N text prompts, each of which reaches into one block of the image tower's layers; together they make one classifier.
 
     Args:
-        task: the frozen model and the class names.
         text: the N text prompts, context (N, M, W).
         depth: layers of the image tower that get prompts.
         templates: hand-written prompts that join the learned ones; () = the data set's own.

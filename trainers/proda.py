@@ -47,7 +47,6 @@ class PromptDistribution(PromptBank):
     """Many soft prompts, of which each training step encodes some, in an order drawn anew whenever all had their turn.
 
     Args:
-        task: the frozen model and the data set's words.
         n_prompt: K.
         n_ctx: M, context vectors of each.
         prompt_bs: prompts a step.

@@ -39,7 +39,6 @@ class TunedProjection(Hard):
     """Hand-written prompts, and the image tower's last linear map, learned from where it is.
 
     Args:
-        task: the frozen model and the class names.
         templates: hard templates that are averaged.
     """
 

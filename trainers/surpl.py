@@ -82,7 +82,6 @@ class SurrogateScores(Head):
     """Mean of the plain scores, those of surrogates for each picture, and those of surrogates for the best local features.
 
     Args:
-        task: the frozen model.
         bank: the basic prompts.
         fg_scale: number of fine-grained signals.
         fg_interval: local features that the first signal looks at, and by how many more each further one does.

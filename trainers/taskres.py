@@ -40,12 +40,6 @@ from promptmix.prompts.trainer import PromptTrainer
 class Residual(Hard):
     """The hard classifier with a learned residual for each class.
 
-    Args:
-        task: the frozen model and the class names.
-        templates: hard templates that are averaged.
-        alpha: scale of the residual.
-        enhanced_base: checkpoint with a text projection for the base; it is needed for testing too.
-
     Raises:
         CheckpointError: there is no such file, or it holds another matrix; name one that was made for this backbone.
     """

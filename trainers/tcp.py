@@ -72,7 +72,6 @@ class ClassAware(PromptBank):
     """A soft prompt whose tokens are replaced, deep in the text tower, by tokens made from each class's hard prompt.
 
     Args:
-        task: the frozen model and the data set's words.
         n_ctx: M.
         ctx_init: words that the context starts from; "" draws from N(0, 0.02).
         layer: block, counted from 0, before which the tokens are replaced.

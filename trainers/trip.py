@@ -124,7 +124,6 @@ class TokenMixture(PromptLearner):
     """E prompts, mixed for each picture by where its tokens fall.
 
     Args:
-        task: the frozen model and the class names.
         experts: E.
         n_ctx: M.
         alpha: factor on the cross-entropy with the zero-shot classifier.

@@ -52,7 +52,6 @@ class ClassifierOf(PromptBank):
     """Another bank's text features, and in their place a classifier learned from them, for the classes it was learned for.
 
     Args:
-        task: the frozen model and the data set's words.
         first: the bank, of one expert.
     """
 

@@ -40,7 +40,6 @@ class HardWithVision(Hard):
     """A hard prompt, and learned tokens in the image tower.
 
     Args:
-        task: the frozen model and the class names.
         template: the hard prompt.
         vision: the image tower's tokens.
     """

@@ -15,10 +15,6 @@ class FrozenImageL1(Distiller):
     """Mean absolute difference of prompted and frozen image features (PromptSRC, arXiv 2307.06948).
 
     Where experts have image features of their own, of all.
-
-    Args:
-        task: unused.
-        bank: unused, the teacher is the frozen image tower.
     """
 
     def __init__(self, task: Task, bank: PromptBank) -> None:
@@ -31,12 +27,7 @@ class FrozenImageL1(Distiller):
 
 @register
 class FrozenImageCosine(Distiller):
-    """1 - mean cosine of prompted and frozen image features; where experts have image features of their own, of all.
-
-    Args:
-        task: unused.
-        bank: unused, the teacher is the frozen image tower.
-    """
+    """1 - mean cosine of prompted and frozen image features; where experts have image features of their own, of all."""
 
     def __init__(self, task: Task, bank: PromptBank) -> None:
         super().__init__()

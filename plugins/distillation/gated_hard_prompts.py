@@ -23,15 +23,6 @@ class GatedHardPrompts(Distiller):
     With teachers h_j = s <f, hard_j>: MPD = mean_b sum_j a_j T^2 KL(softmax(h_j / T) || softmax(student / T)) hands on what
     they know, and MPS = mean_b sum_j a_j CE(h_j, y) teaches the gate which of them to trust.
 
-    Args:
-        task: the frozen model and class names.
-        bank: the student's prompts; unused.
-        templates: the P hard templates; () = the data set's own.
-        k: teachers kept per image, at most P.
-        t: temperature T of the distillation.
-        mpd_weight: factor on MPD, the authors' 1 - W.
-        mps_weight: factor on MPS, the authors' W2.
-
     Raises:
         ConfigError: ``k`` is above the number of teachers.
     """
@@ -47,8 +38,8 @@ class GatedHardPrompts(Distiller):
         templates: Annotated[Sequence[str], Setting("the P hard templates; () = the data set's own")] = (),
         k: Annotated[int, Setting("hard prompts kept per image", low=1)] = 2,
         t: Annotated[float, Setting("temperature T of the distillation", above=0)] = 1.0,
-        mpd_weight: Annotated[float, Setting("1 - W in the paper, where CE_WEIGHT is W", low=0)] = 0.2,
-        mps_weight: Annotated[float, Setting("W2", low=0)] = 0.1,
+        mpd_weight: Annotated[float, Setting("factor on MPD: 1 - W in the paper, where CE_WEIGHT is W", low=0)] = 0.2,
+        mps_weight: Annotated[float, Setting("factor on MPS: W2 in the paper", low=0)] = 0.1,
     ) -> None:
         super().__init__()
         templates = templates or task.templates

@@ -20,14 +20,6 @@ class ZeroshotKL(Distiller):
     """T^2 KL(softmax(zero-shot / T) || softmax(student / T)), mean over images.
 
     ProGrad's code leaves out the teacher's entropy, which has no gradient.
-
-    Args:
-        task: the frozen model and class names.
-        bank: the student's prompts; unused.
-        templates: hard templates of the zero-shot classifier, ensembled; () = the data set's first.
-        t: temperature T.
-        raw: average the templates' features as they come from the tower (PromptSRC), not normalised ones.
-        over_classes: divide by the number of classes too (PromptSRC).
     """
 
     teacher: Tensor
@@ -40,8 +32,8 @@ class ZeroshotKL(Distiller):
         bank: PromptBank,
         templates: Annotated[Sequence[str], Setting("hard templates of the teacher; () = the data set's first")] = (),
         t: Annotated[float, Setting("temperature T", above=0)] = 1.0,
-        raw: Annotated[bool, Setting("average the templates' features before they are normalised")] = False,
-        over_classes: Annotated[bool, Setting("divide by the number of classes too")] = False,
+        raw: Annotated[bool, Setting("average the templates' features before they are normalised (PromptSRC)")] = False,
+        over_classes: Annotated[bool, Setting("divide by the number of classes too (PromptSRC)")] = False,
     ) -> None:
         super().__init__()
         self.scale, self.t, self.over_classes = task.clip.scale.item(), t, over_classes

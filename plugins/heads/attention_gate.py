@@ -22,12 +22,7 @@ class AttentionGate(Head):
     and values; out is the attention's output for that image and class, not normalised. With one expert it is ``s <f, t_1>``.
 
     Args:
-        task: the frozen model.
         bank: the experts, the own one first.
-        gate_dim: d.
-        heads: attention heads.
-        scaling: factor on the attention's scores, in place of 1 / sqrt(head size).
-        lambda_: weight of the own prompt's score.
 
     Raises:
         SettingError: d doesn't fit the features or the heads.
@@ -41,7 +36,7 @@ class AttentionGate(Head):
         bank: PromptBank,
         gate_dim: Annotated[int, Setting("d: values of a feature that the gate reads; all where it has fewer", low=1)] = 128,
         heads: Annotated[int, Setting("attention heads of the gate", low=1)] = 8,
-        scaling: Annotated[float, Setting("factor on the gate's attention scores", above=0)] = 10.0,
+        scaling: Annotated[float, Setting("factor on the gate's scores, in place of 1 / sqrt(head size)", above=0)] = 10.0,
         lambda_: Annotated[float, Setting("lambda: weight of the own prompt's score", low=0)] = 0.5,
     ) -> None:
         super().__init__()

@@ -20,13 +20,7 @@ class Cache(Head):
     """``s <f, t_c> + alpha sum_n exp(-beta (1 - <f, k_n>)) [y_n = c]``: each of N training pictures votes for its class.
 
     Args:
-        task: the frozen model, and the labels of the training pictures.
         bank: of one expert; its image features are the queries.
-        alpha: weight of the cache.
-        beta: how fast a picture's vote falls with its distance.
-        augment_epoch: augmented views of a picture whose mean is its key.
-        learned: whether the keys are learned on from there (Tip-Adapter-F).
-        scale: s.
     """
 
     needs_preparing = True

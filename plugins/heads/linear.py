@@ -19,11 +19,7 @@ class LinearHead(Head):
     """``s <f, w_c>`` with rows w_c that are not normalised.
 
     Args:
-        task: the frozen model and the class names.
         bank: of one expert; its text features may be the start.
-        start: ``zeroshot``: the text's weights; ``random``: uniform in +-1/sqrt(D).
-        zeroshot_share: share of the zero-shot weights in evaluation (WiSE-FT).
-        scale: s.
     """
 
     class_specific = True
@@ -32,7 +28,7 @@ class LinearHead(Head):
         self,
         task: Task,
         bank: PromptBank,
-        start: Annotated[str, Setting("what the weights start from", choices=("zeroshot", "random"))] = "zeroshot",
+        start: Annotated[str, Setting("random: uniform in +-1/sqrt(D)", choices=("zeroshot", "random"))] = "zeroshot",
         zeroshot_share: Annotated[float, Setting("share of the zero-shot weights in evaluation (WiSE-FT)", low=0, high=1)] = 0.0,
         scale: Annotated[float, Setting("s; 0 = the model's temperature", low=0)] = 0.0,
     ) -> None:

@@ -21,7 +21,6 @@ class ClassAndRepresentation(Head):
     """``alpha s <f_c, t> + (1 - alpha) s <f_r, t>`` of the class feature f_c and the feature f_r of the tokens' mean.
 
     Args:
-        task: the frozen model.
         bank: of one expert, with tokens in the image tower.
         projection: maps the mean of the normed tokens (B, W) into the joint space (B, D).
         alpha: weight of the class feature's scores.

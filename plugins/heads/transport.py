@@ -20,13 +20,6 @@ class Transport(Head):
 
     Experts that prompt the image tower each in its own way see patches of their own: each moves them to its own prompt, and the
     router weighs the experts' scores.
-
-    Args:
-        task: the frozen model.
-        bank: the N prompts.
-        eps: weight of the entropy in the plan.
-        max_iter: Sinkhorn rounds at most.
-        thresh: rounds end where the row scales change less than this, averaged over the batch's images and classes.
     """
 
     needs_tokens = True

@@ -20,15 +20,7 @@ from promptmix.prompts.roles import PromptBank, Task
 
 @register
 class AttributePrompts(PromptBank):
-    """``[SOT] [att_1] word_1 ... [att_A] word_A [ctx] class name . [EOT]``; what is in brackets is learned.
-
-    Args:
-        task: the frozen model and the data set's words.
-        n_ctx: M, context tokens in front of the class name.
-        n_att: soft tokens in front of each attribute word.
-        attributes: the A words, any number of them, of any number of tokens.
-        n_atts: soft tokens of each word, where they differ.
-    """
+    """``[SOT] [att_1] word_1 ... [att_A] word_A [ctx] class name . [EOT]``; what is in brackets is learned."""
 
     def __init__(
         self,
@@ -74,15 +66,6 @@ class CoupledAttributes(AttributePrompts):
     """Attribute prompts whose context is new at each of the first layers, and mapped into the image tower (MaPLe).
 
     Attributes are carried on from layer to layer and don't touch the image tower.
-
-    Args:
-        task: the frozen model and the data set's words.
-        n_ctx: M, context tokens of each layer, in both towers.
-        n_att: soft tokens in front of each attribute word.
-        attributes: the words.
-        prompt_depth: J, layers with a context of their own.
-        clone_maps: the maps of the deeper layers start as copies of one.
-        n_atts: soft tokens of each word, where they differ.
     """
 
     def __init__(

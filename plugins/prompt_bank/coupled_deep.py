@@ -16,14 +16,6 @@ from promptmix.prompts.roles import Task
 class CoupledDeep(DeepBank):
     """Tokens P_k of the text tower for each of the first layers, and F_k(P_k) in the image tower; all experts share the F_k.
 
-    Args:
-        task: the frozen model and the class names.
-        n_ctx: b, learned tokens of a layer, the first ones of ``ctx_init``; its other words stay.
-        ctx_init: words before the class name.
-        prompt_depth: J, at most the layers of either tower.
-        clone_maps: the maps of the deeper layers start as copies of one.
-        n_prompts: E.
-
     Raises:
         ConfigError: prompts are deeper than a tower, the image tower takes none, or the words have too few tokens.
     """

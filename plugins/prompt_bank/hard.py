@@ -15,12 +15,7 @@ from promptmix.prompts.roles import PromptBank, Task
 
 @register
 class Hard(PromptBank):
-    """The ensemble of hard templates as one frozen prompt (CLIP, arXiv 2103.00020, section 3.1.4).
-
-    Args:
-        task: what the prompts are for.
-        templates: hard templates that are averaged.
-    """
+    """The ensemble of hard templates as one frozen prompt (CLIP, arXiv 2103.00020, section 3.1.4)."""
 
     def __init__(
         self,
@@ -54,12 +49,6 @@ class ImageAdapter(Hard):
     """Hand-written prompts, and image features ``ratio A(f) + (1 - ratio) f``, A(f) = ReLU(W2 ReLU(W1 f)), f not normalised.
 
     (CLIP-Adapter, arXiv 2110.04544, section 3.2.)
-
-    Args:
-        task: the frozen model and the class names.
-        templates: hard templates that are averaged.
-        ratio: share of the adapter.
-        reduction: D divided by the adapter's inner width.
     """
 
     image_level = "raw"

@@ -61,14 +61,6 @@ class Mapper(nn.Module):
 class Hierarchical(DeepBank):
     """Prompts of both towers: those of the image tower follow the text's in early layers, the other way round in later ones.
 
-    Args:
-        task: the frozen model, the class names and the sentences about them.
-        n_ctx: learned tokens of a layer.
-        ctx_init: words before the class name.
-        prompt_depth: layers with tokens of their own.
-        cross_layer: the last layer whose image prompts follow the text.
-        mapping: ``learned``; or ``written``, where ``write`` overwrites prompts and their mapped values are read from them.
-
     Raises:
         ConfigError: prompts are deeper than a tower, the image tower takes none, or the words have too few tokens.
         DataError: there are no sentences about a class.

@@ -20,15 +20,6 @@ from promptmix.prompts.roles import Task
 class IndependentDeep(DeepBank):
     """Text tokens and visual tokens of their own for each of the first layers; several experts each have both.
 
-    Args:
-        task: the frozen model and the class names.
-        n_ctx_vision: learned tokens of a layer in the image tower; 0 leaves it frozen.
-        n_ctx_text: learned tokens of a layer in the text tower, the first ones of ``ctx_init``; its other words stay.
-        ctx_init: words before the class name.
-        prompt_depth_vision: J_v, at most the layers of the image tower.
-        prompt_depth_text: J_t, at most the layers of the text tower.
-        n_prompts: E.
-
     Raises:
         ConfigError: prompts are deeper than a tower, the image tower takes none, or the words have too few tokens.
     """

@@ -25,14 +25,6 @@ class InstanceConditional(PromptBank):
     All images' prompts go through the text tower at once, each as an expert of its own: what the classes share is computed
     once per image, never once per image and class.
 
-    Args:
-        task: what the prompts are for.
-        n_ctx: M, context vectors; ignored where ``ctx_init`` is given.
-        ctx_init: words whose token embeddings the first prompt starts from; "" draws from N(0, 0.02).
-        n_prompts: E; prompts after the first start at random.
-        reduction: the meta-net's hidden width is the joint width D over this.
-        image_chunk: images whose prompts are encoded together where no gradient is wanted, which bounds the memory.
-
     Raises:
         ConfigError: no context vector, no prompt, or a factor below 1.
     """

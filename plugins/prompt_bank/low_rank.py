@@ -26,18 +26,7 @@ MATRICES = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "out_proj"}
 
 @register
 class LowRank(ChangedTowers):
-    """W + s B A for the query, key and value matrices of chosen layers, s = alpha / sqrt(r); dropout in front of A in training.
-
-    Args:
-        task: the frozen model and the data set's words.
-        encoder: which tower is changed.
-        position: which of its layers (see ``layers_of``).
-        params: which matrices, letters of ``qkvo``.
-        r: rank.
-        alpha: scale times sqrt(r).
-        dropout: share of the low-rank branch's inputs that is dropped in training, a mask of its own for each matrix.
-        templates: the hand-written prompt; encoded anew in each step where the text tower is changed.
-    """
+    """W + s B A for the query, key and value matrices of chosen layers, s = alpha / sqrt(r); dropout in front of A."""
 
     def __init__(
         self,
@@ -47,7 +36,7 @@ class LowRank(ChangedTowers):
         params: Annotated[str, Setting("which matrices of the attention: letters of qkvo")] = "qkv",
         r: Annotated[int, Setting("rank", low=1)] = 2,
         alpha: Annotated[float, Setting("the change is B A times alpha / sqrt(r)", above=0)] = 1.0,
-        dropout: Annotated[float, Setting("dropout in front of A", low=0, below=1)] = 0.25,
+        dropout: Annotated[float, Setting("dropout in front of A, a mask of its own for each matrix", low=0, below=1)] = 0.25,
         templates: Annotated[Sequence[str], Setting("the hand-written prompt; () = the data set's first")] = (),
     ) -> None:
         super().__init__(task, encoder, templates)

@@ -42,12 +42,6 @@ class Representations(PromptBank):
     layer before made of them. Layers between those chosen carry them on.
 
     Args:
-        task: the frozen model and the data set's words.
-        n_rep_tokens: K.
-        rep_dim: d_r, width of the space.
-        rep_layers: chosen layers, counted from 1.
-        template: the hand-written prompt.
-        beta: weight of a layer's own map.
         aligner: makes the maps into one tower, as ``Aligners`` does.
 
     Raises:

@@ -17,15 +17,7 @@ from promptmix.prompts.roles import PromptBank, Task
 
 @register
 class LocalAndOthers(PromptBank):
-    """One learned context, and K - 1 contexts of other clients, frozen; without a server there are none.
-
-    Args:
-        task: what the prompts are for.
-        n_ctx: M, context vectors.
-        ctx_init: words that the learned context starts from; "" draws from N(0, 0.02).
-        csc: class-specific contexts, the others' too.
-        class_token_position: where the class name stands: ``end``, ``middle`` or ``front``.
-    """
+    """One learned context, and K - 1 contexts of other clients, frozen; without a server there are none."""
 
     per_class = "a context"
 

@@ -19,16 +19,6 @@ from promptmix.prompts.roles import ManyPrompts, Task
 class Soft(ManyPrompts):
     """One or more soft prompts ``[V]_1 ... [V]_M [CLASS].``, generic or one context per class.
 
-    Args:
-        task: what the prompts are for.
-        n_ctx: M, context vectors; ignored where ``ctx_init`` is given.
-        ctx_init: words whose token embeddings the context starts from; "" draws from N(0, 0.02).
-        csc: class-specific contexts, (E, C, M, W) instead of (E, M, W).
-        class_token_position: where the class name stands: ``end``, ``middle`` or ``front``.
-        n_prompts: E; prompts after the first always start at random, so that they can differ.
-        count_words: learn as many vectors as ``ctx_init`` has words, as CoOp and its kin do in their code; of more tokens ("a
-            type of pet, a photo of a") the last ones stay in front of the name as they are.
-
     Raises:
         ConfigError: an unknown position, no context vector, ``ctx_init`` together with ``csc``, words to count where there are
             none, or a name that is not at their end.
@@ -43,7 +33,7 @@ class Soft(ManyPrompts):
         ctx_init: Annotated[str, Setting('words to start from, such as "a photo of a"; then M is their number of tokens')] = "",
         csc: Annotated[bool, Setting("class-specific contexts: one context per class")] = False,
         class_token_position: Annotated[str, Setting("where the class name stands", choices=POSITIONS)] = "end",
-        n_prompts: Annotated[int, Setting("E: soft prompts", low=1)] = 1,
+        n_prompts: Annotated[int, Setting("E: soft prompts; those after the first start at random", low=1)] = 1,
         count_words: Annotated[
             bool, Setting("M = words of CTX_INIT, as the authors count; further tokens stay as they are")
         ] = False,

@@ -42,7 +42,6 @@ class Student(PromptBank):
     """Prompts of the image tower and a projector to the teacher's class vectors, which are the classifier.
 
     Args:
-        task: the frozen model and the class names.
         teacher: whose image features are learned, and whose class vectors where none are given.
         given: class vectors that the caller names.
         n_ctx: learned tokens of a layer.

@@ -19,10 +19,8 @@ class TemplateGroups(ManyPrompts):
     """Soft prompts that start from the first template of each group, with context before and after the class name.
 
     Args:
-        task: what the prompts are for; its groups are ``DATASET.TEMPLATE_GROUPS``, or else the data set's own.
         count_words: learn as many vectors as the authors' code, which counts words: of "itap of a" all tokens but the last, and
             behind the name EOT too where no comma follows it ("{} texture.").
-        correction: learn a vector w (1, D), shared by all experts, that is added to the text features before normalisation.
     """
 
     retired = {
@@ -33,7 +31,7 @@ class TemplateGroups(ManyPrompts):
     def __init__(
         self,
         task: Task,
-        correction: Annotated[bool, Setting("learn the shared correction vector w")] = True,
+        correction: Annotated[bool, Setting("learn a vector w that is added to all text features, not normalised yet")] = True,
         count_words: Annotated[bool, Setting("as many vectors as words, as the authors' code and checkpoints have")] = False,
     ) -> None:
         super().__init__(task)

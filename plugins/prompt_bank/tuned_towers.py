@@ -30,13 +30,8 @@ class TunedTowers(ChangedTowers):
     every tensor but the token embeddings. Decay pulls the values themselves to zero, as in a tower that is trained itself.
 
     Args:
-        task: the frozen model and the data set's words.
-        tensors: what is learned.
-        encoder: in which towers.
         vision_start: first block of the image tower, counted from 0; what stands in front of them counts as block 0. Those of a
             ResNet are its four stages and its attention pool.
-        text_start: first block of the text tower.
-        templates: the hand-written prompt; encoded anew in each step where the text tower learns.
     """
 
     def __init__(

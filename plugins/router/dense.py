@@ -12,12 +12,7 @@ from promptmix.prompts.step import Step
 
 @register(name="Soft")
 class SoftGate(Router):
-    """A linear map from the image feature to E logits; softmax over all of them.
-
-    Args:
-        task: what is routed.
-        bank: the experts.
-    """
+    """A linear map from the image feature to E logits; softmax over all of them."""
 
     reads_query_alone = True
 
@@ -37,12 +32,7 @@ class SoftGate(Router):
 
 @register
 class Uniform(Router):
-    """Equal weights 1 / E; nothing is learned. The same numbers as without a router, by a name for tables.
-
-    Args:
-        task: what is routed.
-        bank: the experts.
-    """
+    """Equal weights 1 / E; nothing is learned. The same numbers as without a router, by a name for tables."""
 
     reads_query_alone = True
 

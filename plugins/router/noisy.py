@@ -42,13 +42,6 @@ class NoisyRouting(Routing):
 class NoisyTopK(Router):
     """Keeps the K largest of the noisy logits, and is pushed to use all experts alike.
 
-    Args:
-        task: what is routed.
-        bank: the experts.
-        k: experts kept per image, at most E.
-        importance_weight: factor on the squared variation of the experts' summed weights.
-        load_weight: factor on the squared variation of the experts' expected number of images.
-
     Raises:
         ConfigError: ``k`` is below 1 or above the number of experts.
     """
@@ -60,8 +53,8 @@ class NoisyTopK(Router):
         task: Task,
         bank: PromptBank,
         k: Annotated[int, Setting("experts kept per image", low=1)] = 2,
-        importance_weight: Annotated[float, Setting("w_importance", low=0)] = 0.1,
-        load_weight: Annotated[float, Setting("w_load", low=0)] = 0.1,
+        importance_weight: Annotated[float, Setting("w_importance, on the experts' summed weights", low=0)] = 0.1,
+        load_weight: Annotated[float, Setting("w_load, on their expected numbers of images", low=0)] = 0.1,
     ) -> None:
         super().__init__()
         if not 1 <= k <= bank.num_experts:

@@ -18,11 +18,6 @@ from promptmix.prompts.step import Step
 class TopK(Router):
     """A linear map from the image feature to E logits; softmax over the K largest.
 
-    Args:
-        task: what is routed.
-        bank: the experts.
-        k: experts kept per image, at most E.
-
     Raises:
         ConfigError: ``k`` is below 1 or above the number of experts.
     """
@@ -51,12 +46,6 @@ class HardPromptTopK(TopK):
 
     With prototypes P (E, C, D), q_e = <f, P_e,label>; ``boost`` is added to the K largest q; the loss is the cross-entropy
     between the router's logits and softmax(q).
-
-    Args:
-        task: what is routed.
-        bank: the experts, with their hard-prompt references.
-        boost: what is added to the K largest q before the softmax.
-        top_k: settings of ``TopK``.
     """
 
     @inherits(TopK)

@@ -23,7 +23,6 @@ class GroupedContrastive(TextSupervision):
     encoded for it, with a full stop; otherwise the training features are used as they are.
 
     Args:
-        task: the class names.
         bank: the experts, which with ``chosen_only`` stand still where no picture chose them; the loss gets the bank of the step.
         chosen_only: experts that no picture of the batch chose count with features of zero, as in the authors' code at batches
             below 4: they learn nothing from the batch (no momentum moves them), and each adds the constant ln C to the sum.

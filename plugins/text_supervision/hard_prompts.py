@@ -20,9 +20,7 @@ class CosineToHard(TextSupervision):
     """1 - mean cosine of soft and hard features, over experts and classes (KgCoOp, arXiv 2303.13283).
 
     Args:
-        task: the class names.
         bank: the experts; their own hard references are the target unless templates are given.
-        templates: hard templates whose ensemble is the target of all experts.
     """
 
     takes_per_image = True
@@ -49,11 +47,6 @@ class L1ToEnsemble(TextSupervision):
     """Mean absolute difference to the averaged features of many templates (PromptSRC, arXiv 2307.06948).
 
     The templates' features are averaged as they come from the tower and normalised once, as the authors' code does.
-
-    Args:
-        task: the class names.
-        bank: the experts; unused, all of them have the same target.
-        templates: what is averaged; () = OpenAI's 80 for ImageNet.
     """
 
     takes_per_image = True

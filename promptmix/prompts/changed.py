@@ -20,7 +20,6 @@ class ChangedTowers(PromptBank):
     """What such banks share; ``weights`` says what is changed.
 
     Args:
-        task: the frozen model and the data set's words.
         encoder: which tower is changed, a key of ``ENCODERS``.
         templates: the hand-written prompt, the first of them; () = the data set's first. It is encoded anew in each step where
             the text tower is changed.

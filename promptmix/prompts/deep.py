@@ -88,7 +88,6 @@ class TextPrompts(nn.Module):
     """Prompts ``[SOT] [ctx] words class name . [EOT]`` whose n context tokens are learned anew for each of the first layers.
 
     Args:
-        task: the frozen model.
         start: (n, W) for one prompt or (E, n, W), where the context at the input starts from; deeper ones start at random.
         words: ids of fixed tokens between context and class name.
         depth: J, layers with tokens of their own.
@@ -180,7 +179,6 @@ class DeepBank(ManyPrompts):
     """What banks with deep text prompts share; ``text`` holds these, ``visual`` says what the image tower gets.
 
     Args:
-        task: the frozen model and the data set's words.
         text: the text tower's prompts.
     """
 

@@ -20,9 +20,7 @@ class Cosine(Head):
     """``s * <f_b, t_c>`` for one prompt.
 
     Args:
-        task: the frozen model.
         bank: of one expert.
-        scale: s.
 
     Raises:
         ConfigError: the bank has several experts, which need ``WeightedScores``.

@@ -183,11 +183,6 @@ class WeightedScores(Head):
 
     The mixed text feature is not normalised again, so the weighted sum of the experts' own scores is the same number without a
     text feature per image. With one prompt it is the cosine times the scale.
-
-    Args:
-        task: the frozen model.
-        bank: unused, like in every head that reads features alone.
-        scale: s.
     """
 
     mixes = True

@@ -19,7 +19,6 @@ class MyPart(Distiller):
     Args:
         task: the frozen model and the data set's words.
         bank: the student's prompts.
-        factor: multiplies the difference.
     """
 
     teacher: Tensor

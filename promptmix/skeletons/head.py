@@ -20,7 +20,6 @@ class MyPart(Head):
     Args:
         task: the frozen model and the data set's words.
         bank: the experts.
-        best: keep each class's best expert instead of their mean.
     """
 
     def __init__(

@@ -19,7 +19,6 @@ class MyPart(PromptBank):
 
     Args:
         task: the frozen model and the data set's words.
-        std: standard deviation of the start.
     """
 
     def __init__(self, task: Task, std: Annotated[float, Setting("standard deviation of the start", above=0)] = 0.02) -> None:

@@ -19,7 +19,6 @@ class MyPart(Router):
     Args:
         task: the frozen model and the data set's words.
         bank: the experts.
-        temperature: divides the scores; small values make the choice sharper.
     """
 
     def __init__(

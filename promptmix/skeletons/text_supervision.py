@@ -19,7 +19,6 @@ class MyPart(TextSupervision):
     Args:
         task: the frozen model and the data set's words.
         bank: the experts.
-        factor: multiplies the distance.
     """
 
     hard: Tensor
