@@ -39,7 +39,7 @@ from promptmix.prompts.roles import Task
 from promptmix.prompts.trainer import PromptTrainer
 
 
-class LowRank(nn.Module):
+class LowRankChange(nn.Module):
     """A product A B (out, in) of rank r that starts at zero.
 
     Args:
@@ -73,7 +73,7 @@ class SharedAligner(nn.Module):
         super().__init__()
         start = nn.Linear(rep_dim, width)
         self.weight = start.weight
-        self.residuals = nn.ModuleList(LowRank(width, rank, rep_dim) for _ in range(count))
+        self.residuals = nn.ModuleList(LowRankChange(width, rank, rep_dim) for _ in range(count))
         self.biases = nn.ParameterList(start.bias.detach().clone() for _ in range(count))
 
     def forward(self, tokens: Tensor) -> list[Tensor]:
@@ -93,7 +93,7 @@ class LowRankBeside(nn.Module):
         super().__init__()
         width, joint = last_map(task.clip.image)[0].shape
         self.pretrained = partial(map_last, task.clip.image)  # frozen, and so no submodule
-        self.change = LowRank(width, rank, joint)
+        self.change = LowRankChange(width, rank, joint)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return features (..., D) of ``x`` (..., W)."""

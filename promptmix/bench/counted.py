@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from promptmix.bench.world import World, learn, minimum
-from promptmix.clip.reference import plain
+from promptmix.clip.reference import plain_towers
 from promptmix.cost.count import Count, count, count_operations
 from promptmix.errors import UserError
 from promptmix.utils import read_json
@@ -39,7 +39,7 @@ def count_step(
     }
     if not compare:
         return counts
-    with plain(trainer.clip):
+    with plain_towers(trainer.clip):
         full = count(step)
     return counts | {"plain_gflops": round(full.gflops, 3), "plain_live_mb": round(full.live_mb, 1)}
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from promptmix.bench.measure import Row, measure
 from promptmix.bench.world import World, minimum
-from promptmix.clip.reference import plain
+from promptmix.clip.reference import plain_towers
 from promptmix.prompts.trainer import PromptTrainer
 
 
@@ -45,7 +45,7 @@ def infer_plainly(self: PromptTrainer, images: Tensor) -> Tensor:
 def _plain_test(trainer: PromptTrainer) -> None:
     trainer.model_inference = MethodType(infer_plainly, trainer)  # type: ignore[method-assign]
     try:
-        with plain(trainer.clip):
+        with plain_towers(trainer.clip):
             trainer.test()
     finally:
         del trainer.model_inference

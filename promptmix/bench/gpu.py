@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from promptmix.bench.world import World
-from promptmix.clip.reference import plain
+from promptmix.clip.reference import plain_towers
 from promptmix.cost import memory
 from promptmix.cost.count import count, count_operations
 from promptmix.cost.estimate import HEAP, step_count, without_numbers
@@ -320,7 +320,7 @@ def _time(
     work = f"{method}, batch {size}, {classes} classes{note}"
     try:
         trainer, batch = _trainer(here, method, classes, *_OPTS.get(way, ()), *opts, size=size, kept=kept)
-        with plain(trainer.clip) if way == "plain" else nullcontext():
+        with plain_towers(trainer.clip) if way == "plain" else nullcontext():
             needs, free = _memory(trainer, size)
             if needs > free:
                 return Timing(work, way, error=f"needs {needs:,.0f} MiB of memory, and {free:,.0f} are free")

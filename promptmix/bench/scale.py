@@ -15,7 +15,7 @@ from typing import Any
 from tabulate import tabulate
 
 from promptmix.bench.world import World, learn
-from promptmix.clip.reference import plain
+from promptmix.clip.reference import plain_towers
 from promptmix.clip.tokens import Tokenizer
 from promptmix.cost.count import count
 from promptmix.cost.gpu import GPUS, Bound, bound
@@ -81,7 +81,7 @@ def tokens(tokenizer: Tokenizer, classes: Sequence[str]) -> Tokens:
 
 
 @dataclass(frozen=True)
-class Step:
+class Counted:
     """A counted step.
 
     Attributes:
@@ -101,17 +101,17 @@ class Step:
     share: Work
 
 
-def step(world: World, method: str, classes: Sequence[str]) -> Step:
+def step(world: World, method: str, classes: Sequence[str]) -> Counted:
     """Count a step of ``method``; the loss is counted for a device's own classes."""
     trainer, work = _work(world, method, classes, BATCH)
     batch = world.batch(trainer, BATCH)
     trainer.clip.text.class_chunk = CHUNK
     chunked = count(lambda: learn(trainer, batch))
     trainer.clip.text.class_chunk = 0
-    with plain(trainer.clip):
+    with plain_towers(trainer.clip):
         full = count(lambda: learn(trainer, batch)).gflops
     _, share = _work(world, method, classes[: -(-len(classes) // DEVICES)], BATCH // DEVICES)
-    return Step(method, len(classes), work, full, (chunked.gflops, chunked.live_mb), share)
+    return Counted(method, len(classes), work, full, (chunked.gflops, chunked.live_mb), share)
 
 
 def _work(world: World, method: str, classes: Sequence[str], size: int) -> tuple[Any, Work]:
@@ -169,7 +169,7 @@ def _lengths(size: int, found: Tokens) -> list[str]:
     return [f"{size:,}", f"{found.full:,}", f"{found.packed:,}", f"{found.trie:,}", f"{found.saved:.1%}"]
 
 
-def _sizes(one: Step) -> list[str]:
+def _sizes(one: Counted) -> list[str]:
     work = one.work
     numbers = (
         work.gflops / 1e3,
@@ -182,7 +182,7 @@ def _sizes(one: Step) -> list[str]:
     return [one.method, f"{one.classes:,}", *(f"{number:,.2f}" for number in numbers)]
 
 
-def _limits(steps: Sequence[Step], cpu: Machine) -> Iterator[list[str]]:
+def _limits(steps: Sequence[Counted], cpu: Machine) -> Iterator[list[str]]:
     for one in steps:
         by_kind = cpu.by_kind(one.work)
         host = 1e-6 * cpu.dispatch_us * one.work.operators

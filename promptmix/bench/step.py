@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 from promptmix.bench import text
 from promptmix.bench.measure import Row, measure
 from promptmix.bench.world import World, minimum
-from promptmix.clip.reference import plain
+from promptmix.clip.reference import plain_towers
 from promptmix.engine.precision import Precision
 from promptmix.prompts.trainer import PromptTrainer
 
@@ -61,7 +61,7 @@ def whole(world: World, trainer: PromptTrainer, size: int, repeats: int, also: S
 
 def in_full(trainer: PromptTrainer, work: Callable[[], object]) -> Callable[[], None]:
     """Return ``work`` with every token in every layer."""
-    return _under(lambda trainer: plain(trainer.clip), trainer, work)
+    return _under(lambda trainer: plain_towers(trainer.clip), trainer, work)
 
 
 @contextmanager

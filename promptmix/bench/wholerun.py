@@ -10,7 +10,7 @@ from typing import Any
 from promptmix.bench.evaluate import infer_plainly
 from promptmix.bench.measure import Row, measure
 from promptmix.bench.world import World
-from promptmix.clip.reference import plain
+from promptmix.clip.reference import plain_towers
 from promptmix.config import validate
 from promptmix.config.flags import make_config
 from promptmix.engine import build_trainer, set_random_seed
@@ -36,7 +36,7 @@ def _row(world: World, name: str, args: Namespace) -> Row:
                 trainer.train()
                 return
             trainer.model_inference = MethodType(infer_plainly, trainer)
-            with plain(trainer.clip):
+            with plain_towers(trainer.clip):
                 trainer.train()
 
         return work

@@ -1,7 +1,7 @@
 """Prompts as the text tower holds them: a prefix that all classes share, and a packed tail where they differ.
 
 Tokens of E prompts over C classes are kept as (E, P + N, W): P shared ones, then class after class what is its own, up to EOT,
-without padding. Every layer runs on those rows. For attention they lie in a grid (``Layout``): the scores of a place are those
+without padding. Every layer runs on those rows. For attention they lie in a grid (``PackedLayout``): the scores of a place are those
 with the prefix and, behind them, those with its own block, and one softmax goes over both. Keys are copied for no class.
 """
 
@@ -122,7 +122,7 @@ def _unshared(begin: int, lengths: tuple[int, ...], start: int, remove: int, cou
 
 
 @dataclass(frozen=True)
-class Layout:
+class PackedLayout:
     """Where the packed tokens of a prefix and the tails of C classes stand; all tensors on the tower's device.
 
     Attention looks at them as a grid of G places: blocks of T places, as many as the longest tail has, first for the prefix and
@@ -150,7 +150,7 @@ class Layout:
 
 
 @kept
-def layout_of(lengths: tuple[int, ...], start: int, device: str, blind: tuple[bool, ...] = ()) -> Layout:
+def packed_layout(lengths: tuple[int, ...], start: int, device: str, blind: tuple[bool, ...] = ()) -> PackedLayout:
     """Return where tails stand behind a prefix.
 
     Args:
@@ -185,7 +185,7 @@ def layout_of(lengths: tuple[int, ...], start: int, device: str, blind: tuple[bo
         tails,
         torch.cat([torch.zeros(len(lengths), start, dtype=torch.bool), ~reach], dim=1),
     )
-    return Layout(start, *(part.to(device) for part in parts))
+    return PackedLayout(start, *(part.to(device) for part in parts))
 
 
 @kept
@@ -212,7 +212,7 @@ def packing(signature: tuple[tuple[str, int], ...], name_lengths: tuple[int, ...
 
 
 def shared_block(
-    block: ResidualAttentionBlock, x: Tensor, layout: Layout, own: LayerChanges | None = None, *, last: bool
+    block: ResidualAttentionBlock, x: Tensor, layout: PackedLayout, own: LayerChanges | None = None, *, last: bool
 ) -> Tensor:
     """One layer on packed tokens (E, P + N, W), or on their rows (E * (P + N), W); the last one gives EOT states (E, C, W)."""
     heads, memory, count = block.attn.num_heads, recalled(block, own), len(layout.packed)
@@ -239,7 +239,7 @@ class _Seen(NamedTuple):
     own: Tensor
 
 
-def attend_packed(qkv: Tensor, layout: Layout, heads: int, memory: Recalled | None = None) -> Tensor:
+def attend_packed(qkv: Tensor, layout: PackedLayout, heads: int, memory: Recalled | None = None) -> Tensor:
     """Attention of all tokens.
 
     Args:
@@ -260,7 +260,7 @@ def attend_packed(qkv: Tensor, layout: Layout, heads: int, memory: Recalled | No
     return _from_grid(_mix(query, keys, values, layout.hidden, heads, memory), layout, heads)
 
 
-def attend_ends(query: Tensor, pairs: tuple[Tensor, Tensor], layout: Layout, heads: int, memory: Recalled | None) -> Tensor:
+def attend_ends(query: Tensor, pairs: tuple[Tensor, Tensor], layout: PackedLayout, heads: int, memory: Recalled | None) -> Tensor:
     """Attention of the tokens (E, C, W) that are read, over keys and values (E, P + N, W) of packed rows: (E, C, W)."""
     size, width = query.shape[-1] // heads, layout.beyond.shape[1] - layout.start
     seen = []
@@ -273,20 +273,20 @@ def attend_ends(query: Tensor, pairs: tuple[Tensor, Tensor], layout: Layout, hea
     return join_heads(mixed.unflatten(0, (-1, heads)))
 
 
-def _in_grid(qkv: Tensor, layout: Layout, heads: int) -> Tensor:
+def _in_grid(qkv: Tensor, layout: PackedLayout, heads: int) -> Tensor:
     """Rows (E * (P + N), 3W) to queries, keys and values (3, E * H, G, d), laid out at once."""
     size = qkv.shape[-1] // (3 * heads)
     packed = qkv.view(-1, len(layout.packed), 3, heads, size).permute(2, 0, 3, 1, 4)
     return packed.index_select(3, layout.places).view(3, -1, len(layout.places), size)
 
 
-def _from_grid(mixed: Tensor, layout: Layout, heads: int) -> Tensor:
+def _from_grid(mixed: Tensor, layout: PackedLayout, heads: int) -> Tensor:
     """(E * H, G, d) to rows (E * (P + N), W)."""
     _, places, size = mixed.shape
     return mixed.view(-1, heads, places, size).transpose(1, 2).index_select(1, layout.packed).view(-1, heads * size)
 
 
-def _seen(parts: Tensor, layout: Layout) -> tuple[Tensor, _Seen, _Seen]:
+def _seen(parts: Tensor, layout: PackedLayout) -> tuple[Tensor, _Seen, _Seen]:
     query, key, value = parts.unbind()
     width, size = layout.hidden.shape[1] - layout.start, query.shape[-1]
     keys, values = (_Seen(part[:, : layout.start], part.view(-1, width, size)) for part in (key, value))
@@ -333,7 +333,7 @@ class _Attention(torch.autograd.Function):
     """``attend_packed`` with its gradient by hand, in half the operators that PyTorch's graph needs for its views."""
 
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, layout: Layout, heads: int) -> Tensor:
+    def forward(ctx: Any, qkv: Tensor, layout: PackedLayout, heads: int) -> Tensor:
         """See ``attend_packed``."""
         query, keys, values = _seen(_in_grid(qkv, layout, heads), layout)
         query.mul_(query.shape[-1] ** -0.5)

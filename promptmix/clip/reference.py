@@ -23,7 +23,7 @@ def encode_plain(tower: TextTower, prompts: Prompts, deep: DeepPrompts | None = 
     Raises:
         ConfigError: the tower's layers are not a plain stack, so that deep prompts have no place.
     """
-    with plain(tower):
+    with plain_towers(tower):
         features: Tensor = tower(prompts, deep, **changes)
     return features
 
@@ -50,7 +50,7 @@ def make_plain(model: nn.Module) -> Callable[[], None]:
 
 
 @contextmanager
-def plain(model: nn.Module) -> Iterator[None]:
+def plain_towers(model: nn.Module) -> Iterator[None]:
     """``make_plain`` inside the context: the baseline of benchmarks."""
     restore = make_plain(model)
     try:

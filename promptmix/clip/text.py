@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from promptmix.clip.blocks import fits_caches, is_standard, layer
 from promptmix.clip.compose import DeepPrompts, PromptReader, check_room, cut, portion_of, steps_of
-from promptmix.clip.packed import Packed, Prompts, layout_of, shared_block, take_padded_step, take_step
+from promptmix.clip.packed import Packed, Prompts, packed_layout, shared_block, take_padded_step, take_step
 from promptmix.clip.places import Changes, LayerAction, Weights, merged, run_changed
 from promptmix.clip.tokens import Tokenizer
 from promptmix.errors import ConfigError
@@ -188,7 +188,7 @@ class TextTower(PromptReader):
         blind: tuple[bool, ...] = ()
         if self.cls_emb is not None:
             tail, lengths, blind = self._closed(prompts, whole.get("cls_emb", self.cls_emb))
-        layout = layout_of(lengths, start, device, blind)
+        layout = packed_layout(lengths, start, device, blind)
         position = whole.get("positional_embedding", self.positional_embedding)
         places = layout.positions
         if self.cls_emb is not None:
@@ -201,7 +201,7 @@ class TextTower(PromptReader):
                 x = x.unflatten(0, (experts, -1))
             if i in changes.steps:
                 x, start, lengths = take_step(Packed(x, start, lengths), changes.steps[i], self.start)
-                layout = layout_of(lengths, start, device, blind)
+                layout = packed_layout(lengths, start, device, blind)
             # What nothing is changed in takes tokens as rows; functions are not compiled.
             x = (
                 self._layer(block, x.flatten(0, -2), layout, last=i == last)

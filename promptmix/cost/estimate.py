@@ -224,7 +224,7 @@ def _shapes(trainer: Any, size: int) -> str:
     """
     model, task = trainer.model, trainer.model.task
     words: list[Any] = [task.classnames, task.all_classnames, task.templates, task.template_groups, task.open_world]
-    words.append(task.descriptions.plain(task.all_classnames))
+    words.append(task.descriptions.as_lists(task.all_classnames))
     tensors = [*model.named_parameters(), *model.named_buffers(), *trainer.clip.named_parameters()]
     shapes = [(name, tuple(tensor.shape), tensor.requires_grad) for name, tensor in tensors]
     config = {key: str(value) for key, value in trainer.cfg.items() if key not in _NO_SHAPES}

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from open_clip.transformer import ResidualAttentionBlock
 
 from promptmix.clip.model import CLIP
-from promptmix.clip.packed import layout_of, shared_block
+from promptmix.clip.packed import packed_layout, shared_block
 from promptmix.cost.work import Sum, Work, work_of
 
 #: Numbers in a tensor at which moving is measured: what lies in the nearest cache, in a further one, in memory.
@@ -129,7 +129,7 @@ def _moves(count: int) -> tuple[float, float]:
 
 def _dispatch() -> float:
     """Return the seconds of an operator, in layers of a text tower so small that only the host's work is seen."""
-    block, layout = ResidualAttentionBlock(16, 2).requires_grad_(False), layout_of((3, 3), 4, "cpu")
+    block, layout = ResidualAttentionBlock(16, 2).requires_grad_(False), packed_layout((3, 3), 4, "cpu")
     tokens = torch.zeros(1, 10, 16, requires_grad=True)
 
     def work() -> None:

@@ -85,7 +85,7 @@ class Descriptions:
             )
         return found
 
-    def plain(self, names: Sequence[str]) -> dict[str, list[str]]:
+    def as_lists(self, names: Sequence[str]) -> dict[str, list[str]]:
         """Return what is known of ``names`` as a table for JSON."""
         return {name: list(self._sentences[_plain(name)]) for name in names if _plain(name) in self._sentences}
 

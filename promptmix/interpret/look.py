@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from promptmix.interpret.mixture import Mixture, look_into, mixtures_of
+from promptmix.interpret.mixture import Findings, look_into, mixtures_of
 from promptmix.interpret.opened import Opened
 from promptmix.interpret.words import Position, nearest_words
 from promptmix.prompts.learner import PromptLearner
@@ -62,7 +62,7 @@ class Insight:
     words: list[Position] = field(default_factory=list)
     templates: list[list[tuple[str, float]]] = field(default_factory=list)
     moved: list[Moved] = field(default_factory=list)
-    mixtures: list[Mixture] = field(default_factory=list)
+    mixtures: list[Findings] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def tree(self) -> dict[str, Any]:

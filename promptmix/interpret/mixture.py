@@ -19,7 +19,7 @@ from promptmix.interpret.opened import Opened
 from promptmix.prompts.step import Routing, Step
 from promptmix.tables.paired import mcnemar
 
-__all__ = ["Mixture", "Way", "look_into", "mixtures_of"]
+__all__ = ["Choice", "Findings", "look_into", "mixtures_of"]
 
 SHUFFLES = 20
 _SEED = 0
@@ -62,7 +62,7 @@ class Mixed:
 
 
 @dataclass
-class Way:
+class Choice:
     """One way of choosing the experts.
 
     Attributes:
@@ -83,7 +83,7 @@ class Way:
 
 
 @dataclass
-class Mixture:
+class Findings:
     """What was found of one mixture on the test pictures.
 
     Attributes:
@@ -112,7 +112,7 @@ class Mixture:
     entropy: float = 1.0
     weight_entropy: float | None = None
     by_class: list[list[float]] = field(default_factory=list)
-    ways: list[Way] = field(default_factory=list)
+    ways: list[Choice] = field(default_factory=list)
     agreement: list[list[float]] = field(default_factory=list)
     text_cosine: list[list[float]] = field(default_factory=list)
 
@@ -142,7 +142,7 @@ def _of_gate(learner: Any, gate: Gate, names: tuple[str, ...]) -> Mixed:
 
 
 @torch.no_grad()
-def look_into(run: Opened, mixed: Mixed) -> Mixture:
+def look_into(run: Opened, mixed: Mixed) -> Findings:
     """Route the test pictures, then score them under every way of choosing the experts.
 
     Args:
@@ -151,7 +151,7 @@ def look_into(run: Opened, mixed: Mixed) -> Mixture:
     """
     count = len(mixed.names)
     dense, logits, chosen, labels = _route(run, mixed)
-    found = Mixture(mixed.title, list(mixed.names), logits is not None, len(labels))
+    found = Findings(mixed.title, list(mixed.names), logits is not None, len(labels))
     _tell_routing(found, dense, logits, chosen, labels, len(run.result.vocabulary["classnames"]))
     ways = {TRAINED: dense}
     ways |= {
@@ -170,14 +170,14 @@ def look_into(run: Opened, mixed: Mixed) -> Mixture:
         found.ways.append(_way(name, right[name], right[TRAINED]))
     if shuffled:
         values = [100 * float(right[name].mean()) for name in shuffled]
-        found.ways.append(Way(SHUFFLED, float(np.mean(values)), float(np.std(values))))
+        found.ways.append(Choice(SHUFFLED, float(np.mean(values)), float(np.std(values))))
     found.ways.append(_way(BEST, np.any([right[name] for name in alone], axis=0), None))
     found.agreement = [[float((said[one] == said[other]).mean()) for other in alone] for one in alone]
     return found
 
 
-def _way(name: str, right: np.ndarray, trained: np.ndarray | None) -> Way:
-    way = Way(name, 100 * float(right.mean()))
+def _way(name: str, right: np.ndarray, trained: np.ndarray | None) -> Choice:
+    way = Choice(name, 100 * float(right.mean()))
     if trained is not None and name != TRAINED:
         way.only_this, way.only_trained = int((right & ~trained).sum()), int((trained & ~right).sum())
         way.p = mcnemar(way.only_this, way.only_trained)
@@ -200,7 +200,7 @@ def _route(run: Opened, mixed: Mixed) -> tuple[Tensor, Tensor | None, Tensor, Te
     return dense, torch.cat(scores) if scores else None, chosen, truth
 
 
-def _tell_routing(found: Mixture, dense: Tensor, logits: Tensor | None, chosen: Tensor, labels: Tensor, classes: int) -> None:
+def _tell_routing(found: Findings, dense: Tensor, logits: Tensor | None, chosen: Tensor, labels: Tensor, classes: int) -> None:
     """Fill in what the router does."""
     count = dense.shape[1]
     found.share = torch.zeros_like(dense).scatter(1, chosen, 1.0).mean(dim=0).tolist()

@@ -11,7 +11,7 @@ from promptmix.errors import UserError
 from promptmix.files.text import harmless
 from promptmix.files.whole import whole
 from promptmix.interpret.look import Insight
-from promptmix.interpret.mixture import BEST, TRAINED, Mixture
+from promptmix.interpret.mixture import BEST, TRAINED, Findings
 
 __all__ = ["figures", "write"]
 
@@ -79,7 +79,7 @@ def _short(text: str, width: int) -> str:
     return textwrap.shorten(harmless(text), width, placeholder="…") or harmless(text)[:width]
 
 
-def _heat_map(found: Insight, mixture: Mixture) -> Any:  # matplotlib's objects
+def _heat_map(found: Insight, mixture: Findings) -> Any:  # matplotlib's objects
     """Mean weight of each expert by class."""
     from matplotlib import pyplot
 
@@ -102,7 +102,7 @@ def _heat_map(found: Insight, mixture: Mixture) -> Any:  # matplotlib's objects
     return figure
 
 
-def _accuracies(found: Insight, mixture: Mixture) -> Any:
+def _accuracies(found: Insight, mixture: Findings) -> Any:
     """Bars: what is scored under each way of choosing the experts, the mixture as trained as a line."""
     from matplotlib import pyplot
 

@@ -11,7 +11,7 @@ from tabulate import tabulate
 
 from promptmix.files.text import harmless, table_cell
 from promptmix.interpret.look import Insight
-from promptmix.interpret.mixture import Mixture
+from promptmix.interpret.mixture import Findings
 from promptmix.interpret.words import Position
 from promptmix.tables.paired import shown_p
 
@@ -61,7 +61,7 @@ def grids(found: Insight) -> list[Grid]:
     return parts
 
 
-def _of_mixture(found: Insight, mixture: Mixture) -> list[Grid]:
+def _of_mixture(found: Insight, mixture: Findings) -> list[Grid]:
     rows: list[tuple[str, ...]] = [
         (name, f"{100 * share:.1f}%", f"{100 * first:.1f}%", f"{weight:.3f}")
         for name, share, first, weight in zip(mixture.experts, mixture.share, mixture.first, mixture.weight, strict=True)
@@ -93,7 +93,7 @@ def _of_mixture(found: Insight, mixture: Mixture) -> list[Grid]:
     return parts
 
 
-def _ways(mixture: Mixture) -> list[tuple[str, ...]]:
+def _ways(mixture: Findings) -> list[tuple[str, ...]]:
     return [
         (
             way.name,
@@ -120,7 +120,7 @@ def _words(found: Insight) -> list[tuple[str, ...]]:
 
 def over_runs(found: Sequence[Insight], fmt: str = "github") -> list[tuple[str, str]]:
     """Return the accuracies of each way of choosing the experts over several runs, for each method and part of the classes."""
-    groups: dict[tuple[str, str, str], list[Mixture]] = {}
+    groups: dict[tuple[str, str, str], list[Findings]] = {}
     for one in found:
         for mixture in one.mixtures:
             groups.setdefault((one.trainer, one.dataset, mixture.title), []).append(mixture)

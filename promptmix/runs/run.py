@@ -281,7 +281,7 @@ def _vocabulary(trainer: Any) -> dict[str, Any]:
     words = {name: plain(getattr(dataset, name)) for name in names if hasattr(dataset, name)}
     task: Any = getattr(getattr(trainer, "model", None), "task", None)
     if task is not None and task.descriptions.were_read and not trainer.cfg.DATASET.DESCRIPTIONS:
-        words["descriptions"] = task.descriptions.plain(task.all_classnames)  # a file may be large, and is named again
+        words["descriptions"] = task.descriptions.as_lists(task.all_classnames)  # a file may be large, and is named again
     return words
 
 

@@ -7,7 +7,7 @@ import torch
 from open_clip.transformer import QuickGELU, ResidualAttentionBlock
 
 from promptmix.clip import blocks, packed
-from promptmix.clip.packed import attend_packed, layout_of
+from promptmix.clip.packed import attend_packed, packed_layout
 
 
 def both_ways(work, x, monkeypatch, function):
@@ -30,7 +30,7 @@ def both_ways(work, x, monkeypatch, function):
 )
 def test_attention_of_packed_prompts(lengths, start, blind, experts, monkeypatch):
     torch.manual_seed(0)
-    layout = layout_of(lengths, start, "cpu", blind)
+    layout = packed_layout(lengths, start, "cpu", blind)
     qkv = torch.randn(experts * (start + sum(lengths)), 3 * 12, dtype=torch.double, requires_grad=True)
     (ours, theirs), calls = both_ways(lambda x: attend_packed(x, layout, 3), qkv, monkeypatch, packed._Attention)
     assert calls == 1

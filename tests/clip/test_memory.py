@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from promptmix.clip import LayerAction, Memory
-from promptmix.clip.reference import plain
+from promptmix.clip.reference import plain_towers
 from tests.trainers.golden import golden_clip, images
 
 NAMES = ["cat", "red double decker bus", "pine tree"]
@@ -45,7 +45,7 @@ def test_image_tower(shares, way):
     ours, theirs = memories(clip.image.width, shares, torch.Generator().manual_seed(0))
 
     def encode(actions):
-        with plain(clip) if way == "plain" else torch.enable_grad():
+        with plain_towers(clip) if way == "plain" else torch.enable_grad():
             return clip.encode_image(images(), actions=actions)
 
     same(encode, ours, theirs)
@@ -63,7 +63,7 @@ def test_text_tower(shares, way):
     ours, theirs = memories(tower.width, shares, torch.Generator().manual_seed(0))
 
     def encode(actions):
-        with plain(clip) if way == "plain" else torch.enable_grad():
+        with plain_towers(clip) if way == "plain" else torch.enable_grad():
             return tower(prompts, actions=actions)
 
     same(encode, ours, theirs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from promptmix.clip.reference import plain
+from promptmix.clip.reference import plain_towers
 from tests.trainers.golden import golden_clip, images
 
 NAMES = ["dog", "sea lion", "bus"]
@@ -25,7 +25,7 @@ def test_frozen_features_are_made_in_inference_mode_and_left_as_ordinary_tensors
     assert modes == [True] * 3
     templates = ["a photo of a {}.", "a {}."]
     ours = clip.ensemble(templates, NAMES)
-    with plain(clip):
+    with plain_towers(clip):
         torch.testing.assert_close(clip.ensemble(templates, NAMES), ours)
     assert modes == [True] * 5 + [False] * 2
 

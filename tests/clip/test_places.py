@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from promptmix.clip import ImageTower, LayerAction, PromptStep, TextTower, Tokenizer
-from promptmix.clip.reference import encode_plain, plain
+from promptmix.clip.reference import encode_plain, plain_towers
 from promptmix.errors import ConfigError
 
 WORDS = ["dog", "sea lion", "red double-decker bus", "a", "crème brûlée"]
@@ -408,7 +408,7 @@ def test_actions_in_the_image_tower_by_hand():
     x = second(first(x) + x @ mix)
     x = third(x + x.mean(dim=1, keepdim=True))
     close(found, visual.ln_post(x[:, 0]) @ visual.proj)
-    with plain(IMAGE):
+    with plain_towers(IMAGE):
         close(IMAGE(IMAGES, actions=actions), found)
 
 

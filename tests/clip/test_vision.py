@@ -11,7 +11,7 @@ from open_clip.transformer import QuickGELU
 from torch.utils.flop_counter import FlopCounterMode
 
 from promptmix.clip import ImageTower, PromptStep
-from promptmix.clip.reference import plain
+from promptmix.clip.reference import plain_towers
 from promptmix.errors import ConfigError
 
 
@@ -68,7 +68,7 @@ def test_a_resnet_refuses_prompts():
 def test_leaving_out_what_nobody_reads_changes_no_number(changes):
     tower = vit(**changes)
     found, flops = [], []
-    for way in (nullcontext(), plain(tower)):
+    for way in (nullcontext(), plain_towers(tower)):
         prompts = [torch.randn(2, 64, generator=torch.Generator().manual_seed(i)).requires_grad_() for i in range(2)]
         with way, FlopCounterMode(display=False) as counter:
             features = tower(IMAGES, {0: PromptStep(prompts[0]), 2: PromptStep(prompts[1], remove=2)})
@@ -105,7 +105,7 @@ def test_adapters_and_hooks_in_a_layer_are_run():
         block.mlp.c_fc.__class__ = Doubled
     adapted = tower(IMAGES)
     assert (adapted - before).abs().max() > 1e-3
-    with plain(tower):
+    with plain_towers(tower):
         torch.testing.assert_close(adapted, tower(IMAGES))
     seen = []
     tower.visual.transformer.resblocks[1].mlp.register_forward_hook(lambda *args: seen.append(1))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from promptmix.clip.reference import encode_plain, plain
+from promptmix.clip.reference import encode_plain, plain_towers
 from promptmix.cost.count import count
 from promptmix.cost.estimate import estimate
 from promptmix.cost.machine import measure_machine
@@ -57,7 +57,7 @@ def test_class_chunks_bound_the_memory():
 def test_plain_context_sends_prompts_at_full_length():
     text = SHARED[False]
     prompts = text.compose(torch.randn(1, 4, 32), TOKENIZER.class_tokens(WORDS))
-    with plain(text):
+    with plain_towers(text):
         assert torch.equal(text(prompts), encode_plain(text, prompts))
     assert text.shares_prefix
 

@@ -21,7 +21,7 @@ def write(path, content):
 def test_classes_are_found_whatever_their_capitals_underscores_and_spaces(tmp_path):
     found = read_descriptions(write(tmp_path / "pets.json", GOOD), "Pets")
     assert found.of(["red_fox", "Barn Owl"]) == (("A fox is red.", "It has a tail."), ("An owl hoots.",))
-    assert found.plain(["red_fox", "cat"]) == {"red_fox": ["A fox is red.", "It has a tail."]}
+    assert found.as_lists(["red_fox", "cat"]) == {"red_fox": ["A fox is red.", "It has a tail."]}
 
 
 def test_a_folder_holds_a_file_for_each_data_set(tmp_path):

@@ -11,7 +11,7 @@ from promptmix.plugins.distillation.zeroshot_kl import ZeroshotKL
 from promptmix.trainers.dpl import CUSTOM, Choices, Chosen, KeyPrompts, averaged
 
 from promptmix.cli import main
-from promptmix.clip.reference import plain
+from promptmix.clip.reference import plain_towers
 from promptmix.config import source_of
 from promptmix.config.flags import make_config
 from promptmix.data.templates import IMAGENET_60
@@ -159,7 +159,7 @@ def test_prefix_shared_and_plain_towers_agree(tokens):
     learner = subnet(IMAGENET_60[:4], tokens=tokens)
     with torch.no_grad():
         ours = learner.step(images()).logits
-        with plain(learner.clip):
+        with plain_towers(learner.clip):
             torch.testing.assert_close(learner.step(images()).logits, ours, rtol=1e-4, atol=1e-4)
 
 
