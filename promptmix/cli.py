@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
         argv: arguments without the program's name; None = those of the process.
 
     Returns:
-        Exit code: 0; 2 for what the user can mend; 70 for what nobody foresaw; 130 (Ctrl-C), 143 (SIGTERM) and 129 (SIGHUP) for
+        Exit code: 0; 2 for what the user can fix; 70 for what nobody foresaw; 130 (Ctrl-C), 143 (SIGTERM) and 129 (SIGHUP) for
         "again"; 1 when the reader of our output went away, or where a command says so.
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
         except BrokenPipeError:
             console.silence()  # `promptmix list | head`
             return 1
-        except BaseException as error:  # a plugin may raise what is no Exception
+        except BaseException as error:  # a plugin may raise what is not an Exception
             if "--debug" in arguments[1:]:
                 raise
             number = _signal(error)

@@ -1,10 +1,10 @@
-"""Errors that a user can cause and mend. The command line prints them as one line and exits with code 2."""
+"""Errors that a user can cause and fix. The command line prints them as one line and exits with code 2."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """Something the user asked for can't be done; the message says what, with which value, and how to mend it."""
+    """Something the user asked for can't be done; the message says what, with which value, and how to fix it."""
 
     def __str__(self) -> str:
         """Return the message as written (``KeyError`` would print it in quotes)."""

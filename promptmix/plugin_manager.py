@@ -132,7 +132,7 @@ def get_plugin_manager() -> pluggy.PluginManager:
             continue
         about = f"installed plugin {name!r}" + (f" of {package}" if package != name else "")
         try:
-            _add(manager, load, name, about, f"mend or uninstall {package}, or leave it out with --no-plugin {name}")
+            _add(manager, load, name, about, f"fix or uninstall {package}, or leave it out with --no-plugin {name}")
         except PluginError as error:
             _Loaded.failed[name] = error
     return manager
@@ -153,7 +153,7 @@ def check_plugins() -> None:
     """Refuse to work without a plugin that is installed, since numbers could be others than without it.
 
     Raises:
-        PluginError: one could not be loaded; mend or uninstall its package, or leave it out by name.
+        PluginError: one could not be loaded; fix or uninstall its package, or leave it out by name.
     """
     for error in failed_plugins().values():
         raise error
@@ -187,7 +187,7 @@ def load_plugin(name_or_path: str) -> None:
         return
     manager.hook.before_plugin(name=name)
     load = (lambda: _import_file(name, path)) if is_file else (lambda: importlib.import_module(name))
-    remedy = "mend it, or leave --plugin out" if is_file else "give the path of a .py file or an installed module"
+    remedy = "fix it, or leave --plugin out" if is_file else "give the path of a .py file or an installed module"
     _add(manager, load, name, f"--plugin {name_or_path}", remedy)
 
 
@@ -338,7 +338,7 @@ def _add(manager: pluggy.PluginManager, load: Callable[[], Any], name: str, abou
 
 
 def _moved(error: BaseException) -> str:
-    """Say in words what to import instead of what ``error`` did not find; "" where it is no name of ours that moved."""
+    """Say in words what to import instead of what ``error`` did not find; "" where it is not a name of ours that moved."""
     lacking = re.match(r"cannot import name '(\w+)' from '(promptmix[\w.]*)'", str(error))
     module, name = (lacking.group(2), lacking.group(1)) if lacking else (getattr(error, "name", None) or "", "")
     if not isinstance(error, ImportError) or not module.startswith("promptmix"):

@@ -146,8 +146,8 @@ def register(part: type | None = None, *, name: str = "") -> Any:
     """Decorator: a plugin that holds the class adds it to its kind's registry when it is loaded.
 
     The kind follows from the base class (``PromptTrainer``, ``PromptBank``, ``Router``, ``Head``, ``TextSupervision``,
-    ``Distiller``, ``DatasetBase``, ``EvaluatorBase``, ``Selector``); subclasses need a mark of their own. What is no class, such
-    as a protocol or a function that loads a backbone, goes in by a ``register_*`` hook.
+    ``Distiller``, ``DatasetBase``, ``EvaluatorBase``, ``Selector``); a subclass needs its own mark. What is not a class, such as
+    a protocol or a function that loads a backbone, goes in by a ``register_*`` hook.
 
     Args:
         part: the class.

@@ -222,7 +222,7 @@ def read_text(path: str | os.PathLike[str], most: int = 64 * 2**20, encoding: st
     try:
         file = Path(path)
         if file.exists() and not file.is_file():
-            raise DataError(f"{path} is no file")
+            raise DataError(f"{path} is not a file")
         if file.stat().st_size > most:
             raise DataError(f"{path} has more than {most:,} bytes")
         return file.read_text(encoding=encoding)
@@ -247,7 +247,7 @@ def read_json(fpath: str | os.PathLike[str]) -> Any:
     try:
         return parse_json(text)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{fpath} is not valid JSON ({error}); mend it or make it anew") from error
+        raise DataError(f"{fpath} is not valid JSON ({error}); fix it or make it anew") from error
 
 
 def write_json(obj: Any, fpath: str | os.PathLike[str]) -> None:

@@ -152,7 +152,7 @@ def test_a_sample_stays_out_of_other_pictures(pictures, capsys):
         ("OPTIM: {LR: 1:30.5}", "1:30.5 is a number to the base 60 in YAML"),
         ("_BASE_: bad.yaml", "leads back to itself"),
         ("_BASE_: 3", "must be the path"),
-        ("_BASE_: pipe", "is no file"),
+        ("_BASE_: pipe", "is not a file"),
         ("a: &a [*a]", "holds itself"),
         ("[" * 5000, "nested too deep"),
         ("OPTIM: {LR: 2024-13-45}", "not valid YAML"),
@@ -416,7 +416,7 @@ def test_standard_output_that_is_closed_or_full(where, code):
         ("variants: {1: {}}", "names must be text"),
         ("protocols: [[few-shot]]", "must be a list of names"),
         ("trainers: [{name: CoOp, label: a/b}]", "becomes part of a folder's name"),
-        ("root: nowhere", "root nowhere is no folder"),
+        ("root: nowhere", "root nowhere is not a folder"),
         ("seeds: [1]\nseeds: [2]", "'seeds' is there twice"),
     ],
 )

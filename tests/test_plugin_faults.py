@@ -183,7 +183,7 @@ def unloaded():
             "class Mine(PromptTrainer):\n    def compose(self, task): return 5\n",
             ["Mine.compose returned a int", "must return a Learner"],
         ),
-        ("class Mine(PromptTrainer):\n    pass\n", ["must define compose", "loaded; mend that plugin"]),
+        ("class Mine(PromptTrainer):\n    pass\n", ["must define compose", "loaded; fix that plugin"]),
         (
             "class Mine(PromptTrainer):\n"
             "    def compose(self, task):\n"

@@ -79,7 +79,7 @@ def test_the_page_says_what_it_should(text):
     sections = ("result", "charts", "classes", "pictures", "reliability", "learning", "inside", "cost", "settings", "again")
     assert [name for name in sections if f'<section id="{name}">' not in text] == []
     words = " ".join(page.words)
-    for name in ("ZeroshotCLIP", "CoOp − MoCoOp", "McNemar", "ECE", "Temperature that mends it", "Nearest words", "shuffled"):
+    for name in ("ZeroshotCLIP", "CoOp − MoCoOp", "McNemar", "ECE", "Temperature that calibrates", "Nearest words", "shuffled"):
         assert name in words
     assert page.tags["svg"] >= 9 and page.tags["table"] >= 12 and page.tags["img"] >= 10
     assert "promptmix train --from-run" in words and "TRAINER.MOCOOP.TEXT_WEIGHT" in words
@@ -160,7 +160,7 @@ def test_a_temperature_mends_scores_that_are_too_sure(tmp_path):
     for factor in (0.5, 1.0, 3.0):
         found = reliability_of([samples.read(write(tmp_path / f"{factor}.npz", kept(factor * scores, labels)))])
         assert found.temperature == pytest.approx(factor, rel=0.06)
-        assert found.mended < 3 and (found.error > 5 or factor == 1.0)
+        assert found.calibrated < 3 and (found.error > 5 or factor == 1.0)
     sure = (3.0 * scores).softmax(1)
     from promptmix.runs.calibration import expected_error
 

@@ -89,8 +89,8 @@ class Convolutions(PromptBank):
         self.side = math.isqrt(task.clip.image.patches)
         if self.side**2 != task.clip.image.patches:
             raise ConfigError(
-                f"MODEL.BACKBONE.NAME is {task.clip.name} with {task.clip.image.patches} patches, which are no square grid for "
-                "convolutions; choose a backbone with square pictures such as ViT-B/16"
+                f"MODEL.BACKBONE.NAME is {task.clip.name} with {task.clip.image.patches} patches, which are not a square grid "
+                "for convolutions; choose a backbone with square pictures such as ViT-B/16"
             )
         layers = [str(layer) for layer in range(adapter_start, adapter_end + 1)]
         self.text = nn.ModuleDict({layer: Pair(nn.Conv1d, task.clip.text.width) for layer in layers})

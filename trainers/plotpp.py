@@ -16,7 +16,7 @@ A picture goes through the image tower M times. The frozen tower's features are 
 Deviations from the authors' code (github.com/CHENGY12/PLOT, plot-pp): other data sets than their 11 take Caltech101's
 templates, where theirs fails; widths and depth follow the model. As in theirs, a template with fewer words than the first takes
 the missing ones from the front of the class name (ImageNet's third: "sea lion" becomes "lion"), which their weights expect;
-``WHOLE_NAMES`` mends it.
+``WHOLE_NAMES`` fixes it.
 """
 
 from __future__ import annotations

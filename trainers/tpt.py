@@ -49,7 +49,7 @@ class MarginalEntropy(Loss):
     def forward(self, step: Step) -> Tensor:
         """Return the entropy (scalar) of the step's views."""
         mean = step.logits.float().log_softmax(dim=-1).logsumexp(dim=0) - math.log(len(step.logits))  # (C,)
-        mean = mean.clamp(min=torch.finfo(mean.dtype).min)  # zero times minus infinity is no number
+        mean = mean.clamp(min=torch.finfo(mean.dtype).min)  # zero times minus infinity is not a number
         return -(mean.exp() * mean).sum()
 
 

@@ -135,7 +135,7 @@ def before_train(trainer: SimpleTrainer) -> None:
             made.append(make(cfg, name, values))
         except Exception as error:  # whatever its library raises
             raise ConfigError(
-                f"LOGGER.{node} can't begin a run ({type(error).__name__}: {error}); mend its settings, or set "
+                f"LOGGER.{node} can't begin a run ({type(error).__name__}: {error}); fix its settings, or set "
                 f"LOGGER.{node}.ENABLED False"
             ) from error
 

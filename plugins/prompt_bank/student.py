@@ -30,7 +30,7 @@ class Projector(nn.Module):
         """Return (B, D') of features (B, D), not normalised.
 
         Raises:
-            DataError: in training, one picture is no batch to take statistics of.
+            DataError: in training, one picture is not a batch to take statistics of.
         """
         if self.training and len(features) == 1:
             raise DataError("a batch of one picture has no statistics for batch norm; train on 2 pictures or more")

@@ -62,7 +62,7 @@ def regressions(now: Mapping[str, Mapping[str, float]], recorded: str | Path) ->
     before = read_json(recorded)
     lines = []
     if not isinstance(before, dict):
-        raise UserError(f"{recorded} is no record of `promptmix bench ci`; make it anew with --update")
+        raise UserError(f"{recorded} is not a record of `promptmix bench ci`; make it anew with --update")
     for case, counts in now.items():
         for key in ("gflops", "live_mb", "operations", "launches"):
             old, new = (before.get(case) or {}).get(key), counts[key]

@@ -85,7 +85,7 @@ def read(path: str) -> list[Row]:
                 raise TypeError(f"the numbers of {row['work']!r:.60} are none")
         return found
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is no file of `promptmix bench --json` ({type(error).__name__}: {error}); name one") from error
+        raise UserError(f"{path} is not from `promptmix bench --json` ({type(error).__name__}: {error}); name one") from error
 
 
 def compare(old: list[Row], new: list[Row], form: str = "github") -> str:

@@ -38,6 +38,6 @@ def validate_config(cfg: CfgNode) -> None:
     tags = open_clip.list_pretrained_tags_by_model(name)
     if node.TAG not in tags:
         raise ConfigError(
-            f"MODEL.BACKBONE.TAG is {node.TAG!r}, which is no pretrained tag of {name}{closest(node.TAG, tags)} "
+            f"MODEL.BACKBONE.TAG is {node.TAG!r}, which is not a pretrained tag of {name}{closest(node.TAG, tags)} "
             f"(choices: {', '.join(tags) or 'none'})"
         )

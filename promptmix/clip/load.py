@@ -54,7 +54,7 @@ def load_clip(cfg: CfgNode) -> CLIP:
         return load_open_clip(cfg)
     made = BACKBONE_REGISTRY.get(name)(cfg)
     if not isinstance(made, CLIP):
-        raise PluginError(f"backbone {name!r} gave a {type(made).__name__}, but must give a promptmix.clip.CLIP; mend the plugin")
+        raise PluginError(f"backbone {name!r} gave a {type(made).__name__}, but must give a promptmix.clip.CLIP; fix the plugin")
     return made
 
 
@@ -102,7 +102,7 @@ def load_open_clip(cfg: CfgNode) -> CLIP:
     tag = node.TAG or (tags[0] if len(tags) == 1 else "openai")
     known = get_pretrained_cfg(name, tag) or {}
     if not known and not node.WEIGHTS and node.PRETRAINED:
-        raise WeightsError(f"MODEL.BACKBONE.TAG {tag!r} is no pretrained tag of {name} (choices: {', '.join(tags) or 'none'})")
+        raise WeightsError(f"MODEL.BACKBONE.TAG {tag!r} is not a pretrained tag of {name} (choices: {', '.join(tags) or 'none'})")
     quick_gelu = node.NAME in COOP_NAMES and tag == "openai" or bool(known.get("quick_gelu"))
     tokenizer = load_tokenizer(name, node.TOKENIZER)
     if not node.PRETRAINED:

@@ -1,8 +1,8 @@
 """Prompts as the text tower holds them: a prefix that all classes share, and a packed tail where they differ.
 
 Tokens of E prompts over C classes are kept as (E, P + N, W): P shared ones, then class after class what is its own, up to EOT,
-without padding. Every layer runs on those rows. For attention they lie in a grid (``PackedLayout``): the scores of a place are those
-with the prefix and, behind them, those with its own block, and one softmax goes over both. Keys are copied for no class.
+without padding. Every layer runs on those rows. For attention they lie in a grid (``PackedLayout``): the scores of a place are
+those with the prefix and, behind them, those with its own block, and one softmax goes over both. Keys are copied for no class.
 """
 
 from __future__ import annotations

@@ -300,6 +300,6 @@ def beside(root: nn.Module, weights: Weights) -> Iterator[None]:
             handle.remove()
     if ignored := sorted(branches.keys() - ran):
         raise ConfigError(
-            f"weights give {ignored[0]!r} a function, but it is no linear layer that this tower runs on its own; "
+            f"weights give {ignored[0]!r} a function, but it is not a linear layer that this tower runs on its own; "
             "give a tensor that is added to the weight"
         )

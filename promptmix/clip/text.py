@@ -43,7 +43,7 @@ class TextTower(PromptReader):
         tokenizer: the tokenizer that the tower was trained with.
 
     Raises:
-        ConfigError: the tower is no text transformer of open_clip's, or is read in a way that prompts don't know.
+        ConfigError: the tower is not a text transformer of open_clip's, or is read in a way that prompts don't know.
     """
 
     token_embedding: nn.Embedding

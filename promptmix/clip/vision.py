@@ -189,7 +189,7 @@ class ImageTower(nn.Module):
             values: leave attention between tokens out of the last layer, except for the class token.
 
         Raises:
-            ConfigError: the tower is no vision transformer that is read at its class token.
+            ConfigError: the tower is not a vision transformer that is read at its class token.
         """
         layers = self._transformer()
         if not layers.reads_first:

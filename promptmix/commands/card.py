@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
         if one is None:
             raise DataError(f"{folder}: no finished run; name the output folder of one")
         if found and (one.checkpoint is None or one.trainer != found[0].trainer):
-            raise DataError(f"{folder} is no evaluation of {args.runs[0]}, which the card is about; leave it out")
+            raise DataError(f"{folder} is not an evaluation of {args.runs[0]}, which the card is about; leave it out")
         found.append(one)
     text = card_of(found, name=args.name, licence=args.license)
     if args.out:

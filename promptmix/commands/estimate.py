@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     """Build what the run would build, count a step, and print.
 
     Raises:
-        UserError: the run could not be built, or its trainer is no prompt trainer.
+        UserError: the run could not be built, or its trainer is not a prompt trainer.
     """
     from promptmix import config
     from promptmix.cost.estimate import estimate
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     config.validate(cfg)
     trainer = build_trainer(cfg)
     if not isinstance(trainer, PromptTrainer):
-        raise ConfigError(f"TRAINER.NAME {cfg.TRAINER.NAME} is no prompt trainer of promptmix, so its steps can't be counted")
+        raise ConfigError(f"TRAINER.NAME {cfg.TRAINER.NAME} is not a prompt trainer of promptmix, so its steps can't be counted")
     found = estimate(trainer)
     epochs = cfg.OPTIM.MAX_EPOCH
     step, peak = found.step, "" if found.peak_mb is None else f"; peak of the process {found.peak_mb:,.0f} MiB"

@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
         plan.slurm.clear()
     options = _options(args, plan)
     if Path(plan.output).exists() and not Path(plan.output).is_dir():
-        raise UserError(f"output {plan.output} is no folder; choose another in the sweep file")
+        raise UserError(f"output {plan.output} is not a folder; choose another in the sweep file")
     for job in plan.jobs:
         check(job)
     if args.dry_run:

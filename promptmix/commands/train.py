@@ -237,7 +237,7 @@ def refuse_undivided(trainer: str) -> None:
     from promptmix.registry import is_prompt_trainer
 
     if launch.place()[1] > 1 and not is_prompt_trainer(trainer):
-        raise ConfigError(f"TRAINER.NAME {trainer} is no prompt trainer, whose towers --devices divides; leave it out")
+        raise ConfigError(f"TRAINER.NAME {trainer} is not a prompt trainer, whose towers --devices divides; leave it out")
 
 
 def set_threads(number: int | None) -> None:

@@ -120,7 +120,7 @@ def check_templates(key: str, templates: Iterable[object]) -> None:
         templates: texts with one ``{}`` each.
 
     Raises:
-        ConfigError: there are none, or one is no text with exactly one ``{}``.
+        ConfigError: there are none, or one is not text with exactly one ``{}``.
     """
     given = list(templates)
     if not given:

@@ -298,7 +298,7 @@ def parse_sum(text: str) -> list[tuple[float, str]]:
     """Return the (factor, name) pairs of ``"10 * FrozenImageL1 + ZeroshotKL"``; a name alone has the factor 1.
 
     Raises:
-        ConfigError: a factor that is no number, or a name is missing.
+        ConfigError: a factor that is not a number, or a name is missing.
     """
     pairs = []
     for term in text.split("+"):
@@ -308,7 +308,7 @@ def parse_sum(text: str) -> list[tuple[float, str]]:
         except ValueError:
             name = ""
         if not name.strip():
-            raise ConfigError(f"{text!r} is no sum of losses; write names, with factors if you like: '10 * NAME + OTHER'")
+            raise ConfigError(f"{text!r} is not a sum of losses; write names, with factors if you like: '10 * NAME + OTHER'")
     return pairs
 
 

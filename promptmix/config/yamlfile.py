@@ -55,7 +55,7 @@ def read_yaml(path: str | Path, what: str = "config file") -> Any:  # whatever t
     file = Path(path)
     try:
         if file.exists() and not file.is_file():  # a named pipe would be waited for
-            raise ConfigError(f"{what} {path} is no file; name a YAML file")
+            raise ConfigError(f"{what} {path} is not a file; name a YAML file")
         size = file.stat().st_size
         if size > _MOST_BYTES:
             raise ConfigError(f"{what} {path} has {size:,} bytes, which no config has; check the path")
@@ -75,7 +75,7 @@ def parse_yaml(text: str, where: str) -> Any:
         where: what it is and where it comes from, for messages.
 
     Raises:
-        ConfigError: it is no YAML, has a key twice, or refers to itself.
+        ConfigError: it is not YAML, has a key twice, or refers to itself.
     """
     try:
         loader = _Loader(text)
@@ -90,7 +90,7 @@ def parse_yaml(text: str, where: str) -> Any:
     except ConfigError:
         raise
     except (yaml.YAMLError, ValueError, TypeError, AttributeError) as error:  # ValueError: a date or number that is none
-        raise ConfigError(f"{where} is not valid YAML: {' '.join(str(error).split())}; mend it") from error
+        raise ConfigError(f"{where} is not valid YAML: {' '.join(str(error).split())}; fix it") from error
     except RecursionError as error:
         raise ConfigError(f"{where} is nested too deep; write fewer levels") from error
 

@@ -67,7 +67,7 @@ def silence() -> None:
 
 
 def describe(error: BaseException) -> tuple[str, int]:
-    """Return one line for an error, and the exit code: 2 for what the user can mend, ``FAULT`` for what only we can.
+    """Return one line for an error, and the exit code: 2 for what the user can fix, ``FAULT`` for what only we can.
 
     The line names the value or file, or for what nobody foresaw the exception's words and where it came from.
     """
@@ -88,7 +88,7 @@ def describe(error: BaseException) -> tuple[str, int]:
 
     plugin = plugin_at(file)
     if plugin:
-        return f"plugin {plugin!r} ({file}, line {line}) failed: {words}; mend it, or leave it out with --no-plugin {plugin}", 2
+        return f"plugin {plugin!r} ({file}, line {line}) failed: {words}; fix it, or leave it out with --no-plugin {plugin}", 2
     if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # pathlib's, up to Python 3.12
         return _one_line(f"{error}; {_REMEDIES[errno.ELOOP]}"), 2
     if isinstance(error, OSError) and error.errno is not None:
@@ -99,7 +99,7 @@ def describe(error: BaseException) -> tuple[str, int]:
     others = strangers()
     if others and isinstance(error, Exception):
         where = f"{words} ({file}, line {line}), with {', '.join(others)} loaded"
-        return f"{where}; mend that plugin, or report it where it stays without (--debug shows the traceback)", 2
+        return f"{where}; fix that plugin, or report it where it stays without (--debug shows the traceback)", 2
     return (
         f"unexpected {words} ({file}, line {line}); this is a fault of promptmix or of a library: "
         "please report it with the command and what it prints with --debug (CONTRIBUTING.md)"

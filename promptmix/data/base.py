@@ -227,7 +227,7 @@ def build_dataset(cfg: CfgNode) -> DatasetBase:
 
     Raises:
         RegistryError: no such data set; the message lists those there are.
-        DataError: ``DATASET.ROOT`` is no folder.
+        DataError: ``DATASET.ROOT`` is not a folder.
     """
     get_plugin_manager()
     dataset_class = DATASET_REGISTRY.get(cfg.DATASET.NAME)
@@ -268,6 +268,6 @@ def keep_subset(dataset: DatasetBase, file: str) -> None:
         ):
             raise DataError(
                 f"DATASET.SUBSET {file}: {part} must be a list of whole numbers from 0 to {len(items) - 1}, each once, the "
-                "places of pictures; mend the file, or leave the key out"
+                "places of pictures; fix the file, or leave the key out"
             )
         setattr(dataset, attribute, [items[place] for place in places])

@@ -107,7 +107,7 @@ def read_descriptions(path: str, dataset: str) -> Descriptions:
     try:
         content = parse_json(text)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"DATASET.DESCRIPTIONS {file} is no valid JSON ({error}); {_FORM}") from error
+        raise DataError(f"DATASET.DESCRIPTIONS {file} is not valid JSON ({error}); {_FORM}") from error
     if not content:
         raise DataError(f"DATASET.DESCRIPTIONS {file} holds no classes; {_FORM}")
     return parse_descriptions(content, f"DATASET.DESCRIPTIONS {file}")
@@ -120,7 +120,7 @@ def parse_descriptions(content: Any, source: str) -> Descriptions:  # whatever a
         DataError: it is of another form; the message names ``source`` and what is wrong.
     """
     if not isinstance(content, dict):
-        raise DataError(f"{source}: {shown(content)} is no table of classes; {_FORM}")
+        raise DataError(f"{source}: {shown(content)} is not a table of classes; {_FORM}")
     for name, rows in content.items():
         fault = _fault(name, rows)
         if fault:
@@ -131,7 +131,7 @@ def parse_descriptions(content: Any, source: str) -> Descriptions:  # whatever a
 def _fault(name: Any, rows: Any) -> str:
     """Return what is wrong with one class, "" where nothing is."""
     if not _is_text(name):
-        return f"the class name {shown(name)} is no readable text"
+        return f"the class name {shown(name)} is not readable text"
     if not isinstance(rows, (list, tuple)) or not rows:
         return f"class {shown(name)} has {shown(rows)} where a list of sentences is wanted"
     bad = [row for row in rows if not _is_text(row)]

@@ -133,7 +133,7 @@ def _datum(row: Sequence[Any], root: StrPath) -> Datum:
     texts = isinstance(row, list) and isinstance(impath, str) and "\0" not in impath and isinstance(classname, str)
     if not texts or len(domain) > 1 or not all(type(number) is int and 0 <= number < 2**31 for number in numbers):
         raise ValueError(f"bad row {row!r:.200}")
-    classname.encode()  # a half of a character is no name
+    classname.encode()  # a half of a character is not a name
     joined = os.path.join(root, impath) if root else impath
     return Datum(joined, label, domain[0] if domain else 0, classname)
 

@@ -98,7 +98,7 @@ def _by_hand(about: Description, folder: Path) -> bool:
                 ImageNet(str(images), split=part)
         except (ImportError, RuntimeError, OSError) as error:
             raise DataError(
-                f"ImageNet's archives in {images} can't be unpacked ({error}); mend that and run this again"
+                f"ImageNet's archives in {images} can't be unpacked ({error}); fix that and run this again"
             ) from error
     return True
 

@@ -88,7 +88,7 @@ def read_records(path: Path, folder: Path, parts: Sequence[str]) -> Splits:
         return {part: [_datum(item, folder) for item in content[part]] for part in parts}
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(
-            f"{path} is no split of CoOp's ({type(error).__name__}: {error}); remove it to have the split made anew"
+            f"{path} is not a split of CoOp's ({type(error).__name__}: {error}); remove it to have the split made anew"
         ) from error
 
 

@@ -121,11 +121,11 @@ def load_checkpoint(fpath: StrPath) -> dict[str, Any]:
         ) from error
     if not isinstance(checkpoint, dict):
         kind = type(checkpoint).__name__
-        raise CheckpointError(f"{path} is no checkpoint: it holds a {kind}, not a dict with 'state_dict'; name another file")
+        raise CheckpointError(f"{path} is not a checkpoint: it holds a {kind}, not a dict with 'state_dict'; name another file")
     _check_digest(checkpoint, {key: value for key, value in checkpoint.items() if key != DIGEST}, path)
     state, epoch = checkpoint.get("state_dict", {}), checkpoint.get("epoch", 0)
     if not isinstance(state, Mapping) or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()):
-        raise CheckpointError(f"the 'state_dict' in {path} is no dict of named tensors; take another copy or epoch")
+        raise CheckpointError(f"the 'state_dict' in {path} is not a dict of named tensors; take another copy or epoch")
     if type(epoch) is not int or epoch < 0:
         raise CheckpointError(f"the 'epoch' in {path} is {str(epoch)[:40]!r}, not a number of epochs; take another copy or epoch")
     for key, kinds, what in (("trainer", str, "a name"), ("val_result", int | float, "a number")):
@@ -191,7 +191,7 @@ def read_export(folder: StrPath, epoch: int | None = None) -> dict[str, Any]:
     """
     note, path = read_json(Path(folder, EXPORT_NOTE)), Path(folder, EXPORT_FILE)
     if not isinstance(note, dict) or not all(isinstance(note.get(name), kinds) for name, kinds in _NOTE_TYPES.items()):
-        raise CheckpointError(f"{Path(folder, EXPORT_NOTE)} is no note of an export; convert the checkpoint again")
+        raise CheckpointError(f"{Path(folder, EXPORT_NOTE)} is not a note of an export; convert the checkpoint again")
     if note["schema_version"] > _EXPORT_VERSION:
         raise CheckpointError(f"{Path(folder, EXPORT_NOTE)} is of another form than this promptmix writes; upgrade it")
     if epoch is not None and note.get("epoch") != epoch:

@@ -149,7 +149,7 @@ def build_evaluator(cfg: CfgNode, **kwargs: Any) -> EvaluatorBase:
         get_logger().info("Loading evaluator: %s", cfg.TEST.EVALUATOR)
     kind = EVALUATOR_REGISTRY.get(cfg.TEST.EVALUATOR)
     if not isinstance(kind, type) or not issubclass(kind, EvaluatorBase):
-        raise PluginError(f"evaluator {cfg.TEST.EVALUATOR!r} is no class that extends EvaluatorBase; mend the plugin")
+        raise PluginError(f"evaluator {cfg.TEST.EVALUATOR!r} is not a class that extends EvaluatorBase; fix the plugin")
     evaluator: EvaluatorBase = kind(cfg, **kwargs)
     return evaluator
 

@@ -28,4 +28,4 @@ def rank(league: str) -> int:
 def note_on(leagues: Iterable[str]) -> list[str]:
     """Return what must be said of a table in which methods of these leagues stand."""
     found = sorted(set(leagues), key=lambda league: (rank(league), league))
-    return [f"leagues differ ({', '.join(found)}): their rows are no ranking of each other"] if len(found) > 1 else []
+    return [f"leagues differ ({', '.join(found)}): their rows are not a ranking of each other"] if len(found) > 1 else []

@@ -189,7 +189,7 @@ def _read_old(file: IO[bytes], size: int, find: Callable[[str], Any], deepest: i
     """Read the format before PyTorch 1.6: five pickles (magic, version, system, value, keys), then the storages' bytes."""
 
     def plain(name: str) -> Any:
-        raise Refused(f"it is no file of torch.save (GLOBAL {name})")
+        raise Refused(f"it is not a file of torch.save (GLOBAL {name})")
 
     storages: dict[str, _Storage] = {}
     total = 0
@@ -229,7 +229,7 @@ def _read_old(file: IO[bytes], size: int, find: Callable[[str], Any], deepest: i
 def _storage_id(pid: Any, parts: int) -> tuple[_Kind, str, int]:
     """Check a persistent id ``("storage", type, key, device, count)`` and return type, key and count."""
     if type(pid) is not tuple or len(pid) != parts or pid[0] != "storage" or type(pid[1]) is not _Kind:
-        raise Refused("it asks for an outside object that is no storage")
+        raise Refused("it asks for an outside object that is not a storage")
     kind, key, _, count = pid[1:5]
     if type(key) is not str or type(count) is not int or count < 0:
         raise Refused("it names a storage wrongly")
@@ -283,7 +283,7 @@ def _parameter(data: Any, requires_grad: Any = True, *_: Any) -> nn.Parameter:
 
 def _size(values: Any = ()) -> torch.Size:
     if not all(type(value) is int and 0 <= value < 1 << 62 for value in values):
-        raise Refused("it has a size that is no whole number")
+        raise Refused("it has a size that is not a whole number")
     return torch.Size(values)
 
 

@@ -38,7 +38,7 @@ def open_own(path: str | os.PathLike[str], append: bool = False, buffering: int 
         state = os.fstat(handle)
         if not stat.S_ISREG(state.st_mode) or state.st_nlink > 1:
             os.close(handle)
-            raise OSError(errno.EMLINK, f"{name} is no file, or the same file as another elsewhere; remove it", given)
+            raise OSError(errno.EMLINK, f"{name} is not a file, or the same file as another elsewhere; remove it", given)
         if not append:
             os.ftruncate(handle, 0)
         return handle

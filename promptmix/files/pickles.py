@@ -47,12 +47,12 @@ class Shell:
         """Keep the state that a file sets.
 
         Raises:
-            Refused: it is no dict of names.
+            Refused: it is not a dict of names.
         """
         if type(state) is tuple and len(state) == 2 and type(state[0]) in (dict, type(None)):
             state = state[0] or {}  # the second holds slots
         if type(state) is not dict or not all(type(key) is str for key in state):
-            raise Refused(f"it sets a state that is no dict on {self.wanted[:200]}")
+            raise Refused(f"it sets a state that is not a dict on {self.wanted[:200]}")
         self.state = dict(state)
 
     def __repr__(self) -> str:

@@ -13,7 +13,7 @@ def file_digest(path: Path) -> str:
     """Return the SHA-256 of a file's bytes.
 
     Raises:
-        OSError: it can't be read, or is no regular file: a named pipe would be waited for.
+        OSError: it can't be read, or is not a regular file: a named pipe would be waited for.
     """
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "no regular file", str(path))

@@ -44,7 +44,7 @@ def parse_json(text: str) -> Any:
     """Return what JSON says, which can be understood in one way only.
 
     Raises:
-        ValueError: it is no JSON, an object has a name twice, of which readers keep either, or a number is none.
+        ValueError: it is not JSON, an object has a name twice, of which readers keep either, or a number is none.
         RecursionError: it is nested too deep.
     """
     return json.loads(text, object_pairs_hook=_once, parse_constant=_no_number, parse_float=_number)
@@ -64,7 +64,7 @@ def _number(word: str) -> float:
 
 
 def _no_number(word: str) -> float:
-    raise ValueError(f"{word} is no number of JSON")
+    raise ValueError(f"{word} is not a number of JSON")
 
 
 def csv_cell(value: object) -> object:

@@ -21,7 +21,7 @@ _STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.axisbelow": True,
-    "text.parse_math": False,  # a dollar sign in a name is no formula
+    "text.parse_math": False,  # a dollar sign in a name is not a formula
     "savefig.dpi": 150,
     "savefig.bbox": "tight",
     "svg.fonttype": "none",  # small, and text stays text

@@ -53,7 +53,7 @@ def patience() -> float:
     except ValueError:
         seconds = 0.0
     if not 1 <= seconds <= 1e6:
-        raise ConfigError(f"PROMPTMIX_TIMEOUT is {given!r}, but must be seconds from 1 to a million; mend it, or leave it out")
+        raise ConfigError(f"PROMPTMIX_TIMEOUT is {given!r}, but must be seconds from 1 to a million; fix it, or leave it out")
     return seconds
 
 

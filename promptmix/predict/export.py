@@ -55,7 +55,7 @@ def arrays_of(predictor: Predictor, classnames: Sequence[str] | None = None) -> 
     refuse_text_of_pictures(predictor, learner)
     if not learner.image_is_frozen or learner.feature_kind or _encodes_itself(learner):
         raise ConfigError(
-            f"{_name(predictor)} is no classifier of the frozen tower's normalised feature alone (it changes the tower or the "
+            f"{_name(predictor)} is not a classifier of the frozen tower's normalised feature alone (it changes the tower or the "
             f"feature, or reads more of it), {_REMEDY}"
         )
     scale = learner.clip.scale.detach().float()
@@ -120,7 +120,7 @@ def refuse_text_of_pictures(predictor: Predictor, learner: PromptLearner) -> Non
 
 
 def _encodes_itself(learner: PromptLearner) -> bool:
-    """Tell whether a learner that is no composition encodes pictures in its own way."""
+    """Tell whether a learner that is not a composition encodes pictures in its own way."""
     return not isinstance(learner, Learner) and type(learner).encode_images is not PromptLearner.encode_images
 
 

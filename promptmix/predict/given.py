@@ -31,7 +31,7 @@ def checked(name: str, value: Any, kinds: type | tuple[type, ...], takes: str) -
 
 
 def count(name: str, value: Any, most: int = 10**6) -> None:
-    """Refuse what is no whole number from 1 to ``most``.
+    """Refuse what is not a whole number from 1 to ``most``.
 
     Raises:
         ConfigError: it is none.

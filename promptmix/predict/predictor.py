@@ -348,7 +348,7 @@ def _temperature(folder: Path, result: RunResult, epoch: int | None, given: floa
     """Return what scores are divided by: what the caller says, or what was fitted for this checkpoint.
 
     Raises:
-        ConfigError: the caller's is no positive number.
+        ConfigError: the caller's is not a positive number.
     """
     if given is not None:
         if isinstance(given, bool) or not isinstance(given, (int, float)) or not 0 < given < 1e300:

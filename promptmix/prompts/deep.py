@@ -67,7 +67,7 @@ def check_depth(clip: CLIP, setting: str, depth: int, *, text: bool = False, vis
         vision: the image tower does.
 
     Raises:
-        ConfigError: a tower has fewer layers, or the image tower is no vision transformer; the message names the remedy.
+        ConfigError: a tower has fewer layers, or the image tower is not a vision transformer; the message names the remedy.
     """
     towers = {"text": len(clip.text.blocks)} if text else {}
     if vision:

@@ -37,7 +37,7 @@ def _refuse_unscalar(part: str, value: object) -> None:
     """Refuse what no sum of losses can be made of.
 
     Raises:
-        PluginError: it is no scalar of real numbers.
+        PluginError: it is not a scalar of real numbers.
     """
     if value is None or isinstance(value, Tensor) and value.dim() == 0 and value.is_floating_point():
         return

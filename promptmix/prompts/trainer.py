@@ -102,7 +102,7 @@ class PromptTrainer(TrainerX):
 
         Raises:
             ConfigError: a setting doesn't fit the model or the data set; the message names its key.
-            PluginError: what ``compose`` returns is no learner.
+            PluginError: what ``compose`` returns is not a learner.
         """
         try:
             made: object = self.compose(task, **{name: self.node[key_of(name)] for name in settings_of(self.compose)})

@@ -39,7 +39,7 @@ _STYLE: dict[Any, Any] = {
     "figure.facecolor": "none",
     "savefig.facecolor": "none",
     "legend.frameon": False,
-    "text.parse_math": False,  # a dollar sign in a name is no formula
+    "text.parse_math": False,  # a dollar sign in a name is not a formula
     "svg.fonttype": "none",
     "savefig.bbox": "tight",
 }
@@ -95,7 +95,7 @@ def reliability(found: Reliability, title: str) -> str:
     ax.plot([0, 1], [0, 1], color=_FAINT, linewidth=1, linestyle="--")
     ax.bar(found.confidence, found.share, width=0.05, color=COLOURS[6], alpha=0.4, label="share of pictures")
     ax.plot(found.confidence, found.accuracy, "o-", color=COLOURS[1], markersize=4, label=f"as it is, ECE {found.error:.1f}%")
-    label = f"T = {found.temperature:.2f}, ECE {found.mended:.1f}%"
+    label = f"T = {found.temperature:.2f}, ECE {found.calibrated:.1f}%"
     ax.plot(*zip(*found.curve, strict=True), "s-", color=COLOURS[0], markersize=3.5, linewidth=1, label=label)
     ax.set(xlim=(0, 1.02), ylim=(0, 1.02), xlabel="confidence", ylabel="share that is right", aspect="equal")
     ax.legend(loc="upper left", fontsize=7.5)

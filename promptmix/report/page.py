@@ -275,8 +275,8 @@ def _reliability(by_place: dict[str, list[Detail]]) -> list[Block]:
     blocks = []
     for place, same in by_place.items():
         found: list[tuple[str, Reliability]] = [(detail.name, reliability_of(detail.tests)) for detail in same]
-        lines = [[name, f"{one.error:.1f}%", f"{one.temperature:.2f}", f"{one.mended:.1f}%"] for name, one in found]
-        head = ["Method", "ECE", "Temperature that mends it", "ECE with it"]
+        lines = [[name, f"{one.error:.1f}%", f"{one.temperature:.2f}", f"{one.calibrated:.1f}%"] for name, one in found]
+        head = ["Method", "ECE", "Temperature that calibrates it", "ECE with it"]
         drawn = [Figure(name, figures.reliability(one, f"Reliability of {name}, {place}")) for name, one in found]
         blocks.append(Block(place, tables=[table(f"Expected calibration error (15 bins), {place}", head, lines)], figures=drawn))
     return blocks

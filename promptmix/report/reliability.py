@@ -1,7 +1,7 @@
-"""How much the probabilities of a test mean: reliability curve, expected calibration error, and the temperature that mends it.
+"""How much the probabilities of a test mean: reliability curve, expected calibration error, and what a temperature does to it.
 
 As Guo et al. (ICML 2017, arXiv 1706.04599), with 15 bins of equal width. A temperature that was fitted and judged on the same
-pictures would flatter itself, so the pictures are parted by turns in two halves, and each is mended by the other's temperature.
+pictures would flatter itself, so the pictures are parted by turns in two halves, each calibrated by the other's temperature.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Reliability:
         share: share of the pictures that lie in it.
         error: expected calibration error in percent.
         temperature: geometric mean of the two halves' temperatures.
-        mended: expected calibration error in percent, each half mended by the temperature of the other.
+        calibrated: expected calibration error in percent, each half calibrated by the temperature of the other.
         curve: (confidence, accuracy) by bin after mending.
     """
 
@@ -37,7 +37,7 @@ class Reliability:
     share: list[float]
     error: float
     temperature: float
-    mended: float
+    calibrated: float
     curve: list[tuple[float, float]]
 
 
@@ -47,12 +47,12 @@ def reliability_of(tests: Sequence[Samples]) -> Reliability:
     right = np.concatenate([test.correct for test in tests])
     halves = [[np.arange(len(test)) % 2 == half for test in tests] for half in (0, 1)]
     temperatures = [_best(tests, half) for half in halves]
-    mended = []
+    calibrated = []
     for place, test in enumerate(tests):
         own = np.exp(-test.log_norm_at(temperatures[1]))  # pictures of the first half take the second's
         other = np.exp(-test.log_norm_at(temperatures[0]))
-        mended.append(np.where(halves[0][place], own, other))
-    before, after = _binned(sure, right), _binned(np.concatenate(mended), right)
+        calibrated.append(np.where(halves[0][place], own, other))
+    before, after = _binned(sure, right), _binned(np.concatenate(calibrated), right)
     return Reliability(
         [c for c, _, _ in before],
         [a for _, a, _ in before],

@@ -99,7 +99,7 @@ def calibrate(trainer: Any, folder: str | Path, epoch: int | None = None) -> Cal
             f"{folder}: its data has no val part to calibrate on; add val pictures, or train with a part split off (SPLIT_RATIO)"
         )
     if not hasattr(trainer, "scores"):
-        raise UserError(f"{folder}: {type(trainer).__name__} is no PromptTrainer, so it gives no scores to calibrate")
+        raise UserError(f"{folder}: {type(trainer).__name__} is not a PromptTrainer, so it gives no scores to calibrate")
     logits, labels = trainer.scores("val")
     temperature = fit_temperature(logits, labels)
     if not 1.01 * _LOW < temperature < _HIGH / 1.01:
@@ -131,7 +131,7 @@ def read(folder: str | Path) -> Calibration | None:
         if not _LOW / 2 < float(found.temperature) < _HIGH * 2 or not (found.epoch is None or type(found.epoch) is int):
             raise ValueError(f"temperature {found.temperature}, epoch {found.epoch}")
     except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path} is no calibration ({error}); make it anew with `promptmix eval {folder} --calibrate`") from error
+        raise DataError(f"{path} is not a calibration ({error}); make one with `promptmix eval {folder} --calibrate`") from error
     return found
 
 

@@ -37,7 +37,7 @@ def check_fields(result: Any) -> None:  # a RunResult, whose module reads with t
     for name, hint in _VOCABULARY.items():
         if name in result.vocabulary:
             _refuse(f"vocabulary.{name}", result.vocabulary[name], hint)
-    json.dumps(result.vocabulary, ensure_ascii=False).encode()  # a half of a character is no word
+    json.dumps(result.vocabulary, ensure_ascii=False).encode()  # a half of a character is not a word
     if result.checkpoint is not None:
         for name, hint in _CHECKPOINT.items():
             _refuse(f"checkpoint.{name}", result.checkpoint.get(name), hint)

@@ -109,7 +109,7 @@ def pack(run: str | Path, name: str, hub: Path, epoch: int | None = None, licenc
         The folder; it is there whole or not at all.
 
     Raises:
-        UserError: the run is no training of ours, the name is taken, or it can't be written.
+        UserError: the run is not a training of ours, the name is taken, or it can't be written.
     """
     source, target = Path(run), hub / _checked(name)
     if not (source / results.FILE_NAME).is_file():
@@ -218,7 +218,7 @@ def check(folder: Path) -> dict[str, Any]:
         if not newer and not all(isinstance(note[name], str) for name in ("trainer", "backbone")):
             raise TypeError("trainer and backbone are names")
     except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
-        raise DataError(f"{path} is no note of packed prompts ({type(error).__name__}: {error}); {remedy}") from error
+        raise DataError(f"{path} is not a note of packed prompts ({type(error).__name__}: {error}); {remedy}") from error
     if newer:
         raise DataError(f"{path} has format {note['format']}, this promptmix reads up to {FORMAT}; upgrade it")
     for name, digest in files.items():

@@ -74,7 +74,7 @@ class Output:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._around.close()
         if isinstance(error, UserError) and not (isinstance(error, TrainingError) or RunFolder(self._directory).has_trained()):
-            # Of a loss that is no number the log shows how it came about; what can go on, as from a full disk, needs its config.
+            # The log shows how a loss came to be NaN; what can go on, as from a full disk, needs its config.
             for path in self._made:
                 with contextlib.suppress(OSError):  # a folder that got a checkpoint stays
                     path.rmdir() if path.is_dir() else path.unlink()

@@ -192,7 +192,7 @@ class Part:
         classes: all, base, new or open.
         domains: domains to test on; empty = as configured.
         settings: ``KEY VALUE`` pairs that make it this part.
-        trains: it trains, and is no evaluation of what was trained.
+        trains: it trains, and is not an evaluation of what was trained.
         wave: it waits for the parts of all smaller waves.
     """
 

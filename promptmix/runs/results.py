@@ -216,7 +216,7 @@ def load(path: str | Path) -> RunResult:
     """Read a ``results.json``.
 
     Raises:
-        DataError: the file is no results file, or a newer promptmix wrote it; remove it or upgrade.
+        DataError: the file is not a results file, or a newer promptmix wrote it; remove it or upgrade.
     """
     try:
         if not Path(path).is_file() or Path(path).stat().st_size > _MOST_BYTES:

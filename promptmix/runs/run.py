@@ -81,7 +81,7 @@ def run(cfg: CN, **options: Any) -> RunResult:
         The result; with ``no_train`` it has no numbers and is written nowhere.
 
     Raises:
-        UserError: anything the user asked for that can't be done; the message says what and how to mend it.
+        UserError: anything the user asked for that can't be done; the message says what and how to fix it.
     """
     asked = Asked(**options)
     with running(cfg, **options) as (trainer, result):

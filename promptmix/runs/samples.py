@@ -156,7 +156,7 @@ def read(path: Path, digest: str = "") -> Samples:
     except DataError:
         raise
     except (OSError, ValueError, KeyError, TypeError, EOFError, MemoryError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path} is no file of predictions ({error}); {remedy}") from error
+        raise DataError(f"{path} is not a file of predictions ({error}); {remedy}") from error
     return Samples(**found)
 
 
@@ -167,7 +167,7 @@ def _check(found: Mapping[str, np.ndarray]) -> None:
         ValueError: they don't; the message names one.
     """
     for name, kind in _REQUIRED.items() | {(name, kind) for name, kind in _ROUTING.items() if "expert" in found}:
-        if name not in found or getattr(found[name], "dtype", np.dtype("V")).kind != kind:  # bytes, of what is no array
+        if name not in found or getattr(found[name], "dtype", np.dtype("V")).kind != kind:  # bytes, of what is not an array
             raise ValueError(f"its array {name} is missing or of another type")
     count = found["label"].shape[:1]
     for name, array in found.items():
@@ -184,6 +184,6 @@ def _check(found: Mapping[str, np.ndarray]) -> None:
         raise ValueError("its array temperature does not rise from above 0")
     for name in ("temperature", "top_probability", "own_gap", "log_norm"):
         if not np.isfinite(found[name]).all():
-            raise ValueError(f"its array {name} holds what is no number")
+            raise ValueError(f"its array {name} holds what is not a number")
     if "expert" in found and not 0 <= found["expert"].min() <= found["expert"].max() < found["router_logit"].shape[1]:
         raise ValueError("its array expert names experts that there are not")

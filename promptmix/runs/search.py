@@ -162,7 +162,7 @@ def _factor(value: Any) -> re.Match[str] | None:
 
 
 def _times(cfg: Any, key: str, value: Any, where: str) -> Any:  # a config tree; any value of it
-    """Return what a factor makes of the configured value, or a value that is no factor as it is."""
+    """Return what a factor makes of the configured value, or a value that is not a factor as it is."""
     factor = _factor(value)
     if factor is None:
         return value

@@ -200,7 +200,7 @@ def jobs_of(tree: dict[str, Any], file: Path, plugins: tuple[str, ...]) -> Itera
     if root and not Path(root).is_absolute() and (file.parent / root).is_dir():
         root = str(file.parent / root)
     if root and not Path(root).is_dir():
-        raise ConfigError(f"{where}: root {root} is no folder; name the folder of the data sets, or leave the key out")
+        raise ConfigError(f"{where}: root {root} is not a folder; name the folder of the data sets, or leave the key out")
     for protocol in tree["protocols"]:
         for data in datasets:
             dataset = _located(data["name"], file)
@@ -296,7 +296,7 @@ def _integers(values: list[Any], where: str) -> list[int]:
 
 
 def _located(path: str, file: Path) -> str:
-    """Return ``path`` from the sweep file's folder where it exists there, else as it is; a plain name is no path."""
+    """Return ``path`` from the sweep file's folder where it exists there, else as it is; a plain name is not a path."""
     named = path and not Path(path).suffix and "/" not in path
     beside = file.parent / path
     return path if named or not path or Path(path).is_absolute() or not beside.exists() else str(beside)

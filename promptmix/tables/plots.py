@@ -35,7 +35,7 @@ _STYLE: dict[Any, Any] = {
     "grid.color": "#dddddd",
     "grid.linewidth": 0.6,
     "legend.frameon": False,
-    "text.parse_math": False,  # a dollar sign in a name is no formula
+    "text.parse_math": False,  # a dollar sign in a name is not a formula
     "savefig.dpi": 150,
     "savefig.bbox": "tight",
     "pdf.fonttype": 42,  # TrueType, which conferences ask for

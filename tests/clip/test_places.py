@@ -271,7 +271,7 @@ def test_weights_of_a_resnet_are_changed_and_its_places_read():
         assert tokens.shape == (2, 4, 24)
     blocks = blocks_of(tower)  # what "from block 4 on" means for tuned towers
     assert blocks[4] is tower.visual.attnpool and blocks[:4] == [getattr(tower.visual, f"layer{i}") for i in range(1, 5)]
-    with pytest.raises(ConfigError, match=r"c_proj.weight' a function, but it is no linear layer"):
+    with pytest.raises(ConfigError, match=r"c_proj.weight' a function, but it is not a linear layer"):
         tower(images, weights={name: lambda x: x})
 
 
@@ -424,7 +424,7 @@ def test_layers_of_another_make_take_tensors_and_what_stands_around_them():
     prompts = text.compose(random(1, 3, WIDTH), TOKENIZER.class_tokens(WORDS))
     actions = {0: adapter(1)}
     close(text(prompts, weights=weights, actions=actions), expected_of(prompts, weights=weights, actions=actions))
-    with pytest.raises(ConfigError, match=r"'attn.v_proj.weight' a function, but it is no linear layer"):
+    with pytest.raises(ConfigError, match=r"'attn.v_proj.weight' a function, but it is not a linear layer"):
         text(prompts, weights={"transformer.resblocks.1.attn.v_proj.weight": lambda x: x})
     with pytest.raises(ConfigError, match=r"Another.*not CLIP's own, so hidden can't"):
         text(prompts, actions={0: LayerAction(hidden=lambda u: u)})

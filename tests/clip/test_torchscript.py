@@ -166,7 +166,7 @@ def test_what_an_archive_runs_when_torchscript_loads_it_is_not_run(tmp_path, mon
     torch.jit.load(path)
     assert (tmp_path / "exploded").is_file()  # the danger is real
     os.remove("exploded")
-    with pytest.raises(WeightsError, match=r"evil.pt: not a file of plain tensors .it sets a state that is no dict") as error:
+    with pytest.raises(WeightsError, match=r"evil.pt: not a file of plain tensors .it sets a state that is not a dict") as error:
         read_weights(path)
     assert not (tmp_path / "exploded").exists() and "\n" not in str(error.value)
 

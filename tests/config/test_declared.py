@@ -1,4 +1,4 @@
-"""Every declared key of every registered part: a value is taken and in range, or refused in one line that says how to mend it."""
+"""Every declared key of every registered part: a value is taken and in range, or refused in one line that says how to fix it."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def test_a_folder_holds_a_file_for_each_data_set(tmp_path):
         ({"cat": ["A cat.", None]}, "class 'cat' has None among"),
         ({"cat": [" "]}, "class 'cat' has ' ' among"),
         ('{"cat": ["\\ud800"]}', "class 'cat' has .*ud800"),
-        ({"": ["A cat."]}, "class name '' is no readable text"),
+        ({"": ["A cat."]}, "class name '' is not readable text"),
         ({"sea lion": ["a"], "Sea_Lion": ["b"]}, "'sea lion' and 'Sea_Lion'"),
     ],
 )

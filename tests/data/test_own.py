@@ -186,7 +186,7 @@ def test_captions_are_no_labels(tmp_path):
     ("name", "text", "words"),
     [
         ("l.json", "{", r"l.json: Expecting property name .*; write \{\"path\": \"a.jpg\""),
-        ("l.jsonl", '["a.jpg", "cat"]', r"line 1: \['a.jpg', 'cat'\] is no object; write"),
+        ("l.jsonl", '["a.jpg", "cat"]', r"line 1: \['a.jpg', 'cat'\] is not an object; write"),
         ("l.jsonl", '{"path": "a.jpg", "name": "cat"}', "no column 'label' or 'class'; write"),
         ("l.json", '[{"path": "a.jpg", "label": ["cat"]}]', "line 1: needs path,label"),
         ("l.json", '[{"path": "../a.jpg", "label": "cat"}]', "lies outside"),
@@ -232,7 +232,7 @@ def test_two_or_three_pictures_a_class_are_enough_and_empty_folders_are_named(tm
     assert not dataset.comes_in_parts and dataset.classnames == ["cat", "dog", "owl"]
     said = " ".join(caplog.messages)
     assert "2 classes have too few pictures for a val part, such as 'cat'" in said
-    assert f"1 folders hold no picture and are no classes: {tmp_path / 'fox'}" in said
+    assert f"1 folders hold no picture and are not classes: {tmp_path / 'fox'}" in said
 
 
 def test_folders_refuse(tmp_path):

@@ -318,7 +318,7 @@ def test_an_export_with_an_odd_note_is_refused(tmp_path, change):
     export_model({"a": torch.arange(4.0)}, tmp_path, {"trainer": "CoOp", "epoch": 1})
     note = json.loads((tmp_path / "model.json").read_text())
     (tmp_path / "model.json").write_text(json.dumps(note | change))
-    with pytest.raises(CheckpointError, match="is no note of an export"):
+    with pytest.raises(CheckpointError, match="is not a note of an export"):
         read_export(tmp_path)
 
 

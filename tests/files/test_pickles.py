@@ -106,7 +106,7 @@ GADGETS = {
     "unknown opcode": P2 + b"\xff.",
     "odd pairs": P2 + b"}(K\x01u.",
     "odd dict": P2 + b"(K\x01d.",
-    "name that is no text": b"\x80\x04K\x01K\x02\x93.",
+    "name that is not text": b"\x80\x04K\x01K\x02\x93.",
     "counter of unhashable": P2 + named("collections", "Counter") + b"(]]atR.",
     "pairs that are none": P2 + named("collections", "OrderedDict") + b"(](K\x01etR.",
     "set of lists": P2 + named("builtins", "set") + b"(]]atR.",

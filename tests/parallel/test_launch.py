@@ -119,7 +119,7 @@ def test_a_trainer_without_towers_is_refused(monkeypatch):
     monkeypatch.setitem(TRAINER_REGISTRY._entries, "Plain", SimpleTrainer)
     train.refuse_undivided("Plain")
     monkeypatch.setattr(launch, "place", lambda: (0, 2))
-    with pytest.raises(ConfigError, match="TRAINER.NAME Plain is no prompt trainer"):
+    with pytest.raises(ConfigError, match="TRAINER.NAME Plain is not a prompt trainer"):
         train.refuse_undivided("Plain")
 
 

@@ -87,7 +87,7 @@ def test_a_tracker_that_fails_is_one_line_before_a_training_and_a_warning_during
     trainer = Trainer()
     monkeypatch.setattr(trackers, "logger_is_on", lambda trainer, node: node == "WANDB")
     monkeypatch.setitem(trackers.TRACKERS, "WANDB", ("wandb", broken))
-    with pytest.raises(ConfigError, match=r"LOGGER.WANDB can't begin a run .OSError: no server.; mend its settings"):
+    with pytest.raises(ConfigError, match=r"LOGGER.WANDB can't begin a run .OSError: no server.; fix its settings"):
         trackers.before_train(trainer)
     trackers._open[trainer].append(SimpleNamespace(log=broken, close=broken))
     trackers.log_scalar(trainer, "loss", 1.0, 1)

@@ -277,7 +277,9 @@ def test_leagues_are_no_ranking_of_each_other():
     runs = [make(trainer=name) for name in ("A", "B", "C")]
     runs[0].league, runs[0].metrics = "unlabelled pictures and teacher", {"test": {"accuracy": 99.0}}
     rows, metrics, notes = tables.aggregate(runs)
-    assert notes[0].startswith("leagues differ (labelled pictures, unlabelled pictures and teacher): their rows are no ranking")
+    assert notes[0].startswith(
+        "leagues differ (labelled pictures, unlabelled pictures and teacher): their rows are not a ranking"
+    )
     lines = tables.render(rows, metrics, sort="base").splitlines()
     assert [line.split("|")[1].strip() for line in lines[2:5]] == ["B", "C", "A"]  # the best number is of another league
     assert "League" in lines[0]

@@ -185,5 +185,5 @@ def test_what_does_not_fit_is_refused_in_one_line(room, tmp_path):
 
 def test_pictures_must_be_square(monkeypatch):
     monkeypatch.setattr(type(frozen().image), "patches", 15)
-    with pytest.raises(ConfigError, match="15 patches, which are no square grid"):
+    with pytest.raises(ConfigError, match="15 patches, which are not a square grid"):
         learner()

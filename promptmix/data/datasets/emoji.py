@@ -106,7 +106,7 @@ def write_sample(folder: Path, families: Sequence[str] = SAMPLE, style: str = "o
     """
     others = sorted(path.name for path in folder.iterdir() if path.name not in families) if folder.is_dir() else []
     if others:
-        raise OutputError(f"{folder} holds {shown(others[0])}, which is no class of the sample; name a new folder")
+        raise OutputError(f"{folder} holds {shown(others[0])}, which is not a class of the sample; name a new folder")
     split, written = _read("families_split.json"), 0
     pack = asset_path(f"emoji/{style}.zip")
     for name in families:

@@ -249,7 +249,7 @@ def _say_left_out(where: Path, parts: dict[str, Path], found: list[Found]) -> No
     empty = _without_pictures(parts, found) if found else []
     if empty:
         shown = ", ".join(empty[:3]) + (", ..." if len(empty) > 3 else "")
-        get_logger().warning("%s: %d folders hold no picture and are no classes: %s", where, len(empty), shown)
+        get_logger().warning("%s: %d folders hold no picture and are not classes: %s", where, len(empty), shown)
     if loose:
         inside = f"below {', '.join(folder.name for folder in parts.values())}" if "" not in parts else "in class folders"
         get_logger().warning("%s: %d pictures are not %s and are left out, such as %s", where, len(loose), inside, loose[0])

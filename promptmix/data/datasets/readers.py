@@ -106,7 +106,7 @@ def _own_or_packaged(folder: Path, own: str, packaged: str) -> str:
     try:
         return path.read_text(encoding="utf-8") if path.is_file() else packaged_text(packaged)
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"can't read {path} ({error}); mend it, or remove it to use the packaged one") from error
+        raise DataError(f"can't read {path} ({error}); fix it, or remove it to use the packaged one") from error
 
 
 def list_folder(folder: Path) -> list[str]:
@@ -279,7 +279,7 @@ def _by_wnid(images: Path, names: dict[str, str]) -> list[Datum]:
     folders = [name for name in list_folder(images) if (images / name).is_dir()]
     unknown = [name for name in folders if name not in names]
     if unknown:
-        raise DataError(f"{images} holds {unknown[0]!r}, which is no class folder of ImageNet; move it away")
+        raise DataError(f"{images} holds {unknown[0]!r}, which is not a class folder of ImageNet; move it away")
     return _pictures(images, [(folder, names[folder]) for folder in folders])
 
 

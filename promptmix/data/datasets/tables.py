@@ -147,5 +147,5 @@ def _entries(text: str, where: Path) -> Iterator[tuple[int, dict[Any, Any]]]:
         raise DataError(f"{where}: {' '.join(str(error).split())}; {_EXAMPLE}") from error
     for number, entry in numbered:
         if not isinstance(entry, dict):
-            raise DataError(f"{where}, line {number}: {shown(entry)} is no object; {_EXAMPLE}")
+            raise DataError(f"{where}, line {number}: {shown(entry)} is not an object; {_EXAMPLE}")
         yield number, entry

@@ -55,7 +55,7 @@ def read_image(path: str, reading: str = "benchmark") -> Image.Image:
     pack, inside, member = path.partition("::")
     try:
         if os.path.exists(pack) and not os.path.isfile(pack):  # a named pipe would be waited for
-            raise DataError(f"can't read picture {path}: it is no file; remove it")
+            raise DataError(f"can't read picture {path}: it is not a file; remove it")
         if not inside:
             with Image.open(path) as img:
                 return as_rgb(img, reading)
@@ -81,7 +81,7 @@ def read_bytes(content: bytes, reading: str = "benchmark") -> Image.Image:
         reading: ``benchmark`` or ``upright``, see above.
 
     Raises:
-        DataError: it is no picture, a damaged one, or one with more pixels than Pillow takes for harmless.
+        DataError: it is not a picture, a damaged one, or one with more pixels than Pillow takes for harmless.
     """
     try:
         with Image.open(io.BytesIO(content)) as img:
