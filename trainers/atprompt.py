@@ -77,7 +77,6 @@ class CoOpATP(_WithAttributes):
 
     @inherits(AttributePrompts)
     def compose(self, task: Task, attributes: Sequence[str] = (), **soft: Any) -> Learner:
-        """Return the prompt with its attributes."""
         return Learner(task, AttributePrompts(task, attributes=self.words(attributes), **soft))
 
 
@@ -99,6 +98,5 @@ class MaPLeATP(_WithAttributes):
 
     @inherits(CoupledAttributes)
     def compose(self, task: Task, attributes: Sequence[str] = (), **deep: Any) -> Learner:
-        """Return the coupled prompts with their attributes."""
         prompts = CoupledAttributes(task, attributes=self.words(attributes), **deep)
         return Learner(task, prompts, head=Cosine(task, prompts))

@@ -121,7 +121,6 @@ class Constraint(Loss):
         self.multipliers.copy_(kinds.get(self.kind, torch.ones_like(sure)))
 
     def forward(self, step: Step) -> Tensor:
-        """Return the constraint (scalar)."""
         return (self.multipliers * self.distance()).mean()
 
     @torch.no_grad()
@@ -158,7 +157,6 @@ class CLAP(PromptTrainer):
         adaptive: Annotated[bool, Setting("the weights grow with the distance, epoch by epoch")] = False,
         **prototypes: Any,
     ) -> Learner:
-        """Return the probe with its constraint."""
         bank = Prototypes(task, **prototypes)
         loss = (
             CrossEntropy() if constraint == "none" else CrossEntropy() + Constraint(bank, constraint, views, distance, adaptive)

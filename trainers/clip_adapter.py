@@ -39,6 +39,5 @@ class CLIPAdapter(PromptTrainer):
 
     @inherits(ImageAdapter)
     def compose(self, task: Task, **settings: Any) -> Learner:
-        """Return the adapter in front of the hard classifier."""
         prompts = ImageAdapter(task, **settings)
         return Learner(task, prompts, head=Cosine(task, prompts))

@@ -41,7 +41,6 @@ class CLIPLoRA(PromptTrainer):
 
     @inherits(LowRank)
     def compose(self, task: Task, **low_rank: Any) -> Learner:
-        """Return the changed towers in front of the hand-written prompt."""
         bank = LowRank(task, **low_rank)
         return Learner(task, bank, head=Cosine(task, bank, scale=100.0))
 

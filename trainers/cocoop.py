@@ -42,5 +42,4 @@ class CoCoOp(PromptTrainer):
 
     @inherits(InstanceConditional, without=["n_prompts"], ctx_init="a photo of a")
     def compose(self, task: Task, **conditional: Any) -> Learner:
-        """Return one instance-conditional prompt; no router, no other loss."""
         return Learner(task, InstanceConditional(task, **conditional))

@@ -35,5 +35,4 @@ class CoOp(PromptTrainer):
 
     @inherits(Soft, without=["n_prompts"])
     def compose(self, task: Task, **soft: Any) -> Learner:
-        """Return one soft prompt; no router, no other loss."""
         return Learner(task, Soft(task, **soft))

@@ -110,7 +110,6 @@ class ImageTextCrossEntropy(Loss):
         return torch.randperm(len(self.texts), device=self.texts.device)[:count]
 
     def forward(self, step: Step) -> Tensor:
-        """Return the loss (scalar)."""
         rows = self.draw(len(step.labels))
         scores = torch.cat([step.logits, self.scores(self.texts[rows].to(step.logits.dtype))])
         return F.cross_entropy(scores, torch.cat([step.labels, self.text_labels[rows]]))

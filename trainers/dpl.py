@@ -146,11 +146,9 @@ class KeyPrompts(PromptBank):
         self.templates, self.tokens = tuple(templates), tokens
 
     def image_changes(self) -> dict[str, Any]:
-        """Return the prompts of the image tower."""
         return {"actions": self.image.actions()}
 
     def forward(self, names: Sequence[str], image_features: Tensor | None = None, *, full_stop: bool | None = None) -> Tensor:
-        """Return normalised text features (1, C, D)."""
         tower, actions = self.task.clip.text, self.text.actions()
         if self.tokens:
             words = self.once("words", names, lambda: averaged(self.task, self.templates, names))
@@ -205,7 +203,6 @@ class DPLSearch(BilevelTrainer):
         ctx_init: Annotated[str, Setting("frozen words in front of the class name")] = "a photo of a",
         alpha_lr: Annotated[float, Setting("learning rate of alpha, by Adam; it stays", low=0)] = 0.0035,
     ) -> Learner:
-        """Return the supernet."""
         clip = task.clip
         check_depth(clip, "n_ctx_vision", 1, vision=True)
         image = Choices(clip.image.width, clip.image.depth, n_ctx_vision, uniform=False)

@@ -48,7 +48,6 @@ class FullFineTune(PromptTrainer):
         vision_start: Annotated[int, Setting("first block that learns, from 0; 0 = all there is", low=0)] = 0,
         templates: Annotated[Sequence[str], Setting("the hand-written prompt; () = the data set's first")] = (),
     ) -> Learner:
-        """Return the image tower in front of the head."""
         bank = TunedTowers(task, "all", "vision", vision_start=vision_start, templates=templates)
         scores: Head = LinearHead(task, bank, start) if head == "linear" else Cosine(task, bank)
         return Learner(task, bank, head=scores)

@@ -60,7 +60,6 @@ class GlobalLocal(PromptBank):
 
     @property
     def num_experts(self) -> int:
-        """N_g + N_l."""
         return len(self.global_prompt) + len(self.local_prompts)
 
     def encode(self, names: Sequence[str], *, full_stop: bool | None = None) -> Tensor:
@@ -94,7 +93,6 @@ class SparseLocal(Head):
         nn.init.eye_(self.local_proj.weight)
 
     def forward(self, step: Step) -> Tensor:
-        """Return class scores (B, C)."""
         whole, local = step.once(self.similarities)
         return step.task.clip.scale * (whole.mean(dim=-1) + local.mean(dim=-1)) / 2
 
@@ -131,7 +129,6 @@ class KeptGlobal(Loss):
         return torch.randint(self.n_global, (pictures, self.kept), device=device)
 
     def forward(self, step: Step) -> Tensor:
-        """Return the loss (scalar)."""
         whole, _ = step.once(self.similarities)
         index = self.draw(len(whole), whole.device)[:, None].expand(-1, whole.shape[1], -1)
         return F.cross_entropy(step.task.clip.scale * whole.gather(2, index).mean(dim=-1), step.labels)
@@ -147,7 +144,6 @@ class EachLocal(Loss):
         self.similarities = head.similarities
 
     def forward(self, step: Step) -> Tensor:
-        """Return the loss (scalar)."""
         _, local = step.once(self.similarities)
         return F.cross_entropy(step.task.clip.scale * local, step.labels[:, None].expand(-1, local.shape[-1]))
 

@@ -114,7 +114,6 @@ class BaseOrNew(Cosine):
         self.looks_base = detectors.base_scores
 
     def forward(self, step: Step) -> Tensor:
-        """Return class scores (B, C)."""
         base = base_names(step.task)
         if base == step.task.classnames:
             return super().forward(step)
@@ -145,7 +144,6 @@ class OpenworldLoss(Loss):
         self.detectors, self.alpha, self.lambda_ = Detectors(task, k, n_ctx), alpha, lambda_
 
     def forward(self, step: Step) -> Tensor:
-        """Return the loss (scalar)."""
         warm, auc = self.terms(step)
         return self.alpha * warm.mean() + self.lambda_ * auc.mean()
 

@@ -40,6 +40,5 @@ class IVLP(PromptTrainer):
 
     @inherits(IndependentDeep, without=["n_prompts"])
     def compose(self, task: Task, **deep: Any) -> Learner:
-        """Return the prompts of both towers."""
         prompts = IndependentDeep(task, **deep)
         return Learner(task, prompts, head=Cosine(task, prompts))

@@ -101,7 +101,6 @@ class LogisticRegression(Head):
         return step.raw_image if self.image_level == "raw" else step.unprojected_image
 
     def forward(self, step: Step) -> Tensor:
-        """Return class scores (B, C)."""
         features = self.features(step)
         return F.linear(features, self.weight.to(features.dtype), self.bias.to(features.dtype))
 
@@ -119,7 +118,6 @@ class LinearProbe(PromptTrainer):
             str, Setting("after the last linear map (CoOp) or before it (CLIP)", choices=("projected", "unprojected"))
         ] = "projected",
     ) -> Learner:
-        """Return the regression, not fitted yet."""
         self.strength, self.steps = c, steps
         return Learner(task, Hard(task), head=LogisticRegression(task, features))
 

@@ -62,7 +62,6 @@ class BlendedProbe(Head):
         self.rates = 4 * len(image) / largest, len(image) / (4 * float(cosines.square().sum(dim=0).max()))
 
     def forward(self, step: Step) -> Tensor:
-        """Return class scores (B, C)."""
         image = step.image
         text = image @ step.text[0].to(image.dtype).T
         return image @ self.weight.to(image.dtype).T + self.bias + self.alpha * text
@@ -106,7 +105,6 @@ class LPPlusPlus(PromptTrainer):
         alpha_every: Annotated[int, Setting("steps between two steps of alpha", low=1)] = 10,
         **hard: Any,
     ) -> Learner:
-        """Return the probe beside the hard classifier."""
         self.alpha_every = alpha_every
         prompts = Hard(task, **hard)
         return Learner(task, prompts, head=BlendedProbe(task))

@@ -131,7 +131,6 @@ class Convolutions(PromptBank):
         return torch.cat([first, patches + scaled(convolution, grid, scale).flatten(2).transpose(1, 2)], dim=1)
 
     def image_changes(self) -> dict[str, Any]:
-        """Return the convolutions of the image tower."""
         depth = self.task.clip.image.depth
         return {"actions": self.actions(self.image, self.over_grid, depth, spares_first=True)}
 
@@ -174,7 +173,6 @@ class SampledCosine(Head):
         self.ratio = ratio
 
     def forward(self, step: Step) -> Tensor:
-        """Return class scores (B, C)."""
         names = step.task.classnames
         classes = self.draw(step.labels, len(names)) if self.training and self.ratio >= 0 else None
         # Text first: its draws come first in the authors' code.
@@ -218,6 +216,5 @@ class LwEIB(PromptTrainer):
         neg_sampling_ratio: Annotated[int, Setting("other classes for each of the batch's; 0 = none, -1 = all", low=-1)] = 7,
         **convolutions: Any,
     ) -> Learner:
-        """Return the convolved towers in front of the described classes."""
         bank = Convolutions(task, **convolutions)
         return Learner(task, bank, head=SampledCosine(task, bank, neg_sampling_ratio))

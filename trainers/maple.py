@@ -51,6 +51,5 @@ class MaPLe(PromptTrainer):
 
     @inherits(CoupledDeep, without=["n_prompts"])
     def compose(self, task: Task, **deep: Any) -> Learner:
-        """Return the coupled prompts."""
         prompts = CoupledDeep(task, **deep)
         return Learner(task, prompts, head=Cosine(task, prompts))

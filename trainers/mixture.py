@@ -67,7 +67,6 @@ class Mixture(PromptTrainer):
         text_weight: Annotated[float, Setting("factor on the text supervision", low=0)] = 1.0,
         distill_weight: Annotated[float, Setting("factor on the distiller's loss", low=0)] = 1.0,
     ) -> Learner:
-        """Return the composition that the config states."""
         bank = self.bank(task)
         router, head = self.part("ROUTER", task, bank), self.part("HEAD", task, bank)
         loss = ce_weight * CrossEntropy() + router_weight * RouterLoss(router)

@@ -99,7 +99,6 @@ class SharedAdapters(PromptBank):
         return x + self.scale * self.adapted(adapters, ENTRY, x) if ENTRY in adapters else x
 
     def image_changes(self) -> dict[str, Any]:
-        """Return the adapters of the image tower."""
         actions = self.actions(self.visual_adapters, self.task.clip.image)
         if ENTRY in self.visual_adapters:
             first = actions.get(0, LayerAction(per_token=True))
@@ -107,7 +106,6 @@ class SharedAdapters(PromptBank):
         return {"actions": actions}
 
     def encode(self, names: Sequence[str], *, full_stop: bool | None = None) -> Tensor:
-        """Return text features (1, C, D)."""
         tower = self.task.clip.text
         prompts = tower.compose_text(self.template, names)
         prefix, tail = (self.entering(self.text, x) for x in (prompts.prefix, prompts.tail))
@@ -145,6 +143,5 @@ class MMA(PromptTrainer):
 
     @inherits(SharedAdapters)
     def compose(self, task: Task, **adapters: Any) -> Learner:
-        """Return the adapted towers in front of the hand-written prompt."""
         bank = SharedAdapters(task, **adapters)
         return Learner(task, bank, head=Cosine(task, bank))

@@ -96,7 +96,6 @@ class MPL(PromptTrainer):
         n_rm_op: Annotated[int, Setting("tokens removed before that, the last ones", low=0)] = 1,
         clone_maps: Annotated[bool, Setting("the added groups' maps start as copies of one, as the authors' do")] = False,
     ) -> Learner:
-        """Return the modular prompts."""
         tower = task.clip.text
         check_depth(task.clip, "prompt_depth", prompt_depth, text=True, vision=True)
         start = tower.embed(tower.tokenizer.encode("X") * n_ctx).cpu()

@@ -46,7 +46,6 @@ class PFedMoAP(PromptTrainer):
         gate_lr: Annotated[float, Setting("learning rate of the gate, the same in every epoch", above=0)] = 0.01,
         **parts: Any,
     ) -> Learner:
-        """Return the prompts with the gate as their head."""
         self.gate_lr = gate_lr
         prompts, gate = parted(parts, LocalAndOthers)
         bank = LocalAndOthers(task, **prompts)

@@ -47,7 +47,6 @@ class PooledSoft(Soft):
         full_stop: bool | None = None,
         experts: Tensor | None = None,
     ) -> Tensor:
-        """Return normalised text features (N + 1, C, D)."""
         raw = self.encode(names, full_stop=full_stop, experts=experts)
         return F.normalize(torch.cat([raw, raw.mean(dim=0, keepdim=True)]), dim=-1)
 
@@ -56,7 +55,6 @@ class TransportAndGlobal(Transport):
     """Transport over the patches, plus the cosine of the image feature and the prompts' mean."""
 
     def forward(self, step: Step) -> Tensor:
-        """Return class scores (B, C)."""
         *_, pooled = step.text
         return step.scores(pooled) + self.transport(step, step.tokens, step.text[:-1])
 
@@ -78,7 +76,6 @@ class PLOT(PromptTrainer):
         add_global: Annotated[bool, Setting("add the score of whole image and mean prompt (the authors, on ImageNet)")] = False,
         **transport: Any,
     ) -> Learner:
-        """Return the prompts under a transport head."""
         kind, head = (PooledSoft, TransportAndGlobal) if add_global else (Soft, Transport)
         prompts = kind(task, n_ctx, class_token_position=class_token_position, n_prompts=n)
         return Learner(task, prompts, head=head(task, prompts, **transport))

@@ -99,7 +99,6 @@ class PromptSets(PromptBank):
 
     @property
     def num_experts(self) -> int:
-        """Number of text prompts N."""
         return len(self.ctx)
 
     def visual(self) -> Sequence[VisualPrompts]:
@@ -135,7 +134,6 @@ class TransportOfSets(Transport):
         self.trade_off = trade_off
 
     def forward(self, step: Step) -> Tensor:
-        """Return class scores (B, C)."""
         images = step.image if step.image.dim() == 3 else step.image[:, None]  # M may be 1
         scores = self.transport(step, images, step.text)
         if not self.trade_off:
@@ -172,7 +170,6 @@ class PLOTpp(PromptTrainer):
         model_upd: Annotated[str, Setting("what learns: vision in stage 1, then joint", choices=("joint", "vision"))] = "joint",
         **transport: Any,
     ) -> Learner:
-        """Return both sets of prompts under a transport head."""
         starts = templates or STARTS.get(self.cfg.DATASET.NAME, USUAL)
         if n > len(starts):
             raise SettingError(

@@ -123,7 +123,6 @@ class PMPO(PromptTrainer):
         ] = (),
         manual_weight: Annotated[float, Setting("their share in the class feature", low=0, below=1)] = 0.5,
     ) -> Learner:
-        """Return the partitioned prompts."""
         check_depth(task.clip, "prompt_depth", prompt_depth, vision=True)
         check_depth(task.clip, "text_depth", text_depth, text=True)
         start, words = start_words(task.clip, n_ctx, ctx_init, n_prompts=n_prompts)

@@ -65,7 +65,6 @@ class PromptDistribution(PromptBank):
 
     @property
     def num_experts(self) -> int:
-        """Number of prompts K."""
         return len(self.ctx)
 
     def train(self, mode: bool = True) -> PromptDistribution:
@@ -108,7 +107,6 @@ class UpperBound(Loss):
     part = "upper"
 
     def forward(self, step: Step) -> Tensor:
-        """Return the loss (scalar)."""
         return F.cross_entropy(self.scores(step), step.labels)
 
     def scores(self, step: Step) -> Tensor:

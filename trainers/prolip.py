@@ -74,7 +74,6 @@ class NearStart(Loss):
         self.moved = bank.moved
 
     def forward(self, step: Step) -> Tensor:
-        """Return the distance (scalar)."""
         return self.moved().square().sum()
 
 
@@ -89,7 +88,6 @@ class ProLIP(PromptTrainer):
         templates: Annotated[Sequence[str], Setting("hard templates that are averaged; () = the data set's first")] = (),
         scale: Annotated[float, Setting("s; 0 = the model's temperature", low=0)] = 100.0,
     ) -> Learner:
-        """Return the map in front of the hard classifier."""
         bank = TunedProjection(task, templates)
         shots = self.cfg.DATASET.NUM_SHOTS
         if shots < 1:

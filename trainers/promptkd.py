@@ -61,7 +61,6 @@ class TeacherKL(Distiller):
         self.class_vectors, self.teacher, self.t = bank.class_vectors, bank.teacher, t
 
     def forward(self, step: Step) -> Tensor:
-        """Return the loss (scalar)."""
         if step.images is None:
             raise ValueError("the teacher needs the pictures")
         vectors = self.class_vectors(step.task.all_classnames)

@@ -101,7 +101,6 @@ class SurrogateScores(Head):
         nn.init.eye_(self.feature_proj.weight)
 
     def forward(self, step: Step) -> Tensor:
-        """Return class scores (B, C)."""
         return (self.plain(step) + step.once(self.instance) + step.once(self.fine).mean(dim=0)) / 3
 
     def plain(self, step: Step) -> Tensor:

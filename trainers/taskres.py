@@ -102,6 +102,5 @@ class TaskRes(PromptTrainer):
 
     @inherits(Residual)
     def compose(self, task: Task, **settings: Any) -> Learner:
-        """Return the classifier with its residual."""
         bank = Residual(task, **settings)
         return Learner(task, bank, head=Cosine(task, bank))

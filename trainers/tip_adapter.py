@@ -66,7 +66,6 @@ class TipAdapter(PromptTrainer):
         templates: Annotated[Sequence[str], Setting("hard templates that are averaged; () = the data set's first")] = (),
         **cache: Any,
     ) -> Learner:
-        """Return the hard classifier with its cache."""
         self.search_scale, self.search_step = search_scale, search_step
         prompts = Hard(task, templates)
         return Learner(task, prompts, head=Cache(task, prompts, learned=self.learns_keys, **cache))

@@ -47,7 +47,6 @@ class MarginalEntropy(Loss):
     part = "entropy"
 
     def forward(self, step: Step) -> Tensor:
-        """Return the entropy (scalar) of the step's views."""
         mean = step.logits.float().log_softmax(dim=-1).logsumexp(dim=0) - math.log(len(step.logits))  # (C,)
         mean = mean.clamp(min=torch.finfo(mean.dtype).min)  # zero times minus infinity is not a number
         return -(mean.exp() * mean).sum()
@@ -87,7 +86,6 @@ class TPT(PromptTrainer):
         weight_decay: Annotated[float, Setting("weight decay of AdamW", low=0, at_test=True)] = 0.01,
         **soft: Any,
     ) -> TestTimeLearner:
-        """Return the prompt that each test picture tunes."""
         if int(views * keep) < 1:
             raise SettingError("keep", keep, f"but of {views} views not one is left; give {1 / views:.3g} or more, or more VIEWS")
         bank = Soft(task, **soft)

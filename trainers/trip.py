@@ -194,7 +194,6 @@ class TokenMixture(PromptLearner):
         return self.logits(torch.cat([image, weights.to(image.dtype), weights.to(image.dtype)], dim=1), classifier)
 
     def logits(self, image_features: Tensor, classifier: None) -> Tensor:
-        """Return class scores (B, C)."""
         experts = len(self.bank)
         image, *weights = image_features.split([self.clip.embed_dim, experts, experts], dim=1)
         prompts = torch.stack(list(self.bank))
@@ -229,7 +228,6 @@ class TRIP(PromptTrainer):
         capacity_infer: Annotated[float, Setting("the same in evaluation", above=0)] = 2.0,
         class_token_position: Annotated[str, Setting("where the class name stands", choices=POSITIONS)] = "end",
     ) -> TokenMixture:
-        """Return the experts."""
         if not task.clip.image.takes_prompts:
             raise ConfigError(
                 f"MODEL.BACKBONE.NAME is {task.clip.name}, which has no tokens to route; choose ViT-B/16 or tiny-vit"

@@ -69,7 +69,6 @@ class ClassifierOf(PromptBank):
 
     @property
     def num_experts(self) -> int:
-        """That of the bank."""
         return self.first.num_experts
 
     @property
@@ -78,11 +77,9 @@ class ClassifierOf(PromptBank):
         return self.first.image_is_frozen
 
     def visual(self) -> Sequence[VisualPrompts]:
-        """Return the bank's."""
         return self.first.visual()
 
     def image_changes(self) -> dict[str, Any]:
-        """Return the bank's."""
         return self.first.image_changes()
 
     def start(self) -> None:
@@ -103,7 +100,6 @@ class ClassifierOf(PromptBank):
         return torch.stack([text[name] if name in text else learned[rows[digest(name)]] for name in names])[None]
 
     def references(self, names: Sequence[str]) -> Tensor:
-        """Return the bank's."""
         return self.first.references(names)
 
 
@@ -127,7 +123,6 @@ class TwoSFS(PromptTrainer):
         first_stage: Annotated[float, Setting("alpha: share of the steps that the first stage has", low=0, high=1)] = 0.6,
         **first: Any,
     ) -> Learner:
-        """Return the towers of the first stage under the classifier of the second."""
         bank: PromptBank
         if peft == "lora":
             bank = LowRank(task, **parted(first, LowRank)[0])

@@ -53,7 +53,6 @@ class HardWithVision(Hard):
         return self.task.clip.hard_features(self.templates, names)
 
     def visual(self) -> Sequence[VisualPrompts]:
-        """Return the image tower's schedule."""
         return self.vision()
 
 
@@ -79,7 +78,6 @@ class VPT(PromptTrainer):
         ctx_init: Annotated[str, Setting("words of the hard prompt, before the class name")] = "a photo of a",
         prompt_depth_vision: Annotated[int, Setting("layers with tokens of their own, from the first; 1 = shallow", low=1)] = 1,
     ) -> Learner:
-        """Return the visual prompts in front of the hard classifier."""
         check_depth(task.clip, "prompt_depth_vision", prompt_depth_vision, vision=True)
         vision = VisionPrompts(task.clip.image.width, n_ctx_vision, prompt_depth_vision)
         prompts = HardWithVision(task, f"{ctx_init.replace('_', ' ')} {{}}.", vision)

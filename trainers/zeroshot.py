@@ -36,7 +36,6 @@ class ZeroshotCLIP(PromptTrainer):
             ),
         ] = "first",
     ) -> Learner:
-        """Return the classifier of the chosen templates."""
         chosen = {
             "first": task.templates[:1],
             "dataset": task.templates,

@@ -21,7 +21,6 @@ class FrozenImageL1(Distiller):
         super().__init__()
 
     def forward(self, step: Step) -> Tensor:
-        """Return the loss (scalar) of image features (B, D) or (B, E, D)."""
         return F.l1_loss(step.image, _frozen(step))
 
 
@@ -33,7 +32,6 @@ class FrozenImageCosine(Distiller):
         super().__init__()
 
     def forward(self, step: Step) -> Tensor:
-        """Return the loss (scalar) of image features (B, D) or (B, E, D)."""
         return 1 - F.cosine_similarity(step.image.float(), _frozen(step).float(), dim=-1).mean()
 
 

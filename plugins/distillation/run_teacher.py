@@ -64,7 +64,6 @@ class Run(Teacher):
         return text[0].detach()
 
     def image(self, images: Tensor) -> Tensor:
-        """Return its image features (B, D)."""
         self.learner.to(images.device)
         self.learner.clip.to(images.device)  # where a step is only counted, neither has numbers
         with torch.no_grad():

@@ -41,7 +41,6 @@ class ZeroshotKL(Distiller):
         self.register_buffer("teacher", ensemble(templates or task.templates[:1], task.classnames), persistent=False)  # (C, D)
 
     def forward(self, step: Step) -> Tensor:
-        """Return the loss (scalar)."""
         with torch.no_grad():
             taught = self.scale * (step.frozen_image.to(self.teacher.dtype) @ self.teacher.T).float()
         target = (taught / self.t).log_softmax(dim=-1)

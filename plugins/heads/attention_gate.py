@@ -61,7 +61,6 @@ class AttentionGate(Head):
         return self.w_o(torch.einsum("bche,echd->bchd", weights, value).flatten(-2)), weights
 
     def forward(self, step: Step) -> Tensor:
-        """Return class scores (B, C)."""
         image, scale = step.image, step.task.clip.scale
         text = step.text.to(image.dtype)
         own = scale * image @ text[0].T

@@ -66,7 +66,6 @@ class Cache(Head):
         self.values.data = F.one_hot(labels, self.values.shape[1]).float().to(self.values.device)
 
     def forward(self, step: Step) -> Tensor:
-        """Return class scores (B, C)."""
         text, votes = self.parts(step)
         return text + self.alpha * votes
 

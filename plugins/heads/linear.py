@@ -43,7 +43,6 @@ class LinearHead(Head):
         self.weight = nn.Parameter(zeroshot.clone() if start == "zeroshot" else drawn)
 
     def forward(self, step: Step) -> Tensor:
-        """Return class scores (B, C)."""
         return self.scores(step.image)
 
     def scores(self, features: Tensor) -> Tensor:

@@ -37,7 +37,6 @@ class Transport(Head):
         self.mixes = self.needs_tokens and bank.num_visual > 1
 
     def forward(self, step: Step) -> Tensor:
-        """Return class scores (B, C)."""
         if step.tokens.dim() == 3:
             return self.transport(step, step.tokens, step.text)
         pairs = zip(step.tokens.unbind(1), step.text, strict=True)

@@ -53,7 +53,6 @@ class AttributePrompts(PromptBank):
         return {}
 
     def encode(self, names: Sequence[str], *, full_stop: bool | None = None) -> Tensor:
-        """Return text features (1, C, D); prompts end with a full stop unless ``full_stop`` is False."""
         tower = self.task.clip.text
         pieces = [piece for att, word in zip(self.att, self.words, strict=True) for piece in (att, tower.embed(word))]
         context = torch.cat([*pieces, self.ctx])[None]
@@ -97,5 +96,4 @@ class CoupledAttributes(AttributePrompts):
         return {layer: behind(new) for layer, new in enumerate(self.deeper, start=1)}
 
     def visual(self) -> Sequence[VisualPrompts]:
-        """Return the schedule of the mapped contexts."""
         return replace_each_layer([f(p) for f, p in zip(self.couple, (self.ctx, *self.deeper), strict=True)])

@@ -122,7 +122,6 @@ class Hierarchical(DeepBank):
                 old.copy_(new)
 
     def visual(self) -> Sequence[VisualPrompts]:
-        """Return the image tower's schedule."""
         early = [] if self.written else [*self.mapped_visual()]
         return replace_each_layer([*early, *list(self.vision.layers)[len(early) :]])
 

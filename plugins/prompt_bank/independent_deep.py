@@ -61,5 +61,4 @@ class IndependentDeep(DeepBank):
         return self.vision is None
 
     def visual(self) -> Sequence[VisualPrompts]:
-        """Return the image tower's schedules."""
         return () if self.vision is None else self.vision()

@@ -64,7 +64,6 @@ class InstanceConditional(PromptBank):
 
     @property
     def num_experts(self) -> int:
-        """Number of prompts E."""
         return self.ctx.shape[0]
 
     def forward(self, names: Sequence[str], image_features: Tensor | None = None, *, full_stop: bool | None = None) -> Tensor:

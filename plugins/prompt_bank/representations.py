@@ -80,7 +80,6 @@ class Representations(PromptBank):
         return lambda left: self.beta * new + (1 - self.beta) * left
 
     def visual(self) -> Sequence[VisualPrompts]:
-        """Return the image tower's tokens."""
         return [self.schedule(self.image)]
 
     def encode(self, names: Sequence[str], *, full_stop: bool | None = None) -> Tensor:

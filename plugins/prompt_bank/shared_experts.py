@@ -42,7 +42,6 @@ class LocalAndOthers(PromptBank):
 
     @property
     def num_experts(self) -> int:
-        """Number of prompts: the own one and the others'."""
         return 1 + len(self.others)
 
     def forward(self, names: Sequence[str], image_features: Tensor | None = None, *, full_stop: bool | None = None) -> Tensor:

@@ -64,11 +64,9 @@ class Soft(ManyPrompts):
 
     @property
     def num_experts(self) -> int:
-        """Number of prompts E."""
         return self.ctx.shape[0]
 
     def encode(self, names: Sequence[str], *, full_stop: bool | None = None, experts: Tensor | None = None) -> Tensor:
-        """Return text features (E, C, D); prompts end with a full stop unless ``full_stop`` is False."""
         ctx = self.ctx if experts is None else self.ctx[experts]
         tower = self.task.clip.text
         if self.fixed:

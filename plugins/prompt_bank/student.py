@@ -142,7 +142,6 @@ class Student(PromptBank):
                 own.data = own.new_zeros(theirs.shape)
 
     def visual(self) -> Sequence[VisualPrompts]:
-        """Return the image tower's schedule."""
         return self.vision()
 
     def adapt(self, image: Tensor) -> Tensor:
@@ -150,7 +149,6 @@ class Student(PromptBank):
         return F.normalize(self.projector(image), dim=-1)
 
     def forward(self, names: Sequence[str], image_features: Tensor | None = None, *, full_stop: bool | None = None) -> Tensor:
-        """Return the class vectors (1, C, D')."""
         return self.class_vectors(names)[None]
 
     def references(self, names: Sequence[str]) -> Tensor:

@@ -53,7 +53,6 @@ class TemplateGroups(ManyPrompts):
 
     @property
     def num_experts(self) -> int:
-        """Number of groups E."""
         return len(self.groups)
 
     @property

@@ -21,7 +21,6 @@ class SoftGate(Router):
         self.gate = nn.Linear(task.clip.embed_dim, bank.num_experts)
 
     def forward(self, step: Step) -> Routing:
-        """Route a batch by its image features."""
         logits = self.gate(step.query)
         return Routing.top_k(logits, logits.shape[-1])
 
@@ -41,7 +40,6 @@ class Uniform(Router):
         self.experts, self.width = bank.num_experts, task.clip.embed_dim
 
     def forward(self, step: Step) -> Routing:
-        """Route a batch."""
         return Routing.top_k(torch.zeros_like(step.query[:, :1]).expand(-1, self.experts), self.experts)
 
     def as_linear(self) -> tuple[Tensor, Tensor, int]:

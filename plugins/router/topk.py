@@ -32,7 +32,6 @@ class TopK(Router):
         self.gate = nn.Linear(task.clip.embed_dim, bank.num_experts)
 
     def forward(self, step: Step) -> Routing:
-        """Route a batch by its image features."""
         return Routing.top_k(self.gate(step.query), self.k)
 
     def as_linear(self) -> tuple[Tensor, Tensor, int]:

@@ -38,7 +38,6 @@ class CosineToHard(TextSupervision):
         self.register_buffer("hard", hard, persistent=False)  # (E or 1, C, D)
 
     def forward(self, step: Step) -> Tensor:
-        """Return the loss (scalar) of text features (E, C, D) or (B, E, C, D)."""
         return 1 - F.cosine_similarity(step.text.float(), self.hard.float(), dim=-1).mean()
 
 
@@ -65,5 +64,4 @@ class L1ToEnsemble(TextSupervision):
         )  # (C, D)
 
     def forward(self, step: Step) -> Tensor:
-        """Return the loss (scalar) of text features (E, C, D) or (B, E, C, D)."""
         return (step.text.float() - self.hard.float()).abs().mean()
