@@ -69,8 +69,8 @@ def run(args: argparse.Namespace) -> int:
     _refuse_taken(args.name, KINDS[args.kind].registry)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent) as room:
-            made = Path(room, folder.name)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent) as scratch:
+            made = Path(scratch, folder.name)
             for path, text in texts.items():
                 (made / path).parent.mkdir(parents=True, exist_ok=True)
                 (made / path).write_text(text, encoding="utf-8")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from promptmix.config.flags import check_count
 from promptmix.errors import UserError
@@ -158,49 +159,50 @@ def _run_all(jobs: list[Job], options: Options, backend: Backend, output: Path) 
     from promptmix.runs.protocols import is_done
     from promptmix.runs.waves import in_waves
 
+    failed: list[tuple[Job, str]] = []
+    reuse = Reuse()
+    with _log_in(output) as (log, started), contextlib.closing(Grid(jobs, log)) as grid:
+        left = []
+        for index, job in enumerate(jobs):
+            if is_done(job):
+                grid.ended(index, Outcome(), "finished before")
+            else:
+                left.append(index)
+        grid.say(f"{len(left)} of {len(jobs)} to run, {options.jobs} at a time with {options.threads} thread(s) each")
+
+        def begun(place: int) -> None:
+            started.add(place)
+            grid.started(left[place])
+
+        # Closing the generator ends what still runs when this is interrupted.
+        with contextlib.closing(in_waves(backend, [jobs[i] for i in left], options, begun)) as outcomes:
+            for place, outcome in outcomes:
+                grid.ended(left[place], outcome)
+                reuse += outcome.reuse or Reuse()
+                if outcome.error:
+                    failed.append((jobs[left[place]], outcome.error))
+        if str(reuse):
+            grid.say(str(reuse))
+    return failed
+
+
+@contextlib.contextmanager
+def _log_in(output: Path) -> Iterator[tuple[TextIO, set[int]]]:
+    """Open the sweep's log, and yield it with the set of jobs that started: a backend that can't start any leaves nothing."""
     made = [above for above in (output, *output.parents) if not above.exists()]
-    fresh = not (output / LOG).exists()
-    started = False
-
-    def begun(place: int) -> None:
-        nonlocal started
-        started = True
-        grid.started(left[place])
-
+    fresh, started = not (output / LOG).exists(), set[int]()
     try:
         output.mkdir(parents=True, exist_ok=True)
         log = open_own(output / LOG, append=True)
     except OSError as error:
         raise UserError(f"output {output}: {error.strerror or error}; choose another in the sweep file") from error
-    failed: list[tuple[Job, str]] = []
-    reuse = Reuse()
-    with log:
-        grid = Grid(jobs, log)
-        try:
-            left = []
-            for index, job in enumerate(jobs):
-                if is_done(job):
-                    grid.ended(index, Outcome(), "finished before")
-                else:
-                    left.append(index)
-            grid.say(f"{len(left)} of {len(jobs)} to run, {options.jobs} at a time with {options.threads} thread(s) each")
-            # Closing the generator ends what still runs when this is interrupted.
-            running = in_waves(backend, [jobs[i] for i in left], options, begun)
-            with contextlib.closing(running) as outcomes:
-                for place, outcome in outcomes:
-                    grid.ended(left[place], outcome)
-                    reuse += outcome.reuse or Reuse()
-                    if outcome.error:
-                        failed.append((jobs[left[place]], outcome.error))
-            if str(reuse):
-                grid.say(str(reuse))
-        except UserError:
-            if fresh and not started:  # a backend that can't start leaves nothing
-                with contextlib.suppress(OSError):
-                    (output / LOG).unlink()
-                    for above in made:
-                        above.rmdir()
-            raise
-        finally:
-            grid.close()
-    return failed
+    try:
+        with log:
+            yield log, started
+    except UserError:
+        if fresh and not started:
+            with contextlib.suppress(OSError):
+                (output / LOG).unlink()
+                for above in made:
+                    above.rmdir()
+        raise

@@ -170,34 +170,14 @@ def run(args: argparse.Namespace) -> int:
         from promptmix.commands import list as list_command
 
         return list_command.show("", args.plugin)
-    for flag, given in (("--model-dir", args.model_dir), ("--load-epoch", args.load_epoch is not None)):
-        if given and not args.eval_only:
-            raise ConfigError(
-                f"{flag} is for --eval-only; to go on with a run give --resume DIR, to start from its tensors "
-                "MODEL.INIT_WEIGHTS FILE"
-            )
-    for flag, given, beside in (("--no-train", args.no_train, args.eval_only), ("--resume", args.resume, args.eval_only)):
-        if given and beside:
-            raise ConfigError(f"{flag} is for a training, and --eval-only only tests; leave one of the two out")
-    if args.dassl and not args.coop_repo:
-        raise ConfigError(f"--dassl {args.dassl} is for --coop-repo; leave it out, or name a checkout")
+    _refuse_idle_flags(args)
     code = start_devices(args)
     if code is not None:
         return code
     args.device = launch.take_gpu(args.device)
     if launch.place()[1] > 1 and args.coop_repo:
         raise ConfigError("--coop-repo runs another program's trainer, which knows one device; leave --devices out")
-    values: dict[str, Any] = vars(args)
-    options: dict[str, Any] = {
-        "eval_only": args.eval_only,
-        "model_dir": args.model_dir,
-        "load_epoch": args.load_epoch,
-        "no_train": args.no_train,
-        "quiet": args.quiet,
-        "arguments": {key: value for key, value in values.items() if key not in ("argv", "debug", "list", "quiet")},
-        "command": ["promptmix", *args.argv],
-        "plugins": tuple(args.plugin),
-    }
+    options = _run_options(args)
     set_threads(args.threads)
     if args.coop_repo:
         from promptmix.config.flags import load_plugins
@@ -206,7 +186,7 @@ def run(args: argparse.Namespace) -> int:
         load_plugins(args.plugin)
         run_checkout(args.coop_repo, args, **options)
         return 0
-    flags = {flag: (key, values[flag[2:].replace("-", "_")]) for flag, key in FLAGS.items()}
+    flags = {flag: (key, getattr(args, flag[2:].replace("-", "_"))) for flag, key in FLAGS.items()}
     if args.from_run:
         from promptmix.runs.again import read_config
 
@@ -223,6 +203,35 @@ def run(args: argparse.Namespace) -> int:
     with group.joined(choose_device(cfg.DEVICE, cfg.USE_CUDA), cfg.TRAINER.NAME):
         run_one(cfg, **options)
     return 0
+
+
+def _refuse_idle_flags(args: argparse.Namespace) -> None:
+    """Refuse flags that another one would leave without effect."""
+    for flag, given in (("--model-dir", args.model_dir), ("--load-epoch", args.load_epoch is not None)):
+        if given and not args.eval_only:
+            raise ConfigError(
+                f"{flag} is for --eval-only; to go on with a run give --resume DIR, to start from its tensors "
+                "MODEL.INIT_WEIGHTS FILE"
+            )
+    for flag, given in (("--no-train", args.no_train), ("--resume", args.resume)):
+        if given and args.eval_only:
+            raise ConfigError(f"{flag} is for a training, and --eval-only only tests; leave one of the two out")
+    if args.dassl and not args.coop_repo:
+        raise ConfigError(f"--dassl {args.dassl} is for --coop-repo; leave it out, or name a checkout")
+
+
+def _run_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the fields of ``promptmix.runs.run.Asked``."""
+    return {
+        "eval_only": args.eval_only,
+        "model_dir": args.model_dir,
+        "load_epoch": args.load_epoch,
+        "no_train": args.no_train,
+        "quiet": args.quiet,
+        "arguments": {key: value for key, value in vars(args).items() if key not in ("argv", "debug", "list", "quiet")},
+        "command": ["promptmix", *args.argv],
+        "plugins": tuple(args.plugin),
+    }
 
 
 def _refuse_beside_run(args: argparse.Namespace) -> None:

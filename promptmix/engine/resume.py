@@ -11,6 +11,7 @@ import hashlib
 import os
 import random
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -84,28 +85,13 @@ def load_progress(trainer: Trainer, folder: RunFolder) -> dict[str, Any] | None:
     path = folder.progress
     if not path.is_file():
         return None
-    log, names = get_logger(), trainer.get_model_names()
+    log = get_logger()
     log.info("Found checkpoint at %s (will resume training)", folder.path)
     log.info('Loading checkpoint from "%s"', path)
     state = load_checkpoint(path)
-    if state.get("version") != _VERSION or not isinstance(state.get("models"), Mapping):
-        raise CheckpointError(
-            f"{path} is of another form than this promptmix writes; go on with the promptmix that began, or remove the file"
-        )
-    writer, there = state.get("trainer"), list(state["models"])
-    if writer != type(trainer).__name__ or sorted(there) != sorted(names):
-        raise CheckpointError(
-            f"{path} is of {writer} with {', '.join(there) or 'no model'}, not of {type(trainer).__name__} with "
-            f"{', '.join(names) or 'no model'}; resume with the config that began"
-        )
-    data = data_digest(trainer)
-    if data and state.get("data", data) != data:
-        raise CheckpointError(
-            f"{path} was learned on other training pictures than the data set has by now; put them back as they were, choose "
-            "another --output-dir, or remove the file to train again from the start"
-        )
+    _refuse_other(state, trainer, path)
     try:
-        for name in names:
+        for name in trainer.get_model_names():
             saved = state["models"][name]
             load_state_dict_strict(trainer._models[name], saved["state_dict"], f"{path} ({name})")
             optim, sched = trainer._optims[name], trainer._scheds[name]
@@ -127,6 +113,26 @@ def load_progress(trainer: Trainer, folder: RunFolder) -> dict[str, Any] | None:
     trainer.epoch = trainer.start_epoch - 1
     log.info("Previous epoch: %s", state["epoch"])
     return dict(state["random"])
+
+
+def _refuse_other(state: Mapping[str, Any], trainer: Trainer, path: Path) -> None:
+    """Refuse the state of another version, method or set of pictures."""
+    if state.get("version") != _VERSION or not isinstance(state.get("models"), Mapping):
+        raise CheckpointError(
+            f"{path} is of another form than this promptmix writes; go on with the promptmix that began, or remove the file"
+        )
+    writer, there, names = state.get("trainer"), list(state["models"]), trainer.get_model_names()
+    if writer != type(trainer).__name__ or sorted(there) != sorted(names):
+        raise CheckpointError(
+            f"{path} is of {writer} with {', '.join(there) or 'no model'}, not of {type(trainer).__name__} with "
+            f"{', '.join(names) or 'no model'}; resume with the config that began"
+        )
+    data = data_digest(trainer)
+    if data and state.get("data", data) != data:
+        raise CheckpointError(
+            f"{path} was learned on other training pictures than the data set has by now; put them back as they were, choose "
+            "another --output-dir, or remove the file to train again from the start"
+        )
 
 
 def data_digest(trainer: Trainer) -> str:

@@ -130,8 +130,8 @@ def pack(run: str | Path, name: str, hub: Path, epoch: int | None = None, licenc
     clean = _without_machine(record)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent) as room:
-            made = Path(room, "made")
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent) as scratch:
+            made = Path(scratch, "made")
             convert.write_ours(learned, made)
             clean.save(made)
             measured = calibration.read(source)
@@ -172,8 +172,8 @@ def add(folder: str | Path, name: str, hub: Path) -> tuple[Path, str]:
         raise UserError(f"{target} is there already; choose another name by --as NAME, or remove it")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent) as room:
-            made = Path(room, "made")
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent) as scratch:
+            made = Path(scratch, "made")
             for file in (NOTE, *note["files"]):
                 (made / file).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source / file, made / file)

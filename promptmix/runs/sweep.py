@@ -19,7 +19,7 @@ task: {cpus: 4, gpus: 0.5}            # what each run asks Ray or Slurm for; Slu
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -183,24 +183,9 @@ def jobs_of(tree: dict[str, Any], file: Path, plugins: tuple[str, ...]) -> Itera
     seeds, shots = (_integers(tree.get(key, []), f"{where}: {key}") for key in ("seeds", "shots"))
     trainers = [method_entry(value, where) for value in tree["trainers"]]
     datasets = [_entry(value, _DATASET_KEYS, f"{where}: datasets") for value in tree["datasets"]]
-    named = tree.get("variants", {})
-    if "variants" in tree and not named:
-        raise ConfigError(f"{where}: variants is empty, so that nothing would run; name one or more, or leave the key out")
-    if not all(isinstance(name, str) for name in named):
-        raise ConfigError(f"{where}: variants: names must be text, not {', '.join(map(shown, named))}")
-    for name in (*named, *(method["label"] for method in trainers if "label" in method)):
-        if not _FOLDER_NAME.fullmatch(name) or not name.strip(".") or name != name.strip():
-            raise ConfigError(
-                f"{where}: {shown(name)} names a variant or label, which becomes part of a folder's name; "
-                "write it with letters, numbers, '.', '_', '-', '+', '=' and spaces between them"
-            )
-    variants = {name: flat(values, f"{where}: variants.{name}") for name, values in named.items()} or {"": {}}
+    variants = _variants(tree, [method["label"] for method in trainers if "label" in method], where)
     shared = flat(tree.get("set", {}), f"{where}: set")
-    root = tree.get("root", "")
-    if root and not Path(root).is_absolute() and (file.parent / root).is_dir():
-        root = str(file.parent / root)
-    if root and not Path(root).is_dir():
-        raise ConfigError(f"{where}: root {root} is not a folder; name the folder of the data sets, or leave the key out")
+    root = _root(tree.get("root", ""), file)
     for protocol in tree["protocols"]:
         for data in datasets:
             dataset = _located(data["name"], file)
@@ -228,6 +213,31 @@ def jobs_of(tree: dict[str, Any], file: Path, plugins: tuple[str, ...]) -> Itera
                                 root=root,
                                 device=tree.get("device", ""),
                             )
+
+
+def _variants(tree: dict[str, Any], labels: Sequence[str], where: str) -> dict[str, dict[str, Any]]:
+    """Return the overrides of each variant, by name; without variants those of one without a name."""
+    named = tree.get("variants", {})
+    if "variants" in tree and not named:
+        raise ConfigError(f"{where}: variants is empty, so that nothing would run; name one or more, or leave the key out")
+    if not all(isinstance(name, str) for name in named):
+        raise ConfigError(f"{where}: variants: names must be text, not {', '.join(map(shown, named))}")
+    for name in (*named, *labels):
+        if not _FOLDER_NAME.fullmatch(name) or not name.strip(".") or name != name.strip():
+            raise ConfigError(
+                f"{where}: {shown(name)} names a variant or label, which becomes part of a folder's name; "
+                "write it with letters, numbers, '.', '_', '-', '+', '=' and spaces between them"
+            )
+    return {name: flat(values, f"{where}: variants.{name}") for name, values in named.items()} or {"": {}}
+
+
+def _root(root: str, file: Path) -> str:
+    """Return the folder of the data sets, which may be given from the sweep file's folder."""
+    if root and not Path(root).is_absolute() and (file.parent / root).is_dir():
+        root = str(file.parent / root)
+    if root and not Path(root).is_dir():
+        raise ConfigError(f"{file}: root {root} is not a folder; name the folder of the data sets, or leave the key out")
+    return root
 
 
 def _is_read(key: str, protocol: str, tree: dict[str, Any]) -> bool:
