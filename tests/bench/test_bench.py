@@ -182,7 +182,7 @@ def test_compare_wants_two_files_of_one_suite(tmp_path, capsys):
     assert main(["bench", "compare", str(tmp_path / "other.json")]) == 2
     assert "two JSON files" in capsys.readouterr().err
     assert main(["bench", "compare", *[str(tmp_path / "other.json")] * 2]) == 2
-    assert "no file of `promptmix bench --json`" in capsys.readouterr().err
+    assert "not from `promptmix bench --json`" in capsys.readouterr().err
 
 
 def test_scaling_study_counts_all_and_measures_what_is_small_enough(tmp_path):

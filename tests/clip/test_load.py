@@ -84,7 +84,7 @@ def test_a_file_with_code_is_refused(tmp_path):
     [
         (dict(name="ViT-B/17"), RegistryError, "did you mean 'ViT-B/16'"),
         (dict(WEIGHTS="nowhere.pt"), WeightsError, "no such file"),
-        (dict(name="ViT-B-16", TAG="laion5b"), WeightsError, "no pretrained tag of ViT-B-16"),
+        (dict(name="ViT-B-16", TAG="laion5b"), WeightsError, "not a pretrained tag of ViT-B-16"),
         (dict(name="ViT-B-16", TOKENIZER="here"), WeightsError, "uses CLIP's own tokenizer; leave it out"),
     ],
 )

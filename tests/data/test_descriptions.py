@@ -34,11 +34,11 @@ def test_a_folder_holds_a_file_for_each_data_set(tmp_path):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("{", "no valid JSON"),
-        ("[" * 100_000, "no valid JSON"),
+        ("{", "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
         ('{"cat": ["a"], "cat": ["b"]}', "'cat' stands in it twice"),
         ({}, "holds no classes"),
-        (["cat"], "no table of classes"),
+        (["cat"], "not a table of classes"),
         ({"cat": "A cat."}, "class 'cat' has 'A cat.' where a list"),
         ({"cat": []}, r"class 'cat' has \[\] where"),
         ({"cat": ["A cat.", 7]}, "class 'cat' has 7 among"),

@@ -277,9 +277,9 @@ def test_tensors_of_another_type_are_refused(values, words):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ({"state_dict": [1]}, "no dict of named tensors"),
-        ({"state_dict": {"weight": 1}}, "no dict of named tensors"),
-        ({"state_dict": {1: torch.ones(1)}}, "no dict of named tensors"),
+        ({"state_dict": [1]}, "not a dict of named tensors"),
+        ({"state_dict": {"weight": 1}}, "not a dict of named tensors"),
+        ({"state_dict": {1: torch.ones(1)}}, "not a dict of named tensors"),
         ({"state_dict": {}, "epoch": "3"}, "not a number of epochs"),
         ({"state_dict": {}, "epoch": -1}, "not a number of epochs"),
         ({"state_dict": {}, "epoch": 1, "digest": 7}, "digest differs"),

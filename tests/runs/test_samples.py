@@ -103,7 +103,7 @@ def test_pickles_are_never_read(tmp_path):
     arrays["path"] = np.array([Loud()] * 40, dtype=object)
     np.savez(tmp_path / "p.npz", allow_pickle=True, **arrays)
     assert pickle.dumps(Loud())  # it would have been one
-    with pytest.raises(DataError, match="no file of predictions"):
+    with pytest.raises(DataError, match="not a file of predictions"):
         samples.read(tmp_path / "p.npz")
 
 
@@ -125,7 +125,7 @@ def test_arrays_that_do_not_belong_together_are_refused(tmp_path, name, value):
     more = {"expert": torch.zeros(40, 2, dtype=torch.long), "expert_weight": torch.full((40, 2), 0.5)}
     arrays = kept(*made(), router_logit=torch.zeros(40, 4), **more)
     samples.read(write(tmp_path / "fine.npz", arrays))
-    with pytest.raises(DataError, match="no file of predictions"):
+    with pytest.raises(DataError, match="not a file of predictions"):
         samples.read(write(tmp_path / "p.npz", arrays | {name: value}))
 
 
@@ -151,5 +151,5 @@ def test_what_claims_to_be_huge_is_refused(tmp_path):
     write(tmp_path / "p.npz", {name: array for name, array in arrays.items() if name != "log_norm"})
     with zipfile.ZipFile(tmp_path / "p.npz", "a") as pack:
         pack.writestr("log_norm.npy", data.getvalue())
-    with pytest.raises(DataError, match="no file of predictions"):
+    with pytest.raises(DataError, match="not a file of predictions"):
         samples.read(tmp_path / "p.npz")
