@@ -122,7 +122,7 @@ def test_the_config_of_a_run_that_was_cut_off(train, tmp_path, capsys):
 def test_commands_say_what_they_would_pass_over(train, capsys):
     fails(capsys, ["estimate", *train[1:], "--eval-only"], "--eval-only is for a test")
     run = ["run", "few-shot", "--trainer", "CoOp", "--datasets", "EmojiFamilies"]
-    fails(capsys, [*run, "--seeds", "1", "2", "1"], "CoOp EmojiFamilies 16 shots seed 1 is there twice")
+    fails(capsys, [*run, "--seeds", "1", "2", "1"], "CoOp EmojiFamilies 16 shots seed 1 appears twice")
     fails(capsys, [*run, "--seeds", "1", "--shots", "0", "-1"], "are one run twice")
     fails(capsys, ["estimate", *train[1:], "--coop-repo", "x"], "--coop-repo x", "--config-file")
     fails(capsys, [*train, "--dassl", "theirs"], "--dassl theirs is for --coop-repo")
@@ -146,8 +146,8 @@ def test_a_sample_stays_out_of_other_pictures(pictures, capsys):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("OPTIM: {LR: 0.1, LR: 0.2}", "key 'LR' is there twice"),
-        ("a: 1\na: 2", "is there twice"),
+        ("OPTIM: {LR: 0.1, LR: 0.2}", "key 'LR' appears twice"),
+        ("a: 1\na: 2", "appears twice"),
         ("OPTIM: {MAX_EPOCH: 010}", "010 is a number to the base 8 in YAML"),
         ("OPTIM: {LR: 1:30.5}", "1:30.5 is a number to the base 60 in YAML"),
         ("_BASE_: bad.yaml", "leads back to itself"),
@@ -417,7 +417,7 @@ def test_standard_output_that_is_closed_or_full(where, code):
         ("protocols: [[few-shot]]", "must be a list of names"),
         ("trainers: [{name: CoOp, label: a/b}]", "becomes part of a folder's name"),
         ("root: nowhere", "root nowhere is not a folder"),
-        ("seeds: [1]\nseeds: [2]", "'seeds' is there twice"),
+        ("seeds: [1]\nseeds: [2]", "'seeds' appears twice"),
     ],
 )
 def test_sweep_files_that_are_wrong(tmp_path, capsys, line, words):

@@ -63,9 +63,7 @@ def run(args: argparse.Namespace) -> int:
     if about and args.opts:
         raise UserError(f"data {args.action} {args.name} takes no config keys, but got {' '.join(args.opts)}; remove them")
     if about and not args.root:
-        raise UserError(
-            f"data {args.action} {args.name}: --root is missing; name the folder that holds {about.folder}/, or shall"
-        )
+        raise UserError(f"data {args.action} {args.name}: --root is missing; name the folder that holds {about.folder}/, or will")
     if args.action == "prepare":
         if about is None:
             raise UserError(f"data prepare: {args.name} is nothing to download; see `promptmix data list`")
@@ -111,7 +109,7 @@ def _sample(name: str) -> int:
     from promptmix.data.datasets.emoji import SAMPLE, write_sample
 
     if not name:
-        raise UserError("data sample: name the folder that the pictures shall be written to")
+        raise UserError("data sample: name the folder to write the pictures to")
     count = write_sample(Path(name))
     sys.stdout.write(f"{count} pictures of {len(SAMPLE)} classes in {harmless(name)} (OpenMoji, CC BY-SA 4.0)\n")
     return 0

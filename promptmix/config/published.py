@@ -76,7 +76,7 @@ def translated(cfg: CfgNode, pairs: Iterable[tuple[str, Any]], source: str) -> I
         here, meant = theirs.key, theirs.values.get(str(value), value)
         if not here:
             if theirs.instead and str(value) not in theirs.values:
-                raise ConfigError(f"{source}: {key} is {str(value)[:100]!r}, which {name} has not here; {theirs.instead}")
+                raise ConfigError(f"{source}: {key} is {str(value)[:100]!r}, which {name} does not have; {theirs.instead}")
             continue
         here = here if "." in here else f"{own}.{here}"
         before, other = found.setdefault(here, (key, meant))

@@ -20,7 +20,7 @@ _OLD_NUMBER = re.compile(r"[-+]?(0[0-7_]+|[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, which refuses what that takes in silence: a key that is there twice, of which it keeps the last."""
+    """PyYAML's safe loader, which refuses what that takes in silence: a key that appears twice, of which it keeps the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -28,7 +28,7 @@ class _Loader(yaml.SafeLoader):
             if isinstance(key_node, yaml.ScalarNode) and key_node.tag != "tag:yaml.org,2002:merge":
                 if key_node.value in seen:
                     raise yaml.constructor.ConstructorError(
-                        None, None, f"key {key_node.value!r} is there twice; keep one of them", key_node.start_mark
+                        None, None, f"key {key_node.value!r} appears twice; keep one of them", key_node.start_mark
                     )
                 seen.add(key_node.value)
         tree: dict[Any, Any] = super().construct_mapping(node, deep)

@@ -110,7 +110,7 @@ def to_ours(trainer: str, state: Mapping[str, Tensor], source: str) -> Learned:
     if strange:
         more = f" and {len(strange) - 4} more" if len(strange) > 4 else ""
         raise CheckpointError(
-            f"{source}: {', '.join(strange[:4])}{more} is not known of {trainer} as its authors saved it; "
+            f"{source}: {', '.join(strange[:4])}{more} does not belong to {trainer} as its authors saved it; "
             "name the trainer that wrote the checkpoint"
         )
     return Learned(trainer, models, source, frozen=frozen)

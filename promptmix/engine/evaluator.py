@@ -86,7 +86,7 @@ class Classification(EvaluatorBase):
             raise DataError("there is nothing to evaluate: the split has no items; check DATASET and TEST.SPLIT")
         if torch.stack(self._nan).any():
             raise TrainingError(
-                "the model's scores are NaN, so that no class can be told; train with a lower OPTIM.LR, "
+                "the model's scores are NaN, so no class can be chosen; train with a lower OPTIM.LR, "
                 "or with TRAIN.CLIP_GRAD_NORM 1.0"
             )
         true, predicted = torch.cat(self._true).cpu(), torch.cat(self._predicted).cpu()

@@ -115,7 +115,7 @@ class OpenWorld(EvaluatorBase):
         is_base, right, right_of_all, score = (torch.cat(column).cpu().numpy() for column in zip(*self._seen, strict=True))
         if np.isnan(score).any():
             raise TrainingError(
-                "the model's scores are NaN, so that no class can be told; train with a lower OPTIM.LR, "
+                "the model's scores are NaN, so no class can be chosen; train with a lower OPTIM.LR, "
                 "or with TRAIN.CLIP_GRAD_NORM 1.0"
             )
         sides = is_base, ~is_base

@@ -130,7 +130,7 @@ def _refuse_other(state: Mapping[str, Any], trainer: Trainer, path: Path) -> Non
     data = data_digest(trainer)
     if data and state.get("data", data) != data:
         raise CheckpointError(
-            f"{path} was learned on other training pictures than the data set has by now; put them back as they were, choose "
+            f"{path} was learned on other training pictures than the data set has now; put them back as they were, choose "
             "another --output-dir, or remove the file to train again from the start"
         )
 

@@ -57,7 +57,7 @@ def open_run(
 
     Args:
         run: the folder.
-        root: folder of the data sets. A run may be somebody else's, so that no place is read only since it says so; the embedded
+        root: folder of the data sets. A run may be somebody else's, so no place is read just because it says so; the embedded
             data sets need none.
         weights: file of the backbone, where the run had one of its own.
         epoch: which checkpoint; None = the one that the run was tested with.

@@ -91,7 +91,7 @@ def load(
         reading: ``upright`` (EXIF turns, transparent on white) or ``benchmark`` (as CoOp reads); "" = the run's
             ``INPUT.READING``, and upright where that is ``auto``, whatever the run was trained on: the pictures are the user's.
         weights: file of the backbone, where the run had one of its own (``MODEL.BACKBONE.WEIGHTS``). A run may be somebody
-            else's, so that no file is opened only since a run names it.
+            else's, so that no file is opened just because a run names it.
         descriptions: file or folder of sentences about the classes, for methods that read them (``DATASET.DESCRIPTIONS``), where
             the run had one of its own or class names are new to it.
         temperature: scores are divided by it before they become probabilities; None = the one that was fitted on the run's val
@@ -301,7 +301,7 @@ class Predictor:
             logits, _ = learner.infer(given, classifier)
             seen = embedding_of(learner, given).float().cpu() if embeddings else None
         if bool(logits.isnan().any()):
-            raise CheckpointError(f"scores of the run in {self._folder} are NaN, so that no class can be told; train it again")
+            raise CheckpointError(f"scores of the run in {self._folder} are NaN, so no class can be chosen; train it again")
         probabilities = (logits.float() / self.temperature).softmax(dim=-1).cpu()
         ranked, order = probabilities.sort(dim=-1, descending=True, stable=True)
         return [
@@ -382,15 +382,15 @@ def forget_places(cfg: CfgNode, folder: Path, weights: str, descriptions: str) -
     recorded = cfg.MODEL.BACKBONE.WEIGHTS
     if recorded and not weights and not is_own_place(recorded):
         raise WeightsError(
-            f"the run in {folder} had its backbone from {recorded}; a run may be somebody else's, so no file is opened only "
-            f'since it says so: name the file yourself, with --weights {recorded} (in Python weights="{recorded}")'
+            f"the run in {folder} had its backbone from {recorded}; a run may be somebody else's, so no file is opened just "
+            f'because it says so: name the file yourself, with --weights {recorded} (in Python weights="{recorded}")'
         )
     cfg.MODEL.BACKBONE.WEIGHTS = weights or recorded
     sentences = cfg.DATASET.DESCRIPTIONS
     if sentences and not descriptions:
         raise DataError(
             f"the run in {folder} read sentences about its classes from {sentences}; a run may be somebody else's, so no file "
-            f'is opened only since it says so: name it yourself, with --descriptions {sentences} (in Python descriptions="...")'
+            f'is opened just because it says so: name it yourself, with --descriptions {sentences} (in Python descriptions="...")'
         )
     cfg.DATASET.DESCRIPTIONS = descriptions
     for key in places_of_parts(cfg):

@@ -24,7 +24,7 @@ class Album:
 
     Args:
         root: folder below which pictures may be opened besides the embedded ones; "" = none. A run may be somebody else's, and a
-            page is made to be sent, so that no picture gets into it only since a run names it.
+            page is made to be sent, so that no picture gets into it just because a run names it.
     """
 
     def __init__(self, root: str = "") -> None:

@@ -135,13 +135,13 @@ def refuse_absent_val(cfg: CN, trainer: Any) -> None:  # a trainer with Dassl's 
 
 
 def refuse_other_classes(before: RunResult, now: RunResult, folder: Path) -> None:
-    """Refuse to go on where the data set has other classes by now than the run had."""
+    """Refuse to go on where the data set has other classes than the run had."""
     theirs, ours = before.vocabulary.get("classnames"), now.vocabulary.get("classnames")
     if theirs and ours and theirs != ours:
         odd = sorted(set(theirs) ^ set(ours))
         what = f"{odd[0]!r} is {'gone' if odd[0] in theirs else 'new'}" if odd else "they stand in another order"
         raise UserError(
-            f"{folder} holds a run on {len(theirs)} classes, and the data set has {len(ours)} by now ({what}); "
+            f"{folder} holds a run on {len(theirs)} classes, and the data set now has {len(ours)} ({what}); "
             "choose another --output-dir, or remove that folder"
         )
 

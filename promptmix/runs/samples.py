@@ -186,4 +186,4 @@ def _check(found: Mapping[str, np.ndarray]) -> None:
         if not np.isfinite(found[name]).all():
             raise ValueError(f"its array {name} holds what is not a number")
     if "expert" in found and not 0 <= found["expert"].min() <= found["expert"].max() < found["router_logit"].shape[1]:
-        raise ValueError("its array expert names experts that there are not")
+        raise ValueError("its array expert names experts that do not exist")

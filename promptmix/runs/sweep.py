@@ -112,7 +112,7 @@ def refuse_shared_folders(jobs: Iterable[Job], where: str) -> None:
     for job in jobs:
         other = places.setdefault(job.folder.casefold(), job)
         if other is not job and other.folder == job.folder:
-            raise ConfigError(f"{where}: {job.name} ({job.protocol}) is there twice; give one of the trainers a `label`")
+            raise ConfigError(f"{where}: {job.name} ({job.protocol}) appears twice; give one of the trainers a `label`")
         if other is not job:
             raise ConfigError(f"{where}: {other.folder} and {job.folder} differ in case alone; choose another name for one")
 
@@ -288,7 +288,7 @@ def flat(tree: Any, where: str, prefix: str = "") -> dict[str, Any]:
         inner = flat(value, where, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
         twice = sorted(found.keys() & inner.keys())
         if twice:
-            raise ConfigError(f"{where}: {twice[0]} is there twice, nested and with dots; leave one out")
+            raise ConfigError(f"{where}: {twice[0]} appears twice, nested and with dots; leave one out")
         found |= inner
     return found
 

@@ -255,7 +255,7 @@ def test_keys_of_the_authors_are_ours(line, expected):
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ("ADAPTER TRAINER.ADAPTER.ENHANCED_BASE x.pt", "ENHANCED_BASE is 'x.pt', which CLAP has not here; give none"),
+        ("ADAPTER TRAINER.ADAPTER.ENHANCED_BASE x.pt", "ENHANCED_BASE is 'x.pt', which CLAP does not have; give none"),
         ("ALVLM TRAINER.COOPAL.METHOD badge", "rounds are the protocol: promptmix run active"),
         (
             "CoOp_ATP TRAINER.ATPROMPT.N_ATT1 2 TRAINER.ATPROMPT.N_ATT2 4",

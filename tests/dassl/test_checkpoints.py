@@ -154,7 +154,7 @@ def test_types_that_nothing_is_learned_in_are_not_handed_on(tmp_path):
 
 def test_a_left_over_name_is_an_error(tmp_path):
     folder = save(tmp_path, "kgcoop", {**theirs("kgcoop"), "adapter.fc.weight": torch.zeros(1)})
-    with pytest.raises(CheckpointError, match=r"adapter.fc.weight is not known of KgCoOp as its authors saved it"):
+    with pytest.raises(CheckpointError, match=r"adapter.fc.weight does not belong to KgCoOp as its authors saved it"):
         convert.find_theirs(folder, "KgCoOp")
     with pytest.raises(CheckpointError, match="which method wrote it"):
         convert.read(folder)

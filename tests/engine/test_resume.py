@@ -152,6 +152,6 @@ def test_other_training_pictures_are_refused(tmp_path):
         return made
 
     trainer("1.png", "2.png").train(0, 1)
-    with pytest.raises(CheckpointError, match="other training pictures than the data set has by now"):
+    with pytest.raises(CheckpointError, match="other training pictures than the data set has now"):
         trainer("1.png", "3.png").train(0, 2)
     trainer("1.png", "2.png").train(0, 2)

@@ -336,7 +336,7 @@ def test_missing_extra_is_one_line(name, module, monkeypatch):
         ({"variants": {}}, ["variants is empty"]),
         ({"variants": {"": {}, "slow": {"OPTIM.LR": 0.1}}}, ["''", "variant or label"]),
         ({"variants": {"slow ": {}}}, ["'slow '", "variant or label"]),
-        ({"set": {"OPTIM.LR": 1.0, "OPTIM": {"LR": 2.0}}}, ["OPTIM.LR is there twice"]),
+        ({"set": {"OPTIM.LR": 1.0, "OPTIM": {"LR": 2.0}}}, ["OPTIM.LR appears twice"]),
         ({"variants": {"short": 3}}, ["variants.short", "mapping"]),
         ({"plugins": ["missing_plugin.py"]}, ["missing_plugin.py"]),
         ({"task": {"gpu": 1}}, ["task", "unknown key 'gpu'", "did you mean 'gpus'"]),
