@@ -109,7 +109,7 @@ def values_layer(block: nn.Module, x: Tensor, own: LayerChanges | None = None) -
     Raises:
         ConfigError: the block is not open_clip's, or an action there does not change each token on its own.
     """
-    if not is_standard(block) or not _alone(own):
+    if not is_standard(block) or not (own is None or own.action is None or own.action.alone):
         raise ConfigError(
             f"last-block values need a CLIP layer at the end that no action looks across, not {type(block).__name__}; "
             "choose a backbone such as ViT-B/16, or patches instead of values"
@@ -244,10 +244,6 @@ def _attend(
         mask = mask if mask is None else F.pad(mask, (0, extra.shape[-2]))
     memory = recalled(block, own)
     return attention(query, key, value, block.attn.num_heads, mask if mask is None else mask.to(normed.dtype), memory)
-
-
-def _alone(own: LayerChanges | None) -> bool:
-    return own is None or own.action is None or own.action.alone
 
 
 def _call(module: nn.Module, x: Tensor, own: LayerChanges | None, name: str) -> Tensor:

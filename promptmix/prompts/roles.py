@@ -175,12 +175,9 @@ class LossSum:
 def takes_step(cls: type, method: str, before: str, now: str) -> None:
     """Refuse a class whose own ``method`` still has the signature ``before``."""
     own = vars(cls).get(method)
-    if own is not None and len(inspect.signature(own).parameters) != 2 or f"{method}({_second(own)})" == before:
+    arguments = list(inspect.signature(own).parameters) if own is not None else ["self", "step"]
+    if len(arguments) != 2 or f"{method}({arguments[1]})" == before:
         raise PluginError(f"{cls.__module__}.{cls.__qualname__}: {before} is now {method}(step); read {now}")
-
-
-def _second(method: Any) -> str:
-    return "" if method is None else list(inspect.signature(method).parameters)[1]
 
 
 def check_parts(parts: Sequence[Component], bank: PromptBank, head: Head) -> None:
@@ -204,11 +201,6 @@ def check_parts(parts: Sequence[Component], bank: PromptBank, head: Head) -> Non
             f"{type(head).__name__} reads patches, and {name} mixes features of whole images alone with frozen ones; choose "
             "another of the two"
         )
-
-
-def component_node(cfg: CfgNode, role: str, name: str) -> CfgNode:
-    """Return the settings of component ``name`` in ``role``."""
-    return cfg[role][name.upper()]
 
 
 def build_component(cfg: CfgNode, role: str, default: type | str, task: Task, *parts: Any) -> Any:
@@ -250,7 +242,7 @@ def build_losses(cfg: CfgNode, role: str, default: type | str, task: Task, bank:
 
 def _build(cfg: CfgNode, role: str, name: str, task: Task, *parts: Any) -> Any:
     component = ROLES[role].get(name)
-    settings = {key.lower(): value for key, value in component_node(cfg, role, name).items()}
+    settings = {key.lower(): value for key, value in cfg[role][name.upper()].items()}
     try:
         return component(task, *parts, **settings)
     except SettingError as error:
