@@ -151,15 +151,16 @@ def refuse_choice_on_test(cfg: CN, trainer: Any) -> None:  # a trainer with Dass
 
     Own pictures of which all are tested can't be trained on either.
     """
-    own = getattr(getattr(trainer, "dm", None), "dataset", None)
-    if count_learned(trainer) and getattr(own, "all_tested", False):
+    if not count_learned(trainer):
+        return
+    dataset = getattr(getattr(trainer, "dm", None), "dataset", None)
+    if getattr(dataset, "all_tested", False):
         raise ConfigError(
             f"DATASET.{cfg.DATASET.NAME.upper()}.SPLIT_RATIO is (0, 0, 1): all pictures are tested, so none are there to learn "
             "from; give the shares of train, val and test, such as (0.5, 0.2, 0.3)"
         )
-    if cfg.TEST.FINAL_MODEL != "best_val" or cfg.TEST.NO_TEST or not count_learned(trainer):
+    if cfg.TEST.FINAL_MODEL != "best_val" or cfg.TEST.NO_TEST:
         return
-    dataset = getattr(getattr(trainer, "dm", None), "dataset", None)
     if getattr(trainer, "val_loader", None) is None:
         raise ConfigError(
             f"TEST.FINAL_MODEL is 'best_val', but {cfg.DATASET.NAME} has no val part here, so the best epoch would be chosen on "
