@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from promptmix.cli import main
+from promptmix.config import get_cfg, validate
 from promptmix.errors import PluginError, UserError
 from promptmix.plugin_manager import get_plugin_manager, load_plugin, switch_off
-from promptmix.registry import PROTOCOL_REGISTRY, REGISTRIES
+from promptmix.registry import PROTOCOL_REGISTRY, REGISTRIES, ROLES
 from tests import forked
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -173,6 +174,24 @@ def unloaded():
         manager.unregister(plugin)
     for kind, registry in REGISTRIES.items():
         registry.restore(entries[kind])
+
+
+@pytest.mark.usefixtures("unloaded")
+def test_a_plugin_adds_to_every_registry(tmp_path):
+    known = {kind: registry.registered_names()[0] for kind, registry in REGISTRIES.items()}
+    again = (
+        f"@hookimpl\ndef register_{kind}(registry):\n    registry.register(registry.get({name!r}), name='Again')\n"
+        for kind, name in known.items()
+    )
+    (tmp_path / "again.py").write_text(HOOK + "".join(again))
+    load_plugin(str(tmp_path / "again.py"))
+    for kind, registry in REGISTRIES.items():
+        assert registry.get("Again") is registry.get(known[kind])
+    cfg = get_cfg()
+    assert all("AGAIN" in cfg[role] for role in ("TRAINER", *ROLES))
+    cfg.TRAINER.NAME, cfg.TEST.EVALUATOR, cfg.DATASET.NAME = "CoOp", "Again", "Again"
+    cfg.MODEL.BACKBONE.NAME = "Again"
+    validate(cfg)
 
 
 @pytest.mark.usefixtures("unloaded")

@@ -40,3 +40,12 @@ def test_what_inference_mode_left_in_caches_serves_steps_that_learn():
     features.sum().backward()
     torch.testing.assert_close(features, prompts)
     assert learned.grad.abs().max() > 0
+
+
+def test_patch_features_are_normalised():
+    clip, one = golden_clip(), images()[:1]
+    image, patches = clip.encode_both(one)
+    assert patches.shape == (1, clip.image.patches, clip.embed_dim)
+    torch.testing.assert_close(patches.norm(dim=-1), torch.ones(1, clip.image.patches))
+    torch.testing.assert_close(clip.encode_tokens(one), patches)
+    torch.testing.assert_close(clip.encode_image(one), image)
