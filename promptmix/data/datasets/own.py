@@ -59,12 +59,7 @@ class _Own(AssembledDataset):
             raise DataError(
                 f"no pictures in classes in {where}; ImageFolder reads CLASS/a.jpg or train/CLASS/a.jpg, CSV rows path,label"
             )
-        for _, domain, label, path in found:
-            for name in filter(None, (domain, names.get(label, label))):
-                if not is_name(name):
-                    raise DataError(
-                        f"{ascii(path)}: its class or domain {ascii(name)} is not UTF-8 text that can be seen; rename it"
-                    )
+        _refuse_unreadable_names(found, names)
         self.domains = sorted({domain for _, domain, _, _ in found})
         self.templates = list(node.TEMPLATES)
         self.template_groups = groups_of(self.templates)
@@ -83,18 +78,7 @@ class _Own(AssembledDataset):
             splits = self._split([datum(entry) for entry in found], node, where)
         self.all_tested = splits["train"] is splits["test"]
         splits = self._choose_domains(cfg, splits)
-        for part in ("train", "test"):
-            if not splits[part]:
-                raise DataError(f"{where} has no {part} pictures; add some, or put all into one folder or list that is split")
-        twins = alike(item.classname for items in splits.values() for item in items)
-        if twins:
-            raise DataError(
-                f"{where}: {len(twins)} class names are there more than once but for case or underscores, such as "
-                f"{' and '.join(map(repr, twins[0]))}, which no prompt can tell apart; put them together or rename one"
-            )
-        strange = {item.classname for item in splits["test"]} - {item.classname for item in splits["train"]}
-        if strange:
-            raise DataError(f"{where}: class {sorted(strange)[0]!r} has test but no training pictures; add some or move it away")
+        _refuse_unusable(splits, where)
         # Some domains may lack a class: labels count those that are trained on.
         present = {label: place for place, label in enumerate(sorted({item.label for item in splits["train"]}))}
         splits = {part: renumbered([i for i in items if i.label in present], present) for part, items in splits.items()}
@@ -139,6 +123,29 @@ class _Own(AssembledDataset):
         self.is_input_domain_valid([*sources_, *targets])
         kept = {"train": sources_, "val": sources_, "test": targets}
         return {part: [item for item in items if self.domains[item.domain] in kept[part]] for part, items in splits.items()}
+
+
+def _refuse_unreadable_names(found: list[Found], names: dict[str, str]) -> None:
+    for _, domain, label, path in found:
+        for name in filter(None, (domain, names.get(label, label))):
+            if not is_name(name):
+                raise DataError(f"{ascii(path)}: its class or domain {ascii(name)} is not UTF-8 text that can be seen; rename it")
+
+
+def _refuse_unusable(splits: dict[str, list[Datum]], where: Path) -> None:
+    """Refuse parts that nothing can be learned from or tested on, and classes that a prompt can't tell apart."""
+    for part in ("train", "test"):
+        if not splits[part]:
+            raise DataError(f"{where} has no {part} pictures; add some, or put all into one folder or list that is split")
+    twins = alike(item.classname for items in splits.values() for item in items)
+    if twins:
+        raise DataError(
+            f"{where}: {len(twins)} class names are there more than once but for case or underscores, such as "
+            f"{' and '.join(map(repr, twins[0]))}, which no prompt can tell apart; put them together or rename one"
+        )
+    trained, tested = ({item.classname for item in splits[part]} for part in ("train", "test"))
+    if strange := sorted(tested - trained):
+        raise DataError(f"{where}: class {strange[0]!r} has test but no training pictures; add some or move it away")
 
 
 def _in_order(labels: Iterable[str]) -> list[str]:
