@@ -1,4 +1,4 @@
-"""Checkpoints of the CoOp family in their authors' layout and in ours: one table of names, read both ways.
+"""Checkpoints of the CoOp family in their authors' layout and in ours: each method states one layout, read both ways.
 
 The authors' trainers save either the prompt learner alone (``ctx``) or the whole model with the frozen CLIP in it
 (``prompt_learner.ctx``, ``image_encoder.VPT``, ...), always with buffers of the class names. What is learned is renamed, what is
@@ -89,7 +89,7 @@ def to_ours(trainer: str, state: Mapping[str, Tensor], source: str) -> Learned:
         source: where it comes from, for messages.
 
     Raises:
-        CheckpointError: the method is not in the table, or a name is neither learned nor known to be of no use.
+        CheckpointError: no layout of the method is known, or a name is neither learned nor known to be of no use.
     """
     layout = layout_of(trainer)
     models: dict[str, dict[str, Tensor]] = {LEARNER: {}}
@@ -120,7 +120,7 @@ def to_theirs(learned: Learned) -> dict[str, Tensor]:
     """Return the learned tensors by the authors' names.
 
     Raises:
-        CheckpointError: the method is not in the table, or the authors' code has no place for a tensor.
+        CheckpointError: no layout of the method is known, or the authors' code has no place for a tensor.
     """
     layout = layout_of(learned.trainer)
     state: dict[str, Tensor] = {}
@@ -147,7 +147,7 @@ def layout_of(trainer: str) -> Layout:
     """Return the authors' layout of a method.
 
     Raises:
-        CheckpointError: the table has none.
+        CheckpointError: none is known.
     """
     known = layouts()
     if trainer not in known:
@@ -167,7 +167,7 @@ def find_theirs(directory: str | Path, trainer: str, epoch: int | None = None) -
         epoch: which checkpoint; None = the best, as in Dassl.
 
     Returns:
-        None where the folder is not in the authors' layout (or the method not in the table).
+        None where the folder is not in the authors' layout (or no layout of the method is known).
 
     Raises:
         CheckpointError: it is, but the file can't be read or holds something unknown.
@@ -267,7 +267,7 @@ def _refuse_types(tensors: Mapping[str, Tensor], source: str) -> None:
 
 
 def _guess(checkpoint: Mapping[str, Any], path: Path) -> str:
-    """Return the only method of the table whose names these are.
+    """Return the only method whose layout has these names.
 
     Raises:
         CheckpointError: there are several, or none.
