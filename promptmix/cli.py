@@ -13,7 +13,7 @@ from typing import NoReturn
 from promptmix import console
 from promptmix.commands import COMMANDS
 from promptmix.console import signals
-from promptmix.errors import UserError
+from promptmix.errors import UserError, words_of
 from promptmix.files.text import harmless
 from promptmix.registry import closest
 from promptmix.version import __version__
@@ -115,7 +115,7 @@ def _signal(error: BaseException) -> int:
     """
     if isinstance(error, KeyboardInterrupt):
         return getattr(error, "number", signal.SIGINT)
-    return signals.received(wait=0.5 if "killed by signal" in str(error) else 0.0)
+    return signals.received(wait=0.5 if "killed by signal" in words_of(error) else 0.0)
 
 
 def _report(error: BaseException) -> int:

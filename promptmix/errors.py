@@ -63,4 +63,13 @@ class TrainingError(UserError, FloatingPointError):
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Tell whether ``error`` means that memory, of the GPU or of the machine, did not suffice: by PyTorch's words, without it."""
-    return isinstance(error, MemoryError) or "can't allocate memory" in str(error) or "out of memory" in str(error)
+    words = words_of(error)
+    return isinstance(error, MemoryError) or "can't allocate memory" in words or "out of memory" in words
+
+
+def words_of(error: BaseException) -> str:
+    """Return an exception's own words; none where it can't say them."""
+    try:
+        return str(error)
+    except Exception:  # a plugin's may fail in its turn
+        return ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import sys
 from collections import ChainMap
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from promptmix.errors import PluginError, RegistryError
 
 Part = TypeVar("Part", bound=type)
 
+_NAME = re.compile(r"\w[\w.+@:-]*(/\w[\w.+@:-]*)*")
 #: Where ``register`` writes the name of a class.
 _MARK = "promptmix_name"
 
@@ -40,11 +42,16 @@ class Registry:
         """Add ``obj`` under ``name`` (default: its ``__name__``); without ``obj``, return a decorator.
 
         Raises:
-            RegistryError: the name is taken by something else; choose another, or pass ``force=True`` to replace it.
+            RegistryError: it is not a name for YAML and folders, or is taken by something else; choose another, or pass
+                ``force=True`` to replace it.
         """
         if obj is None:
             return lambda later: self.register(later, name=name, force=force)
-        key = name or obj.__name__
+        key = obj.__name__ if name is None else name
+        if not isinstance(key, str) or not _NAME.fullmatch(key):
+            raise RegistryError(
+                f"{self.kind} {key!r} is not a name; give letters, numbers, '_', '.', '+', '-', such as 'ViT-B/16'"
+            )
         if self._entries.maps[0].get(key, obj) is not obj and not force:
             raise RegistryError(
                 f"{self.kind} {key!r} is registered already by {self.origin(key)}; "

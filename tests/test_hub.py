@@ -188,6 +188,7 @@ def test_the_card_is_markdown_with_a_head(run, packed, tmp_path):
     assert "\\\\\\[z]" in shown and "\u202e" not in shown and shown.count("\n---\n") == 1
     assert "<script>" not in shown and "\n# c" not in shown and "&lt;script&gt;" in shown and "None is stated" in shown
     assert main(["card", str(run), str(run)]) == 2
+    assert main(["card", str(run), "--out", str(run / "results.json")]) == 2 and results.load(run / "results.json")
     assert main(["card", str(run), "--out", str(tmp_path / "CARD.md")]) == 0
     assert (tmp_path / "CARD.md").read_text(encoding="utf-8").startswith("---\nlibrary_name")
 

@@ -147,6 +147,9 @@ def test_registry_refuses_a_taken_name_and_lists_choices():
     with pytest.raises(RegistryError, match="registered already"):
         registry.register(list, name="A")
     assert registry.register(list, name="A", force=True) is list
+    for odd in ("", "../x", "a + b", "a\x1b[31m", 5):
+        with pytest.raises(RegistryError, match="is not a name"):
+            registry.register(set, name=odd)
     with pytest.raises(RegistryError, match=r"unknown router 'a'; did you mean 'A'\? \(choices: A\)"):
         registry.get("a")
 

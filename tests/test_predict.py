@@ -13,6 +13,7 @@ import promptmix
 from promptmix.assets import asset_path
 from promptmix.cli import main
 from promptmix.config import get_cfg, merge_opts
+from promptmix.engine.checkpoint import load_checkpoint, save_plain
 from promptmix.errors import CheckpointError, ConfigError, DataError
 from promptmix.runs.run import run
 
@@ -235,3 +236,13 @@ def test_pictures_without_pixels_and_closed_ones_are_one_line(tmp_path):
         pass
     with pytest.raises(ConfigError, match="give paths"):
         list(each(file))
+
+
+def test_tensors_of_another_backbone_are_refused(runs, tmp_path):
+    run_ = shutil.copytree(runs / "CoOp", tmp_path / "run")
+    path = run_ / "prompt_learner" / "model.pth.tar-2"
+    state = load_checkpoint(path)
+    assert state["backbone"] == OPTS["MODEL.BACKBONE.NAME"]
+    save_plain(state | {"backbone": "ViT-B/16"}, path)
+    with pytest.raises(CheckpointError, match="learned with the backbone ViT-B/16"):
+        promptmix.load(run_)

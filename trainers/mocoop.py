@@ -67,7 +67,9 @@ class MoCoOp(PromptTrainer):
         text_weight: Annotated[float, Setting("factor on the text supervision", low=0)] = 5.0,
         gate_weight: Annotated[float, Setting("factor on the router's loss", low=0)] = 1.0,
         tune_layernorm: Annotated[bool, Setting("also train ln_1 and ln_2 of the image tower's layers")] = False,
-        layernorm_lr_factor: Annotated[float, Setting("their learning rate over OPTIM.LR", above=0)] = 0.1,
+        layernorm_lr_factor: Annotated[
+            float, Setting("their learning rate over OPTIM.LR", above=0, needs=(("TRAINER.MOCOOP.TUNE_LAYERNORM", (True,)),))
+        ] = 0.1,
     ) -> Learner:
         """Return the experts with their router and the loss L_ce + L_gate + 5 L_text."""
         bank = self.bank(task)

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from promptmix import register
 from promptmix.clip.projection import last_map
 from promptmix.config.declare import Setting
+from promptmix.errors import SettingError
 from promptmix.prompts.heads import Cosine
 from promptmix.prompts.learner import Learner
 from promptmix.prompts.losses import CrossEntropy
@@ -92,5 +93,7 @@ class ProLIP(PromptTrainer):
         shots = self.cfg.DATASET.NUM_SHOTS
         if shots < 1:
             shots = max(len(task.train_labels) / len(task.classnames), 1)
+        if -1 < lambda_ < 0:
+            raise SettingError("lambda", lambda_, "which is not a weight; give 0 or more, or -1 for 1 / shots")
         weight = 1 / shots if lambda_ < 0 else lambda_
         return Learner(task, bank, head=Cosine(task, bank, scale), loss=CrossEntropy() + weight * NearStart(bank))

@@ -31,6 +31,7 @@ from yacs.config import CfgNode
 
 from promptmix import register
 from promptmix.clip import split_template
+from promptmix.config.core import ADAMS
 from promptmix.config.declare import Setting
 from promptmix.config.published import Theirs
 from promptmix.engine.layout import Layout, Rule, linear
@@ -141,7 +142,7 @@ class TCP(PromptTrainer):
         layer: Annotated[int, Setting("text block, from 0, before which tokens become class-aware", low=1)] = 8,
         template: Annotated[str, Setting('behind the context, such as "{}, a type of pet."; "" = the authors\'')] = "",
         hard_template: Annotated[str, Setting("hand-written prompt; \"\" = the authors', else the data set's first")] = "",
-        adam_eps: Annotated[float, Setting("Adam's eps; other optimizers ignore it", above=0)] = 1e-3,
+        adam_eps: Annotated[float, Setting("Adam's eps", above=0, needs=(("OPTIM.NAME", ADAMS),))] = 1e-3,
     ) -> Learner:
         """Return the class-aware prompt with the loss L_ce + omega L_kg."""
         name = self.cfg.DATASET.NAME

@@ -91,14 +91,17 @@ def extend_config(cfg: CfgNode) -> None:
     """Declare the nodes of both."""
     wandb, mlflow = CfgNode(), CfgNode()
     cfg.LOGGER.WANDB, cfg.LOGGER.MLFLOW = wandb, mlflow
+    tracked, served = ((((f"LOGGER.{node}.ENABLED", (True,)),)) for node in ("WANDB", "MLFLOW"))
     declare(wandb, "ENABLED", False, Setting("track trainings with Weights & Biases (extra wandb)"))
-    declare(wandb, "PROJECT", "promptmix", Setting("its project"))
-    declare(wandb, "ENTITY", "", Setting('user or team; "" = your own'))
+    declare(wandb, "PROJECT", "promptmix", Setting("its project", needs=tracked))
+    declare(wandb, "ENTITY", "", Setting('user or team; "" = your own', needs=tracked))
     modes = ("offline", "online", "disabled")
-    declare(wandb, "MODE", "offline", Setting("offline keeps it on this machine until `wandb sync`", choices=modes))
+    declare(
+        wandb, "MODE", "offline", Setting("offline keeps it on this machine until `wandb sync`", choices=modes, needs=tracked)
+    )
     declare(mlflow, "ENABLED", False, Setting("track trainings with MLflow (extra mlflow)"))
-    declare(mlflow, "URI", "", Setting('tracking server or store; "" = <OUTPUT_DIR>/mlflow.db'))
-    declare(mlflow, "EXPERIMENT", "promptmix", Setting("its experiment"))
+    declare(mlflow, "URI", "", Setting('tracking server or store; "" = <OUTPUT_DIR>/mlflow.db', needs=served))
+    declare(mlflow, "EXPERIMENT", "promptmix", Setting("its experiment", needs=served))
 
 
 @hookimpl

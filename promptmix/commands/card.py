@@ -11,7 +11,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="output folder of a run that trained, then those of its evaluations")
-    add("--out", default="", metavar="FILE", help="default: print it")
+    add("--out", default="", metavar="FILE", help="FILE.md; default: print it")
     add("--name", default="", help="what the prompts are called; default: method and data set")
     add("--license", default="", metavar="ID", help="of the learned numbers, such as mit; default: none is stated")
 
@@ -22,11 +22,13 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: a folder holds no run, or the file can't be written.
     """
-    from promptmix.errors import DataError
+    from promptmix.errors import DataError, UserError
     from promptmix.runs.card import card_of
     from promptmix.runs.results import RunResult, read_run
     from promptmix.utils import atomic_write
 
+    if args.out and Path(args.out).suffix.lower() != ".md":  # it may be a record's name, which would be lost
+        raise UserError(f"--out {args.out}: must name a file that ends in .md")
     found: list[RunResult] = []
     for folder in args.runs:
         one = read_run(folder)

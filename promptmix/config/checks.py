@@ -55,6 +55,12 @@ def _reads(cfg: CfgNode, key: str) -> bool:
     return name not in TRAINER_REGISTRY or key not in getattr(TRAINER_REGISTRY.get(name), "ignores", ())
 
 
+def _has_role(cfg: CfgNode, role: str) -> bool:
+    """Tell whether the chosen trainer may have a part of this role; one that is unknown here is refused elsewhere."""
+    name = cfg.TRAINER.NAME
+    return name not in TRAINER_REGISTRY or role in getattr(TRAINER_REGISTRY.get(name), "roles", (role,))
+
+
 #: Keys that data sets or trainers of others read: (beginnings of keys, when they are read, what to set for that).
 _READ: list[tuple[tuple[str, ...], Callable[[CfgNode], bool], str]] = [
     (_OF_DASSLS_SETS, lambda cfg: not _is_ours(DATASET_REGISTRY, cfg.DATASET.NAME), "DATASET.NAME to a plugin's that reads it"),
@@ -67,6 +73,12 @@ _READ: list[tuple[tuple[str, ...], Callable[[CfgNode], bool], str]] = [
         ("DATALOADER.TRAIN_U.", "TRAIN.COUNT_ITER"),
         lambda cfg: _reads(cfg, "DATASET.UNLABELED"),
         "TRAINER.NAME to one that takes unlabelled pictures",
+    ),
+    (("MODEL.SPARSE_EXPERTS",), lambda cfg: _has_role(cfg, "ROUTER"), "TRAINER.NAME to one with a router"),
+    (
+        ("DATALOADER.RETURN_IMG0",),
+        lambda cfg: not _is_ours(TRAINER_REGISTRY, cfg.TRAINER.NAME),
+        "TRAINER.NAME to one that reads img0",
     ),
 ]
 

@@ -22,6 +22,7 @@ PIPELINES = ("exact", "fast")
 INTERPOLATIONS = ("bilinear", "bicubic", "nearest")
 SAMPLERS = ("RandomSampler", "SequentialSampler", "RandomDomainSampler", "SeqDomainSampler", "RandomClassSampler")
 OPTIMIZERS = ("adam", "amsgrad", "sgd", "rmsprop", "radam", "adamw")
+ADAMS = tuple(name for name in OPTIMIZERS if "adam" in name or name == "amsgrad")
 SCHEDULES = ("single_step", "multi_step", "cosine")
 WARMUPS = ("linear", "constant")
 PRECISIONS = ("fp32", "amp", "bf16")
@@ -142,11 +143,12 @@ def _add_data(cfg: CN) -> None:
     comment = "ours: training pictures without labels: all shots of the run's classes, or of all classes, new ones too"
     _key(cfg, "DATASET.UNLABELED", "none", comment, choices=("none", "classes", "all"))
     comment = "ours: seeded: class order drawn from SEED, so that base and new differ by seed"
-    _key(cfg, "DATASET.CLASS_ORDER", "sorted", comment, choices=("sorted", "seeded"))
+    parted = _with("DATASET.SUBSAMPLE_CLASSES", *CLASSES[1:])
+    _key(cfg, "DATASET.CLASS_ORDER", "sorted", comment, choices=("sorted", "seeded"), **parted)
 
     _key(cfg, "DATALOADER.NUM_WORKERS", 4, "processes that read pictures; 0 = none beside this one", low=0, high=1024)
     comment = "ours: training workers stay from epoch to epoch, with the batches of new ones"
-    _key(cfg, "DATALOADER.PERSISTENT_WORKERS", True, comment)
+    _key(cfg, "DATALOADER.PERSISTENT_WORKERS", True, comment, needs=(("DATALOADER.NUM_WORKERS", _POSITIVE),))
     comment = "ours: augmentations are the same for any number of workers; False: a stream a process"
     _key(cfg, "DATALOADER.SAMPLE_STREAMS", True, comment)
     _key(cfg, "DATALOADER.K_TRANSFORMS", 1, "augmented copies of each training picture in a batch", low=1, high=10_000)
@@ -197,7 +199,7 @@ def _add_training(cfg: CN) -> None:
     _key(cfg, "OPTIM.SGD_DAMPNING", 0, "dampening, in Dassl's spelling", low=0, high=_MANY, **_with("OPTIM.NAME", "sgd"))
     _key(cfg, "OPTIM.SGD_NESTEROV", False, "Nesterov's momentum", **_with("OPTIM.NAME", "sgd"))
     _key(cfg, "OPTIM.RMSPROP_ALPHA", 0.99, "smoothing", **_SHARE, **_with("OPTIM.NAME", "rmsprop"))
-    adam = _with("OPTIM.NAME", *(name for name in OPTIMIZERS if "adam" in name or name == "amsgrad"))
+    adam = _with("OPTIM.NAME", *ADAMS)
     _key(cfg, "OPTIM.ADAM_BETA1", 0.9, "decay of the mean", low=0, below=1, **adam)
     _key(cfg, "OPTIM.ADAM_BETA2", 0.999, "decay of the second moment", low=0, below=1, **adam)
     _key(cfg, "OPTIM.ADAM_EPS", 1e-8, "added to the root of the second moment", above=0, **adam)
@@ -235,11 +237,12 @@ def _add_training(cfg: CN) -> None:
 
     _key(cfg, "TEST.EVALUATOR", "Classification", "a name of the evaluator registry")
     _key(cfg, "TEST.PER_CLASS_RESULT", False, "also print every class")
+    tested = _with("TEST.NO_TEST", False)
     _key(cfg, "TEST.COMPUTE_CMAT", False, "also write the confusion matrix, cmat.pt")
     comment = "ours: classes kept of each test picture in predictions.npz, most probable first; 0 = no such file"
-    _key(cfg, "TEST.PREDICTIONS", 5, comment, low=0, high=_MANY)
+    _key(cfg, "TEST.PREDICTIONS", 5, comment, low=0, high=_MANY, **tested)
     _key(cfg, "TEST.NO_TEST", False, "True: no test after training")
-    _key(cfg, "TEST.SPLIT", "test", "what is evaluated", choices=("test", "val"))
+    _key(cfg, "TEST.SPLIT", "test", "what is evaluated", choices=("test", "val"), **tested)
     comment = "which epoch is tested: the last, or the best on the validation part"
     _key(cfg, "TEST.FINAL_MODEL", "last_step", comment, choices=("last_step", "best_val"))
 

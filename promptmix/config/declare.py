@@ -298,7 +298,7 @@ def parse_sum(text: str) -> list[tuple[float, str]]:
     """Return the (factor, name) pairs of ``"10 * FrozenImageL1 + ZeroshotKL"``; a name alone has the factor 1.
 
     Raises:
-        ConfigError: a factor that is not a number, or a name is missing.
+        ConfigError: a factor that is not a number or is 0, or a name is missing.
     """
     pairs = []
     for term in text.split("+"):
@@ -307,6 +307,10 @@ def parse_sum(text: str) -> list[tuple[float, str]]:
             pairs.append((float(factor) if star else 1.0, name.strip()))
         except ValueError:
             name = ""
+        if name.strip() and not pairs[-1][0]:
+            raise ConfigError(
+                f"{text!r} adds nothing of {name.strip()}, whose settings would be ignored; leave it out of the sum"
+            )
         if not name.strip():
             raise ConfigError(f"{text!r} is not a sum of losses; write names, with factors if you like: '10 * NAME + OTHER'")
     return pairs

@@ -7,10 +7,12 @@ import errno
 import os
 import re
 import sys
+import threading
 import traceback
 from pathlib import Path
 
-from promptmix.errors import UserError, is_out_of_memory
+from promptmix.errors import UserError, is_out_of_memory, words_of
+from promptmix.files.text import harmless, one_line
 
 __all__ = ["FAULT", "describe", "finish", "ready", "silence"]
 
@@ -49,6 +51,18 @@ def ready() -> None:
         stream = getattr(sys, name)
         if name != "stdin" and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+    if sys.unraisablehook is sys.__unraisablehook__:  # nobody else listens
+        sys.unraisablehook = lambda failed: _say_failed(failed.exc_value, failed.object)
+    if threading.excepthook is threading.__excepthook__:
+        threading.excepthook = lambda failed: _say_failed(failed.exc_value, failed.thread)
+
+
+def _say_failed(error: BaseException | None, where: object) -> None:
+    """Say in one line what failed where no command waits for it: while something was thrown away, or in a thread beside."""
+    with contextlib.suppress(Exception):  # the interpreter may be closing
+        if error is not None and not isinstance(error, SystemExit):
+            file, line = _origin(error)
+            sys.stderr.write(f"promptmix: note: {harmless(_words(error))} in {one_line(where)[:200]} ({file}, line {line})\n")
 
 
 def finish() -> None:
@@ -72,15 +86,17 @@ def describe(error: BaseException) -> tuple[str, int]:
     The line names the value or file, or for what nobody foresaw the exception's words and where it came from.
     """
     if isinstance(error, UserError):
-        return _one_line(str(error)), 2
+        return _one_line(words_of(error)), 2
     if is_out_of_memory(error):
         return f"memory does not suffice; {_REMEDIES[errno.ENOMEM]}", 2
-    if isinstance(error, ImportError) and "failed to map segment" in str(error):  # the system's words, in front of them the file
+    if isinstance(error, ImportError) and "failed to map segment" in words_of(
+        error
+    ):  # the system's words, in front of them the file
         return _one_line(f"memory does not suffice to load {error}; raise its limit (ulimit -v), or close other programs"), 2
-    if isinstance(error, RuntimeError) and "does not have a deterministic implementation" in str(error):
-        what = str(error).split(" does not have")[0]
+    if isinstance(error, RuntimeError) and "does not have a deterministic implementation" in words_of(error):
+        what = words_of(error).split(" does not have")[0]
         return _one_line(f"TRAIN.DETERMINISTIC is True, but {what} has no kernel that repeats to the bit; set it to False"), 2
-    if isinstance(error, FileNotFoundError) and "No usable temporary directory" in str(error):
+    if isinstance(error, FileNotFoundError) and "No usable temporary directory" in words_of(error):
         return _one_line(f"{error.strerror}; make room there, or set TMPDIR to a folder that can be written"), 2
     file, line = _origin(error)
     words = _words(error)
@@ -89,7 +105,7 @@ def describe(error: BaseException) -> tuple[str, int]:
     plugin = plugin_at(file)
     if plugin:
         return f"plugin {plugin!r} ({file}, line {line}) failed: {words}; fix it, or leave it out with --no-plugin {plugin}", 2
-    if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # pathlib's, up to Python 3.12
+    if isinstance(error, RuntimeError) and words_of(error).startswith("Symlink loop"):  # pathlib's, up to Python 3.12
         return _one_line(f"{error}; {_REMEDIES[errno.ELOOP]}"), 2
     if isinstance(error, OSError) and error.errno is not None:
         paths = [_short(str(path)) for path in (error.filename, error.filename2) if path is not None]
@@ -110,7 +126,7 @@ def _words(error: BaseException) -> str:
     """Return an exception's kind and words on one line."""
     if isinstance(error, SystemExit):
         return f"SystemExit({error.code!r}): it ended the process"
-    text = str(error)
+    text = words_of(error)
     if "Original Traceback" in text:  # of a worker that reads pictures: its last line is the error
         return _one_line(text.strip().splitlines()[-1])
     return _one_line(f"{type(error).__name__}: {text}" if text else type(error).__name__)
@@ -131,8 +147,8 @@ def _origin(error: BaseException) -> tuple[str, int]:
     from promptmix.plugin_manager import plugin_at
 
     places = [(frame.filename, frame.lineno or 0) for frame in traceback.extract_tb(error.__traceback__)]
-    if "Original Traceback" in str(error):
-        places += [(file, int(line)) for file, line in _FRAME.findall(str(error))]
+    if "Original Traceback" in words_of(error):
+        places += [(file, int(line)) for file, line in _FRAME.findall(words_of(error))]
     above = Path(__file__).parent
     ours = [above, *(above.parent / name for name in ("trainers", "plugins"))]
     for file, line in reversed(places):

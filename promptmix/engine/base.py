@@ -82,6 +82,12 @@ class TrainerBase:
 
     # Models
 
+    @property
+    def _frozen(self) -> str:
+        """Name of the frozen model that the learned tensors belong to; "" where there is none."""
+        cfg = getattr(self, "cfg", None)
+        return "" if cfg is None else str(cfg.MODEL.BACKBONE.NAME)
+
     def register_model(
         self,
         name: str = "model",
@@ -164,6 +170,7 @@ class TrainerBase:
                 "scheduler": None if sched is None else sched.state_dict(),
                 "val_result": val_result,
                 "trainer": type(self).__name__,
+                "backbone": self._frozen,
             }
             save_checkpoint(state, str(Path(directory, name)), is_best=is_best, model_name=model_name)
 
@@ -212,6 +219,12 @@ class TrainerBase:
                 raise CheckpointError(
                     f"{path} was written by {writer}, not by {type(self).__name__}, whose tensors it would only fit by accident; "
                     f"name another folder, or use {writer}"
+                )
+            theirs = checkpoint.get("backbone", "")
+            if self._frozen and theirs and theirs != self._frozen:
+                raise CheckpointError(
+                    f"{path} was learned with the backbone {theirs}, and says nothing to MODEL.BACKBONE.NAME {self._frozen}; "
+                    "name another folder, or that backbone"
                 )
             source = str(path) if writer == type(self).__name__ else f"{path} (written by {writer})"
             load_state_dict_strict(self._models[name], checkpoint["state_dict"], source)

@@ -128,7 +128,7 @@ def load_checkpoint(fpath: StrPath) -> dict[str, Any]:
         raise CheckpointError(f"the 'state_dict' in {path} is not a dict of named tensors; take another copy or epoch")
     if type(epoch) is not int or epoch < 0:
         raise CheckpointError(f"the 'epoch' in {path} is {str(epoch)[:40]!r}, not a number of epochs; take another copy or epoch")
-    for key, kinds, what in (("trainer", str, "a name"), ("val_result", int | float, "a number")):
+    for key, kinds, what in (("trainer", str, "a name"), ("backbone", str, "a name"), ("val_result", int | float, "a number")):
         found = checkpoint.get(key)
         if found is not None and not isinstance(found, kinds):
             raise CheckpointError(f"the {key!r} in {path} is {str(found)[:40]!r}, not {what}; take another copy or epoch")

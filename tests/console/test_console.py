@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -45,3 +46,22 @@ def test_processes_that_a_command_starts_have_an_output_too():
         ["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, "-c", script, inner], capture_output=True, text=True
     )
     assert done.stderr == "there"
+
+
+def test_an_error_that_cannot_say_what_it_is(capsys):
+    class Mute(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError("in str")
+
+    assert console.describe(Mute())[0].startswith("unexpected Mute")
+
+
+def test_what_fails_beside_a_command_is_one_line(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)
+    monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)
+    console.ready()
+    thread = threading.Thread(target=lambda: 1 / 0, name="beside")
+    thread.start()
+    thread.join()
+    said = capsys.readouterr().err
+    assert said.startswith("promptmix: note: ZeroDivisionError: division by zero in <Thread(beside") and said.count("\n") == 1

@@ -72,6 +72,9 @@ class _Own(AssembledDataset):
         given = {part: [datum(entry) for entry in found if entry[0] == part] for part in PARTS}
         self.comes_in_parts = any(entry[0] for entry in found)
         if self.comes_in_parts:
+            key = next((key for key, by in sources(cfg).items() if ".SPLIT_" in key and by == "command line"), "")
+            if key:
+                raise ConfigError(f"{key} (set by command line) would be ignored, since {where} comes in parts; leave it out")
             # Without a test part the validation part is what is tested, as with ImageNet.
             splits = given | {"test": given["test"] or given["val"]}
         else:
