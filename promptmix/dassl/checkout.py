@@ -260,11 +260,14 @@ class _Theirs(_Session):
         from promptmix.runs.refusals import refuse_other_run
 
         began, start = datetime.now(timezone.utc), time.monotonic()
-        with vendored.theirs(self.engine) as module:
+        # What it lacks and we lend takes the checkout's registrations.
+        with DATASET_REGISTRY.layer(), EVALUATOR_REGISTRY.layer(), vendored.theirs(self.engine) as module:
             original = module.build_trainer
 
             def build(cfg: CfgNode) -> Any:
                 changed = self._prepare(cfg)
+                if self.engine.borrowed:
+                    fill(cfg, get_cfg_default())
                 cfg.freeze()
                 if self.result is None:
                     self.result = RunResult.from_config(results.plain(cfg))

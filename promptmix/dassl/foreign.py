@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import importlib.util
 import io
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +18,7 @@ __all__ = ["found_here", "led_to", "is_foreign"]
 
 #: Folders that a machine has or lacks whoever works on it.
 _SHARED = ("/", "/Users", "/data", "/data1", "/data2", "/datasets", "/home", "/media", "/mnt", "/root", "/srv", "/workspace")
+_WORDS = "bpe_simple_vocab_16e6.txt.gz"
 
 
 def is_foreign(path: Path) -> bool:
@@ -29,6 +31,16 @@ def led_to(path: Path, bases: Sequence[Path]) -> Path | None:
     parts = path.parts[1:] if path.is_absolute() else path.parts
     ends = (Path(*parts[at:]) for at in range(len(parts)))
     return next((base / end for end in ends for base in bases if os.path.lexists(base / end)), None)
+
+
+def _lent(file: Path) -> Path | None:
+    """Return CLIP's table of byte pairs, which forks forget to publish, from open_clip, which has the same."""
+    found = importlib.util.find_spec("open_clip")
+    place = Path(found.origin).with_name(_WORDS) if found is not None and found.origin else None
+    if place is None or not os.path.lexists(place) or file == place:
+        return None
+    get_logger().warning("%s was not published with the checkout; open_clip's is used", file)
+    return place
 
 
 @contextmanager
@@ -62,6 +74,8 @@ def found_here(root: Path, data: str) -> Iterator[None]:
 
     def look(path: str | Path, makes: bool) -> Path | None:
         given = Path(path)
+        if given.name == _WORDS and not makes:
+            return _lent(given)
         if not given.is_absolute() or any(given.is_relative_to(base) for base in bases) or not is_foreign(given):
             return None
         # What is made goes into a folder that is here.

@@ -14,7 +14,7 @@ from typing import Any
 
 from promptmix.hookspecs import hookimpl
 
-__all__ = ["MODULES", "install", "installed", "lacking", "uninstall"]
+__all__ = ["MODULES", "OursLoader", "install", "installed", "lacking", "uninstall"]
 
 _HERE = "promptmix.dassl"
 
@@ -186,7 +186,7 @@ class _Finder(MetaPathFinder):
         if first != "dassl" or bool(rest) is self.top or (rest and sys.modules[first].__name__ != _HERE):
             return None
         if fullname in MODULES:
-            return importlib.util.spec_from_loader(fullname, _Loader())
+            return importlib.util.spec_from_loader(fullname, OursLoader())
         raise ModuleNotFoundError(f"promptmix.dassl lacks the module {fullname}; install Dassl.pytorch to use it", name=fullname)
 
 
@@ -198,13 +198,14 @@ class _Whole(ModuleType):
             super().__setattr__(name, value)
 
 
-class _Loader(Loader):
+class OursLoader(Loader):
     """Puts one of our modules, as it is, under Dassl's name."""
 
     def create_module(self, spec: ModuleSpec) -> None:
         """Leave it to the import system to make a module that ``exec_module`` then replaces."""
 
     def exec_module(self, module: ModuleType) -> None:
+        """Put ours in the module's place."""
         name = module.__name__
         ours = importlib.import_module(MODULES[name])
         if not hasattr(ours, "__path__") and any(other.startswith(f"{name}.") for other in MODULES):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import re
 import sys
 import traceback
@@ -100,7 +101,8 @@ def _reason(error: BaseException, root: Path, data: str) -> UserError:
     if isinstance(error, SyntaxError):
         file = Path(error.filename or place)
         shown = file.relative_to(root) if file.is_relative_to(root) else file
-        return PluginError(f"{shown}:{error.lineno} is not valid Python here ({error.msg}); fix that line")
+        python = f"Python {platform.python_version()}"
+        return PluginError(f"{shown}:{error.lineno} is not valid in {python} ({error.msg}); fix that line")
     if isinstance(error, BdbQuit):
         return UserError(f"{place} waits in a debugger (pdb.set_trace() there or in the line before); take that line out")
     if isinstance(error, ImportError):

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from promptmix.dassl.importing import MODULES, OursLoader
 from promptmix.dassl.original import FILES
 from promptmix.errors import ConfigError, PluginError
 from promptmix.utils import get_logger
@@ -34,11 +35,13 @@ class Engine:
         folder: folder of the package; None = promptmix's own engine.
         name: what the checkout imports it as.
         changed: files that differ from the original Dassl or that it lacks, where ``folder`` is a copy.
+        borrowed: modules that ``folder`` was published without, and ours is used for; found out while it runs.
     """
 
     folder: Path | None = None
     name: str = "dassl"
     changed: list[str] = field(default_factory=list)
+    borrowed: list[str] = field(default_factory=list)
 
 
 def choose(root: Path, file: Path, wanted: str) -> Engine:
@@ -156,7 +159,7 @@ def theirs(engine: Engine) -> Iterator[Any]:
     hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == top}
     finders, paths = list(sys.meta_path), list(sys.path)
     said = logging.root.manager.disable  # Dassl's module for WILDS silences all logs
-    sys.meta_path[:] = [finder for finder in finders if not _is_ours(finder)]
+    sys.meta_path[:] = [_Borrowed(engine), *(finder for finder in finders if not _is_ours(finder))]
     sys.path.insert(0, str(Path(engine.folder or "").parents[engine.name.count(".")]))
     try:
         with _absent():
@@ -188,6 +191,27 @@ def _absent() -> Iterator[None]:
 
 def _is_ours(finder: object) -> bool:
     return type(finder).__module__ == "promptmix.dassl.importing"
+
+
+class _Borrowed(MetaPathFinder):
+    """Finds our module where a copy of Dassl was published without it: a ``.gitignore`` with ``data`` takes ``dassl/data`` out.
+
+    It is asked first, since below one of our packages the folder of that would give second copies of its modules.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if self.engine.name != "dassl" or fullname == "dassl" or fullname not in MODULES:
+            return None
+        place = Path(self.engine.folder or "", *fullname.split(".")[1:])
+        if place.is_dir() or place.with_suffix(".py").is_file():
+            return None
+        if not any(fullname.startswith(f"{name}.") for name in self.engine.borrowed):
+            self.engine.borrowed.append(fullname)
+            get_logger().warning("The checkout's own Dassl was published without %s; promptmix's is used", fullname)
+        return ModuleSpec(fullname, OursLoader())
 
 
 class _Absent(MetaPathFinder, Loader):

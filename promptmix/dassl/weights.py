@@ -76,7 +76,12 @@ class LocalWeights:
                 if isinstance(f, str | Path) and not Path(f).exists():
                     name = Path(f).name
                     f = self._find(name, name == self._backbone.replace("/", "-") + ".pt") or f
-                return original(f, *args, **kwargs)
+                try:
+                    return original(f, *args, **kwargs)
+                except RuntimeError:
+                    if hasattr(f, "seek"):  # no archive of TorchScript: CLIP's loader then reads the same file otherwise
+                        f.seek(0)
+                    raise
 
             return load
 

@@ -66,3 +66,8 @@ def test_folders_data_weights_and_what_is_made_in_them(tmp_path):
                 pass
     assert (builtins.open, os.stat, os.listdir) == before
     assert is_foreign(Path(THEIRS)) and not is_foreign(tmp_path / "lost" / "file")
+
+
+def test_clips_table_of_byte_pairs_is_lent(tmp_path):
+    with found_here(tmp_path, ""), open(tmp_path / "clip" / "bpe_simple_vocab_16e6.txt.gz", "rb") as words:
+        assert words.read(2) == b"\x1f\x8b"

@@ -145,9 +145,9 @@ def test_a_log_that_its_dassl_closes(room):
 
 def test_a_dassl_that_was_published_in_part(room, capsys):
     own_dassl(room, "fork")
-    change(room, "dassl/engine/__init__.py", ("from .trainer", "import dassl.modeling\nfrom .trainer"))
+    change(room, "dassl/engine/__init__.py", ("from .trainer", "import dassl.augment\nfrom .trainer"))
     assert re.search(
-        r"No module named 'dassl.modeling' in the checkout's own Dassl; --dassl ours", refused(room, capsys, weights="")
+        r"No module named 'dassl.augment' in the checkout's own Dassl; --dassl ours", refused(room, capsys, weights="")
     )
 
 
@@ -157,3 +157,19 @@ def test_comments_and_empty_lines_are_no_difference():
         "# a note\r\nimport os\r\ndef f():  # keeps its own\r\n    return 1"
     )
     assert vendored.fingerprint(text) != vendored.fingerprint(text.replace("1", "2"))
+
+
+def test_what_a_copy_was_published_without_is_ours(room):
+    """A ``.gitignore`` with ``data`` takes ``dassl/data`` out of LightRA and CoDA."""
+    own_dassl(room, "fork")
+    change(
+        room,
+        "trainers/wordbias.py",
+        (
+            "from dassl.engine",
+            "from dassl.data.datasets.dg.pacs import PACS\nfrom dassl.data import DataManager\nfrom dassl.engine",
+        ),
+        ("    pass\n", "    assert DataManager.__module__.startswith('promptmix') and PACS.dataset_dir == 'pacs'\n"),
+    )
+    run(room, weights="")
+    assert not [name for name in sys.modules if name.partition(".")[0] == "dassl"]

@@ -74,7 +74,7 @@ def test_a_key_that_only_a_fork_of_dassl_has(room, capsys):
             "import dassl.datasets.build",
             r"wordbias.py:1 can't be imported: promptmix.dassl lacks the module dassl.datasets",
         ),
-        ("trainers/wordbias.py", "def broken(:", r"trainers/wordbias.py:1 is not valid Python here \(invalid syntax\)"),
+        ("trainers/wordbias.py", "def broken(:", r"trainers/wordbias.py:1 is not valid in Python 3.[0-9.]+ \(invalid syntax\)"),
         (
             "trainers/wordbias.py",
             "open('gpt/words.json')",
@@ -108,7 +108,7 @@ def test_a_key_that_only_a_fork_of_dassl_has(room, capsys):
         ("trainers/wordbias.py", "assert 1 > 2", r"trainers/wordbias.py:1 fails: AssertionError: assert 1 > 2 does not hold"),
         ("trainers/wordbias.py", "raise __import__('bdb').BdbQuit", r"trainers/wordbias.py:1 waits in a debugger .* take that"),
         ("trainers/wordbias.py", "{}['Squares']", r"trainers/wordbias.py:1 fails: KeyError: 'Squares'"),
-        ("train.py", "def broken(:", r"train.py:1 is not valid Python here"),
+        ("train.py", "def broken(:", r"train.py:1 is not valid in Python 3.[0-9.]+"),
     ],
 )
 def test_reasons(room, capsys, file, text, message):

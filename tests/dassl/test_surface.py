@@ -293,3 +293,11 @@ def test_clean_cfg_keeps_the_chosen_node(dassl):
         cfg.TRAINER[name] = type(cfg)({"X": 1})
     config.clean_cfg(cfg, "one")
     assert "ONE" in cfg.TRAINER and "TWO" not in cfg.TRAINER and "NAME" in cfg.TRAINER
+
+
+def test_policies_of_autoaugment(dassl):
+    transforms = importlib.import_module("dassl.data.transforms")
+    picture = torch.zeros(3, 8, 8, dtype=torch.uint8)
+    for policy in (transforms.ImageNetPolicy(), transforms.CIFAR10Policy(), transforms.SVHNPolicy(fillcolor=(0, 0, 0))):
+        assert policy(picture).shape == picture.shape
+    assert transforms.SVHNPolicy().fill == [128, 128, 128]

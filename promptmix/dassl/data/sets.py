@@ -16,16 +16,14 @@ from yacs.config import CfgNode
 from promptmix.dassl.data.datum import Datum
 from promptmix.dassl.importing import lacking
 from promptmix.data import datum
-from promptmix.data.base import DATASET_REGISTRY, DatasetBase
+from promptmix.data.base import DATASET_REGISTRY as DATASET_REGISTRY
+from promptmix.data.base import DatasetBase
 from promptmix.errors import ConfigError, DataError
 from promptmix.utils import listdir_nohidden
 
 __all__ = [
     "AVAI_C_TYPES",
-    "DATASET_REGISTRY",
     "SETS",
-    "DatasetBase",
-    "Datum",
     "CIFAR10",
     "CIFAR100",
     "CIFAR10C",
@@ -43,7 +41,6 @@ __all__ = [
     "SVHN",
     "VLCS",
     "VisDA17",
-    "listdir_nohidden",
     "miniDomainNet",
     "read_image_list",
 ]
