@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
     from promptmix.data.features.pictures import PictureCache, picture_folder
 
     if args.dir and ("\0" in args.dir or Path(args.dir).exists() and not Path(args.dir).is_dir()):
-        raise UserError(f"--dir {args.dir}: is not a folder; name the folder of the cache, or leave the flag out")
+        raise UserError(f"--dir {args.dir} is not a folder; name the folder of the cache, or leave the flag out")
     folder = cache_folder(args.dir)
     caches = (FeatureCache(folder), PictureCache(picture_folder(args.dir)))
     entries = [(cache.what, entry) for cache in caches for entry in cache.entries()]

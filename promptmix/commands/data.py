@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"data {args.action} {args.name}: --root is missing; name the folder that holds {about.folder}/, or will")
     if args.action == "prepare":
         if about is None:
-            raise UserError(f"data prepare: {args.name} is nothing to download; see `promptmix data list`")
+            raise UserError(f"data prepare: {args.name} needs no download; see `promptmix data list`")
         return _prepare(about, args.root, args.keep)
     return _check(about, args) if about else _check_other(args)
 

@@ -19,6 +19,12 @@ from promptmix.utils import get_logger, mkdir_if_missing
 __all__ = ["EVALUATOR_REGISTRY", "Classification", "EvaluatorBase", "build_evaluator", "compute_accuracy"]
 
 
+NOTHING_SEEN = "there is nothing to evaluate: the split has no items; check DATASET and TEST.SPLIT"
+SCORES_ARE_NAN = (
+    "the model's scores are NaN, so no class can be chosen; train with a lower OPTIM.LR, or with TRAIN.CLIP_GRAD_NORM 1.0"
+)
+
+
 class EvaluatorBase:
     """Takes model outputs batch by batch and makes numbers of them.
 
@@ -83,12 +89,9 @@ class Classification(EvaluatorBase):
             TrainingError: scores were no numbers, from which any class would follow.
         """
         if not sum(len(batch) for batch in self._true):
-            raise DataError("there is nothing to evaluate: the split has no items; check DATASET and TEST.SPLIT")
+            raise DataError(NOTHING_SEEN)
         if torch.stack(self._nan).any():
-            raise TrainingError(
-                "the model's scores are NaN, so no class can be chosen; train with a lower OPTIM.LR, "
-                "or with TRAIN.CLIP_GRAD_NORM 1.0"
-            )
+            raise TrainingError(SCORES_ARE_NAN)
         true, predicted = torch.cat(self._true).cpu(), torch.cat(self._predicted).cpu()
         size = int(max(true.max(), predicted.max())) + 1
         # counts[i, j]: items of class i that were taken for class j

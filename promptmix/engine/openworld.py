@@ -12,7 +12,7 @@ from torch import Tensor
 from yacs.config import CfgNode
 
 from promptmix.data.fewshot import num_base
-from promptmix.engine.evaluator import EvaluatorBase
+from promptmix.engine.evaluator import NOTHING_SEEN, SCORES_ARE_NAN, EvaluatorBase
 from promptmix.errors import ConfigError, DataError, TrainingError
 from promptmix.registry import register
 from promptmix.utils import get_logger
@@ -111,13 +111,10 @@ class OpenWorld(EvaluatorBase):
             TrainingError: scores were no numbers.
         """
         if not self._seen:
-            raise DataError("there is nothing to evaluate: the split has no items; check DATASET and TEST.SPLIT")
+            raise DataError(NOTHING_SEEN)
         is_base, right, right_of_all, score = (torch.cat(column).cpu().numpy() for column in zip(*self._seen, strict=True))
         if np.isnan(score).any():
-            raise TrainingError(
-                "the model's scores are NaN, so no class can be chosen; train with a lower OPTIM.LR, "
-                "or with TRAIN.CLIP_GRAD_NORM 1.0"
-            )
+            raise TrainingError(SCORES_ARE_NAN)
         sides = is_base, ~is_base
         whole = openworld_auc(score[sides[0]], right[sides[0]], score[sides[1]], right[sides[1]])
         told_apart = openworld_auc(*(part for side in sides for part in (score[side], np.ones(side.sum(), dtype=bool))))

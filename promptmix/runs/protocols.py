@@ -256,7 +256,7 @@ def _target(job: Job, source: str, target: str) -> Part:
     name = f"to-{title(target)}"
     if is_file(target) or target in DATASET_REGISTRY:
         if registry_name(target) == source and title(target) == title(job.dataset):
-            raise ConfigError(f"--targets {target}: is the source itself, which is evaluated anyway; leave it out")
+            raise ConfigError(f"--targets {target} is the source itself, which is evaluated anyway; leave it out")
         return Part(name, target, "all")
     domains = tuple(getattr(DATASET_REGISTRY.get(source), "domains", ()))
     if job.protocol != "domain-generalization" or (domains and target not in domains):

@@ -141,7 +141,7 @@ def test_names_that_differ_in_case_underscores_and_spaces_only():
 @pytest.mark.parametrize(
     ("classes", "words"),
     [
-        (("barn_owl", "Barn owl", "cat"), "1 class names are there more than once .* 'Barn owl' and 'barn_owl'"),
+        (("barn_owl", "Barn owl", "cat"), "1 class names appear more than once .* 'Barn owl' and 'barn_owl'"),
         (("ant",), "one class, 'ant'"),
     ],
 )

@@ -143,7 +143,7 @@ def _refuse_unusable(splits: dict[str, list[Datum]], where: Path) -> None:
     twins = alike(item.classname for items in splits.values() for item in items)
     if twins:
         raise DataError(
-            f"{where}: {len(twins)} class names are there more than once but for case or underscores, such as "
+            f"{where}: {len(twins)} class names appear more than once but for case or underscores, such as "
             f"{' and '.join(map(repr, twins[0]))}, which no prompt can tell apart; put them together or rename one"
         )
     trained, tested = ({item.classname for item in splits[part]} for part in ("train", "test"))
