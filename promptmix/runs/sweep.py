@@ -21,6 +21,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -186,33 +187,29 @@ def jobs_of(tree: dict[str, Any], file: Path, plugins: tuple[str, ...]) -> Itera
     variants = _variants(tree, [method["label"] for method in trainers if "label" in method], where)
     shared = flat(tree.get("set", {}), f"{where}: set")
     root = _root(tree.get("root", ""), file)
-    for protocol in tree["protocols"]:
-        for data in datasets:
-            dataset = _located(data["name"], file)
-            for method in trainers:
-                chosen = method.get("config") or tree.get("config") or default_config(method["name"], dataset)
-                for variant, values in variants.items():
-                    label = "-".join(filter(None, (method.get("label", ""), variant)))
-                    own = (flat(entry.get("set", {}), f"{where}: set of {entry['name']}") for entry in (data, method))
-                    every = [pair for pairs in (shared, *own, values) for pair in pairs.items()]
-                    settings = tuple(item for key, value in every if _is_read(key, protocol, tree) for item in (key, value))
-                    for shot in shots or [PROTOCOL_REGISTRY.get(protocol).shots]:
-                        for seed in seeds:
-                            yield Job(
-                                protocol=protocol,
-                                trainer=method["name"],
-                                dataset=dataset,
-                                folder=folder_of(tree["output"], protocol, dataset, method["name"], label, shot, seed),
-                                seed=seed,
-                                shots=shot,
-                                targets=tuple(_located(target, file) for target in targets.get(protocol, ())),
-                                config_file=_located(chosen, file),
-                                settings=settings,
-                                variant=label,
-                                plugins=plugins,
-                                root=root,
-                                device=tree.get("device", ""),
-                            )
+    for protocol, data, method, (variant, values) in product(tree["protocols"], datasets, trainers, variants.items()):
+        dataset = _located(data["name"], file)
+        chosen = method.get("config") or tree.get("config") or default_config(method["name"], dataset)
+        label = "-".join(filter(None, (method.get("label", ""), variant)))
+        own = (flat(entry.get("set", {}), f"{where}: set of {entry['name']}") for entry in (data, method))
+        every = [pair for pairs in (shared, *own, values) for pair in pairs.items()]
+        settings = tuple(item for key, value in every if _is_read(key, protocol, tree) for item in (key, value))
+        for shot, seed in product(shots or [PROTOCOL_REGISTRY.get(protocol).shots], seeds):
+            yield Job(
+                protocol=protocol,
+                trainer=method["name"],
+                dataset=dataset,
+                folder=folder_of(tree["output"], protocol, dataset, method["name"], label, shot, seed),
+                seed=seed,
+                shots=shot,
+                targets=tuple(_located(target, file) for target in targets.get(protocol, ())),
+                config_file=_located(chosen, file),
+                settings=settings,
+                variant=label,
+                plugins=plugins,
+                root=root,
+                device=tree.get("device", ""),
+            )
 
 
 def _variants(tree: dict[str, Any], labels: Sequence[str], where: str) -> dict[str, dict[str, Any]]:
