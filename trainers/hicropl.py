@@ -50,9 +50,11 @@ from promptmix.prompts.trainer import PromptTrainer
 class Rewriting(Learner):
     """A learner whose prompts are overwritten before each pass over pictures: the published behaviour."""
 
+    bank: Hierarchical
+
     def encode_images(self, images: Tensor) -> Tensor:
         """Overwrite the prompts, then return the features of a frozen and a prompted tower (B, 2, D)."""
-        self.bank.write()  # type: ignore[operator]
+        self.bank.write()
         return super().encode_images(images)
 
     def step(self, images: Tensor, labels: Tensor | None = None) -> Step:
