@@ -52,20 +52,33 @@ class AttentionGate(Head):
         """Return every (D / d)-th value of features (..., D)."""
         return features[..., :: features.shape[-1] // self.dim]
 
-    def attend(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        """Return outputs (B, C, d) and the weights of the experts (B, C, H, E), for pooled features (B, d) and (E, C, d)."""
+    def attend(self, image: Tensor, text: Tensor, given: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return outputs (B, C, d) and the weights of the experts (B, C, H, E), for pooled features (B, d) and (E, C, d).
+
+        Args:
+            image: pooled image features.
+            text: pooled text features.
+            given: weights (B, E) that take the place of the attention's, for all classes and heads.
+        """
         query, key, value = (
             linear(x).unflatten(-1, (self.heads, -1)) for linear, x in ((self.w_q, image), (self.w_k, text), (self.w_v, text))
         )
         weights = (self.scaling * torch.einsum("bhd,echd->bche", query, key)).softmax(dim=-1)
+        if given is not None:
+            weights = given[:, None, None].to(weights.dtype).expand_as(weights)
         return self.w_o(torch.einsum("bche,echd->bchd", weights, value).flatten(-2)), weights
 
-    def forward(self, step: Step) -> Tensor:
+    def attention(self, step: Step) -> Tensor:
+        """Return the weights of the experts (B, C, H, E)."""
+        return self.attend(self.pool(step.image), self.pool(step.text.to(step.image.dtype)))[1]
+
+    def forward(self, step: Step, given: Tensor | None = None) -> Tensor:
+        """Return class scores (B, C), with ``given`` weights (B, E) in the place of the attention's."""
         image, scale = step.image, step.task.clip.scale
         text = step.text.to(image.dtype)
         own = scale * image @ text[0].T
         if len(text) == 1:
             return own
         pooled = self.pool(image)
-        mixed, _ = self.attend(pooled, self.pool(text))
+        mixed, _ = self.attend(pooled, self.pool(text), given)
         return self.lambda_ * own + scale * torch.einsum("bd,bcd->bc", pooled, mixed)

@@ -100,7 +100,8 @@ def look(run: Opened, words: int = 3) -> Insight:
         found.notes.append(f"routing and accuracies of experts need the test pictures: {run.lacks}")
     else:
         found.mixtures = [look_into(run, mixed) for mixed in mixtures]
-        if isinstance(bank, PromptBank) and learner.expert_names and not bank.per_image:
+        many = learner.expert_names or getattr(bank, "num_experts", 1) > 1
+        if isinstance(bank, PromptBank) and many and not bank.per_image:
             found.mixtures[0].text_cosine = _cosines(_text(learner))
     return found
 

@@ -1,7 +1,8 @@
 """Does a mixture mix? What its router does, and what is left of its accuracy when something else chooses the experts.
 
-N test pictures, C classes, E experts, K chosen ones. Whatever takes weights of its experts can be asked: every head that mixes, a
-method that mixes prompts by itself (TRIP), and the gate over hard prompts that teaches MoPD's student.
+N test pictures, C classes, E experts, K chosen ones. Whatever takes weights of its experts can be asked: every head that mixes,
+a method that mixes prompts by itself (TRIP), a head that attends to experts for each class (pFedMoAP), and the gate over hard
+prompts that teaches MoPD's student.
 """
 
 from __future__ import annotations
@@ -44,6 +45,19 @@ class Gate(Protocol):
         """Return which teachers each image listens to."""
 
 
+@runtime_checkable
+class Attends(Protocol):
+    """A head that weighs experts anew for each class, as pFedMoAP's; weights (B, E) that it is given hold for all classes."""
+
+    def __call__(self, step: Step, given: Tensor | None = None) -> Tensor:
+        """Return class scores (B, C)."""
+        ...
+
+    def attention(self, step: Step) -> Tensor:
+        """Return the weights of the experts (B, C, H, E)."""
+        ...
+
+
 @dataclass(frozen=True)
 class Mixed:
     """Something that weighs experts.
@@ -53,12 +67,14 @@ class Mixed:
         names: of its E experts.
         weighed: (features, classifier, weights (B, E)) -> scores (B, C).
         routing: (features, classifier) -> routing; it may return None, then all count equally.
+        trained: (features, classifier) -> scores (B, C) as trained, where the routing's weights don't give them.
     """
 
     title: str
     names: tuple[str, ...]
     weighed: Callable[[Tensor, Any, Tensor], Tensor]
     routing: Callable[[Tensor, Any], Routing | None]
+    trained: Callable[[Tensor, Any], Tensor] | None = None
 
 
 @dataclass
@@ -122,11 +138,31 @@ def mixtures_of(learner: Any) -> list[Mixed]:  # a PromptLearner
     found = []
     if len(learner.expert_names) > 1:
         found.append(Mixed("the mixture", learner.expert_names, learner.weighed, learner.routing))
+    head = getattr(learner, "head", None)
+    if isinstance(head, Attends) and learner.bank.num_experts > 1:
+        found.append(_of_attention(learner, head))
     for loss in getattr(learner, "losses", {}).values():
         if isinstance(loss, Gate):
             names = getattr(loss, "templates", None) or range(1, len(loss.teachers) + 1)
             found.append(_of_gate(learner, loss, tuple(map(str, names))))
     return found
+
+
+def _of_attention(learner: Any, head: Attends) -> Mixed:
+    def step(features: Tensor, classifier: Any) -> Step:
+        return Step(learner, None, features=features, text=classifier)
+
+    def routing(features: Tensor, classifier: Any) -> Routing:
+        weights = head.attention(step(features, classifier)).mean(dim=(1, 2))
+        return Routing(torch.arange(weights.shape[1]).expand(weights.shape), weights, weights.clamp_min(1e-12).log())
+
+    return Mixed(
+        "the attention to the experts, its mean over classes and heads; scores of the own prompt stay beside it",
+        learner.bank.expert_names,
+        lambda features, classifier, weights: head(step(features, classifier), weights),
+        routing,
+        lambda features, classifier: head(step(features, classifier)),
+    )
 
 
 def _of_gate(learner: Any, gate: Gate, names: tuple[str, ...]) -> Mixed:
@@ -229,7 +265,10 @@ def _score(
         rows = slice(first, first + len(own))
         first += len(own)
         for name, weights in ways.items():
-            scores = mixed.weighed(features, classifier, weights[rows].to(features.device))
+            if name == TRAINED and mixed.trained is not None:
+                scores = mixed.trained(features, classifier)
+            else:
+                scores = mixed.weighed(features, classifier, weights[rows].to(features.device))
             said[name].append(scores.float().argmax(dim=1).cpu().numpy())
     whole = {name: np.concatenate(parts) for name, parts in said.items()}
     return {name: answers == labels.numpy() for name, answers in whole.items()}, whole

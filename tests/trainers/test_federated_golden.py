@@ -9,6 +9,7 @@ import torch
 from promptmix.plugins.heads.attention_gate import AttentionGate
 from promptmix.plugins.prompt_bank.shared_experts import LocalAndOthers
 
+from promptmix.interpret.mixture import mixtures_of
 from promptmix.prompts.learner import Learner
 from tests.trainers.golden import close, golden_clip, golden_task, images, labels, numbers, seeded
 
@@ -103,3 +104,18 @@ def test_features_of_others_are_made_once_and_anew_when_others_come():
     with torch.no_grad():
         learner.bank.others.mul_(2)
     assert not np.allclose(learner.bank(learner.task.classnames)[1:].detach(), first[1:].detach()) and calls == [1, 1, 2]
+
+
+@torch.no_grad()
+def test_interpret_takes_the_gate_for_a_mixture():
+    assert mixtures_of(client()) == []
+    learner = client([1, 2])
+    (mixed,) = mixtures_of(learner)
+    features, text = learner.features(images()), learner.classifier()
+    routing = mixed.routing(features, text)
+    assert len(mixed.names) == 3 and torch.allclose(routing.dense.sum(dim=1), torch.ones(3))
+    assert torch.equal(mixed.trained(features, text), learner.logits(features, text))
+    head, second = learner.head, torch.eye(3)[[1, 1, 1]]
+    value = head.w_o(head.w_v(head.pool(text[1])))
+    by_hand = learner.clip.scale * (0.5 * features @ text[0].T + head.pool(features) @ value.T)
+    torch.testing.assert_close(mixed.weighed(features, text, second), by_hand)
