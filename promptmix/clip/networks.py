@@ -116,7 +116,8 @@ def places_of(visual: Any, images: Tensor, *, values: bool) -> tuple[Tensor, Ten
     Args:
         visual: CLIP's ResNet, or a network of timm that gives a map or tokens.
         images: (B, 3, S, S).
-        values: for CLIP's ResNet: the places go through the pool's value and output projections; otherwise each asks in it.
+        values: for CLIP's ResNet: the places go through the pool's value and output projections alone, without their positions
+            (GalLoP); otherwise each asks in it.
     """
     if isinstance(visual, ModifiedResNet):
         return _resnet_places(visual, images, values=values)
@@ -138,12 +139,10 @@ def _resnet_places(visual: Any, images: Tensor, *, values: bool) -> tuple[Tensor
     for stage in (visual.layer1, visual.layer2, visual.layer3, visual.layer4):
         x = stage(x)
     pool = visual.attnpool
-    x = x.flatten(2).transpose(1, 2)
-    x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1) + pool.positional_embedding.to(x.dtype)
-    key, value = pool.k_proj(x), pool.v_proj(x)
-    query = pool.q_proj(x[:, :1] if values else x)
-    mixed = attention(query, key, value, pool.num_heads)
-    out = pool.c_proj(torch.cat([mixed, value[:, 1:]], dim=1) if values else mixed)
+    places = x.flatten(2).transpose(1, 2)
+    x = torch.cat([places.mean(dim=1, keepdim=True), places], dim=1) + pool.positional_embedding.to(x.dtype)
+    mixed = attention(pool.q_proj(x[:, :1] if values else x), pool.k_proj(x), pool.v_proj(x), pool.num_heads)
+    out = pool.c_proj(torch.cat([mixed, pool.v_proj(places)], dim=1) if values else mixed)
     return out[:, 0], out[:, 1:]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import math
 from functools import lru_cache
 from pathlib import Path
 
@@ -50,6 +51,24 @@ def golden_clip(**spec: int) -> CLIP:
     model = copy.deepcopy(_model(other))  # made in two seconds, copied in a tenth of one
     mean, std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
     return CLIP(model, Tokenizer(), "golden", mean=mean, std=std, image_size=64)
+
+
+@lru_cache(maxsize=1)
+def golden_resnet() -> CLIP:
+    """A frozen CLIP with a small ResNet, every tensor of which is drawn by its name."""
+    vision = open_clip.CLIPVisionCfg(layers=(1, 1, 1, 1), width=16, patch_size=None, image_size=64)  # type: ignore[arg-type]
+    text = open_clip.CLIPTextCfg(width=128, heads=2, layers=2)
+    model = open_clip.CLIP(64, vision, text, quick_gelu=True)
+    state = model.state_dict()
+    for name, tensor in state.items():
+        if tensor.dim() and name != "attn_mask":
+            drawn = torch.from_numpy(seeded().stream(f"resnet/{name}", tuple(tensor.shape)))
+            small = 0.1 * drawn + (1 if name.endswith("weight") else 0)
+            spread = min(0.2, tensor[0].numel() ** -0.5)
+            tensor.copy_(0.5 + drawn**2 if name.endswith("running_var") else small if tensor.dim() == 1 else spread * drawn)
+    state["logit_scale"].fill_(math.log(100))
+    mean, std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
+    return CLIP(model, Tokenizer(), "golden resnet", mean=mean, std=std, image_size=64)
 
 
 def golden_task(clip: CLIP | None = None, classes: int = 5, templates: tuple[str, ...] = ("a photo of a {}.",)) -> Task:

@@ -23,7 +23,18 @@ from promptmix.data.templates import IMAGENET_60
 from promptmix.engine.convert import Learned, to_ours, to_theirs
 from promptmix.prompts.learner import Learner
 from promptmix.prompts.losses import CrossEntropy
-from tests.trainers.golden import close, compare, golden_clip, golden_task, images, labels, numbers, seeded, set_learned
+from tests.trainers.golden import (
+    close,
+    compare,
+    golden_clip,
+    golden_resnet,
+    golden_task,
+    images,
+    labels,
+    numbers,
+    seeded,
+    set_learned,
+)
 
 
 @lru_cache(maxsize=1)
@@ -102,6 +113,18 @@ def test_gallop(monkeypatch):
         whole, local = learner.head.similarities(learner.step(images()))
         close(whole, expected["global_similarity"])
         close(local, expected["local_similarity_topk"])
+
+
+def test_gallop_on_a_resnet(monkeypatch):
+    """Its local features are values of the pool without positions."""
+    task = golden_task(golden_resnet())
+    bank = GlobalLocal(task, 3, 2, "A photo of a")
+    head = SparseLocal(task, bank, (1, 3))
+    monkeypatch.setattr(KeptGlobal, "draw", lambda *_: torch.from_numpy(numbers("gallop_resnet")["dropout_index"]).long())
+    names = {name: f"bank.{name}" for name in ("global_prompt", "local_prompts")}
+    names["local_proj.linear.weight"] = "head.local_proj.weight"
+    learner = Learner(task, bank, head=head, loss=KeptGlobal(head, 0.5) + EachLocal(head))
+    compare("gallop_resnet", learner, names, starts=("local_proj.linear.weight",))
 
 
 def test_gallop_draws_one_prompt_of_four_for_each_picture():
