@@ -7,7 +7,7 @@ from pathlib import Path
 
 from promptmix.bench.world import World, learn, minimum
 from promptmix.clip.reference import plain_towers
-from promptmix.cost.count import Count, count, count_operations
+from promptmix.cost.count import Count, count
 from promptmix.errors import UserError
 from promptmix.utils import read_json
 
@@ -28,13 +28,13 @@ def count_step(
         learn(trainer, images)
 
     ours: list[Count] = []
-    count_operations(step)  # references are built once, in the first step
-    least, operations = minimum(trainer, lambda: ours.append(count(step))), count_operations(step)
+    count(step)  # references are built once, in the first step
+    least = minimum(trainer, lambda: ours.append(count(step)))
     counts = {
         "gflops": round(ours[0].gflops, 3),
         "live_mb": round(ours[0].live_mb, 1),
-        "operations": operations.all,
-        "launches": operations.launches,
+        "operations": ours[0].operations.all,
+        "launches": ours[0].operations.launches,
         "minimum_gflops": round(least, 3),
     }
     if not compare:

@@ -24,7 +24,7 @@ from torch import Tensor
 from promptmix.bench.world import World
 from promptmix.clip.reference import plain_towers
 from promptmix.cost import memory
-from promptmix.cost.count import count, count_operations
+from promptmix.cost.count import count
 from promptmix.cost.estimate import HEAP, step_count, without_numbers
 from promptmix.engine.precision import use_repeatable_kernels
 from promptmix.errors import ConfigError, UserError
@@ -32,6 +32,8 @@ from promptmix.prompts.compiled import CompiledStep
 from promptmix.prompts.trainer import PromptTrainer
 from promptmix.registry import TRAINER_REGISTRY
 
+#: How long steps of one way are repeated, at least three times.
+SECONDS = 2.0
 #: Largest difference over the largest number, in logits, losses and gradients.
 TOLERANCES = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.03, "compiled": 1e-3}
 _OPTS: dict[str, tuple[object, ...]] = {
@@ -340,20 +342,19 @@ def _memory(trainer: PromptTrainer, size: int) -> tuple[float, float]:
         return HEAP * step_count(trainer, size).live_mb, free
 
 
-def _measured(trainer: PromptTrainer, batch: dict[str, Tensor], work: str, way: str, seconds: float = 2.0) -> Timing:
+def _measured(trainer: PromptTrainer, batch: dict[str, Tensor], work: str, way: str) -> Timing:
     def step() -> None:
         trainer.forward_backward(batch)
 
     eager = way in ("plain", "ours")
     for _ in range(1 if eager else 3):  # references, graphs
         step()
-    launches = count_operations(step).launches if eager else None
-    gflops = count(step).gflops if eager else None
+    counted = count(step) if eager else None
     on_gpu = trainer.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     times: list[float] = []
-    end = time.monotonic() + seconds
+    end = time.monotonic() + SECONDS
     while len(times) < 3 or (time.monotonic() < end and len(times) < 100):
         begin = time.perf_counter()
         step()
@@ -362,7 +363,9 @@ def _measured(trainer: PromptTrainer, batch: dict[str, Tensor], work: str, way: 
         times.append(time.perf_counter() - begin)
     median = sorted(times)[len(times) // 2]
     peak = torch.cuda.max_memory_allocated() / 2**20 if on_gpu else None
-    return Timing(work, way, 1e3 * median, peak, launches, None if gflops is None else gflops / 1e3 / median)
+    if counted is None:
+        return Timing(work, way, 1e3 * median, peak)
+    return Timing(work, way, 1e3 * median, peak, counted.operations.launches, counted.gflops / 1e3 / median)
 
 
 def _reading(here: World, args: Namespace) -> dict[str, float]:

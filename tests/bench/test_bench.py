@@ -15,7 +15,7 @@ from promptmix.bench.counted import CASES, count_cases, count_step, regressions
 from promptmix.bench.scaling import sizes, study
 from promptmix.bench.world import World, class_names, learn, silenced
 from promptmix.cli import main
-from promptmix.cost.count import Operations, count, count_operations
+from promptmix.cost.count import Operations, count
 from promptmix.errors import UserError
 from promptmix.plugin_manager import get_plugin_manager
 from promptmix.registry import DATASET_REGISTRY
@@ -69,7 +69,7 @@ def test_operators_are_counted_and_views_launch_nothing(device):
         attention = torch.nn.functional.scaled_dot_product_attention(x, x, x)  # one operator
         return (attention.transpose(2, 3).unsqueeze(0) + 1)[None]  # three views and a launch
 
-    assert count_operations(work) == Operations(all=5, launches=2)
+    assert count(work).operations == Operations(all=5, launches=2)
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])

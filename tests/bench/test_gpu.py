@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from promptmix.bench import gpu
+from tests.trainers.toy import shallow
 from tools import bench
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,9 +23,11 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def args(monkeypatch):
-    """A minute's work: graphs are captured and differentiated, but not handed to a C++ compiler."""
-    compile_ = torch.compile
+    """Little work: towers have two layers, and graphs are captured and differentiated, but not handed to a C++ compiler."""
+    compile_, world = torch.compile, gpu.World
     monkeypatch.setattr(torch, "compile", lambda f, mode=None, **options: compile_(f, backend="aot_eager", **options))
+    monkeypatch.setattr(gpu, "World", lambda *of: shallow(world(*of)))
+    monkeypatch.setattr(gpu, "SECONDS", 0.05)
     sizes = {"backbone": "tiny-vit", "device": "cpu", "minutes": 5.0, "gpu_methods": ["CoOp"], "gpu_classes": [3]}
     return Namespace(**sizes, no_others=True, pictures=10, workers=[])
 

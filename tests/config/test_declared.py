@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -14,6 +15,7 @@ from promptmix.config.declare import Setting, all_declared, all_defaults
 from promptmix.errors import ConfigError, UserError
 
 KEYS = sorted(all_declared(get_cfg()))
+NODES = {node: list(keys) for node, keys in itertools.groupby(KEYS, lambda key: key.rpartition(".")[0])}
 
 numbers = st.integers() | st.floats() | st.sampled_from([0, -1, 1, 2**31, 2**63, 10**400, 1e308, 5e-324, -0.0])
 too_long = st.just(0).map(lambda _: 10**5000)  # Python refuses to print it
@@ -80,9 +82,8 @@ def test_any_value_is_in_range_or_refused(key, value):
         assert is_in_range(found, all_declared(cfg)[key])
 
 
-@pytest.mark.parametrize("key", KEYS)
-def test_values_around_the_bounds(key):
-    cfg = get_cfg()
+def around_the_bounds(cfg, key):
+    """Set a key to what lies at, inside and outside of its bounds, and to what no key takes; it is at its default again then."""
     setting, default = all_declared(cfg)[key], all_defaults(cfg)[key]
     node, _, name = key.rpartition(".")
     assert setting.comment
@@ -100,13 +101,23 @@ def test_values_around_the_bounds(key):
             (get_key(cfg, node) if node else cfg)[name] = default
 
 
-@pytest.mark.parametrize("key", KEYS)
-def test_a_value_that_was_assigned_is_checked_too(key):
+@pytest.mark.parametrize("node", NODES)
+def test_values_around_the_bounds(node):
     cfg = get_cfg()
-    node, _, name = key.rpartition(".")
-    (get_key(cfg, node) if node else cfg)[name] = {"no": "value"}.values()
-    with pytest.raises(ConfigError, match=key):
-        check_values(cfg)
+    for key in NODES[node]:
+        around_the_bounds(cfg, key)
+
+
+@pytest.mark.parametrize("node", NODES)
+def test_a_value_that_was_assigned_is_checked_too(node):
+    cfg = get_cfg()
+    for key in NODES[node]:
+        node, _, name = key.rpartition(".")
+        holder, default = get_key(cfg, node) if node else cfg, get_key(cfg, key)
+        holder[name] = {"no": "value"}.values()
+        with pytest.raises(ConfigError, match=key):
+            check_values(cfg)
+        holder[name] = default
 
 
 @pytest.mark.parametrize(

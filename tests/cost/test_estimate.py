@@ -12,7 +12,7 @@ from promptmix.bench import estimates
 from promptmix.bench.world import silenced
 from promptmix.cli import main
 from promptmix.cost import estimate, shapes
-from promptmix.cost.count import count, count_operations
+from promptmix.cost.count import count
 from promptmix.cost.estimate import training_step
 from promptmix.cost.gpu import GPUS, KERNEL_US, Bound, bound
 from promptmix.cost.machine import Machine
@@ -37,7 +37,7 @@ def test_work_is_counted_by_kind_and_size():
 
     found = work_of(work)
     assert found.gflops == pytest.approx(count(work).gflops) == pytest.approx((2 * 64 * 32 * 16 + 2 * 2 * 32 * 16 * 32) / 1e9)
-    assert (found.operators, found.launches) == (lambda ops: (ops.all, ops.launches))(count_operations(work))
+    assert (found.operators, found.launches) == (lambda ops: (ops.all, ops.launches))(count(work).operations)
     by_kind = {kind: part for (kind, _), part in found.sums.items()}
     assert by_kind["product"] == Sum(1, 2 * 64 * 32 * 16, 4 * (64 * 32 + 16 * 32 + 64 * 16))
     assert by_kind["curve"] == Sum(1, 0, 4 * 2 * 64 * 16) and by_kind["batched"].calls == 1

@@ -6,8 +6,9 @@ import importlib
 import json
 import pickle
 import re
-import subprocess
 import sys
+from importlib.machinery import BuiltinImporter, FrozenImporter, PathFinder
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import torch
 import promptmix.dassl as pm
 from promptmix.dassl.importing import MODULES
 from promptmix.engine import TrainerX
+from tests import forked
 
 #: What the public checkouts of CoOp and its forks import, and the rest of what Dassl's packages offer that we have.
 SURFACE = {
@@ -170,12 +172,17 @@ def test_items_reach_worker_processes_without_the_hook(dassl, tmp_path):
 
     item = importlib.import_module("dassl.data.datasets").Datum("a.png", 2, 1, "cat")
     (tmp_path / "item").write_bytes(bytes(ForkingPickler.dumps(item)))
-    code = "import pickle, sys; print(pickle.load(open(sys.argv[1], 'rb')).classname)"
-    root = Path(__file__).resolve().parents[2]
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "item")], capture_output=True, text=True, cwd=root, check=True
-    )
-    assert done.stdout.strip() == "cat"
+
+    def load(words):
+        for name in [name for name in sys.modules if name.partition(".")[0] == "dassl"]:
+            del sys.modules[name]
+        sys.meta_path[:] = [BuiltinImporter, FrozenImporter, PathFinder]
+        assert find_spec("dassl") is None
+        print(pickle.loads(Path(words[0]).read_bytes()).classname)
+        return 0
+
+    done = forked.run([str(tmp_path / "item")], Path(__file__).resolve().parents[2], work=load)
+    assert (done.returncode, done.stdout.strip()) == (0, "cat"), done.stderr
 
 
 def test_distances():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 
@@ -15,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from promptmix.data.features.cache import FeatureCache
+from tests import forked
 
 #: What the processes run: content follows from the key, so that a reader knows what it must find.
 COMMON = """
@@ -62,7 +62,7 @@ for process in processes:
     process.start()
 for process in processes:
     process.join()
-sys.exit(sum(process.exitcode != 0 for process in processes))
+assert all(process.exitcode == 0 for process in processes)
 """
 )
 WRITER = (
@@ -76,9 +76,12 @@ while True:
 
 
 def start(script, folder, size=1000, limit=0.0):
-    command = [sys.executable, "-c", script, str(folder), str(size), str(limit)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    def run(words):
+        sys.argv = ["-c", *words]
+        exec(script, {"__name__": "__main__"})
+        return 0
+
+    return forked.Forked([str(folder), str(size), str(limit)], work=run)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes are forked, so that torch is imported once")
@@ -123,11 +126,11 @@ def stop_halfway(process, folder):
     deadline = time.monotonic() + 300  # a busy machine needs a minute to import torch
     while time.monotonic() < deadline and process.poll() is None:
         if any(folder.glob(".*.tmp")):
-            process.send_signal(signal.SIGSTOP)
+            os.kill(process.pid, signal.SIGSTOP)
             os.waitid(os.P_PID, process.pid, os.WSTOPPED)
             if any(folder.glob(".*.tmp/.*")):
                 return
-            process.send_signal(signal.SIGCONT)
+            os.kill(process.pid, signal.SIGCONT)
     raise AssertionError("the writer was never halfway")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from promptmix.data.features.pictures import PictureCache, split_transform
 from promptmix.data.reading.transforms import build_transform
 from promptmix.errors import UserError
 from promptmix.utils import set_random_seed
+from tests import forked
 
 TRANSFORMS = {
     "resized at first": ("normalize", "random_flip"),
@@ -114,20 +116,22 @@ def test_workers_read_what_the_main_process_mapped(keys, loader, tmp_path, monke
     assert same(plain, batches(loader(True, workers=2, **keys)))
 
 
-def test_a_process_that_was_not_forked_maps_the_file_itself(loader, items):
+def test_a_new_process_maps_the_file_itself(loader, items, tmp_path):
     data = loader(True).dataset
     data.make_ready()
     copied = pickle.loads(pickle.dumps(data.kept))
     assert len(pickle.dumps(data.kept)) < 10_000  # no pixels travel
     for item in items:
         assert copied.picture(item.impath).tobytes() == data.kept.picture(item.impath).tobytes()
-    if "spawn" in multiprocessing.get_all_start_methods():
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            assert pool.apply(_size, (data.kept, items[4].impath)) == data.kept.picture(items[4].impath).size
+    (tmp_path / "kept").write_bytes(pickle.dumps(data.kept))
 
+    def size(words):  # with a promptmix of its own, which has mapped nothing
+        kept = pickle.loads(Path(words[0]).read_bytes())
+        print(kept.picture(words[1]).size)
+        return 0
 
-def _size(kept, path):
-    return kept.picture(path).size
+    done = forked.run([str(tmp_path / "kept"), items[4].impath], work=size)
+    assert done.stdout.strip() == str(data.kept.picture(items[4].impath).size), done.stderr
 
 
 DAMAGES = {

@@ -69,7 +69,7 @@ def hold(path, ready):
 @pytest.mark.skipif(os.name == "nt", reason="no such locks there")
 def test_a_folder_is_held_by_one_process_and_by_none_that_died(tmp_path):
     path = tmp_path / "new" / "out"
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")
     here, there = context.Pipe()
     child = context.Process(target=hold, args=(path, there))
     child.start()

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from promptmix.bench.world import World
 from promptmix.errors import ConfigError
 from promptmix.prompts.learner import Learner
-from tests.trainers.toy import toy_trainer
+from tests.trainers.toy import shallow, toy_trainer
 
 SHALLOW = {
     "CoOp": [],
@@ -26,10 +26,7 @@ SHALLOW = {
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """Towers of two layers, since capturing a graph takes a second for each."""
-    found = World("tiny-vit", tmp_path_factory.mktemp("world"), "cpu")
-    for blocks in (found.clip.text.blocks, found.clip.image.layers.blocks):
-        del blocks[2:]
-    return found
+    return shallow(World("tiny-vit", tmp_path_factory.mktemp("world"), "cpu"))
 
 
 @pytest.fixture
@@ -51,7 +48,7 @@ def captured(monkeypatch):
 
 def train(world, name, *opts, epochs=3):
     """Learn from one batch in each of a few epochs; return the trainer, what it showed and what it learned."""
-    trainer = world.trainer(name, 6, *SHALLOW[name], *opts)
+    trainer = world.trainer(name, 6, *SHALLOW[name], *opts, experts=2)
     batch, shown = world.batch(trainer, 4), []
     trainer.num_batches = 1
     for trainer.epoch in range(epochs):

@@ -130,7 +130,7 @@ def toy_trainer(room: Path, trainer: str, *opts: object, classes: str = "base", 
 
 
 def shallow(trainer, layers: int = 2):
-    """Leave the towers of a built trainer their first layers, where more of the same would only take longer."""
+    """Leave the towers of a built trainer, or of a benchmark's world, their first layers; more would only take longer."""
     for blocks in (trainer.clip.text.blocks, trainer.clip.image.layers.blocks):
         del blocks[layers:]
     return trainer
