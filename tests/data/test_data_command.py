@@ -131,7 +131,7 @@ def test_data_errors_are_one_line(capsys, tmp_path):
         (["check", "OxfordPet"], "OxfordPets"),
         (["check", "OxfordPets"], "--root"),
         (["check", "OxfordPets", "--root", str(tmp_path)], "promptmix data prepare OxfordPets"),
-        (["prepare", "EmojiFamilies", "--root", str(tmp_path)], "nothing to download"),
+        (["prepare", "EmojiFamilies", "--root", str(tmp_path)], "needs no download"),
         (["prepare", "ImageNet", "--root", str(tmp_path)], "accept its terms"),
         (["prepare", "StanfordCars", "--root", str(tmp_path)], "cars_train"),
         (["check", "OxfordPets", "--root", str(tmp_path), "A.B", "1"], "takes no config keys"),
