@@ -121,6 +121,7 @@ def _signal(error: BaseException) -> int:
 def _report(error: BaseException) -> int:
     """Print one line about an error; return the exit code."""
     line, code = console.describe(error)
+    console.ready()
     try:
         sys.stdout.flush()
     except (OSError, ValueError):  # it is full, and may be what the line is about

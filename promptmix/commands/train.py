@@ -167,6 +167,8 @@ def run(args: argparse.Namespace) -> int:
         UserError: something that can't be done, such as a run without ``--trainer``.
     """
     if args.list:
+        if args.opts:
+            raise ConfigError(f"--list takes no settings, but got {args.opts[0]!r}; leave it out, or --list")
         from promptmix.commands import list as list_command
 
         return list_command.show("", args.plugin)

@@ -47,7 +47,8 @@ def ready() -> None:
             # It takes the lowest free number, which is this one; processes that are started from here need it too.
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "r+" if name == "stdin" else "w", encoding="utf-8"))  # noqa: SIM115
+            ours = getattr(sys, f"__{name}__")  # a plugin may have taken the other away
+            setattr(sys, name, ours or open(os.devnull, "r+" if name == "stdin" else "w", encoding="utf-8"))  # noqa: SIM115
         stream = getattr(sys, name)
         if name != "stdin" and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")

@@ -201,6 +201,9 @@ def step_gflops(trainer: Any) -> float | None:  # any class with Dassl's interfa
     if not hasattr(trainer, "clip") or loader is None or trainer.cfg.MODEL.COMPILE:
         return None
     try:
+        stages = getattr(trainer, "stages", None)
+        if stages is not None:
+            stages.turn_to(stages.bounds[-1])  # a training that went on behind its end has entered none
         size = min(loader.batch_size or 1, len(loader.dataset))
         key = type(trainer), type(trainer.model), _shapes(trainer, size)
         if key not in _counted:

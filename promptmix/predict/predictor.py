@@ -295,7 +295,7 @@ class Predictor:
         embeddings: bool,
     ) -> list[Prediction]:
         with self._lock, self._trainer.precision.autocast():
-            given = inputs.to(self._trainer.device)
+            given = inputs.to(self._trainer.device, torch.float32)  # whatever the default of the program is
             if embeddings or not learner.routes_first:
                 given = learner.encode_images(given)
             logits, _ = learner.infer(given, classifier)

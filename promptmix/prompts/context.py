@@ -9,7 +9,7 @@ from yacs.config import CfgNode
 from promptmix.clip.text import TextTower
 from promptmix.config import get_key, source_of
 from promptmix.errors import ConfigError, SettingError
-from promptmix.files.text import is_name
+from promptmix.files.text import harmless, is_name
 
 POSITIONS = ("end", "middle", "front")
 
@@ -36,7 +36,7 @@ def initial_context(tower: TextTower, n_ctx: int, words: str, *leading: int) -> 
     Raises:
         ConfigError: no context vector, no prompt, or words that are none.
     """
-    if "{}" in words or words and not is_name(words):
+    if "{}" in words or words and not (is_name(words) and harmless(words) == words):
         raise SettingError("ctx_init", words, "but must be the words before the class name alone, such as 'a photo of a'")
     start = tower.embed(tower.tokenizer.encode(words.replace("_", " ")))
     length = len(start) if words else n_ctx

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import threading
 import pytest
 import torch
 
-from promptmix import console
+from promptmix import cli, console
 from promptmix.engine.precision import use_repeatable_kernels
 
 
@@ -65,3 +66,15 @@ def test_what_fails_beside_a_command_is_one_line(capsys, monkeypatch):
     thread.join()
     said = capsys.readouterr().err
     assert said.startswith("promptmix: note: ZeroDivisionError: division by zero in <Thread(beside") and said.count("\n") == 1
+
+
+def test_streams_that_a_plugin_took_away(capsys, monkeypatch):
+    def take() -> int:
+        monkeypatch.setattr(sys, "stdout", None)
+        monkeypatch.setattr(sys, "stderr", None)
+        raise AttributeError("'NoneType' object has no attribute 'write'")
+
+    monkeypatch.setattr(cli, "_dispatch", lambda arguments: take())
+    monkeypatch.setattr(sys, "__stderr__", said := io.StringIO())
+    assert cli.main(["list"]) == console.FAULT
+    assert said.getvalue().startswith("promptmix: error: unexpected AttributeError")

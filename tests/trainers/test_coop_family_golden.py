@@ -151,3 +151,5 @@ def test_a_context_of_as_many_vectors_as_the_authors_count_words(clip, say):
         Soft(golden_task(clip), count_words=True)
     with pytest.raises(ConfigError, match="ctx_init is 'a {}.', but must be the words before the class name alone"):
         Soft(golden_task(clip), ctx_init="a {}.")
+    with pytest.raises(ConfigError, match="must be the words before the class name alone"):
+        Soft(golden_task(clip), ctx_init="a\x07photo")

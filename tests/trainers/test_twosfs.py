@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from promptmix.plugins.prompt_bank.tuned_towers import TunedTowers
 from promptmix.trainers.twosfs import ClassifierOf, digest
 
+from promptmix.cost.estimate import step_gflops
 from promptmix.errors import ConfigError
 from promptmix.prompts.heads import Cosine
 from promptmix.prompts.learner import Learner
@@ -209,3 +210,10 @@ def test_settings_of_another_first_stage_are_refused(room):
         toy_trainer(room, "TwoSFS", "TRAINER.TWOSFS.R", 4)
     with pytest.raises(ConfigError, match=r"VISION_START .* is for PEFT ln and bitfit and PEFT is lora"):
         toy_trainer(room, "TwoSFS", "TRAINER.TWOSFS.PEFT", "lora", "TRAINER.TWOSFS.VISION_START", 1)
+
+
+def test_a_step_counts_as_one_of_the_last_stage(room):
+    behind, before = (toy_trainer(room, "TwoSFS", *ADAMW) for _ in range(2))
+    behind.stages.turn_to(behind.stages.bounds[-1])
+    counts = {step_gflops(before), step_gflops(behind)}
+    assert len(counts) == 1 and None not in counts
