@@ -67,7 +67,8 @@ class PromptReader(nn.Module):
             ConfigError: the longest prompt does not fit the tower's context length.
         """
         names = next(piece for piece in pieces if isinstance(piece, ClassTokens))
-        experts = max((piece.shape[0] for piece in pieces if isinstance(piece, Tensor)), default=1)
+        # Here and elsewhere on the way of a step in words that PyTorch 2.11's compiler can trace, too.
+        experts = max([1, *(piece.shape[0] for piece in pieces if isinstance(piece, Tensor))])
         edges = self.embed([*self.tokenizer.before, *(self.tokenizer.after if ends else ())])[None]
         everything: list[Tensor | ClassTokens] = [edges[:, : self.start], *pieces, edges[:, self.start :]]
         shared = next(i for i, piece in enumerate(everything) if isinstance(piece, ClassTokens) or piece.dim() == 4)
@@ -203,7 +204,8 @@ def steps_of(deep: DeepPrompts | None) -> dict[int, PromptStep]:
 def check_room(prompts: Prompts, steps: Mapping[int, PromptStep], begin: int) -> None:
     """Refuse steps that would replace SOT's neighbours beyond what stands before the class name."""
     room, sizes = prompts.prefix.shape[1] + prompts.context - begin, (len(prompts.prefix), len(prompts.lengths))
-    for _, step in sorted(steps.items()):
+    for layer in sorted(steps):
+        step = steps[layer]
         if step.remove > room:
             raise ConfigError(
                 f"deep text prompts replace {step.remove} positions behind SOT, but only {room} context "

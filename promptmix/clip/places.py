@@ -160,7 +160,7 @@ class Changes:
         return LayerChanges(own, action) if own or action else None
 
     def __bool__(self) -> bool:
-        return bool(self.steps or self.weights or self.actions)
+        return len(self.steps) + len(self.weights) + len(self.actions) > 0  # a dict's truth can't be compiled by PyTorch 2.11
 
     @property
     def outside(self) -> Weights:

@@ -102,7 +102,7 @@ class TextPrompts(nn.Module):
     @property
     def layers(self) -> list[Tensor]:
         """The context of each layer, first to last: J tensors (n, W) or (E, n, W)."""
-        return [self.ctx, *self.deeper]
+        return [self.ctx, *self.deeper.parameters()]  # a list's own iterator can't be compiled by PyTorch 2.11
 
     @property
     def num_experts(self) -> int:
