@@ -122,7 +122,7 @@ def test_the_config_of_a_run_that_was_cut_off(train, tmp_path, capsys):
 def test_commands_say_what_they_would_pass_over(train, capsys):
     fails(capsys, ["estimate", *train[1:], "--eval-only"], "--eval-only is for a test")
     run = ["run", "few-shot", "--trainer", "CoOp", "--datasets", "EmojiFamilies"]
-    fails(capsys, [*run, "--seeds", "1", "2", "1"], "CoOp EmojiFamilies 16 shots seed 1 appears twice")
+    fails(capsys, [*run, "--seeds", "1", "2", "1"], "CoOp EmojiFamilies 16 shots seed 1 is there twice")
     fails(capsys, [*run, "--seeds", "1", "--shots", "0", "-1"], "are one run twice")
     fails(capsys, ["estimate", *train[1:], "--coop-repo", "x"], "--coop-repo x", "--config-file")
     fails(capsys, [*train, "--dassl", "theirs"], "--dassl theirs is for --coop-repo")

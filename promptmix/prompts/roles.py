@@ -185,14 +185,9 @@ def check_parts(parts: Sequence[Component], bank: PromptBank, head: Head) -> Non
 
     Raises:
         ConfigError: a part takes text features that are the same for all images, or reads them raw, where each image has its
-            own; the head reads patches, which the bank does not mix with frozen features; or a router has one expert.
+            own; or the head reads patches, which the bank does not mix with frozen features.
     """
     name = type(bank).__name__
-    router = next((part for part in parts if isinstance(part, Router)), None)
-    if router is not None and max(bank.num_experts, bank.num_visual) == 1:
-        raise ConfigError(
-            f"ROUTER.NAME {type(router).__name__} chooses among experts, but {name} is one; give it more, or set ROUTER.NAME none"
-        )
     for part in parts if bank.per_image else ():
         if isinstance(part, TextSupervision) and not part.takes_per_image:
             raise ConfigError(
