@@ -8,7 +8,7 @@ import importlib
 import os
 import signal
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from promptmix import console
 from promptmix.commands import COMMANDS
@@ -21,6 +21,11 @@ from promptmix.version import __version__
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are user errors, and which suggests the flag that was meant."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.register("type", int, _whole)  # what ``type=int`` means
+        self.register("type", float, _real)
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the usage and leaving the process.
@@ -70,6 +75,14 @@ class Parser(argparse.ArgumentParser):
                     self.error(f"{action.metavar or action.dest} is empty; name one")
         if "" in words:
             self.error("an empty word is among the arguments; leave it out")
+
+
+def _whole(text: str) -> int:
+    return int(text.encode("ascii"))  # other scripts' digits are digits to Python, but to no config
+
+
+def _real(text: str) -> float:
+    return float(text.encode("ascii"))
 
 
 def main(argv: list[str] | None = None) -> int:

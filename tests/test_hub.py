@@ -110,6 +110,9 @@ def test_a_changed_file_is_refused(packed, tmp_path, picture):
         (packed / another).unlink()
     shutil.copytree(packed, tmp_path / "copy")  # a folder that travelled
     assert promptmix.load(tmp_path / "copy").predict(picture)
+    assert main(["convert", "hub:anna/emoji", str(tmp_path / "converted")]) == 0
+    (packed / "hub.json").write_text("[]")
+    assert main(["convert", str(packed), str(tmp_path / "again")]) == 2 and not (tmp_path / "again").exists()
 
 
 def test_a_folder_that_somebody_gave_is_taken_by_name(packed, tmp_path, monkeypatch, picture, capsys):

@@ -190,7 +190,7 @@ def test_training_stops_at_bad_pictures_or_skips_them(pictures, tmp_path, capsys
     captured = capsys.readouterr()
     assert f"{bad}: damaged" in captured.err and "--skip-bad" in captured.err and not (tmp_path / "out").exists()
     assert main([*command, "--skip-bad", *opts]) == 0
-    assert "1 pictures are left out" in capsys.readouterr().out
+    assert "1 picture is left out" in capsys.readouterr().out
 
 
 def test_sentences_about_classes_are_named_again_by_whoever_predicts(pictures, tmp_path, capsys):

@@ -181,6 +181,7 @@ def test_bad_calls_end_in_one_line(room, tmp_path, capsys, monkeypatch):
         (runs, "--out", str(tmp_path / "r.pdf")): "must name a file that ends in .html",
         (str(tmp_path), "--out", str(tmp_path / "r.html")): "no results.json",
         (runs, "--out", str(tmp_path / "r.html"), "--root", "nowhere"): "--root nowhere: no such folder",
+        (runs, "--out", str(tmp_path / "r.html"), "--weights", "gone.pt"): "--weights gone.pt: no such file",
         (runs, "--out", str(tmp_path / "r.html"), "--plugin", "nowhere.py"): "--plugin nowhere.py: no such file",
         (runs, "--out", str(tmp_path / "r.html"), "--no-interpret", "--compare", "Coop"): "did you mean 'CoOp'",
     }.items():

@@ -8,7 +8,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from promptmix.errors import UserError
-from promptmix.files.text import one_line
+from promptmix.files.text import counted, one_line
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     entries = [(cache.what, entry) for cache in caches for entry in cache.entries()]
     if args.action == "clear":
         freed = sum(cache.clear() for cache in caches)
-        sys.stdout.write(f"removed {len(entries)} files ({freed / 1e6:.1f} MB) from {folder}\n")
+        sys.stdout.write(f"removed {counted(len(entries), 'file')} ({freed / 1e6:.1f} MB) from {folder}\n")
         return 0
     rows = [
         (
@@ -45,5 +45,5 @@ def run(args: argparse.Namespace) -> int:
     ]
     if rows:
         sys.stdout.write(tabulate(rows, ("last used (UTC)", "MB", "what", "of"), disable_numparse=True) + "\n")
-    sys.stdout.write(f"{len(rows)} files, {sum(entry.size for _, entry in entries) / 1e6:.1f} MB in {folder}\n")
+    sys.stdout.write(f"{counted(len(rows), 'file')}, {sum(entry.size for _, entry in entries) / 1e6:.1f} MB in {folder}\n")
     return 0

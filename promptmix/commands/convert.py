@@ -13,7 +13,7 @@ from promptmix.files.text import harmless
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
     add = parser.add_argument
-    add("source", metavar="IN", help="output folder of a run of promptmix or of the authors' code, or a converted one")
+    add("source", metavar="IN", help="output folder of a run of promptmix or of the authors' code, a converted one, or hub:NAME")
     add("target", metavar="OUT", help="folder to write; `--model-dir OUT` evaluates it")
     add(
         "--to",
@@ -34,6 +34,7 @@ def run(args: argparse.Namespace) -> int:
     from promptmix.engine import convert
     from promptmix.plugin_manager import get_plugin_manager
     from promptmix.registry import TRAINER_REGISTRY
+    from promptmix.runs.hub import place_of
     from promptmix.runs.results import read_run
 
     target = Path(args.target)
@@ -42,8 +43,9 @@ def run(args: argparse.Namespace) -> int:
     if args.trainer:
         get_plugin_manager()
         TRAINER_REGISTRY.get(args.trainer)
-    logged = read_run(args.source)
-    learned = convert.read(args.source, args.load_epoch, args.trainer, logged.trainer if logged else "")
+    source = place_of(args.source)
+    logged = read_run(source)
+    learned = convert.read(source, args.load_epoch, args.trainer, logged.trainer if logged else "")
     if args.trainer and learned.trainer != args.trainer:
         raise UserError(f"--trainer {args.trainer}: {learned.source} was written by {learned.trainer}; leave the flag out")
     written = [convert.write_theirs(learned, target)] if args.to == "coop" else convert.write_ours(learned, target)

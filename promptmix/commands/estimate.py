@@ -7,9 +7,10 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from promptmix.commands import train
-from promptmix.config.flags import make_config
+from promptmix.config.flags import check_count, make_config
 from promptmix.cost.gpu import GPUS, Gpu, bound
 from promptmix.errors import ConfigError
+from promptmix.files.text import counted
 
 if TYPE_CHECKING:
     from promptmix.cost.estimate import Estimate
@@ -38,6 +39,9 @@ def run(args: argparse.Namespace) -> int:
     for flag in ("--eval-only", "--model-dir", "--load-epoch"):
         if getattr(args, flag[2:].replace("-", "_")) not in (False, "", None):
             raise ConfigError(f"{flag} is for a test, but estimate counts a training; leave it out")
+    check_count("--devices", args.devices)
+    if (args.devices or 1) > 1:
+        raise ConfigError(f"--devices {args.devices}: estimate counts a training in one process; leave the flag out")
     for flag, given in (("--coop-repo", args.coop_repo), ("--from-run", args.from_run)):
         if given:
             raise ConfigError(f"{flag} {given}: estimate builds what a --config-file says; leave the flag out and name that file")
@@ -55,13 +59,14 @@ def run(args: argparse.Namespace) -> int:
     found = estimate(trainer)
     epochs = cfg.OPTIM.MAX_EPOCH
     step, peak = found.step, "" if found.peak_mb is None else f"; peak of the process {found.peak_mb:,.0f} MiB"
-    counted = "counted while it ran, since shapes don't tell" if found.ran else "counted by shapes"
+    how = "counted while it ran, since shapes don't tell" if found.ran else "counted by shapes"
     lines = [
-        f"step: {step.gflops:,.0f} GFLOP, {step.gigabytes:,.1f} GB moved, {step.operators:,} operators ({counted}); "
+        f"step: {step.gflops:,.0f} GFLOP, {step.gigabytes:,.1f} GB moved, {step.operators:,} operators ({how}); "
         f"{found.step_seconds:.3g} s here",
         f"memory: {found.step_mb:,.0f} MiB for a step beside {found.weights_mb:,.0f} MiB of weights, and PyTorch itself{peak}",
         f"reading a picture: {1000 * found.seconds_per_picture:.1f} ms in one process",
-        f"epoch: {found.batches} steps, {found.epoch_seconds:,.1f} s; {epochs} epochs: {epochs * found.epoch_seconds:,.0f} s",
+        f"epoch: {counted(found.batches, 'step')}, {found.epoch_seconds:,.1f} s; "
+        f"{counted(epochs, 'epoch')}: {epochs * found.epoch_seconds:,.0f} s",
     ]
     if args.gpu is not None:
         lines += _on_gpu(found, GPUS[args.gpu], cfg.TRAINER.PREC, epochs)
@@ -80,5 +85,6 @@ def _on_gpu(found: Estimate, gpu: Gpu, precision: str, epochs: int) -> list[str]
         f"on one {gpu.name}, {precision}, counted and not measured ({gpu.source}):",
         f"  a step takes at least {step:.3g} ms, limited by {least.limit}: "
         + ", ".join(f"{name} {1e3 * seconds:.3g}" for name, seconds in parts.items()),
-        f"  {epochs} epochs: at least {whole:,.0f} s without reading; {need:.1f} of {gpu.memory_gb:.0f} GB beside PyTorch itself",
+        f"  {counted(epochs, 'epoch')}: at least {whole:,.0f} s without reading; "
+        f"{need:.1f} of {gpu.memory_gb:.0f} GB beside PyTorch itself",
     ]

@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
 def _shots(text: str) -> int:
     if text == "all":
         return -1
-    if not text.isdecimal() or int(text) < 1:
+    if not (text.isascii() and text.isdecimal()) or int(text) < 1:
         raise UserError(f"--shots is {text!r}; give a number of pictures from 1 on, or all")
     return int(text)
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from promptmix.errors import UserError
-from promptmix.files.text import harmless, one_line
+from promptmix.files.text import counted, harmless, one_line
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,6 +42,7 @@ def run(args: argparse.Namespace) -> int:
     from promptmix.utils import atomic_write
 
     check_place("--root", args.root)
+    check_place("--weights", args.weights, "file")
     with contextlib.redirect_stdout(sys.stderr), drawing():  # what is not installed is said before anything is computed
         load_plugins(args.plugin)
         runs, notes = gather.find(args.runs)
@@ -51,5 +52,5 @@ def run(args: argparse.Namespace) -> int:
     atomic_write(out, lambda path: path.write_text(text, encoding="utf-8", errors="backslashreplace"))
     for note in dict.fromkeys(notes):
         sys.stderr.write(f"note: {one_line(note)}\n")
-    sys.stdout.write(f"{harmless(out)}: {len(runs)} runs, {len(text.encode('utf-8', 'replace')) / 1e6:.1f} MB\n")
+    sys.stdout.write(f"{harmless(out)}: {counted(len(runs), 'run')}, {len(text.encode('utf-8', 'replace')) / 1e6:.1f} MB\n")
     return 0

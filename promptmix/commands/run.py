@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from promptmix.commands.train import add_devices, refuse_undivided, split_arguments, start_devices
 from promptmix.errors import ConfigError, UserError
 from promptmix.files.places import refuse_unwritable
-from promptmix.files.text import one_line
+from promptmix.files.text import counted, one_line
 from promptmix.registry import PROTOCOL_REGISTRY
 from promptmix.runs.active import ACTIVE
 from promptmix.runs.federated import FEDERATED
@@ -141,7 +141,7 @@ def run_all(jobs: list[Job], args: argparse.Namespace, sort: str, at_once: int =
     sys.stdout.write(f"\n{tables.render(rows + tables.averages(rows, metrics), metrics, args.format, sort=sort)}\n")
     for note in notes:
         sys.stderr.write(f"note: {one_line(note)}\n")
-    took = f"{len(done)} runs in {time.monotonic() - started:.0f} s"
+    took = f"{counted(len(done), 'run')} in {time.monotonic() - started:.0f} s"
     sys.stdout.write(f"\n{took}; each has its {results.FILE_NAME} and log.txt below {args.output_dir}\n")
     if str(reuse):
         sys.stdout.write(f"{reuse}\n")

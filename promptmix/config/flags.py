@@ -36,14 +36,14 @@ def check_count(flag: str, number: float | None, most: int = 4096, least: int = 
         raise UserError(f"{flag} is {number}, but must be from {least} to {most}")
 
 
-def check_place(flag: str, path: str) -> None:
+def check_place(flag: str, path: str, kind: str = "folder") -> None:
     """Refuse a flag's folder or file that is not there.
 
     Raises:
         UserError: it is not; "" = the flag was not given.
     """
     if path and not os.path.exists(os.path.expanduser(path)):
-        raise UserError(f"{flag} {path}: no such folder; check the path, or leave {flag} out")
+        raise UserError(f"{flag} {path}: no such {kind}; check the path, or leave {flag} out")
 
 
 def resolve_config(path: str, trainer: str = "") -> Path:

@@ -15,6 +15,7 @@ from promptmix.data.leaks import find_leaks
 from promptmix.data.reading.pictures import decode_problem, find_bad, quick_problem
 from promptmix.data.records import FOLDER, read_records
 from promptmix.errors import DataError
+from promptmix.files.text import counted
 
 __all__ = ["Report", "check"]
 
@@ -71,7 +72,7 @@ def check(about: Description, root: str | os.PathLike[str], decode: bool = True)
         expected, found = about.expected[part], len(splits[part])
         report.counts[part] = (expected, found, sum(item.impath in report.bad for item in splits[part]))
         if found != expected:
-            report.findings.append(f"{part} has {found:,} pictures, {expected:,} expected")
+            report.findings.append(f"{part} has {counted(found, 'picture')}, {expected:,} expected")
     return report
 
 
@@ -118,7 +119,9 @@ def _check_labels(about: Description, report: Report, splits: Splits) -> None:
     for part, items in splits.items():
         shared += [item.impath for item in items if seen.setdefault(item.impath, part) != part]
     if shared:
-        report.findings.append(f"{len(shared)} pictures are in two parts of the split, such as {shared[0]}")
+        report.findings.append(
+            f"{counted(len(shared), 'picture is', 'pictures are')} in two parts of the split, such as {shared[0]}"
+        )
 
 
 def _check_kept(report: Report, splits: Splits) -> None:
@@ -134,7 +137,7 @@ def _check_kept(report: Report, splits: Splits) -> None:
         strange = [item.impath for part, items in kept.items() for item in items if item.impath not in known.get(part, ())]
         if strange:
             report.findings.append(
-                f"{path} holds {len(strange)} pictures that the split does not, such as {strange[0]}; remove it"
+                f"{path} holds {counted(len(strange), 'picture')} that the split does not, such as {strange[0]}; remove it"
             )
 
 

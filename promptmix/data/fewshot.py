@@ -14,6 +14,7 @@ from yacs.config import CfgNode
 from promptmix.config.core import CLASSES
 from promptmix.data.datum import Datum
 from promptmix.errors import ConfigError, DataError
+from promptmix.files.text import counted
 from promptmix.utils import get_logger, read_json, write_json
 
 __all__ = ["generate_fewshot", "load_split", "num_base", "save_split", "say_fewer", "split_by", "subsample_classes", "unlabeled"]
@@ -54,10 +55,10 @@ def say_fewer(items: Sequence[Datum], num_shots: int) -> None:
     if fewer:
         least = f"{min(fewer)} to {max(fewer)}" if min(fewer) < max(fewer) else f"{fewer[0]}"
         get_logger().warning(
-            "%d shots: %d of %d classes have fewer training pictures (%s) and give all of theirs",
-            num_shots,
+            "%s: %d of %s fewer training pictures (%s) and give all of theirs",
+            counted(num_shots, "shot"),
             len(fewer),
-            len(counts),
+            counted(len(counts), "class has", "classes have"),
             least,
         )
 

@@ -18,6 +18,7 @@ from typing import cast
 
 from promptmix.data.datum import Datum
 from promptmix.data.reading.images import member_size, open_member
+from promptmix.files.text import counted
 
 __all__ = ["alike", "find_copies", "find_leaks"]
 
@@ -73,8 +74,8 @@ def _across(groups: Groups, parts: Mapping[str, Sequence[Datum]]) -> Iterator[st
             first, second = pairs[0][0].impath, pairs[0][1][0].impath
             same = f"{first}" if first == second else f"{second}, which is {first}"
             yield (
-                f"{count:,} of {len(parts[other]):,} pictures of {other} are in {one} too, such as {same}; numbers on {other} "
-                "are too good: remove them from one of the two"
+                f"{count:,} of {counted(len(parts[other]), 'picture')} of {other} {'is' if count == 1 else 'are'} in {one} too, "
+                f"such as {same}; numbers on {other} are too good: remove them from one of the two"
             )
 
 
@@ -83,7 +84,8 @@ def _labels(groups: Groups) -> Iterator[str]:
     if found:
         one = {item.label: item for _, item in found[0]}
         example = " and ".join(f"{item.impath} as {item.classname!r}" for item in list(one.values())[:2])
-        yield f"{len(found):,} pictures stand under two labels, such as {example}; leave each under one"
+        count = counted(len(found), "picture stands", "pictures stand")
+        yield f"{count} under two labels, such as {example}; leave each under one"
 
 
 def _again(groups: Groups) -> Iterator[str]:
@@ -96,7 +98,8 @@ def _again(groups: Groups) -> Iterator[str]:
                 same = [item.impath for p, item in group if p == part]
                 example.setdefault(part, f"{same[1]}, which is {same[0]}" if same[0] != same[1] else same[0])
     for part, count in extra.items():
-        yield f"{count:,} pictures of {part} are copies of others there, such as {example[part]}; remove the copies"
+        copies = "is a copy of another" if count == 1 else "are copies of others"
+        yield f"{counted(count, 'picture')} of {part} {copies} there, such as {example[part]}; remove the copies"
 
 
 def find_copies(paths: Iterable[str]) -> list[list[str]]:

@@ -181,6 +181,9 @@ class TrainerBase:
 
         Returns:
             The epoch to begin with; 0 where there is nothing to continue.
+
+        Raises:
+            CheckpointError: it is damaged, or of another method, config or backbone.
         """
         names = self.get_model_names()
         if not RunFolder(directory).can_resume(names):
@@ -190,7 +193,8 @@ class TrainerBase:
         start_epoch = 0
         for name in names:
             folder = str(Path(directory, name))
-            start_epoch = resume_from_checkpoint(folder, self._models[name], self._optims[name], self._scheds[name])
+            optim, sched = self._optims[name], self._scheds[name]
+            start_epoch = resume_from_checkpoint(folder, self._models[name], optim, sched, self.refuse_foreign)
         return start_epoch
 
     def load_model(self, directory: str, epoch: int | None = None) -> None:
@@ -212,25 +216,35 @@ class TrainerBase:
         folder.refuse_unclaimed([*self.get_model_names(), *known])
         for name in self.get_model_names():
             checkpoint, path = read_model(Path(directory, name), epoch)
-            writer = checkpoint.get("trainer", type(self).__name__)
             if "state_dict" not in checkpoint:
                 raise CheckpointError(f"{path} has no 'state_dict'; it was not written by a training run")
-            if writer in TRAINER_REGISTRY and not isinstance(self, TRAINER_REGISTRY.get(writer)):  # its own, or an extension's
-                raise CheckpointError(
-                    f"{path} was written by {writer}, not by {type(self).__name__}, whose tensors it would only fit by accident; "
-                    f"name another folder, or use {writer}"
-                )
-            theirs = checkpoint.get("backbone", "")
-            if self._frozen and theirs and theirs != self._frozen:
-                raise CheckpointError(
-                    f"{path} was learned with the backbone {theirs}, and says nothing to MODEL.BACKBONE.NAME {self._frozen}; "
-                    "name another folder, or that backbone"
-                )
+            self.refuse_foreign(checkpoint, path)
+            writer = checkpoint.get("trainer", type(self).__name__)
             source = str(path) if writer == type(self).__name__ else f"{path} (written by {writer})"
             load_state_dict_strict(self._models[name], checkpoint["state_dict"], source)
             result = checkpoint.get("val_result")
             shown = "none" if result is None else f"{result:.1f}"
             log.info("Load %s to %s (epoch=%s, val_result=%s)", path, name, checkpoint.get("epoch"), shown)
+
+    def refuse_foreign(self, checkpoint: Mapping[str, Any], path: Path) -> None:
+        """Refuse what another method or another backbone learned, whose tensors would fit by accident.
+
+        Raises:
+            CheckpointError: ``checkpoint``, which comes from ``path``, says that it is so.
+        """
+        writer = checkpoint.get("trainer") or type(self).__name__
+        known = TRAINER_REGISTRY.get(writer) if writer in TRAINER_REGISTRY else object
+        if writer != type(self).__name__ and not isinstance(self, known):  # its own, or an extension's
+            raise CheckpointError(
+                f"{path} was written by {writer}, not by {type(self).__name__}, whose tensors it would only fit by accident; "
+                f"name another folder, or use {writer}"
+            )
+        theirs = checkpoint.get("backbone", "")
+        if self._frozen and theirs and theirs != self._frozen:
+            raise CheckpointError(
+                f"{path} was learned with the backbone {theirs}, and says nothing to MODEL.BACKBONE.NAME {self._frozen}; "
+                "name another folder, or that backbone"
+            )
 
     def can_do_without(self, directory: str, name: str, epoch: int | None) -> bool:
         """Tell whether a model in ``directory`` that is not registered here may be left out, since it would change nothing."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter, OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -265,6 +265,7 @@ def resume_from_checkpoint(
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None = None,
     scheduler: Any = None,
+    refuse: Callable[[Mapping[str, Any], Path], None] | None = None,
 ) -> int:
     """Restore a model, and its optimizer and scheduler, from the checkpoint that was written last.
 
@@ -273,6 +274,7 @@ def resume_from_checkpoint(
         model: takes the tensors.
         optimizer: takes its state, if given and saved.
         scheduler: takes its state, if given and saved.
+        refuse: raises where the checkpoint, from the file that it is told, is another's.
 
     Returns:
         The number of epochs done, which is the epoch to go on with.
@@ -288,6 +290,8 @@ def resume_from_checkpoint(
         if key not in checkpoint:
             there = shorten(list(checkpoint))
             raise CheckpointError(f"{path} has no {key!r} (keys: {there}); it was not written by a training run")
+    if refuse is not None:
+        refuse(checkpoint, path)
     load_state_dict_strict(model, checkpoint["state_dict"], str(path))
     log.info("Loaded model weights")
     if optimizer is not None and checkpoint.get("optimizer") is not None:

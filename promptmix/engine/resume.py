@@ -56,6 +56,7 @@ def save_progress(trainer: Trainer, folder: RunFolder) -> None:
     state = {
         "version": _VERSION,
         "trainer": type(trainer).__name__,
+        "backbone": trainer._frozen,
         "epoch": trainer.epoch + 1,
         "processes": group.size(),
         "models": models,
@@ -80,7 +81,7 @@ def load_progress(trainer: Trainer, folder: RunFolder) -> dict[str, Any] | None:
         The random states, for ``set_random_states`` just before the next epoch; None where there is nothing to go on from.
 
     Raises:
-        CheckpointError: the file is damaged, or it is of another method, config or version.
+        CheckpointError: the file is damaged, or it is of another method, backbone, config or version.
     """
     path = folder.progress
     if not path.is_file():
@@ -116,7 +117,7 @@ def load_progress(trainer: Trainer, folder: RunFolder) -> dict[str, Any] | None:
 
 
 def _refuse_other(state: Mapping[str, Any], trainer: Trainer, path: Path) -> None:
-    """Refuse the state of another version, method or set of pictures."""
+    """Refuse the state of another version, method, backbone or set of pictures."""
     if state.get("version") != _VERSION or not isinstance(state.get("models"), Mapping):
         raise CheckpointError(
             f"{path} is of another form than this promptmix writes; go on with the promptmix that began, or remove the file"
@@ -127,6 +128,7 @@ def _refuse_other(state: Mapping[str, Any], trainer: Trainer, path: Path) -> Non
             f"{path} is of {writer} with {', '.join(there) or 'no model'}, not of {type(trainer).__name__} with "
             f"{', '.join(names) or 'no model'}; resume with the config that began"
         )
+    trainer.refuse_foreign(state, path)
     data = data_digest(trainer)
     if data and state.get("data", data) != data:
         raise CheckpointError(

@@ -26,6 +26,7 @@ from promptmix.engine.precision import choose_device, clip_gradients
 from promptmix.engine.run_folder import BEST_FILE, RunFolder
 from promptmix.engine.samples import SampleKeeper
 from promptmix.errors import CheckpointError, ConfigError
+from promptmix.files.text import counted
 from promptmix.parallel import group
 from promptmix.plugin_manager import get_plugin_manager
 from promptmix.registry import TRAINER_REGISTRY
@@ -119,8 +120,8 @@ class SimpleTrainer(TrainerBase):
             raise CheckpointError(f"nothing to resume in {directory}; --resume takes the output folder of a run")
         if self.start_epoch > self.max_epoch:
             raise CheckpointError(
-                f"{directory} was trained for {self.start_epoch} epochs, and OPTIM.MAX_EPOCH is {self.max_epoch}; give it that "
-                "value, or choose another --output-dir"
+                f"{directory} was trained for {counted(self.start_epoch, 'epoch')}, and OPTIM.MAX_EPOCH is "
+                f"{self.max_epoch}; give it that value, or choose another --output-dir"
             )
         best_val = self.cfg.TEST.FINAL_MODEL == "best_val"
         if self.cfg.RESUME and best_val:

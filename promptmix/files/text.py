@@ -9,7 +9,7 @@ import re
 import unicodedata
 from typing import Any
 
-__all__ = ["csv_cell", "harmless", "is_name", "json_text", "one_line", "parse_json", "table_cell"]
+__all__ = ["counted", "csv_cell", "harmless", "is_name", "json_text", "one_line", "parse_json", "table_cell"]
 
 #: Control characters but tab and newline, those that turn the direction of what follows, and halves of characters.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
@@ -27,6 +27,11 @@ def harmless(text: object) -> str:
 def one_line(text: object) -> str:
     """Return ``harmless`` text on one line, so that a name can't begin a line of its own."""
     return " ".join(harmless(text).split())
+
+
+def counted(count: int, one: str, many: str = "") -> str:
+    """Return ``count`` with its noun, or with the words that begin with it; ``many`` is ``one`` with an s where it isn't said."""
+    return f"{count:,} {one if count == 1 else many or f'{one}s'}"
 
 
 def is_name(text: str) -> bool:

@@ -11,7 +11,7 @@ from importlib.resources import files
 from typing import Any
 
 from promptmix.errors import UserError
-from promptmix.files.text import harmless
+from promptmix.files.text import counted, harmless
 from promptmix.report import figures, gather
 from promptmix.report.gather import Detail
 from promptmix.report.parts import Block, Cell, Figure, Section, table
@@ -205,7 +205,7 @@ def _tests(rows: list[Row], wish: Wish, notes: list[str]) -> list[Block]:
     ]
     head = ["Difference", "Where", "Points", "95% interval", "p", "p (Holm)", "Test"]
     text = "Paired on the same test pictures: McNemar's exact test for two runs, else a bootstrap over pictures and seeds. "
-    count = f"{len(found)} comparison{'s' if len(found) > 1 else ''}"
+    count = counted(len(found), "comparison")
     text += f"{count}; in colour where p after Holm's correction is below 0.05."
     one = table("Differences in accuracy", head, lines, lead=2)
     return [Block("Which differences hold", text, [one], closed="" if len(found) <= 12 else count)]
@@ -264,10 +264,9 @@ def _albums(details: Sequence[Detail], wish: Wish, notes: list[str]) -> list[Blo
             if found[which]:
                 blocks.append(Block(f"{detail.name}, {detail.place}: {words}", album=found[which]))
     if album.refused:
-        where = (
-            "could not be read below it" if wish.root else "lie outside the embedded data; --root DIR says where they may be read"
-        )
-        notes.append(f"{album.refused} pictures are not shown: they {where}, or the page would have grown too large")
+        where = "unreadable below --root" if wish.root else "outside the embedded data (--root DIR says where they may be read)"
+        count = counted(album.refused, "picture is", "pictures are")
+        notes.append(f"{count} not shown: {where}, or the page would have grown too large")
     return blocks
 
 

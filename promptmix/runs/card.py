@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from promptmix.files.text import one_line
+from promptmix.files.text import counted, one_line
 from promptmix.runs.results import RunResult
 
 __all__ = ["card_of"]
@@ -76,11 +76,11 @@ def card_of(runs: Sequence[RunResult], *, name: str = "", licence: str = "", epo
 
 def _about(run: RunResult, epoch: int | None) -> str:
     """Return what the prompts are, in a sentence."""
-    shots = f"{run.shots} pictures per class" if run.shots > 0 else "all training pictures"
+    shots = f"{counted(run.shots, 'picture')} per class" if run.shots > 0 else "all training pictures"
     where = f"{_text(run.title or run.dataset)} ({_text(run.subsample_classes)} classes, {shots}, seed {run.seed}"
     return (
         f"Prompts learned by {_text(run.trainer)} for the frozen model {_text(run.backbone)}, on {where}"
-        + (f", {epoch} epochs" if epoch else "")
+        + (f", {counted(epoch, 'epoch')}" if epoch else "")
         + f"): {run.learned_parameters or 0:,} learned numbers. The frozen model is not part of this."
     )
 

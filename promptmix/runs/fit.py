@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from promptmix.config.declare import all_keys
 from promptmix.config.flags import make_config
 from promptmix.errors import ConfigError, DataError
-from promptmix.files.text import harmless
+from promptmix.files.text import counted, harmless
 
 if TYPE_CHECKING:
     from yacs.config import CfgNode
@@ -218,7 +218,8 @@ def _backbone(cfg: CfgNode) -> str:
 
 
 def _recipe(cfg: CfgNode, wish: Wish) -> str:
-    numbers = f"{cfg.OPTIM.MAX_EPOCH} epochs, learning rate {cfg.OPTIM.LR:g}, batches of {cfg.DATALOADER.TRAIN_X.BATCH_SIZE}"
+    epochs = counted(cfg.OPTIM.MAX_EPOCH, "epoch")
+    numbers = f"{epochs}, learning rate {cfg.OPTIM.LR:g}, batches of {cfg.DATALOADER.TRAIN_X.BATCH_SIZE}"
     return f"{recipe_of(wish.trainer, wish.backbone)}: {numbers}  [OPTIM.MAX_EPOCH 50 at the end]"
 
 

@@ -18,6 +18,7 @@ import yaml
 from promptmix.config.flags import load_plugins, make_config, merge_flags, resolve_config
 from promptmix.config.yamlfile import read_yaml
 from promptmix.errors import ConfigError
+from promptmix.files.text import counted
 from promptmix.hookspecs import hookimpl
 from promptmix.registry import DATASET_REGISTRY, PROTOCOL_REGISTRY, Registry, closest
 
@@ -177,7 +178,7 @@ class Job:
     @property
     def name(self) -> str:
         """Return a line that tells this job from its neighbours."""
-        shots = "" if self.shots is None else f"{self.shots} shots"
+        shots = "" if self.shots is None else counted(self.shots, "shot")
         data = title(self.dataset) if self.dataset else ""
         return " ".join(filter(None, (self.trainer, self.variant, data, shots, f"seed {self.seed}", self.piece)))
 

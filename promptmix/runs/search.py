@@ -49,7 +49,7 @@ _KEYS: dict[str, type | tuple[type, ...]] = {
     "datasets": list,
 }
 _METRICS = ("accuracy", "macro_accuracy")
-_FACTOR = re.compile(r"x(\d+\.?\d*(?:e[+-]?\d+)?)")
+_FACTOR = re.compile(r"x(\d+\.?\d*(?:e[+-]?\d+)?)", re.ASCII)
 _MARK = "# Written by `promptmix sweep --search`"
 
 

@@ -122,6 +122,9 @@ def test_the_command_says_what_a_gpu_would_need(capsys, monkeypatch):
     assert "counted and not measured" in shown and "limited by launches" in shown and "peak of the process" in shown
     assert main(["estimate", *flags, "--gpu", "abacus"]) == 2
     assert "--gpu 'abacus' is not known; choose one of: t4" in capsys.readouterr().err
+    for devices, said in (("2", "--devices 2: estimate counts a training in one process"), ("9" * 9, "must be from 1 to")):
+        assert main(["estimate", *flags, "--devices", devices]) == 2
+        assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["CoOp", "MoCoOp", "MaPLe"])

@@ -93,8 +93,8 @@ def test_check_names_a_missing_image_a_truncated_jpeg_and_a_wrong_split(tmp_path
     assert f"images/{cut.name}: damaged" in text and f"images/{empty.name}: empty file" in text
     assert "wrong split: train" in text and "wrong split: val" in text
     assert "label 0 has several class names: abyssinian, tiger" in text
-    assert "1 pictures are in two parts" in text
-    assert "shot_1-seed_1.json holds 1 pictures" in text and "posix.system" in text
+    assert "1 picture is in two parts" in text
+    assert "shot_1-seed_1.json holds 1 picture " in text and "posix.system" in text
     assert "val has 737 pictures, 736 expected" in text and "not right" in text
 
 
@@ -156,8 +156,8 @@ def test_check_of_ones_own_pictures(capsys, tmp_path):
     tiny_jpeg(tmp_path / "loose.jpg")
     assert main(command) == 1
     out = capsys.readouterr().out
-    assert "1 pictures stand under two labels, such as" in out and out.count("two labels") == 1
-    assert "1 pictures are not in class folders and are left out" in out and "loose.jpg" in out
+    assert "1 picture stands under two labels, such as" in out and out.count("two labels") == 1
+    assert "1 picture is not in class folders and is left out" in out and "loose.jpg" in out
     assert out.rstrip().endswith("see above")
 
 
@@ -172,7 +172,7 @@ def test_copies_in_a_published_data_set_are_notes(tmp_path, monkeypatch):
     about = replace(DESCRIPTIONS["OxfordPets"], expected={"train": 1, "val": 0, "test": 2}, classes=2)
     report = check(about, tmp_path)
     assert report.ok and len(report.notes) == 2
-    assert report.notes[0].startswith("1 of 2 pictures of test are in train too") and "two labels" in report.notes[1]
+    assert report.notes[0].startswith("1 of 2 pictures of test is in train too") and "two labels" in report.notes[1]
 
 
 # Downloads

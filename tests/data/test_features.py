@@ -231,9 +231,9 @@ def test_the_command_lists_and_clears(tmp_path, capsys, monkeypatch):
     assert cache_folder() == tmp_path / "features" and cache_folder("else").name == "else"
     FeatureCache(cache_folder()).put("key", {"features": torch.zeros(500_000)}, "five pictures")
     assert main(["cache"]) == 0
-    assert "five pictures" in (shown := capsys.readouterr().out) and "1 files, 2.0 MB" in shown
+    assert "five pictures" in (shown := capsys.readouterr().out) and "1 file, 2.0 MB" in shown
     assert main(["cache", "clear"]) == 0
-    assert "removed 1 files (2.0 MB)" in capsys.readouterr().out
+    assert "removed 1 file (2.0 MB)" in capsys.readouterr().out
     assert main(["cache", "list"]) == 0
     assert "0 files" in capsys.readouterr().out
     monkeypatch.delenv("PROMPTMIX_CACHE_DIR")

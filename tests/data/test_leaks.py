@@ -96,13 +96,13 @@ def test_every_leak_is_counted_with_an_example(tmp_path):
     assert find_leaks({"train": [item("x")], "val": [], "test": [item("y")]}) == []
     across = find_leaks({"train": [item("x")], "val": [item("y")], "test": [item("copy"), item("y")]})
     assert [line.split(",")[0] for line in across] == [
-        "1 of 2 pictures of test are in train too",
-        "1 of 2 pictures of test are in val too",
+        "1 of 2 pictures of test is in train too",
+        "1 of 2 pictures of test is in val too",
     ]
     assert f"{tmp_path}/copy, which is {tmp_path}/x" in across[0]
     labels = find_leaks({"train": [item("x"), item("copy", 1)], "test": [item("y")]})
     assert labels == [
-        f"1 pictures stand under two labels, such as {tmp_path}/x as 'a' and {tmp_path}/copy as 'b'; leave each under one"
+        f"1 picture stands under two labels, such as {tmp_path}/x as 'a' and {tmp_path}/copy as 'b'; leave each under one"
     ]
     again = find_leaks({"train": [item("x"), item("copy"), item("again"), item("y"), item("y")], "test": []})
     assert again[0].startswith("3 pictures of train are copies of others there, such as")
@@ -121,7 +121,7 @@ def test_own_pictures_warn_of_leaks(tmp_path, said):
     shutil.copy(tmp_path / "train" / "ant" / "0.jpg", tmp_path / "test" / "ant" / "9.jpg")
     shutil.copy(tmp_path / "train" / "ant" / "1.jpg", tmp_path / "train" / "bee" / "9.jpg")
     build("ImageFolder", tmp_path)
-    assert [("1 of 9 pictures of test are in train too" in line, "two labels" in line) for line in said()] == [
+    assert [("1 of 9 pictures of test is in train too" in line, "two labels" in line) for line in said()] == [
         (True, False),
         (False, True),
     ]
@@ -180,7 +180,7 @@ def test_what_is_left_out_is_said(tmp_path, said):
     (tmp_path / "ant" / "notes.txt").write_text("x")
     build("ImageFolder", tmp_path)
     loose, other = said()
-    assert "1 pictures are not in class folders and are left out, such as" in loose and loose.endswith("loose.jpg")
+    assert "1 picture is not in class folders and is left out, such as" in loose and loose.endswith("loose.jpg")
     assert "4 files are of no picture format" in other and "3 .heic, 1 .txt); save .heic as .jpg or .png to have" in other
 
 

@@ -232,7 +232,7 @@ def test_two_or_three_pictures_a_class_are_enough_and_empty_folders_are_named(tm
     assert not dataset.comes_in_parts and dataset.classnames == ["cat", "dog", "owl"]
     said = " ".join(caplog.messages)
     assert "2 classes have too few pictures for a val part, such as 'cat'" in said
-    assert f"1 folders hold no picture and are not classes: {tmp_path / 'fox'}" in said
+    assert f"1 folder holds no picture and is no class: {tmp_path / 'fox'}" in said
 
 
 def test_folders_refuse(tmp_path):

@@ -239,9 +239,9 @@ def test_the_command_lists_and_clears_pictures(loader, tmp_path, capsys):
     capsys.readouterr()
     assert main(["cache", "--dir", str(folder)]) == 0
     shown = capsys.readouterr().out
-    assert "pictures" in shown and "Toy, 11 training pictures" in shown and "1 files, 0.1 MB" in shown
+    assert "pictures" in shown and "Toy, 11 training pictures" in shown and "1 file, 0.1 MB" in shown
     assert main(["cache", "clear", "--dir", str(folder)]) == 0
-    assert "removed 1 files (0.1 MB)" in capsys.readouterr().out and not files(tmp_path)
+    assert "removed 1 file (0.1 MB)" in capsys.readouterr().out and not files(tmp_path)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes are forked, so that torch is imported once")

@@ -110,6 +110,20 @@ def test_another_trainer_or_a_damaged_state_is_refused(tmp_path):
         Drawing(tmp_path).train(0, 2)
 
 
+def test_what_another_backbone_learned_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(Drawing, "_frozen", "tiny-en", raising=False)
+    trainer = Drawing(tmp_path)
+    trainer.train(0, 1)
+    trainer.save_model(0, str(tmp_path))
+    assert Drawing(tmp_path).resume_model_if_exist(str(tmp_path)) == 1
+    monkeypatch.setattr(Drawing, "_frozen", "tiny-vit")
+    with pytest.raises(CheckpointError, match="progress.pth was learned with the backbone tiny-en"):
+        Drawing(tmp_path).train(0, 2)
+    (tmp_path / "progress.pth").unlink()
+    with pytest.raises(CheckpointError, match="tar-1 was learned with the backbone tiny-en, .*BACKBONE.NAME tiny-vit; name"):
+        Drawing(tmp_path).train(0, 2)
+
+
 def test_state_that_cannot_be_stored_is_told_once_and_training_goes_on(tmp_path, capsys):
     trainer = Drawing(tmp_path)
     trainer.progress_state = lambda: {"object": object()}

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from promptmix.cli import main
-from promptmix.files.text import csv_cell, harmless, is_name, json_text, one_line, parse_json, table_cell
+from promptmix.files.text import counted, csv_cell, harmless, is_name, json_text, one_line, parse_json, table_cell
 from promptmix.runs.results import RunResult
 from promptmix.tables import tables
 from promptmix.utils import get_logger
@@ -110,3 +110,8 @@ def test_logs_and_errors(capsys):
     shown = capsys.readouterr()
     assert "\\x1b]0;owned\\x07" in shown.out + shown.err and not any(c in shown.out + shown.err for c in "\x1b\x07\x9b\u202e")
     assert logging.getLogger("promptmix").handlers
+
+
+def test_counts_and_nouns_agree():
+    assert [counted(number, "picture") for number in (0, 1, 1234)] == ["0 pictures", "1 picture", "1,234 pictures"]
+    assert [counted(number, "class has", "classes have") for number in (1, 2)] == ["1 class has", "2 classes have"]

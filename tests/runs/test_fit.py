@@ -30,7 +30,7 @@ def test_it_says_what_it_chose_compares_and_says_what_to_type_next(pictures, tmp
     assert fit(pictures, tmp_path / "out") == 0
     shown = capsys.readouterr().out
     assert "3 classes (bird, clock, fruit)" in shown and "tiny-en, embedded" in shown and "--backbone ViT-B/16" in shown
-    assert "configs/trainers/CoOp/tiny.yaml: 1 epochs" in shown and "all training pictures" in shown and "0.5, 0.2, 0.3" in shown
+    assert "configs/trainers/CoOp/tiny.yaml: 1 epoch," in shown and "all training pictures" in shown and "0.5, 0.2, 0.3" in shown
     assert "| ZeroshotCLIP |" in shown and "| CoOp " in shown and f"promptmix predict --model-dir {tmp_path}/out/CoOp" in shown
     config = json.loads((tmp_path / "out" / "CoOp" / "results.json").read_text())["config"]
     assert config["DATASET"]["SUBSAMPLE_CLASSES"] == "all" and config["DATASET"]["SOURCE_DOMAINS"] == []
@@ -96,6 +96,8 @@ def test_the_table_of_a_folder_is_found(pictures):
     [
         (["nowhere"], "no nowhere"),
         (["--shots", "0"], "--shots"),
+        (["--shots", "٣"], "--shots is '٣'; give a number"),
+        (["--seed", "٣"], "--seed: invalid int value: '٣'"),
         (["--weights", "clip.pt"], "needs --backbone"),
         (["--trainer", "CoOpp"], "did you mean 'CoOp'"),
         (["--backbone", "ViT-B/99"], "ViT-B/99"),

@@ -21,7 +21,7 @@ from promptmix.data.datum import Datum
 from promptmix.data.leaks import alike, find_leaks
 from promptmix.data.templates import groups_of
 from promptmix.errors import ConfigError, DataError
-from promptmix.files.text import is_name
+from promptmix.files.text import counted, is_name
 from promptmix.hookspecs import hookimpl
 from promptmix.registry import register
 from promptmix.utils import get_logger, read_text
@@ -259,17 +259,23 @@ def _say_left_out(where: Path, parts: dict[str, Path], found: list[Found]) -> No
     empty = _without_pictures(parts, found) if found else []
     if empty:
         shown = ", ".join(empty[:3]) + (", ..." if len(empty) > 3 else "")
-        get_logger().warning("%s: %d folders hold no picture and are not classes: %s", where, len(empty), shown)
+        count = counted(len(empty), "folder holds no picture and is no class", "folders hold no picture and are no classes")
+        get_logger().warning("%s: %s: %s", where, count, shown)
     if loose:
         inside = f"below {', '.join(folder.name for folder in parts.values())}" if "" not in parts else "in class folders"
-        get_logger().warning("%s: %d pictures are not %s and are left out, such as %s", where, len(loose), inside, loose[0])
+        count = counted(len(loose), f"picture is not {inside} and is", f"pictures are not {inside} and are")
+        get_logger().warning("%s: %s left out, such as %s", where, count, loose[0])
     if other:
         kinds = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in other.most_common(5))
         unread = sorted(set(other) & _UNREAD_PICTURES)
         remedy = f"; save {' and '.join(unread)} as .jpg or .png to have them read" if unread else ""
         log = get_logger().warning if unread else get_logger().info
         log(
-            "%s: %d files are of no picture format that is read here and are left out (%s)%s", where, other.total(), kinds, remedy
+            "%s: %s of no picture format that is read here, left out (%s)%s",
+            where,
+            counted(other.total(), "file is", "files are"),
+            kinds,
+            remedy,
         )
 
 

@@ -15,6 +15,7 @@ from promptmix.data.datum import Datum
 from promptmix.data.fewshot import load_split
 from promptmix.data.records import read_records
 from promptmix.errors import DataError
+from promptmix.files.text import counted
 from promptmix.utils import get_logger
 
 __all__ = [
@@ -230,7 +231,10 @@ def shuffled_split(groups: Iterable[Sequence[Datum]], ratio: Sequence[float], se
         splits = {part: splits[part] + chosen for part, chosen in parts.items()}
     if without_val:
         get_logger().warning(
-            "%s: %d classes have too few pictures for a val part, such as %r", where, len(without_val), without_val[0]
+            "%s: %s too few pictures for a val part, such as %r",
+            where,
+            counted(len(without_val), "class has", "classes have"),
+            without_val[0],
         )
     return splits
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from promptmix.files.text import counted
+
 __all__ = ["Reuse", "reused", "tell"]
 
 
@@ -37,7 +39,7 @@ class Reuse:
         if not self.encoded + self.taken:
             return ""
         return (
-            f"features: {self.encoded:,} pictures encoded in {self.seconds:.1f} s, "
+            f"features: {counted(self.encoded, 'picture')} encoded in {self.seconds:.1f} s, "
             f"{self.taken:,} taken from the cache, which saved {self.saved:.1f} s"
         )
 

@@ -23,6 +23,7 @@ from promptmix.data.datum import Datum
 from promptmix.data.features.cache import FeatureCache, feature_key, picture_stamps, same_randomness
 from promptmix.data.features.reuse import tell
 from promptmix.data.reading.loaders import TrainLoader
+from promptmix.files.text import counted
 from promptmix.parallel import group
 from promptmix.utils import get_logger
 
@@ -117,7 +118,7 @@ class _Encoder:
         features = torch.cat(parts)[: len(missing)]
         each = (time.monotonic() - start) / len(missing)
         tell(encoded=len(missing), seconds=each * len(missing))
-        get_logger().info("Encoded %d pictures, for all methods, shots and seeds", len(missing))
+        get_logger().info("Encoded %s, for all methods, shots and seeds", counted(len(missing), "picture"))
         pictures = b"".join(names[place] for place in missing)
         shard = f"{key}-{hashlib.sha256(pictures).hexdigest()[:16]}"
         table = torch.frombuffer(bytearray(pictures), dtype=torch.uint8).view(-1, 16)

@@ -12,6 +12,7 @@ from PIL import Image
 from promptmix.data.datum import Datum
 from promptmix.data.reading.images import member_size, read_image
 from promptmix.errors import DataError
+from promptmix.files.text import counted
 from promptmix.utils import get_logger
 
 __all__ = ["decode_problem", "find_bad", "quick_problem", "without_bad"]
@@ -103,10 +104,11 @@ def without_bad(name: str, splits: Sequence[list[Datum]], skip: bool, remedy: st
     more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
     if not skip:
         raise DataError(
-            f"data set {name}: {len(bad)} pictures can't be read ({shown}{more}); {remedy}, "
+            f"data set {name}: {counted(len(bad), 'picture')} can't be read ({shown}{more}); {remedy}, "
             "or leave them out with --skip-bad (DATASET.SKIP_BAD True)"
         )
-    get_logger().warning("%s: %d pictures are left out (%s%s)", name, len(bad), shown, more)
+    count = counted(len(bad), "picture is", "pictures are")
+    get_logger().warning("%s: %s left out (%s%s)", name, count, shown, more)
     kept = [[item for item in items if item.impath not in bad] for items in splits]
     lost = {item.classname for item in splits[0]} - {item.classname for item in kept[0]}
     if lost:
