@@ -150,7 +150,7 @@ def test_a_sample_of_aircraft(tmp_path):
 
 
 def test_missing_pictures_are_named_with_the_remedy(root):
-    with pytest.raises(DataError, match=r"UCF101: 13320 pictures .*missing.*promptmix data prepare UCF101.*--skip-bad"):
+    with pytest.raises(DataError, match=r"UCF101: 13,320 pictures .*missing.*promptmix data prepare UCF101.*--skip-bad"):
         build("UCF101", root)
 
 
