@@ -83,7 +83,7 @@ class TrainerBase:
     # Models
 
     @property
-    def _frozen(self) -> str:
+    def backbone_name(self) -> str:
         """Name of the frozen model that the learned tensors belong to; "" where there is none."""
         cfg = getattr(self, "cfg", None)
         return "" if cfg is None else str(cfg.MODEL.BACKBONE.NAME)
@@ -170,7 +170,7 @@ class TrainerBase:
                 "scheduler": None if sched is None else sched.state_dict(),
                 "val_result": val_result,
                 "trainer": type(self).__name__,
-                "backbone": self._frozen,
+                "backbone": self.backbone_name,
             }
             save_checkpoint(state, str(Path(directory, name)), is_best=is_best, model_name=model_name)
 
@@ -240,9 +240,9 @@ class TrainerBase:
                 f"name another folder, or use {writer}"
             )
         theirs = checkpoint.get("backbone", "")
-        if self._frozen and theirs and theirs != self._frozen:
+        if self.backbone_name and theirs and theirs != self.backbone_name:
             raise CheckpointError(
-                f"{path} was learned with the backbone {theirs}, and says nothing to MODEL.BACKBONE.NAME {self._frozen}; "
+                f"{path} was learned with the backbone {theirs}, not with MODEL.BACKBONE.NAME {self.backbone_name}; "
                 "name another folder, or that backbone"
             )
 

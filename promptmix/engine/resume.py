@@ -56,7 +56,7 @@ def save_progress(trainer: Trainer, folder: RunFolder) -> None:
     state = {
         "version": _VERSION,
         "trainer": type(trainer).__name__,
-        "backbone": trainer._frozen,
+        "backbone": trainer.backbone_name,
         "epoch": trainer.epoch + 1,
         "processes": group.size(),
         "models": models,

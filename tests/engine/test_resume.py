@@ -111,12 +111,12 @@ def test_another_trainer_or_a_damaged_state_is_refused(tmp_path):
 
 
 def test_what_another_backbone_learned_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(Drawing, "_frozen", "tiny-en", raising=False)
+    monkeypatch.setattr(Drawing, "backbone_name", "tiny-en", raising=False)
     trainer = Drawing(tmp_path)
     trainer.train(0, 1)
     trainer.save_model(0, str(tmp_path))
     assert Drawing(tmp_path).resume_model_if_exist(str(tmp_path)) == 1
-    monkeypatch.setattr(Drawing, "_frozen", "tiny-vit")
+    monkeypatch.setattr(Drawing, "backbone_name", "tiny-vit")
     with pytest.raises(CheckpointError, match="progress.pth was learned with the backbone tiny-en"):
         Drawing(tmp_path).train(0, 2)
     (tmp_path / "progress.pth").unlink()

@@ -32,7 +32,7 @@ from promptmix.parallel import group
 from promptmix.utils import atomic_write, get_logger
 
 #: Raised when a file's meaning changes, so that old files are passed over.
-_VERSION = 4
+_VERSION = 5
 _SUFFIX = ".safetensors"
 #: Tensor of a file: how long its making took.
 _SECONDS = "seconds"
