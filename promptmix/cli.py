@@ -14,7 +14,7 @@ from promptmix import console
 from promptmix.commands import COMMANDS
 from promptmix.console import signals
 from promptmix.errors import UserError, words_of
-from promptmix.files.text import harmless
+from promptmix.files.text import harmless, real, whole
 from promptmix.registry import closest
 from promptmix.version import __version__
 
@@ -24,8 +24,8 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.register("type", int, _whole)  # what ``type=int`` means
-        self.register("type", float, _real)
+        self.register("type", int, whole)  # what ``type=int`` means
+        self.register("type", float, real)
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the usage and leaving the process.
@@ -75,14 +75,6 @@ class Parser(argparse.ArgumentParser):
                     self.error(f"{action.metavar or action.dest} is empty; name one")
         if "" in words:
             self.error("an empty word is among the arguments; leave it out")
-
-
-def _whole(text: str) -> int:
-    return int(text.encode("ascii"))  # other scripts' digits are digits to Python, but to no config
-
-
-def _real(text: str) -> float:
-    return float(text.encode("ascii"))
 
 
 def main(argv: list[str] | None = None) -> int:

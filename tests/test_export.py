@@ -19,7 +19,7 @@ from promptmix.cli import main
 from promptmix.clip.load import openai_config, read_weights
 from promptmix.data.datasets.emoji import write_sample
 from promptmix.errors import ConfigError, DataError
-from promptmix.predict.export import arrays_of
+from promptmix.predict.export import arrays_of, has_arrays
 from promptmix.runs.calibration import Calibration
 from promptmix.utils import write_json
 from tests.trainers.toy import PIXELS, draw
@@ -198,6 +198,7 @@ def test_what_arrays_can_not_say_is_refused(runs, tmp_path, trainer, file, words
     assert export(runs, trainer, tmp_path / file) == 2
     error = capsys.readouterr().err
     assert words in error and error.count("promptmix: error") == 1 and not list(tmp_path.iterdir())
+    assert has_arrays(load(runs, trainer).classifier()[0]) == (trainer == "CoOp")
 
 
 def test_a_graph_that_gives_other_scores_is_not_written(runs, tmp_path, monkeypatch, capsys):

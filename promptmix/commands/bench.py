@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from promptmix.commands.train import set_threads
 from promptmix.config.flags import check_count
 from promptmix.errors import UserError
+from promptmix.files.text import whole
 
 if TYPE_CHECKING:
     from promptmix.bench.measure import Row
@@ -129,8 +130,11 @@ def _check_cases(flag: str, cases: list[str]) -> None:
         UserError: one is none.
     """
     for case in cases:
-        _, *sizes = case.split(":")
-        if len(sizes) != 2 or not all(size.isdecimal() and 1 <= int(size) <= 10**6 for size in sizes):
+        try:
+            sizes = [whole(size) for size in case.split(":")[1:]]
+        except ValueError:
+            sizes = []
+        if len(sizes) != 2 or not all(1 <= size <= 10**6 for size in sizes):
             raise UserError(f"{flag} {case}: give METHOD:BATCH:CLASSES, such as {STEPS[0]}, with numbers from 1 to {10**6}")
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from promptmix.commands import COMMANDS
 from promptmix.commands.train import add_devices, refuse_undivided, split_arguments, start_devices
 from promptmix.errors import UserError
+from promptmix.files.text import whole
 
 if TYPE_CHECKING:
     from yacs.config import CfgNode
@@ -81,32 +82,44 @@ def run(args: argparse.Namespace) -> int:
     started, command = time.monotonic(), ["promptmix", *args.argv]
     progress, said = Lines(total=len(jobs)), set[str]()
     try:
-        done = []
+        done, arrays = [], False
         with group.joined(choose_device(cfg.DEVICE, cfg.USE_CUDA), args.trainer):
             for job in jobs:
-                done.append(_run(job, wish, progress, command, said, alone=len(jobs) == 1))
+                result, exported = _run(job, wish, progress, command, said, alone=len(jobs) == 1)
+                done.append(result)
+                arrays = arrays or exported
                 gc.collect()  # a trainer refers to itself: its model goes before the next one comes
     finally:
         progress.close()
     rows, metrics, _ = tables.aggregate(done)
     write = sys.stdout.write
     write(f"\n{tables.render(rows, metrics, 'github', sort='test')}\n")
-    write(f"\n{time.monotonic() - started:.0f} s. Next:\n" + "".join(f"  {line}\n" for line in _what_next(cfg, wish)))
+    write(f"\n{time.monotonic() - started:.0f} s. Next:\n" + "".join(f"  {line}\n" for line in _what_next(cfg, wish, arrays)))
     return 0
 
 
 def _shots(text: str) -> int:
     if text == "all":
         return -1
-    if not (text.isascii() and text.isdecimal()) or int(text) < 1:
+    try:
+        shots = whole(text)
+    except ValueError:
+        shots = 0
+    if shots < 1:
         raise UserError(f"--shots is {text!r}; give a number of pictures from 1 on, or all")
-    return int(text)
+    return shots
 
 
-def _run(cfg: CfgNode, wish: Wish, progress: Lines, command: list[str], said: set[str], alone: bool) -> RunResult:
-    """Run one config, unless it has finished before; the first says what was chosen, and none repeats a note."""
+def _run(cfg: CfgNode, wish: Wish, progress: Lines, command: list[str], said: set[str], alone: bool) -> tuple[RunResult, bool]:
+    """Run one config, unless it has finished before; the first says what was chosen, and none repeats a note.
+
+    Returns:
+        Its result, and whether it was trained here to a classifier that can be exported as arrays.
+    """
     from promptmix.engine import build_trainer
     from promptmix.parallel import group
+    from promptmix.predict.export import has_arrays
+    from promptmix.registry import is_prompt_trainer
     from promptmix.runs import fit
     from promptmix.runs.calibration import calibrate, in_words
     from promptmix.runs.progress import warnings_to
@@ -132,13 +145,14 @@ def _run(cfg: CfgNode, wish: Wish, progress: Lines, command: list[str], said: se
         progress.end(before, skipped=True)
         if trained:
             out.write(f"  note: pictures that changed since are not looked at; remove {cfg.OUTPUT_DIR} to train anew\n")
-        return before
+        return before, False
     with warnings_to(out if trained else sys.stderr, said):
         options: dict[str, Any] = {"quiet": True, "build": build, "on_epoch": progress.epoch, "command": command}
         with running(cfg, labels={"title": wish.name}, plugins=wish.plugins, **options) as (trainer, result):
             train_or_test(trainer)
             calibratable = trained and trainer.val_loader is not None and hasattr(trainer, "scores")
             found = calibrate(trainer, cfg.OUTPUT_DIR) if calibratable else None
+            exported = trained and is_prompt_trainer(cfg.TRAINER.NAME) and has_arrays(trainer.model)
             if alone and fit.template_is_unread(trainer, wish):
                 get_logger().warning(
                     "--template changed nothing: %s reads none, and --no-baseline leaves out what does", cfg.TRAINER.NAME
@@ -147,11 +161,11 @@ def _run(cfg: CfgNode, wish: Wish, progress: Lines, command: list[str], said: se
     progress.end(result, skipped=False)
     if calibratable:
         out.write(f"  {in_words(found)}\n")
-    return result
+    return result, exported
 
 
-def _what_next(cfg: CfgNode, wish: Wish) -> list[str]:
-    """Return the commands that make use of the run, as far as this promptmix has them."""
+def _what_next(cfg: CfgNode, wish: Wish, arrays: bool) -> list[str]:
+    """Return the commands that make use of the run, as far as this promptmix has them and the method allows them."""
     run = shlex.quote(str(cfg.OUTPUT_DIR))
     weights = f" --weights {shlex.quote(cfg.MODEL.BACKBONE.WEIGHTS)}" if cfg.MODEL.BACKBONE.WEIGHTS else ""
     lines = {
@@ -160,5 +174,7 @@ def _what_next(cfg: CfgNode, wish: Wish) -> list[str]:
         "report": f"promptmix report {run}{weights} --root {shlex.quote(str(cfg.DATASET.ROOT))}",
         "export": f"promptmix export {run}{weights} --format npz",
     }
+    if not arrays:
+        del lines["export"]
     again = f"promptmix fit {shlex.quote(wish.pictures)} --trainer MoCoOp"
     return [line for name, line in lines.items() if name in COMMANDS] + [again] * (wish.trainer != "MoCoOp")

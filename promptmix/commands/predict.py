@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from promptmix.config.flags import check_count
 from promptmix.errors import DataError, UserError
-from promptmix.files.text import csv_cell, json_text, one_line
+from promptmix.files.text import csv_cell, json_text, one_line, real
 
 if TYPE_CHECKING:
     from promptmix.predict import Prediction
@@ -106,7 +106,7 @@ def _temperature(text: str) -> float | None:
     if text == "auto":
         return None
     try:
-        return float(text)
+        return real(text)
     except ValueError:
         raise UserError(f"--temperature is {text!r}; give a positive number, or auto") from None
 

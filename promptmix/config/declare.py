@@ -19,6 +19,7 @@ from typing import Annotated, Any
 from yacs.config import CfgNode
 
 from promptmix.errors import ConfigError
+from promptmix.files.text import real
 from promptmix.registry import closest
 
 #: Where a config tree keeps the declarations of its own keys, by name.
@@ -304,7 +305,7 @@ def parse_sum(text: str) -> list[tuple[float, str]]:
     for term in text.split("+"):
         factor, star, name = term.rpartition("*")
         try:
-            pairs.append((float(factor) if star else 1.0, name.strip()))
+            pairs.append((real(factor) if star else 1.0, name.strip()))
         except ValueError:
             name = ""
         if name.strip() and not pairs[-1][0]:

@@ -25,6 +25,7 @@ from promptmix.config.names import named_tree
 from promptmix.config.published import translated
 from promptmix.config.yamlfile import read_yaml
 from promptmix.errors import ConfigError, PluginError
+from promptmix.files.text import real
 from promptmix.plugin_manager import TRIALS, get_plugin_manager
 from promptmix.registry import Registry, closest
 
@@ -178,8 +179,13 @@ def check_values(cfg: CN) -> None:
     check_pairs(cfg, given)
 
 
-def validate(cfg: CN) -> None:
+def validate(cfg: CN, values: bool = True) -> None:
     """Check the merged tree: values, names, settings that nobody would read, then the trainer's and the plugins' own checks.
+
+    Args:
+        cfg: the whole config tree.
+        values: False for a program of others, whose own Dassl runs with values that no key of ours takes (no epoch, a word that
+            nothing compares); what can't be done stops where it is done.
 
     Raises:
         RegistryError: no trainer or data set of this name.
@@ -187,7 +193,8 @@ def validate(cfg: CN) -> None:
     """
     from promptmix.registry import DATASET_REGISTRY, EVALUATOR_REGISTRY, ROLES, TRAINER_REGISTRY, is_prompt_trainer, name_of
 
-    check_values(cfg)
+    if values:
+        check_values(cfg)
     trainer = TRAINER_REGISTRY.get(cfg.TRAINER.NAME)
     DATASET_REGISTRY.get(cfg.DATASET.NAME)
     if is_prompt_trainer(cfg.TRAINER.NAME):  # another may have evaluators of its own, and asks for one when it is built
@@ -328,7 +335,7 @@ def _coerce(key: str, value: Any, old: Any, source: str) -> Any:
         return float(value)
     if isinstance(old, float) and isinstance(value, str):
         try:
-            return float(value)  # YAML 1.1 reads 1e-3 as a string
+            return real(value)  # YAML 1.1 reads 1e-3 as a string
         except ValueError:
             pass
     if isinstance(old, (list, tuple)) and isinstance(value, (list, tuple)):

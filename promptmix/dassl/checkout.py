@@ -237,7 +237,8 @@ class _Ours(_Session):
                     options["arguments"] = {**options.get("arguments", {}), "no_gpu": changed}
                 stack.enter_context(_own_tests_reported(cfg))
                 before_the_log = early.take()
-                trainer, self.result = stack.enter_context(running(cfg, load=False, build=self._built, prints=True, **options))
+                options |= {"load": False, "build": self._built, "declared": False, "prints": True}
+                trainer, self.result = stack.enter_context(running(cfg, **options))
                 log = getattr(sys.stdout, "file", None)
                 if log is not None:
                     log.write(before_the_log)

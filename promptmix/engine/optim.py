@@ -213,25 +213,30 @@ def build_lr_scheduler(optimizer: torch.optim.Optimizer, optim_cfg: CfgNode) -> 
 
 
 def _factor(optim_cfg: CfgNode, skipped: int) -> Callable[[int], float]:
-    """Return epoch -> multiple of the base rate, where what happens up to epoch ``skipped`` doesn't count."""
+    """Return epoch -> multiple of the base rate, where what happens up to epoch ``skipped`` doesn't count.
+
+    A schedule over no epoch, which programs of others build for a training that they then leave out, stays at the base rate.
+    """
     name, gamma, max_epoch = optim_cfg.LR_SCHEDULER, optim_cfg.GAMMA, int(optim_cfg.MAX_EPOCH)
     stepsize = optim_cfg.STEPSIZE
     if name == "single_step":
         last = stepsize[-1] if isinstance(stepsize, Sequence) and stepsize else stepsize
         if isinstance(last, bool) or not isinstance(last, int):
             raise ConfigError(f"OPTIM.STEPSIZE is {stepsize!r}, but single_step needs a whole number of epochs")
-        size = last if last > 0 else max_epoch
+        size = last if last > 0 else max_epoch or math.inf
         return lambda epoch: gamma ** (epoch // size - skipped // size)
     if name == "multi_step":
         if not isinstance(stepsize, list | tuple):
             raise ConfigError(f"OPTIM.STEPSIZE is {stepsize!r}, but multi_step needs a list of epochs, like (30, 60)")
         return lambda epoch: gamma ** sum(skipped < milestone <= epoch for milestone in stepsize)
     if name == "cosine":
-        first = 1 + math.cos(math.pi * skipped / max_epoch)
-        if first <= 0:
-            first = 2.0  # the warm-up takes all epochs, so that this rate is never used
-        return lambda epoch: (1 + math.cos(math.pi * epoch / max_epoch)) / first
+        first = _cosine(skipped, max_epoch) or 2.0  # where the warm-up takes all epochs, this rate is never used
+        return lambda epoch: _cosine(epoch, max_epoch) / first
     raise ConfigError(f"OPTIM.LR_SCHEDULER is {name!r}, but must be one of: {', '.join(SCHEDULES)}")
+
+
+def _cosine(epoch: int, epochs: int) -> float:
+    return 1 + math.cos(math.pi * epoch / epochs) if epochs else 2.0
 
 
 def _warmup(optim_cfg: CfgNode, warmup: int) -> Callable[[int, float], float] | None:

@@ -9,7 +9,7 @@ import re
 import unicodedata
 from typing import Any
 
-__all__ = ["counted", "csv_cell", "harmless", "is_name", "json_text", "one_line", "parse_json", "table_cell"]
+__all__ = ["counted", "csv_cell", "harmless", "is_name", "json_text", "one_line", "parse_json", "real", "table_cell", "whole"]
 
 #: Control characters but tab and newline, those that turn the direction of what follows, and halves of characters.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
@@ -32,6 +32,24 @@ def one_line(text: object) -> str:
 def counted(count: int, one: str, many: str = "") -> str:
     """Return ``count`` with its noun, or with the words that begin with it; ``many`` is ``one`` with an s where it isn't said."""
     return f"{count:,} {one if count == 1 else many or f'{one}s'}"
+
+
+def whole(text: str) -> int:
+    """Return the whole number that a flag or key gives; as in Python and YAML, ``1_000`` is a thousand.
+
+    Raises:
+        ValueError: it is none, or is written with another script's digits, which are digits to Python, but to no config.
+    """
+    return int(text.encode("ascii"))
+
+
+def real(text: str) -> float:
+    """Return the number that a flag or key gives, written as ``whole`` takes it.
+
+    Raises:
+        ValueError: it is none.
+    """
+    return float(text.encode("ascii"))
 
 
 def is_name(text: str) -> bool:

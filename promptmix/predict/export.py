@@ -23,7 +23,7 @@ from promptmix.predict.predictor import Predictor
 from promptmix.prompts.learner import Learner, PromptLearner
 from promptmix.version import __version__
 
-__all__ = ["Exported", "about", "arrays_of", "refuse_text_of_pictures", "write"]
+__all__ = ["Exported", "about", "arrays_of", "has_arrays", "refuse_text_of_pictures", "write"]
 
 #: Largest difference of scores that rounding explains, as a share of the largest score.
 _TOLERANCE = 1e-4
@@ -53,10 +53,35 @@ def arrays_of(predictor: Predictor, classnames: Sequence[str] | None = None) -> 
     """
     learner, classifier = predictor.classifier(classnames)
     refuse_text_of_pictures(predictor, learner)
+    found = _linear(learner, classifier)
+    if isinstance(found, str):
+        raise ConfigError(f"{_name(predictor)} {found}, {_REMEDY}")
+    cfg = predictor.config
+    arrays: dict[str, Any] = {name: tensor.detach().cpu().numpy() for name, tensor in found.items()}
+    arrays |= {"temperature": np.float32(predictor.temperature), "size": np.array(cfg.INPUT.SIZE)}
+    arrays |= {"mean": np.array(cfg.INPUT.PIXEL_MEAN, np.float32), "std": np.array(cfg.INPUT.PIXEL_STD, np.float32)}
+    arrays |= {f"prompts/{name}": tensor.detach().cpu().numpy() for name, tensor in learner.state_dict().items()}
+    words = {"classnames": learner.task.classnames, "about": json.dumps(about(predictor))}
+    return Exported(arrays, words)
+
+
+_REMEDY = "so no classifier as arrays is the same; export it with --format onnx, which holds the image tower too"
+
+
+def has_arrays(learner: PromptLearner) -> bool:
+    """Tell whether ``arrays_of`` has the arrays of a method that has learned."""
+    if learner.text_per_picture:
+        return False
+    with torch.no_grad():
+        return not isinstance(_linear(learner, learner.classifier()), str)
+
+
+def _linear(learner: PromptLearner, classifier: Any) -> dict[str, Tensor] | str:  # whatever its ``logits`` take
+    """Return the arrays of a classifier that is linear in the frozen tower's feature; else why there are none."""
     if not learner.image_is_frozen or learner.feature_kind or _encodes_itself(learner):
-        raise ConfigError(
-            f"{_name(predictor)} is not a classifier of the frozen tower's normalised feature alone (it changes the tower or the "
-            f"feature, or reads more of it), {_REMEDY}"
+        return (
+            "is not a classifier of the frozen tower's normalised feature alone (it changes the tower or the feature, or reads "
+            "more of it)"
         )
     scale = learner.clip.scale.detach().float()
     width, device = learner.clip.embed_dim, scale.device
@@ -74,17 +99,9 @@ def arrays_of(predictor: Predictor, classnames: Sequence[str] | None = None) -> 
         found["scale"] = scale
         random = torch.randn(_PROBES, width, generator=torch.Generator().manual_seed(0))
         features = F.normalize(random, dim=-1).to(device)
-        _check(predictor, found, features, learner.logits(features, classifier).float())
-    cfg = predictor.config
-    arrays: dict[str, Any] = {name: tensor.detach().cpu().numpy() for name, tensor in found.items()}
-    arrays |= {"temperature": np.float32(predictor.temperature), "size": np.array(cfg.INPUT.SIZE)}
-    arrays |= {"mean": np.array(cfg.INPUT.PIXEL_MEAN, np.float32), "std": np.array(cfg.INPUT.PIXEL_STD, np.float32)}
-    arrays |= {f"prompts/{name}": tensor.detach().cpu().numpy() for name, tensor in learner.state_dict().items()}
-    words = {"classnames": learner.task.classnames, "about": json.dumps(about(predictor))}
-    return Exported(arrays, words)
-
-
-_REMEDY = "so no classifier as arrays is the same; export it with --format onnx, which holds the image tower too"
+        own = learner.logits(features, classifier).float()
+        same = (scores(found, features) - own).abs().max() <= _TOLERANCE * own.abs().max()  # of NaN too it is False
+    return found if bool(same) else "gives scores that are not linear in the image feature"
 
 
 def scores(arrays: dict[str, Tensor], features: Tensor) -> Tensor:
@@ -97,13 +114,6 @@ def scores(arrays: dict[str, Tensor], features: Tensor) -> Tensor:
         weights = torch.einsum("be,ecd->bcd", shares, weights)
         return arrays["scale"] * torch.einsum("bd,bcd->bc", features, weights) + arrays["bias"]
     return arrays["scale"] * features @ weights.T + arrays["bias"]
-
-
-def _check(predictor: Predictor, arrays: dict[str, Tensor], features: Tensor, own: Tensor) -> None:
-    """Refuse arrays that give other scores than the method."""
-    apart = (scores(arrays, features) - own).abs().max()
-    if not bool(apart <= _TOLERANCE * own.abs().max()):  # NaN is refused too
-        raise ConfigError(f"{_name(predictor)} gives scores that are not linear in the image feature, {_REMEDY}")
 
 
 def refuse_text_of_pictures(predictor: Predictor, learner: PromptLearner) -> None:

@@ -50,6 +50,8 @@ class Asked:
     """Load ``model_dir``, with ``eval_only``; False leaves it to the body."""
     build: Callable[[CN], Any] | None = None
     """Makes the trainer from the tree; None = `build_trainer`."""
+    declared: bool = True
+    """The values are held to what their keys are declared to take; not so those of a program of others."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
     """Parsed flags, printed at the top of the log."""
     command: Sequence[str] = ()
@@ -124,7 +126,7 @@ def running(cfg: CN, **options: Any) -> Iterator[tuple[Any, RunResult]]:
         asked = replace(asked, model_dir=str(place_of(asked.model_dir)))
     if asked.eval_only:
         take_from_run(cfg, asked.model_dir)
-    config.validate(cfg)
+    config.validate(cfg, values=asked.declared)
     cfg.freeze()
     result, recorder, folder = _new_result(cfg, asked), _Recorder(asked.on_epoch), RunFolder(cfg.OUTPUT_DIR)
     prints = asked.prints or asked.build is None and not is_prompt_trainer(cfg.TRAINER.NAME)

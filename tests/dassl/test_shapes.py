@@ -55,6 +55,14 @@ def test_what_a_program_sets_for_all_its_trainers_may_go_unread(room):
     assert run(room, "--note", "ab")["config"]["OPTIM"]["NEW_LAYERS"] == ["film"]
 
 
+def test_values_are_the_authors_dassls(room):
+    """DAPT leaves out a second training of no epoch, UPL's files choose the model ``last_val``: Dassl only looks for best_val."""
+    copied = "import copy; cfg.OPTIM_SELECTION = copy.deepcopy(cfg.OPTIM); cfg.OPTIM_SELECTION.MAX_EPOCH = 0"
+    change(room, "train.py", ("NOTE = args.note", f"NOTE = args.note; {copied}; cfg.TEST.FINAL_MODEL = 'last_val'"))
+    config = run(room, "--note", "ab")["config"]
+    assert config["OPTIM_SELECTION"]["MAX_EPOCH"] == 0 and config["TEST"]["FINAL_MODEL"] == "last_val"
+
+
 def test_flags_of_ours_stay_with_us(room):
     assert run(room, "--threads", "1")["config"]["TRAINER"]["NAME"] == "WordBias"
 

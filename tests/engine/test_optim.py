@@ -184,6 +184,15 @@ def test_bad_schedules_name_key_and_choices(keys, message):
         build_lr_scheduler(two_groups(cfg), cfg)
 
 
+@pytest.mark.parametrize("name", ["single_step", "cosine"])
+@pytest.mark.parametrize(("warm", "want"), [(-1, [BASE] * 3), (1, [1e-5, BASE, BASE])])
+def test_a_schedule_over_no_epoch_stays_at_the_base_rate(name, warm, want):
+    """Programs of others build one for a training that they leave out; Dassl's divides by the 0 only when it is stepped."""
+    cfg = optim_cfg(LR=BASE, LR_SCHEDULER=name, MAX_EPOCH=0, WARMUP_EPOCH=warm)
+    optimizer = two_groups(cfg)
+    assert [rates[0] for rates in run(optimizer, build_lr_scheduler(optimizer, cfg), 3)] == pytest.approx(want)
+
+
 @pytest.mark.parametrize(
     ("name", "kind"),
     [

@@ -48,6 +48,8 @@ def test_methods_with_groups_visual_prompts_and_caches_need_no_config(pictures, 
     said = capsys.readouterr().out
     assert "at most 2: 2 a class" in said
     assert ("--template changed nothing: MaPLe reads none" in said) == (trainer == "MaPLe")
+    export = ["export", str(tmp_path / trainer), "--output", str(tmp_path / "arrays.npz")]
+    assert ("--format npz" in said) == (main(export) == 0)  # what it offers works
 
 
 def test_few_pictures_are_said_with_numbers(pictures, tmp_path, capsys):
@@ -96,6 +98,7 @@ def test_the_table_of_a_folder_is_found(pictures):
     [
         (["nowhere"], "no nowhere"),
         (["--shots", "0"], "--shots"),
+        (["--shots", "1__6"], "--shots is '1__6'; give a number"),
         (["--shots", "٣"], "--shots is '٣'; give a number"),
         (["--seed", "٣"], "--seed: invalid int value: '٣'"),
         (["--weights", "clip.pt"], "needs --backbone"),
