@@ -13,6 +13,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -258,14 +259,18 @@ def write_json(obj: Any, fpath: str | os.PathLike[str]) -> None:
 
 def collect_env_info() -> str:
     """Return the versions that decide a result, on one line."""
-    from importlib.metadata import PackageNotFoundError, version
-
     found = [f"python {platform.python_version()}", f"torch {torch.__version__}"]
-    for package in ("promptmix", "torchvision", "open_clip_torch", "numpy", "pillow"):
-        try:
-            found.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            found.append(f"{package} (not installed)")
+    found += [_installed(package) for package in ("promptmix", "torchvision", "open_clip_torch", "numpy", "pillow")]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     found += [f"gpu {device}", f"threads {torch.get_num_threads()}", f"{platform.system()} {platform.machine()}"]
     return ", ".join(found)
+
+
+@cache
+def _installed(package: str) -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return f"{package} {version(package)}"
+    except PackageNotFoundError:
+        return f"{package} (not installed)"

@@ -37,8 +37,9 @@ class ZeroshotKL(Distiller):
     ) -> None:
         super().__init__()
         self.scale, self.t, self.over_classes = task.clip.scale.item(), t, over_classes
-        ensemble = task.clip.raw_ensemble if raw else task.clip.ensemble
-        self.register_buffer("teacher", ensemble(templates or task.templates[:1], task.classnames), persistent=False)  # (C, D)
+        templates = templates or task.templates[:1]
+        teacher = task.raw_ensemble(templates) if raw else task.clip.ensemble(templates, task.classnames)
+        self.register_buffer("teacher", teacher, persistent=False)  # (C, D)
 
     def forward(self, step: Step) -> Tensor:
         with torch.no_grad():

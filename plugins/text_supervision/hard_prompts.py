@@ -59,9 +59,7 @@ class L1ToEnsemble(TextSupervision):
         templates: Annotated[Sequence[str], Setting("hard templates that are averaged; () = OpenAI's 80 for ImageNet")] = (),
     ) -> None:
         super().__init__()
-        self.register_buffer(
-            "hard", task.clip.raw_ensemble(templates or IMAGENET_80, task.classnames), persistent=False
-        )  # (C, D)
+        self.register_buffer("hard", task.raw_ensemble(templates or IMAGENET_80), persistent=False)  # (C, D)
 
     def forward(self, step: Step) -> Tensor:
         return (step.text.float() - self.hard.float()).abs().mean()

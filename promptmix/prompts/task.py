@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,10 +49,18 @@ class Task:
     train_labels: tuple[int, ...] = ()
     open_world: bool = False
     descriptions: Descriptions = field(default_factory=lambda: Descriptions({}))
+    _ensembles: dict[tuple[str, ...], Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name in ("templates", "template_groups"):
             object.__setattr__(self, name, Templates(getattr(self, name)))
+
+    def raw_ensemble(self, templates: Sequence[str]) -> Tensor:
+        """Return ``CLIP.raw_ensemble`` (C, D) of the classes told apart, encoded once for all parts that ask for it."""
+        key = tuple(templates)
+        if key not in self._ensembles:
+            self._ensembles[key] = self.clip.raw_ensemble(key, self.classnames)
+        return self._ensembles[key]
 
     def label_rows(self, features: Tensor) -> Tensor:
         """Pick from features (E, C_all, D) of all class names those of the classes told apart: (E, C, D)."""

@@ -12,6 +12,7 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -397,10 +398,15 @@ def _literal(text: str) -> Any:  # any value of a config
 
 def collect_versions() -> dict[str, str]:
     """Return the versions of Python and of the libraries that decide the numbers."""
-    libraries = {name: version(name) for name in ("torch", "torchvision", "open_clip_torch")}
-    return {"promptmix": __version__, "python": platform.python_version()} | libraries
+    return {"promptmix": __version__, "python": platform.python_version()} | _libraries()
 
 
+@cache
+def _libraries() -> dict[str, str]:
+    return {name: version(name) for name in ("torch", "torchvision", "open_clip_torch")}
+
+
+@cache  # the code that runs is what was there when the first run of this process began
 def git_commit() -> str | None:
     """Return the commit of the checkout that this package lies in, or None for an installed package."""
     checkout = Path(__file__).resolve().parent.parent.parent

@@ -6,11 +6,13 @@ import copy
 import importlib.util
 import json
 import math
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import open_clip
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -32,23 +34,36 @@ def seeded():
     return module
 
 
+@lru_cache(maxsize=1)
+def _stream_once(stream: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
+    """``stream``, keeping what it drew: drawing takes seconds, and models of other depths share most of it."""
+    return lru_cache(maxsize=None)(stream)
+
+
 @lru_cache(maxsize=2)
 def _model(spec: tuple[tuple[str, int], ...]) -> open_clip.CLIP:
-    usual = dict(seeded().SPEC)
-    try:
-        seeded().SPEC.update(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, size in spec:
+            patch.setitem(seeded().SPEC, name, size)
+        if all(name.endswith("_layers") for name, _ in spec):  # other widths share nothing, and take memory
+            patch.setattr(seeded(), "stream", _stream_once(seeded().stream))
         state = {name: torch.from_numpy(value) for name, value in seeded().state_dict().items()}
-    finally:
-        seeded().SPEC.update(usual)
-    model = open_clip.CLIP(**openai_config(state))
-    model.load_state_dict(state)
+    with torch.device("meta"):  # drawing weights that are replaced takes as long again
+        model = open_clip.CLIP(**openai_config(state))
+    model.load_state_dict(state, assign=True)
+    model.attn_mask = torch.full(model.attn_mask.shape, -torch.inf).triu_(1)
+    assert not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
     return model
 
 
 def golden_clip(**spec: int) -> CLIP:
-    """A new frozen CLIP with the golden weights; ``spec`` changes their sizes (``text_layers=12``), as a case's json says."""
+    """A new frozen CLIP with the golden weights; ``spec`` changes their sizes (``text_layers=12``), as a case's json says.
+
+    All that are made share their numbers: what trains one in place takes a copy.
+    """
     other = tuple(sorted((name, size) for name, size in spec.items() if seeded().SPEC[name] != size))
-    model = copy.deepcopy(_model(other))  # made in two seconds, copied in a tenth of one
+    whole = _model(other)
+    model = copy.deepcopy(whole, {id(p): nn.Parameter(p.detach()) for p in whole.parameters()})
     mean, std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
     return CLIP(model, Tokenizer(), "golden", mean=mean, std=std, image_size=64)
 

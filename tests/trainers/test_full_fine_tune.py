@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -23,7 +25,7 @@ def test_steps_are_those_of_a_tower_that_is_trained_itself(head):
     task = golden_task(golden_clip())
     bank = TunedTowers(task, "all", "vision")
     ours = Learner(task, bank, head=LinearHead(task, bank) if head == "linear" else Cosine(task, bank))
-    other = golden_clip()
+    other = copy.deepcopy(golden_clip())  # trained in place
     text = other.hard_features([bank.template], task.classnames)[0]
     tower, weight = other.image.requires_grad_(True), torch.nn.Parameter(text.clone())
     theirs = dict(tower.named_parameters())
