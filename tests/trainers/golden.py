@@ -41,7 +41,8 @@ def _stream_once(stream: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]
 
 
 @lru_cache(maxsize=2)
-def _model(spec: tuple[tuple[str, int], ...]) -> open_clip.CLIP:
+def _model(spec: tuple[tuple[str, int], ...]) -> tuple[open_clip.CLIP, Tensor]:
+    """Return the model and its marks."""
     with pytest.MonkeyPatch.context() as patch:
         for name, size in spec:
             patch.setitem(seeded().SPEC, name, size)
@@ -53,16 +54,22 @@ def _model(spec: tuple[tuple[str, int], ...]) -> open_clip.CLIP:
     model.load_state_dict(state, assign=True)
     model.attn_mask = torch.full(model.attn_mask.shape, -torch.inf).triu_(1)
     assert not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
-    return model
+    return model, _marks(model)
+
+
+def _marks(model: nn.Module) -> Tensor:
+    """Return one number of each tensor, by which a model that was changed is known."""
+    return torch.stack([p.detach().flatten()[0] for p in model.parameters()])
 
 
 def golden_clip(**spec: int) -> CLIP:
     """A new frozen CLIP with the golden weights; ``spec`` changes their sizes (``text_layers=12``), as a case's json says.
 
-    All that are made share their numbers: what trains one in place takes a copy.
+    All that are made share their numbers: who changes one in place takes a copy of it.
     """
     other = tuple(sorted((name, size) for name, size in spec.items() if seeded().SPEC[name] != size))
-    whole = _model(other)
+    whole, marks = _model(other)
+    assert torch.equal(_marks(whole), marks), "a test changed the weights that all golden models share"
     model = copy.deepcopy(whole, {id(p): nn.Parameter(p.detach()) for p in whole.parameters()})
     mean, std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
     return CLIP(model, Tokenizer(), "golden", mean=mean, std=std, image_size=64)

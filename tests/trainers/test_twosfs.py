@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from functools import lru_cache
 
@@ -131,7 +132,7 @@ def test_kinds_of_first_stage_train_what_the_authors_list():
 @pytest.mark.parametrize("kind", ["biases", "all"])
 def test_tuned_values_are_those_of_a_tower_with_these_weights(kind):
     """The changed tower is the one whose own tensors have the learned values."""
-    task = golden_task(golden_clip())
+    task = golden_task(copy.deepcopy(golden_clip()))  # changed in place
     bank = TunedTowers(task, kind)
     learner = Learner(task, bank, head=Cosine(task, bank))
     generator = torch.Generator().manual_seed(1)
