@@ -14,7 +14,6 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from promptmix.cost.shapes import run
@@ -124,8 +123,8 @@ class _Counter(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        for leaf in tree_leaves((args, kwargs)):
-            self._take(leaf, made=False)  # weights and inputs were there before the work
+        for tensor in _tensors(args, kwargs):
+            self._take(tensor, made=False)  # weights and inputs were there before the work
         packet = getattr(func, "_overloadpacket", None)
         if torch.is_inference_mode_enabled() and packet not in flop_registry:
             with self:  # inference mode hands composite operators (linear, attention) over in one piece
@@ -141,14 +140,14 @@ class _Counter(TorchDispatchMode):
         self.flops += flops
         if self._listener is not None:
             self._listener(func, args, output, flops)
-        for leaf in tree_leaves(output):
-            self._take(leaf, made=True)
+        for tensor in _tensors(output):
+            self._take(tensor, made=True)
         return output
 
-    def _take(self, leaf: Any, *, made: bool) -> None:
-        if not isinstance(leaf, torch.Tensor) or leaf.layout is not torch.strided:
+    def _take(self, tensor: torch.Tensor, *, made: bool) -> None:
+        if tensor.layout is not torch.strided:
             return
-        storage = leaf.untyped_storage()
+        storage = tensor.untyped_storage()
         key, size = id(storage), storage.nbytes() if made else 0
         if key in self._known:  # a view
             return
@@ -160,6 +159,17 @@ class _Counter(TorchDispatchMode):
     def _free(self, key: int, size: int) -> None:
         self._known.discard(key)
         self.now -= size
+
+
+def _tensors(*values: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors in what an operator takes or gives; PyTorch's own walk over trees takes longer than the operators."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (tuple, list)):
+            yield from _tensors(*value)
+        elif isinstance(value, dict):
+            yield from _tensors(*value.values())
 
 
 def _flops(packet: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> int:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from yacs.config import CfgNode
 
+from promptmix.clip.vision import are_pictures
 from promptmix.cost import memory
 from promptmix.cost.count import Count, count
 from promptmix.cost.machine import measure_machine
@@ -213,7 +214,7 @@ def step_gflops(trainer: Any) -> float | None:  # any class with Dassl's interfa
                 on_meta(trainer)
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)  # some steps leave things out by chance
-                _counted[key] = round(step_count(trainer, size).gflops, 3)
+                _counted[key] = round(_step_gflops(trainer, size), 3)
         return _counted[key]
     except (RuntimeError, NotImplementedError, ValueError, AttributeError):  # a training that ended is not lost over a count
         get_logger().debug("The step can't be counted", exc_info=True)
@@ -250,19 +251,45 @@ def step_count(trainer: Counted, size: int, class_chunk: int | None = None) -> C
         size: pictures in the batch.
         class_chunk: as ``MODEL.CLASS_CHUNK``; None leaves it as it is.
     """
-    images, labels = _batch(trainer, size)
     tower = trainer.clip.text
     before = tower.class_chunk
     tower.class_chunk = before if class_chunk is None else class_chunk
-
-    def step(pictures: int) -> None:
-        trainer.model.loss(trainer.model.step(images[:pictures], labels[:pictures])).total.backward()
-
     try:
-        count(lambda: step(2))  # what is built once
-        return count(lambda: step(size))
+        count(lambda: _step(trainer, 2))  # what is built once
+        return count(lambda: _step(trainer, size))
     finally:
         tower.class_chunk = before
+
+
+def _step_gflops(trainer: Counted, size: int) -> float:
+    """Return ``step_count(trainer, size).gflops``, a frozen image tower asked for one picture: it does the same for each."""
+    model, others = trainer.model, 0.0
+    encode = model.features
+
+    def features(images: torch.Tensor) -> torch.Tensor:
+        nonlocal others
+        if not (model.image_is_frozen and are_pictures(images)):
+            given: torch.Tensor = encode(images)
+            return given
+        found: list[torch.Tensor] = []
+        others += (len(images) - 1) * count(lambda: found.append(encode(images[:1]))).gflops
+        return found[0].expand(len(images), *found[0].shape[1:]).contiguous()
+
+    with contextlib.ExitStack() as stack:
+        model.features = features
+        stack.callback(delattr, model, "features")
+        if trainer.device.type == "meta":  # where what nobody counts runs in Python
+            count(lambda: _step(trainer, 2))
+        else:
+            _step(trainer, 2)  # what is built once
+        others = 0.0
+        return count(lambda: _step(trainer, size)).gflops + others
+
+
+def _step(trainer: Counted, size: int) -> None:
+    """Do a step on ``size`` pictures that leaves gradients and no more."""
+    images, labels = _batch(trainer, size)
+    trainer.model.loss(trainer.model.step(images, labels)).total.backward()
 
 
 def _batch(trainer: Counted, size: int) -> tuple[torch.Tensor, torch.Tensor]:
