@@ -39,6 +39,22 @@ class Parser(argparse.ArgumentParser):
         """Return every long flag of this parser."""
         return [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
 
+    def take_late(self, args: argparse.Namespace, extra: list[str]) -> list[str]:
+        """Add names that stand behind a flag to those before it (``predict a.png --top 2 b.png``), which argparse leaves over.
+
+        Returns:
+            What is left over still.
+        """
+        action = next((action for action in self._actions if not action.option_strings and action.nargs in ("+", "*")), None)
+        if action is None or not extra or any(word.startswith("-") for word in extra) or not getattr(args, action.dest):
+            return extra
+        try:
+            found = [self._get_value(action, word) for word in extra]
+        except argparse.ArgumentError:
+            return extra
+        setattr(args, action.dest, [*getattr(args, action.dest), *found])
+        return []
+
     def refuse_unknown(self, extra: list[str]) -> None:
         """Refuse arguments that no action took.
 
@@ -148,6 +164,10 @@ def _dispatch(arguments: list[str]) -> int:
     if name == "--version":
         sys.stdout.write(f"promptmix {__version__}\n")
         return 0
+    if name.startswith("-"):
+        raise UserError(
+            f"{name} comes before the command; write the command first: promptmix train {name} ... (see `promptmix --help`)"
+        )
     if name not in COMMANDS:
         raise UserError(f"unknown command {name!r}{closest(name, list(COMMANDS))} (commands: {', '.join(COMMANDS)})")
     try:
@@ -167,7 +187,7 @@ def _dispatch(arguments: list[str]) -> int:
         args, extra = parser.parse_known_args(flags)
     except SystemExit as done:  # --help
         return int(done.code or 0)
-    parser.refuse_unknown(extra)
+    parser.refuse_unknown(parser.take_late(args, extra))
     parser.refuse_empty(args, flags)
     args.argv = arguments
     if args.no_plugin:

@@ -21,8 +21,8 @@ _MARK = "promptmix_name"
 
 def closest(name: str, choices: list[str]) -> str:
     """Return ``; did you mean 'X'?`` for the choice nearest to ``name``, or an empty string."""
-    lower = {choice.lower(): choice for choice in choices}
-    near = difflib.get_close_matches(name.lower(), lower, n=1)
+    lower = {choice.lower().lstrip("-"): choice for choice in choices}  # dashes would make short flags alike
+    near = difflib.get_close_matches(name.lower().lstrip("-"), lower, n=1)
     return f"; did you mean {lower[near[0]]!r}?" if near else ""
 
 

@@ -300,6 +300,20 @@ def test_a_second_folder_for_parse(capsys):
     fails(capsys, ["parse", "a", "b"], "'b' is one too many", "takes DIR")
 
 
+def test_flags_before_the_command(capsys):
+    fails(capsys, ["--trainer", "CoOp", "train"], "--trainer comes before the command; write the command first")
+
+
+def test_names_behind_a_flag_belong_to_those_before_it(capsys):
+    """Argparse takes names of one kind in one row only; a flag among them stops nothing here."""
+    fails(capsys, ["predict", "a.png", "--model-dir", "nowhere", "b.png"], "no nowhere/results.json")
+
+
+def test_a_flag_is_suggested_by_its_letters(capsys):
+    fails(capsys, ["estimate", "--trainr", "CoOp"], "did you mean '--trainer'")
+    assert main(["estimate", "--classes", "3"]) == 2 and "did you mean" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

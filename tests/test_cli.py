@@ -135,6 +135,8 @@ def test_a_finished_run_is_tested_again_with_the_same_numbers(dots, tmp_path, ca
         (["OPTIM.LRR", "0.1"], ["OPTIM.LRR", "did you mean 'LR'"]),
         (["OPTIM.LR", "fast"], ["OPTIM.LR", "'fast'", "float"]),
         (["OPTIM.LR"], ["OPTIM.LR", "has no value"]),
+        (["OPTIM.LR=0.1"], ["'OPTIM.LR=0.1'", "without =", "write OPTIM.LR 0.1"]),
+        (["OPTIM.LR", "=", "0.1"], ["'='", "without ="]),
         (["SEED", "one"], ["SEED"]),
         (["DATASET.SUBSAMPLE_CLASSES", "old"], ["'old'", "'base'", "'new'"]),
         (["--eval-only", "--model-dir", "nowhere", "--load-epoch", "2"], ["nowhere"]),

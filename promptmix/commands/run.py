@@ -59,11 +59,11 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: something that can't be done; nothing has run then, unless a data set or checkpoint turned out bad.
     """
+    from promptmix.config import refuse_lone
     from promptmix.config.flags import load_plugins
     from promptmix.runs.protocols import default_config, folder_of
 
-    if len(args.opts) % 2:
-        raise ConfigError(f"command line: overrides come as KEY VALUE pairs, but {args.opts[-1]!r} has no value")
+    refuse_lone(args.opts)
     code = start_devices(args)
     if code is not None:
         return code

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -135,10 +136,23 @@ def merge_opts(cfg: CN, opts: Sequence[Any], source: str = "command line") -> No
     """
     if not isinstance(opts, (list, tuple)):
         raise ConfigError(f"{source}: overrides are {shown(opts)}, but must be a list of keys and values in turn")
-    if len(opts) % 2:
-        raise ConfigError(f"{source}: overrides come as KEY VALUE pairs, but {opts[-1]!r} has no value; give it one")
+    refuse_lone(opts, source)
     for key, text in translated(cfg, zip(opts[::2], opts[1::2], strict=True), source):
         _set(cfg, key, text, source)
+
+
+def refuse_lone(opts: Sequence[Any], source: str = "command line") -> None:
+    """Refuse overrides that are no ``KEY VALUE`` pairs.
+
+    Raises:
+        ConfigError: one has no value, or is joined with it by ``=``.
+    """
+    joined = next((word for word in opts[::2] if isinstance(word, str) and re.fullmatch(r"[A-Z_]+(\.\w+)+ *=.*", word)), None)
+    if joined is not None or len(opts) % 2 and opts[1::2][:1] == ["="]:
+        found = opts[1] if joined is None else joined
+        raise ConfigError(f"{source}: overrides are KEY VALUE pairs without =, but there is {shown(found)}; write OPTIM.LR 0.1")
+    if len(opts) % 2:
+        raise ConfigError(f"{source}: overrides come as KEY VALUE pairs, but {shown(opts[-1])} has no value; give it one")
 
 
 def source_of(cfg: CN, key: str) -> str | None:

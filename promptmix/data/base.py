@@ -129,8 +129,8 @@ class DatasetBase:
         """
         for domain in input_domains:
             if domain not in self.domains:
-                known = ", ".join(self.domains)
-                raise ConfigError(f"unknown domain {domain!r} of {type(self).__name__} (choices: {known})")
+                known = f"choices: {', '.join(self.domains)}" if self.domains else "it has none; leave the key out"
+                raise ConfigError(f"unknown domain {domain!r} of {type(self).__name__} ({known})")
 
     def download_data(self, url: str, dst: str, from_gdrive: bool = True) -> None:
         """Download an archive to ``dst`` and unpack it in the same folder.
