@@ -51,6 +51,12 @@ def _pack(args: argparse.Namespace) -> None:
     pack.pack_licences(args.archives, args.out / "LICENSES")
 
 
+def _jpegs(args: argparse.Namespace) -> None:
+    from assets import jpegs
+
+    jpegs.write_jpegs(args.archives, args.work / f"jpegs-{args.size}", args.size)
+
+
 def _measure(args: argparse.Namespace) -> None:
     from assets import measure
 
@@ -66,6 +72,7 @@ STAGES: dict[str, tuple[Callable[[argparse.Namespace], None], str]] = {
     "vit": (_vit, "tiny-vit's image tower"),
     "pack": (_pack, "write packs, weights and licences"),
     "measure": (_measure, "print the model card's zero-shot numbers"),
+    "jpegs": (_jpegs, "write Fluent 3D as JPEGs of --size pixels into the folder in between; not part of all"),
 }
 
 
@@ -77,6 +84,7 @@ def main() -> int:
     parser.add_argument("--archives", type=Path, default=Path("build/archives"), help="folder of the npm packages")
     parser.add_argument("--work", type=Path, default=Path("build/assets"), help="folder for everything in between")
     parser.add_argument("--out", type=Path, default=ASSETS, help="folder of the results")
+    parser.add_argument("--size", type=int, default=107, help="jpegs: pixels of an edge, 256 at most")
     parser.add_argument("--threads", type=int, default=1, help="threads; another number changes the last digits")
     args = parser.parse_args()
     if args.stage not in ("download", "render"):
@@ -84,6 +92,6 @@ def main() -> int:
 
         torch.set_num_threads(args.threads)
     args.work.mkdir(parents=True, exist_ok=True)
-    for name in STAGES if args.stage == "all" else [args.stage]:
+    for name in [name for name in STAGES if name != "jpegs"] if args.stage == "all" else [args.stage]:
         STAGES[name][0](args)
     return 0
