@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from yacs.config import CfgNode
 
+from promptmix.bench import dali
 from promptmix.bench.measure import Row, measure
 from promptmix.bench.world import World, draw
 from promptmix.data import Datum, build_data_loader, read_image
@@ -43,7 +44,7 @@ def run(world: World, args: Namespace) -> list[Row]:
     return [_decoding(world, args), *(_training(world, args, *case) for case in _TRAINING.items()), whole]
 
 
-def _reading(loader: DataLoader[Any]) -> Callable[[], None]:
+def _reading(loader: Iterable[Any]) -> Callable[[], None]:
     """Return what reads an epoch of ``loader``, after a first one, so that workers that stay and files are there."""
 
     def read() -> None:
@@ -71,13 +72,13 @@ def _training(world: World, args: Namespace, work: str, names: tuple[str, ...]) 
         "ours, both": ours("INPUT.PIPELINE", "fast", "INPUT.PICTURE_CACHE", True, *kept),
         "torchvision: decode_image, v2": _reading(_torchvision(world.config("CoOp"), items, names)),
     }
-    costs = measure(ways, args.repeats)
-    rated = {f"{name}{_rate(args.pictures, cost.seconds)}": cost for name, cost in costs.items()}
-    return Row(f"{args.pictures} training pictures at {_PIXELS} pixels: {work}", rated)
-
-
-def _rate(pictures: int, seconds: float | None) -> str:
-    return f": {pictures / seconds:,.0f} a second" if seconds else ""
+    work = f"{args.pictures} training pictures at {_PIXELS} pixels: {work}"
+    if dali.installed():
+        cropped, node = "random_resized_crop" in names, world.config("CoOp").INPUT
+        ways["DALI on the CPU"] = _reading(dali.Dali([item.impath for item in items], _PIXELS, _BATCH, cropped, node))
+    else:
+        work += " (without DALI: pip install nvidia-dali-cuda130)"
+    return Row(work, measure(ways, args.repeats), pictures=args.pictures)
 
 
 def _torchvision(cfg: CfgNode, items: list[Datum], names: tuple[str, ...]) -> DataLoader[Any]:
@@ -122,4 +123,4 @@ def _decoding(world: World, args: Namespace) -> Row:
         f"torchvision.io, pixels {'equal' if same else 'differ'}": lambda: [torchvision(path) for path in many],
         "torchvision.io, as Pillow images": lambda: [to_pil_image(torchvision(path)) for path in many],
     }
-    return Row(f"decode {args.pictures} JPEGs in one process", measure(ways, args.repeats))
+    return Row(f"decode {args.pictures} JPEGs in one process", measure(ways, args.repeats), pictures=args.pictures)

@@ -21,12 +21,15 @@ class Cost:
         memory_mb: peak resident memory above what was there before, in MiB; on a GPU, peak of allocations. None as above.
         gflops: counted floating-point operations in 10^9.
         live_mb: peak of live tensors in MiB, counted (see ``promptmix.cost.count``).
+        cpu_seconds: of the processor, of all threads of this process but not of others, in the round that took fewest; None as
+            above, and where it was not taken.
     """
 
     seconds: float | None
     memory_mb: float | None
     gflops: float
     live_mb: float
+    cpu_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -38,11 +41,13 @@ class Row:
         ways: name to cost; the first is what the others are compared with.
         minimum_gflops: operations that no way can do without: image tower and the unique text tokens through the linear
             layers, forward and, where something is learned, backward. None where it has no meaning.
+        pictures: that each way handles; None where it is something else.
     """
 
     work: str
     ways: dict[str, Cost] = field(default_factory=dict)
     minimum_gflops: float | None = None
+    pictures: int | None = None
 
 
 def measure(ways: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, Cost]:
@@ -62,14 +67,20 @@ def measure(ways: Mapping[str, Callable[[], object]], repeats: int) -> dict[str,
         numbers = count(way)
         peak = peak_mb()
         counted[name] = (numbers, peak["cuda"] or (peak["rss"] or 0.0) - before)
-    seconds = dict.fromkeys(ways, float("inf"))
+    rounds: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
     for _ in range(repeats):
         for name, way in ways.items():
-            seconds[name] = min(seconds[name], timed(way))
-    return {
-        name: Cost(seconds[name] if repeats else None, memory if repeats else None, numbers.gflops, numbers.live_mb)
-        for name, (numbers, memory) in counted.items()
-    }
+            begin = time.process_time()
+            seconds = timed(way)
+            rounds[name].append((seconds, time.process_time() - begin))
+    found = {}
+    for name, (numbers, memory) in counted.items():
+        if not repeats:
+            found[name] = Cost(None, None, numbers.gflops, numbers.live_mb)
+            continue
+        seconds, processor = (min(column) for column in zip(*rounds[name], strict=True))
+        found[name] = Cost(seconds, memory, numbers.gflops, numbers.live_mb, processor)
+    return found
 
 
 def timed(work: Callable[[], object]) -> float:

@@ -19,19 +19,33 @@ from promptmix.runs.results import git_commit
 from promptmix.utils import collect_env_info, read_json, write_json
 
 _HEADERS = ("work", "way", "seconds", "times faster", "peak MiB", "live MiB", "GFLOP", "GFLOP / minimum")
+#: Where pictures are read: the processor's seconds of this process, and pictures in each of them.
+_READING = ("processor s", "pictures / processor s", "times as many")
 
 
 def table(rows: list[Row], form: str = "github") -> str:
     """Return a table with a line for each way of each piece of work."""
     lines: list[list[Any]] = []
+    reading = any(row.pictures for row in rows)
     for row in rows:
         first = next(iter(row.ways.values()))
         for i, (way, cost) in enumerate(row.ways.items()):
             faster = first.seconds / cost.seconds if first.seconds and cost.seconds and i else None
             over = cost.gflops / row.minimum_gflops if row.minimum_gflops and cost.gflops else None
             numbers = [cost.seconds, faster, cost.memory_mb, cost.live_mb or None, cost.gflops or None, over]
-            lines.append([row.work if i == 0 else "", way, *numbers])
-    return tabulate(lines, _HEADERS, tablefmt=form, floatfmt=("", "", ".3f", ".1f", ".0f", ".0f", ".1f", ".2f"))
+            rates = _rates(row, first, cost) if reading else []
+            lines.append([row.work if i == 0 else "", way, *numbers, *rates])
+    headers = _HEADERS + (_READING if reading else ())
+    return tabulate(
+        lines, headers, tablefmt=form, floatfmt=("", "", ".3f", ".1f", ".0f", ".0f", ".1f", ".2f", ".3f", ".0f", ".2f")
+    )
+
+
+def _rates(row: Row, first: Cost, cost: Cost) -> list[float | None]:
+    """Return what ``_READING`` heads."""
+    if not (row.pictures and cost.cpu_seconds and first.cpu_seconds):
+        return [None, None, None]
+    return [cost.cpu_seconds, row.pictures / cost.cpu_seconds, first.cpu_seconds / cost.cpu_seconds]
 
 
 def write(args: Namespace, rows: list[Row], path: str) -> None:
@@ -79,8 +93,9 @@ def read(path: str) -> list[Row]:
         found = []
         for row in read_json(path)["results"]:
             ways = {one_line(name): Cost(**cost) for name, cost in row["ways"].items()}
-            found.append(Row(one_line(row["work"]), ways, row["minimum_gflops"]))
-            given = [row["minimum_gflops"], *(number for cost in ways.values() for number in asdict(cost).values())]
+            sizes = row["minimum_gflops"], row.get("pictures")  # files from before lack the second
+            found.append(Row(one_line(row["work"]), ways, *sizes))
+            given = [*sizes, *(number for cost in ways.values() for number in asdict(cost).values())]
             if not ways or any(type(number) not in (int, float, type(None)) for number in given):
                 raise TypeError(f"the numbers of {row['work']!r:.60} are none")
         return found

@@ -116,7 +116,9 @@ def test_suites(suite, sizes, ways, tmp_path, capsys):
         others = row["work"].startswith(("decode ", "25 training pictures at 224 pixels"))
         assert list(row["ways"])[: len(ways)] == ways or others
         assert row["work"] in shown
-        assert all(cost["seconds"] > 0 for cost in row["ways"].values())
+        assert all(cost["seconds"] > 0 and cost["cpu_seconds"] > 0 for cost in row["ways"].values())
+        if "training pictures at 224" in row["work"]:
+            assert "DALI on the CPU" in row["ways"] or "without DALI" in row["work"]
         if suite in ("text", "step"):
             assert row["ways"]["ours"]["gflops"] < row["ways"]["plain"]["gflops"]
     assert {"commit", "machine", "versions"} <= record.keys()

@@ -9,7 +9,7 @@ from torchvision import transforms as T
 
 from promptmix.config import get_cfg_default
 from promptmix.data import Datum, build_data_loader, read_image
-from promptmix.data.reading.fast import FAST, FastTransform
+from promptmix.data.reading.fast import FAST, FastTransform, Head, read_head
 from promptmix.data.reading.transforms import INTERPOLATION_MODES, build_transform
 from promptmix.errors import ConfigError, DataError
 from promptmix.runs.run import run
@@ -103,6 +103,25 @@ def test_what_is_no_colour_jpeg_is_read_as_ever(cfg, tmp_path):
             fast.read(str(tmp_path / "bad.jpg"), "benchmark")
     with pytest.raises(DataError, match=r"no picture .*gone\.jpg"):
         fast.read(str(tmp_path / "gone.jpg"), "benchmark")
+
+
+def test_the_head_of_a_jpeg_says_what_pillow_says(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for number, options in enumerate([{}, {"progressive": True}, {"exif": exif}, {"comment": b"x" * 300, "subsampling": 0}]):
+        path = picture(tmp_path / f"{number}.jpg", (53 + number, 300), **options)
+        content = (tmp_path / f"{number}.jpg").read_bytes()
+        head = read_head(memoryview(content))
+        assert head == Head(Image.open(path).size, 3, 8, "exif" in options)
+        assert head.plain("benchmark") and head.plain("upright") == ("exif" not in options)
+        assert read_head(memoryview(content[:20])) is None
+        filled = content[:2] + b"\xff\xff\xff" + content[2:]  # filling bytes before a marker
+        assert read_head(memoryview(filled)) == head
+    Image.open(path).convert("L").save(path)
+    grey = read_head(memoryview((tmp_path / "3.jpg").read_bytes()))
+    assert grey.colours == 1 and not grey.plain("benchmark")
+    assert not Head((20_000, 20_000), 3, 8, False).plain("benchmark")  # Pillow refuses it
+    assert read_head(memoryview(b"\x89PNG")) is None and read_head(memoryview(b"")) is None
 
 
 def test_batches_follow_from_the_seed_for_any_workers_and_with_kept_pictures(cfg, items, monkeypatch):
