@@ -12,7 +12,7 @@ import torch
 
 from promptmix.data.features import rows
 from promptmix.data.features.cache import FeatureCache
-from promptmix.data.features.reuse import Reuse, reused
+from promptmix.data.features.reuse import Reuse, awaited, reused
 from tests.trainers.toy import toy_trainer
 
 
@@ -41,6 +41,19 @@ def test_splits_share_pictures_and_have_the_bits_of_a_whole_pass(ask):
     assert done == [(6, 0), (6, 4), (0, 10), (2, 2)]
     assert "14 pictures encoded" in str(sum([Reuse(6, 0, 1.0), Reuse(8, 16, 1.0, 2.5)], Reuse()))
     assert str(Reuse()) == ""
+
+
+def test_seconds_without_a_batch_are_counted():
+    def read():
+        time.sleep(0.03)
+        yield 1
+        yield 2
+
+    before = reused()
+    for _ in awaited(read()):
+        time.sleep(0.05)  # encoding, which is none of them
+    assert (reused() - before).waited >= 0.03
+    assert "encoded in 2.0 s (0.5 s waiting for them)" in str(Reuse(6, 0, 2.0, waited=0.5))
 
 
 def test_features_that_depend_on_the_place_in_a_batch_are_not_kept_by_picture(ask, tmp_path):

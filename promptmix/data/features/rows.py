@@ -21,7 +21,7 @@ from yacs.config import CfgNode
 
 from promptmix.data.datum import Datum
 from promptmix.data.features.cache import FeatureCache, feature_key, picture_stamps, same_randomness
-from promptmix.data.features.reuse import tell
+from promptmix.data.features.reuse import awaited, tell
 from promptmix.data.reading.loaders import TrainLoader
 from promptmix.files.text import counted
 from promptmix.parallel import group
@@ -111,7 +111,7 @@ class _Encoder:
         size, start = self.loader.batch_size or 1, time.monotonic()
         filled = missing + missing[:1] * (-len(missing) % size)
         parts = []
-        for batch in in_order(self.loader, Subset(self.loader.dataset, filled)):
+        for batch in awaited(in_order(self.loader, Subset(self.loader.dataset, filled))):
             parts.append(self.encode(batch["img"]).cpu())
             if not known and len(parts) == 1 and not torch.equal(self.encode(batch["img"].flip(0)).cpu().flip(0), parts[0]):
                 return False
@@ -131,7 +131,7 @@ class _Encoder:
         """Return the features of the last batch, which is smaller than the others."""
 
         def make() -> dict[str, Tensor]:
-            batches = in_order(self.loader, Subset(self.loader.dataset, list(places)))
+            batches = awaited(in_order(self.loader, Subset(self.loader.dataset, list(places))))
             return {"features": torch.cat([self.encode(batch["img"]).cpu() for batch in batches])}
 
         n = len(places)

@@ -22,6 +22,7 @@ from yacs.config import CfgNode
 from promptmix.clip.vision import are_pictures
 from promptmix.data.datum import Datum
 from promptmix.data.features.cache import FeatureCache, feature_key, same_randomness
+from promptmix.data.features.reuse import awaited
 from promptmix.data.features.rows import Encode, in_order, shared_features
 from promptmix.data.reading.loaders import TrainLoader
 from promptmix.data.reading.streams import get_streams, set_streams, streams_hash
@@ -156,7 +157,7 @@ def cache_views(
 
 
 def _steady(loader: DataLoader[Any], encode: Encode) -> dict[str, Tensor]:
-    features = torch.cat([encode(batch["img"]).cpu() for batch in in_order(loader)])
+    features = torch.cat([encode(batch["img"]).cpu() for batch in awaited(in_order(loader))])
     return {"features": features[None], "orders": torch.empty(0, 0, dtype=torch.int64)}
 
 
@@ -167,7 +168,7 @@ def _record(loader: DataLoader[Any], views: int, encode: Encode, draws_between: 
     orders, after = [], []
     for _ in range(views):
         parts, order = [], []
-        for batch in loader:
+        for batch in awaited(loader):
             parts.append(encode(batch["img"]).cpu())
             order.append(batch["index"])
         orders.append(torch.cat(order))
@@ -179,7 +180,7 @@ def _record(loader: DataLoader[Any], views: int, encode: Encode, draws_between: 
         if missing:
             with same_randomness():
                 rest = in_order(loader, torch.utils.data.Subset(loader.dataset, missing))
-                view[missing] = torch.cat([encode(batch["img"]).cpu() for batch in rest])
+                view[missing] = torch.cat([encode(batch["img"]).cpu() for batch in awaited(rest)])
         features.append(view)
         for _ in range(draws_between):
             torch.empty((), dtype=torch.int64).random_()
@@ -217,7 +218,7 @@ def feature_loader(
         def make() -> dict[str, Tensor]:
             get_logger().info("Encoding %d pictures of the %s split, for all methods and seeds", len(source), split)
             with same_randomness(), torch.no_grad():
-                return {"features": torch.cat([encode(batch["img"]).cpu() for batch in loader])}
+                return {"features": torch.cat([encode(batch["img"]).cpu() for batch in awaited(loader)])}
 
         about = f"{cfg.DATASET.NAME}, {len(source)} pictures for evaluation"
         features = cache.obtain(key, {"features": (len(source),)}, make, about, len(source))["features"]
