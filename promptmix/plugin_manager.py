@@ -51,7 +51,7 @@ _BUILT_IN = (
     "promptmix.runs.protocols",
     "promptmix.runs.active",
     "promptmix.runs.federated",
-    "promptmix.runs.backends",
+    "promptmix.runs.clusters",
     "promptmix.dassl.importing",
 )
 

@@ -103,12 +103,20 @@ def _on_all_devices(args: argparse.Namespace) -> contextlib.AbstractContextManag
     from promptmix.engine.precision import choose_device
     from promptmix.parallel import group, launch
 
-    prepares = type(PROTOCOL_REGISTRY.get(args.protocol)).prepare is not Protocol.prepare
-    if launch.place()[1] > 1 and prepares:
-        raise ConfigError(f"{args.protocol} works in rounds, between which one process writes; leave --devices out")
     for trainer in args.trainers:
-        refuse_undivided(trainer)
+        refuse_undivided_job(args.protocol, trainer, launch.place()[1])
     return group.joined(choose_device(args.device or "auto"), " / ".join(args.trainers))
+
+
+def refuse_undivided_job(protocol: str, trainer: str, processes: int) -> None:
+    """Refuse several processes for a protocol or a method whose work can't be divided.
+
+    Raises:
+        ConfigError: it is one; the message names it.
+    """
+    if processes > 1 and type(PROTOCOL_REGISTRY.get(protocol)).prepare is not Protocol.prepare:
+        raise ConfigError(f"{protocol} works in rounds, between which one process writes; leave --devices out")
+    refuse_undivided(trainer, processes)
 
 
 def run_all(jobs: list[Job], args: argparse.Namespace, sort: str, at_once: int = 1) -> list[RunResult]:

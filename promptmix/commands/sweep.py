@@ -9,11 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from promptmix.commands.train import add_devices
 from promptmix.config.flags import check_count
-from promptmix.errors import UserError
+from promptmix.errors import ConfigError, UserError
 from promptmix.files.links import open_own
 from promptmix.files.places import refuse_unwritable
-from promptmix.files.text import one_line
+from promptmix.files.text import counted, one_line
+from promptmix.parallel import launch
 
 if TYPE_CHECKING:
     from promptmix.runs.backends import Backend, Options
@@ -30,12 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
     add = parser.add_argument
     add("file", metavar="FILE.yaml", help="methods, data sets, seeds, protocols, overrides (see configs/sweeps/emoji.yaml)")
-    add("--jobs", type=int, metavar="N", help="runs at a time; default: one per GPU, or per CPU where there is none")
+    add("--jobs", type=int, metavar="N", help="runs at a time; default: as many as the GPUs are enough for, else the CPUs")
+    add_devices(parser)
     add(
         "--threads",
         type=int,
         metavar="N",
-        help="CPU threads of each run; default: `task: cpus` of the file, else CPUs / jobs (Slurm: 4)",
+        help="CPU threads of each process; default: `task: cpus` of the file, else its share of the CPUs (Slurm: 4)",
     )
     add(
         "--backend",
@@ -126,16 +129,22 @@ def _choose(found: Search, form: str) -> None:
 
 
 def _options(args: argparse.Namespace, plan: Sweep) -> Options:
-    """Return how many jobs run at a time, with how many threads."""
+    """Return how many jobs run at a time, with how many devices and threads.
+
+    Raises:
+        ConfigError: runs that can't be divided as ``--devices`` says.
+    """
     from promptmix.runs.backends import Options, cpus
 
-    for flag, number in (("--jobs", args.jobs), ("--threads", args.threads)):
+    for flag, number in (("--jobs", args.jobs), ("--threads", args.threads), ("--devices", args.devices)):
         check_count(flag, number)
     import torch
 
+    devices = args.devices or 1
     gpus = 0 if all(job.device == "cpu" for job in plan.jobs) else torch.cuda.device_count()
-    jobs = args.jobs or gpus or cpus()
-    spread = ASKED if args.backend == "slurm" else max(1, cpus() // jobs)  # not what this login node has
+    _refuse_devices(devices, plan, gpus if args.backend == "local" else 0)
+    jobs = args.jobs or max(1, (gpus or cpus()) // devices)
+    spread = ASKED if args.backend == "slurm" else max(1, cpus() // (jobs * devices))  # not what this login node has
     threads = args.threads or plan.task.get("cpus") or spread
     share = plan.task.get("gpus")
     command = ("promptmix", *args.argv)
@@ -148,7 +157,32 @@ def _options(args: argparse.Namespace, plan: Sweep) -> Options:
         folder=plan.output,
         command=command,
         share=None if share is None else float(share),
+        devices=devices,
     )
+
+
+def _refuse_devices(devices: int, plan: Sweep, gpus: int) -> None:
+    """Refuse to divide runs over ``devices`` where that can't be.
+
+    Args:
+        devices: of each run.
+        plan: the sweep.
+        gpus: of this machine, if runs are to use them; else 0.
+
+    Raises:
+        ConfigError: there are fewer, the file wants a part of a GPU, or a run can't be divided.
+    """
+    from promptmix.commands.run import refuse_undivided_job
+
+    if launch.place()[1] > 1:
+        raise ConfigError("a sweep starts its processes itself (--jobs, --devices); run it without torchrun")
+    if 0 < gpus < devices:
+        raise ConfigError(f"--devices {devices}, but this machine has {counted(gpus, 'GPU')}; lower it, or set `device: cpu`")
+    if devices > 1 and not float(plan.task.get("gpus", 1)).is_integer():
+        share = plan.task["gpus"]
+        raise ConfigError(f"--devices {devices} gives each process a GPU, but `task: gpus` is {share}; set it to 0 or 1")
+    for job in plan.jobs:
+        refuse_undivided_job(job.protocol, job.trainer, devices)
 
 
 def _run_all(jobs: list[Job], options: Options, backend: Backend, output: Path) -> list[tuple[Job, str]]:

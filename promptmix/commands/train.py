@@ -243,11 +243,11 @@ def _refuse_beside_run(args: argparse.Namespace) -> None:
             raise ConfigError(f"{flag} {given} beside --from-run {args.from_run}: leave one out; single keys go at the end")
 
 
-def refuse_undivided(trainer: str) -> None:
-    """Refuse several processes for a trainer without the towers that they share."""
+def refuse_undivided(trainer: str, processes: int | None = None) -> None:
+    """Refuse several processes (None = those that this one belongs to) for a trainer without the towers that they share."""
     from promptmix.registry import is_prompt_trainer
 
-    if launch.place()[1] > 1 and not is_prompt_trainer(trainer):
+    if (launch.place()[1] if processes is None else processes) > 1 and not is_prompt_trainer(trainer):
         raise ConfigError(f"TRAINER.NAME {trainer} is not a prompt trainer, whose towers --devices divides; leave it out")
 
 

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -22,8 +22,8 @@ from promptmix.errors import ConfigError, TrainingError
 _OURS = "PROMPTMIX_MEETING"
 #: Exit code of a process that saw another one go: who that was is told by ``start``.
 _LEFT = 75
-#: Seconds that the others get to end by themselves once one of them has ended.
-_GRACE = 5.0
+#: Seconds that the others get to end by themselves once one of them has failed.
+GRACE = 5.0
 
 
 def place() -> tuple[int, int]:
@@ -102,6 +102,16 @@ def leave_quietly() -> None:
         os._exit(_LEFT)
 
 
+def environment(rank: int, count: int, meeting: Path) -> dict[str, str]:
+    """Return the environment of one of ``count`` processes of this machine that meet in the file ``meeting``."""
+    own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), _OURS: str(meeting)}
+    # Each gets its share of the CPU, unless told otherwise; processes of one machine meet inside of it.
+    usual = {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // count, 1))}
+    if sys.platform == "linux":
+        usual["GLOO_SOCKET_IFNAME"] = "lo"
+    return {**usual, **os.environ, **own}
+
+
 def start(count: int, argv: Sequence[str]) -> int:
     """Run ``promptmix`` with ``argv`` in ``count`` processes; the first one prints, of the others errors only.
 
@@ -128,19 +138,9 @@ def start(count: int, argv: Sequence[str]) -> int:
 
 
 def _worker(rank: int, count: int, argv: Sequence[str], folder: str, errors: IO[bytes] | None) -> subprocess.Popen[bytes]:
-    own: Mapping[str, str] = {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(count),
-        _OURS: str(Path(folder, "meeting")),
-    }
-    # Each gets its share of the CPU, unless told otherwise; processes of one machine meet inside of it.
-    usual = {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // count, 1)), "GLOO_SOCKET_IFNAME": "lo"}
-    if sys.platform != "linux":
-        del usual["GLOO_SOCKET_IFNAME"]
     out = None if errors is None else subprocess.DEVNULL
     command = [sys.executable, "-m", "promptmix", *argv]
-    return subprocess.Popen(command, env={**usual, **os.environ, **own}, stdout=out, stderr=errors)
+    return subprocess.Popen(command, env=environment(rank, count, Path(folder, "meeting")), stdout=out, stderr=errors)
 
 
 def _follow(workers: Sequence[subprocess.Popen[bytes]]) -> list[int | None]:
@@ -148,7 +148,7 @@ def _follow(workers: Sequence[subprocess.Popen[bytes]]) -> list[int | None]:
     end = float("inf")
     while any(worker.poll() is None for worker in workers) and time.monotonic() < end:
         if end == float("inf") and any(worker.poll() for worker in workers):
-            end = time.monotonic() + _GRACE
+            end = time.monotonic() + GRACE
         time.sleep(0.05)
     return [worker.poll() for worker in workers]
 
@@ -181,11 +181,19 @@ def _outcome(codes: Sequence[int | None], errors: Sequence[IO[bytes]]) -> int:
             said = errors[rank - 1].read().decode(errors="replace").strip().splitlines()
             sys.stderr.write(f"{said[-1] if said else f'promptmix: process {rank + 1} exited with {code}'}\n")
         return code
-    lost, how = next(
-        ((rank, f"was killed by signal {-code}") for rank, code in enumerate(codes) if code is not None and code < 0),
-        (next((rank for rank, code in enumerate(codes) if code != _LEFT), 0), "did not answer"),
-    )
-    how += " (out of memory?)" if codes[lost] == -signal.SIGKILL else ""
-    raise TrainingError(
-        f"process {lost + 1} of {len(codes)} {how}, and the others were ended; the same command goes on from the last epoch"
-    )
+    raise TrainingError(f"{lost(codes)}, and the others were ended; the same command goes on from the last epoch")
+
+
+def lost(codes: Sequence[int | None]) -> str:
+    """Say which process ended a training: the first that was killed, or else one that did not leave by itself (None)."""
+    killed = next((rank for rank, code in enumerate(codes) if code is not None and code < 0), None)
+    if killed is None:
+        silent = next((rank for rank, code in enumerate(codes) if code != _LEFT), 0)
+        return f"process {silent + 1} of {len(codes)} did not answer"
+    number = -(codes[killed] or 0)
+    return f"process {killed + 1} of {len(codes)} {killed_by(number)}"
+
+
+def killed_by(number: int) -> str:
+    """Say by which signal a process was killed."""
+    return f"was killed by signal {number}" + (" (out of memory?)" if number == signal.SIGKILL else "")

@@ -1,4 +1,4 @@
-"""Where the jobs of a sweep run: processes on this machine, Ray, or Slurm. None of them schedules anything cleverly.
+"""How the jobs of a sweep run, and one place where: processes on this machine; ``clusters`` has the others.
 
 Each backend takes jobs and yields (index, outcome) as they end, in whatever order. What a job leaves behind is its results
 tree, which is all that a later sweep looks at.
@@ -10,25 +10,24 @@ import contextlib
 import gc
 import multiprocessing
 import os
-import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import connection, forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from promptmix.console import signals
 from promptmix.errors import UserError
 from promptmix.files.links import open_own
-from promptmix.hookspecs import hookimpl
-from promptmix.registry import Registry
+from promptmix.files.text import counted
+from promptmix.parallel import launch
 from promptmix.runs.protocols import Job
 
 if TYPE_CHECKING:
@@ -36,7 +35,6 @@ if TYPE_CHECKING:
 
 #: Imported once by the process that local jobs are forked from: a job then starts in a fraction of a second.
 _PRELOAD = ["torch.utils.tensorboard", "promptmix.runs.execute", "promptmix.runs.warm"]
-_POLL_SECONDS = 2.0  # between two looks at Slurm's queue
 
 
 @dataclass(frozen=True)
@@ -62,13 +60,14 @@ class Options:
 
     Attributes:
         jobs: how many run at a time.
-        threads: CPU threads of each.
+        threads: CPU threads of each process.
         gpus: GPUs of this machine to spread local jobs over; 0 = none.
         address: of a Ray cluster; "" starts Ray on this machine.
         slurm: parameters of submitit's executor (``timeout_min``, ``slurm_partition``, ...).
         folder: where a backend keeps its own files.
         command: command line, kept in every ``results.json``.
-        share: of a GPU that each job asks for, on Ray and Slurm; None = one where the jobs may use it.
+        share: of a GPU that each process of a job asks for, on Ray and Slurm; None = one where the jobs may use it.
+        devices: processes that each job is divided into (``promptmix.parallel``), each with a GPU of its own where there are any.
     """
 
     jobs: int = 1
@@ -79,6 +78,7 @@ class Options:
     folder: str = "."
     command: tuple[str, ...] = ()
     share: float | None = None
+    devices: int = 1
 
 
 Started = Callable[[int], None]
@@ -88,9 +88,8 @@ Backend = Callable[[Sequence[Job], Options, Started], Generator[tuple[int, Outco
 
 def share_of(jobs: Sequence[Job], options: Options) -> float:
     """Return how much of a GPU each job asks for."""
-    if options.share is not None:
-        return options.share
-    return 0.0 if all(job.device == "cpu" for job in jobs) else 1.0
+    may = 0.0 if all(job.device == "cpu" for job in jobs) else 1.0
+    return options.devices * (may if options.share is None else options.share)
 
 
 def cpus() -> int:
@@ -98,7 +97,20 @@ def cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def work(job: Job, threads: int, command: Sequence[str] = (), directory: str = "") -> Outcome:
+def perform(job: Job, options: Options, directory: str = "") -> Outcome:
+    """Run one job from a queue that gave this process what all devices of the job need; see ``work``."""
+    if options.devices == 1:
+        return work(job, options.threads, options.command, directory)
+    visible = _visible()
+    if share_of([job], options) and 0 < len(visible) < options.devices:
+        return Outcome(f"--devices {options.devices}, but this task was given {counted(len(visible), 'GPU')}; ask for as many")
+    os.chdir(directory or ".")
+    alone = replace(options, jobs=1, gpus=options.devices if share_of([job], options) else 0)
+    ((_, outcome),) = local([job], alone, lambda _: None)
+    return outcome
+
+
+def work(job: Job, threads: int, command: Sequence[str] = (), directory: str = "", divided: bool = False) -> Outcome:
     """Run one job in this process; whatever goes wrong is in the outcome.
 
     Args:
@@ -106,10 +118,13 @@ def work(job: Job, threads: int, command: Sequence[str] = (), directory: str = "
         threads: CPU threads.
         command: command line, kept in ``results.json``.
         directory: folder that the job's relative paths start from; "" = the current one.
+        divided: this process is one of those that share the job (``launch.environment``).
     """
     import torch
 
     from promptmix.data.features.reuse import reused
+    from promptmix.engine.precision import choose_device
+    from promptmix.parallel import group
     from promptmix.runs.execute import execute
 
     begin, before = time.monotonic(), reused()
@@ -117,7 +132,8 @@ def work(job: Job, threads: int, command: Sequence[str] = (), directory: str = "
         if directory:
             os.chdir(directory)
         torch.set_num_threads(threads)
-        parts = execute(job, command=command)
+        with group.joined(choose_device(job.device or "auto"), job.trainer) if divided else contextlib.nullcontext():
+            parts = execute(job, command=command)
     except UserError as error:
         return Outcome(" ".join(str(error).split()), seconds=time.monotonic() - begin)
     except Exception as error:
@@ -175,41 +191,91 @@ def begin(threads: int) -> None:
 class _Running:
     index: int
     slot: int
-    process: BaseProcess
-    receiver: connection.Connection
+    processes: list[BaseProcess] = field(default_factory=list)
+    receivers: list[connection.Connection] = field(default_factory=list)
+    #: Those that have not ended.
+    left: list[BaseProcess] = field(default_factory=list)
+    #: Ends those that go on after another one has failed, and who they were.
+    timer: threading.Timer | None = None
+    late: list[BaseProcess] = field(default_factory=list)
 
 
 def local(jobs: Sequence[Job], options: Options, started: Started) -> Generator[tuple[int, Outcome], None, None]:
-    """Run each job in a process of its own, so that a crash takes one job and not the sweep; they end when the driver dies."""
+    """Run each job in processes of its own, so that a crash takes one job and not the sweep; they end when the driver dies."""
     begin(options.threads)
-    context = _context()
     waiting, running = deque(range(len(jobs))), dict[Any, _Running]()
     free = deque(range(options.jobs))
     led, ended = set[tuple[str, str]](), set[tuple[str, str]]()
-    try:
-        while waiting or running:
-            while waiting and free:
-                index, slot = next_job(jobs, waiting, led), free.popleft()
-                waiting.remove(index)
-                led |= {_data(jobs[index])} - ended
-                gpu = slot % options.gpus if options.gpus else None
-                receiver, sender = context.Pipe(duplex=False)
-                process = context.Process(target=_child, args=(jobs[index], options, gpu, dict(os.environ), sender))
-                process.start()
-                sender.close()
-                running[process.sentinel] = _Running(index, slot, process, receiver)
-                started(index)
-            for sentinel in connection.wait(list(running)):
-                one = running.pop(sentinel)
-                free.append(one.slot)
-                ended.add(_data(jobs[one.index]))
-                led -= ended
-                yield one.index, _received(one)
-    finally:
-        for one in running.values():
-            one.process.terminate()
-        for one in running.values():
-            one.process.join()
+    with tempfile.TemporaryDirectory(prefix="promptmix-") as folder:
+        try:
+            while waiting or running:
+                while waiting and free:
+                    index = next_job(jobs, waiting, led)
+                    waiting.remove(index)
+                    led |= {_data(jobs[index])} - ended
+                    one = _Running(index, free.popleft())
+                    for rank in range(options.devices):
+                        running[_begin(one, jobs[index], options, rank, folder)] = one
+                    started(index)
+                for sentinel in connection.wait(list(running)):
+                    one = running.pop(sentinel)
+                    if _goes_on(one, sentinel):
+                        continue
+                    free.append(one.slot)
+                    ended.add(_data(jobs[one.index]))
+                    led -= ended
+                    yield one.index, _received(one)
+        finally:
+            left = [process for one in running.values() for process in one.left]
+            for process in left:
+                process.terminate()
+            for process in left:
+                process.join(launch.GRACE)
+                process.kill()  # one that was stopped takes no other signal
+                process.join()
+
+
+def _begin(one: _Running, job: Job, options: Options, rank: int, folder: str) -> Any:
+    """Start one of a job's processes, and return what tells of its end."""
+    context = _context()
+    alone = options.devices == 1
+    environ = dict(os.environ) if alone else launch.environment(rank, options.devices, Path(folder, str(one.index)))
+    if options.gpus:  # CUDA starts later
+        place = (one.slot * options.devices + rank) % options.gpus
+        environ["CUDA_VISIBLE_DEVICES"] = (_visible() or [str(gpu) for gpu in range(options.gpus)])[place]
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_child, args=(job, options, rank, environ, sender))
+    process.start()
+    sender.close()
+    one.processes.append(process)
+    one.left.append(process)
+    one.receivers.append(receiver)
+    return process.sentinel
+
+
+def _visible() -> list[str]:
+    """Return the GPUs that this process was given, if somebody said which."""
+    return [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+
+
+def _goes_on(one: _Running, sentinel: Any) -> bool:
+    """Tell whether processes of a job still run after one has ended; once one has failed, the others get some seconds."""
+    ended = next(process for process in one.left if process.sentinel == sentinel)
+    ended.join()
+    one.left.remove(ended)
+    if one.left and one.timer is None and ended.exitcode:
+        one.timer = threading.Timer(launch.GRACE, _end_late, [one])
+        one.timer.daemon = True
+        one.timer.start()
+    if not one.left and one.timer is not None:
+        one.timer.cancel()
+    return bool(one.left)
+
+
+def _end_late(one: _Running) -> None:
+    one.late = list(one.left)
+    for process in one.late:
+        process.kill()
 
 
 def _context() -> Any:  # multiprocessing's contexts share no useful type
@@ -220,18 +286,15 @@ def _context() -> Any:  # multiprocessing's contexts share no useful type
     return context
 
 
-def _child(job: Job, options: Options, gpu: int | None, environ: dict[str, str], sender: connection.Connection) -> None:
-    """Run a job in its own process and send its outcome."""
+def _child(job: Job, options: Options, rank: int, environ: dict[str, str], sender: connection.Connection) -> None:
+    """Run a job, or its part of one, in a process of its own and send the outcome."""
     be_fresh(environ)
     multiprocessing.set_start_method(None, force=True)  # workers that read pictures start as usual, not through another server
     gc.freeze()  # what was imported before the fork stays shared, and no collection walks through it
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the driver, which ends its jobs
     threading.Thread(target=_follow_parent, daemon=True).start()
-    if gpu is not None:
-        visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible[gpu] if visible else str(gpu)  # CUDA starts later
     # What a run prints is in its log; what libraries print around it, or while they crash, is kept beside it.
-    console = job.place / "console.txt"
+    console = job.place / (f"console{rank + 1}.txt" if rank else "console.txt")
     try:
         console.parent.mkdir(parents=True, exist_ok=True)
         with open_own(console) as file:
@@ -241,14 +304,15 @@ def _child(job: Job, options: Options, gpu: int | None, environ: dict[str, str],
             os.dup2(file.fileno(), 2)
     except OSError as error:
         sender.send(Outcome(f"{console}: {error.strerror or error}; make room, or choose another folder"))
-        return
-    outcome = work(job, options.threads, options.command)
+        sys.exit(1)
+    outcome = work(job, options.threads, options.command, divided=options.devices > 1)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     if not outcome.error:
         console.unlink(missing_ok=True)
     sender.send(outcome)
     sender.close()
+    sys.exit(1 if outcome.error else 0)
 
 
 def be_fresh(environ: dict[str, str]) -> None:
@@ -272,128 +336,20 @@ def _follow_parent() -> None:
 
 
 def _received(one: _Running) -> Outcome:
-    one.process.join()
-    try:
-        outcome: Outcome = one.receiver.recv()
-    except EOFError:
-        code = one.process.exitcode or 0
-        how = f"was killed by signal {-code}" + (" (out of memory?)" if code == -9 else "") if code < 0 else f"exited with {code}"
-        outcome = Outcome(f"its process {how}; see console.txt in its folder")
-    one.receiver.close()
-    return outcome
+    """Return how a job ended: what its first process says, or else what another one met, or which was killed."""
+    said = [found for found in map(_said, one.receivers) if found is not None]
+    codes = [None if process in one.late else process.exitcode for process in one.processes]
+    if said:
+        return said[0] if codes[0] == 0 else next((outcome for outcome in said if outcome.error), said[0])
+    if len(codes) > 1:
+        return Outcome(launch.lost(codes))
+    code = codes[0] or 0
+    how = launch.killed_by(-code) if code < 0 else f"exited with {code}"
+    return Outcome(f"its process {how}; see console.txt in its folder")
 
 
-# Ray
-
-
-def on_ray(jobs: Sequence[Job], options: Options, started: Started) -> Generator[tuple[int, Outcome], None, None]:
-    """Run each job as a Ray task, on the cluster at ``options.address`` or on one that is started on this machine.
-
-    Workers need this package, and the same paths as the driver.
-
-    Raises:
-        UserError: Ray is not installed, or no cluster answers at the address.
-    """
-    try:
-        import ray
-    except ImportError as error:
-        raise UserError("--backend ray needs Ray; install it with: pip install 'promptmix[ray]'") from error
-    here: dict[str, Any] = {} if options.address else {"num_cpus": options.jobs * options.threads, "include_dashboard": False}
-    try:
-        ray.init(address=options.address or "local", log_to_driver=False, **here)
-    except Exception as error:  # of a node that does not start in time Ray raises no kind of its own
-        where = f"--address {options.address}" if options.address else "--backend ray"
-        remedy = "start Ray there, or leave --address out" if options.address else "try again where less runs, or --backend local"
-        raise UserError(f"{where}: {' '.join(str(error).split())}; {remedy}") from error
-    signals.take_back()  # Ray ends a process at SIGTERM by itself, with a page of addresses
-    try:
-        has_gpus = options.share is not None or ray.cluster_resources().get("GPU", 0)
-        gpus = share_of(jobs, options) if has_gpus else 0
-        # A crashed worker is a failed job, which the next sweep repeats; tasks with a GPU get a process of their own.
-        task: Any = ray.remote(num_cpus=options.threads, num_gpus=gpus, max_retries=0)(work)
-        pending: dict[Any, int] = {}
-        for index in leaders_first(jobs):
-            job = jobs[index]
-            pending[task.remote(job, options.threads, options.command, str(Path.cwd()))] = index
-            started(index)
-        while pending:
-            (ref,), _ = ray.wait(list(pending), num_returns=1)
-            try:
-                outcome = ray.get(ref)
-            except Exception as error:  # Ray wraps whatever ended the worker
-                outcome = Outcome(" ".join(f"{type(error).__name__}: {error}".split())[:2000])
-            yield pending.pop(ref), outcome
-    finally:
-        ray.shutdown()  # also ends tasks that still run
-
-
-# Slurm
-
-
-def on_slurm(
-    jobs: Sequence[Job], options: Options, started: Started, cluster: str = "slurm"
-) -> Generator[tuple[int, Outcome], None, None]:
-    """Run the jobs as one Slurm array, ``options.jobs`` at a time; an interrupted driver cancels what has not ended.
-
-    Args:
-        jobs: what to run.
-        options: how.
-        started: told of each job that was queued.
-        cluster: submitit's name of the cluster; ``local`` runs processes on this machine through the same calls.
-
-    Raises:
-        UserError: submitit is not installed, this machine has no Slurm, or a parameter that submitit does not know.
-    """
-    try:
-        import submitit
-    except ImportError as error:
-        raise UserError("--backend slurm needs submitit; install it with: pip install 'promptmix[slurm]'") from error
-    share = share_of(jobs, options)
-    if not share.is_integer():
-        raise UserError(f"task: gpus is {share}, and Slurm gives whole GPUs only; set it to 0 or 1 for --backend slurm")
-    asked = {"cpus_per_task": options.threads, "slurm_array_parallelism": options.jobs}
-    told = (*options.slurm, *options.slurm.get("slurm_additional_parameters", {}))
-    if share and not any("gpu" in key or "gres" in key for key in told):
-        asked["slurm_gpus_per_task"] = int(share)
-    if cluster == "slurm" and shutil.which("sbatch") is None:
-        raise UserError("--backend slurm: no sbatch on the PATH; run the sweep on a login node of your cluster")
-    try:
-        executor = submitit.AutoExecutor(folder=str(Path(options.folder, "slurm")), cluster=cluster)
-        executor.update_parameters(**{"name": "promptmix"} | asked | options.slurm)
-    except (NameError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"slurm: {' '.join(str(error).split())}; give parameters of submitit's AutoExecutor") from error
-    order = leaders_first(jobs)
-    with executor.batch():
-        queued = [executor.submit(work, jobs[index], options.threads, options.command, str(Path.cwd())) for index in order]
-    for index in range(len(jobs)):
-        started(index)
-    pending = dict(zip(order, queued, strict=True))
-    try:
-        while pending:
-            for index in [index for index, one in pending.items() if one.done()]:
-                yield index, _from_slurm(pending.pop(index))
-            if pending:
-                time.sleep(_POLL_SECONDS)
-    finally:
-        for one in pending.values():
-            one.cancel()
-
-
-def _from_slurm(queued: Any) -> Outcome:  # a job of submitit
-    error = queued.exception()
-    if error is None:
-        outcome: Outcome = queued.result()
+def _said(receiver: connection.Connection) -> Outcome | None:
+    with receiver, contextlib.suppress(EOFError):
+        outcome: Outcome = receiver.recv()
         return outcome
-    # submitit's message carries the job's whole standard error, the cause last.
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return Outcome(f"Slurm job {queued.job_id}: {lines[-1] if lines else type(error).__name__} (log: {queued.paths.stderr})")
-
-
-BACKENDS: dict[str, Backend] = {"local": local, "ray": on_ray, "slurm": on_slurm}
-
-
-@hookimpl
-def register_sweep_backends(registry: Registry) -> None:
-    """Add this machine, Ray and Slurm."""
-    for name, backend in BACKENDS.items():
-        registry.register(backend, name=name)
+    return None

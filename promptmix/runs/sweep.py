@@ -150,7 +150,7 @@ def _task(task: dict[str, Any], where: str) -> dict[str, Any]:
     if isinstance(cpus, bool) or cpus < 1:
         raise ConfigError(f"{where}: cpus is {cpus}, but must be 1 or more")
     if isinstance(gpus, bool) or not 0 <= gpus <= 1:
-        raise ConfigError(f"{where}: gpus is {gpus}, but must be from 0 to 1: a run of a sweep uses one GPU or a part of it")
+        raise ConfigError(f"{where}: gpus is {gpus}, but must be from 0 to 1, for each process of a run (--devices)")
     return task
 
 

@@ -33,7 +33,7 @@ def start(tmp_path, monkeypatch):
     """Start two processes that run a few lines of python each."""
     (tmp_path / "promptmix").mkdir()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(launch, "_GRACE", 0.5)
+    monkeypatch.setattr(launch, "GRACE", 0.5)
 
     def run(what, quiet=False):
         (tmp_path / "promptmix" / "__main__.py").write_text(SCRIPT.format(what=what, quiet=quiet))

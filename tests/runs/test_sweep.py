@@ -1,6 +1,7 @@
 """A sweep: the same numbers however it runs and however often it is killed; failures are told and cost one run each."""
 
 import argparse
+import multiprocessing
 import os
 import shutil
 import signal
@@ -19,7 +20,8 @@ import yaml
 from promptmix.cli import main
 from promptmix.commands import sweep as command
 from promptmix.errors import ConfigError, UserError
-from promptmix.runs import backends, sweep
+from promptmix.parallel import launch
+from promptmix.runs import backends, clusters, sweep
 from promptmix.runs.execute import execute
 from tests.runs import made
 
@@ -138,6 +140,118 @@ def test_finished_sweep_runs_nothing_again(undisturbed, folder):
     assert done.stdout.count("done ") == 12 and "to do" not in done.stdout
 
 
+def test_runs_that_are_divided_have_the_numbers_of_one_device(undisturbed, folder):
+    path = made.make_sweep(folder, folder / "divided", trainers=["KgCoOp"], datasets=["prints.yaml"], seeds=[2])
+    done = made.sweep(path, "--jobs", "1", "--devices", "2")
+    assert done.returncode == 0, done.stderr
+    found = made.numbers(folder / "divided")
+    assert len(found) == 2
+    for name, numbers in found.items():
+        assert numbers["test"] == pytest.approx(undisturbed[1][name]["test"])
+    assert not list((folder / "divided").rglob("console*.txt"))
+
+
+@pytest.fixture
+def divided(monkeypatch, tmp_path):
+    """Run a job in two processes, each of which does what is said of its rank."""
+    monkeypatch.setattr(backends, "_context", lambda: multiprocessing.get_context("fork"))
+    monkeypatch.setattr(launch, "GRACE", 0.2)
+
+    def run(*whats):
+        monkeypatch.setattr(backends, "work", lambda *_, **__: whats[launch.place()[0]]())
+        job = backends.Job("base-to-new", "CoOp", "EmojiFamilies", str(tmp_path), 1)
+        return next(iter(backends.local([job], backends.Options(devices=2), print)))[1]
+
+    return run
+
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def leave():
+    os._exit(launch._LEFT)
+
+
+def hang():
+    time.sleep(60)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "words"),
+    [
+        (lambda: backends.Outcome(numbers={"base": 50.0}), lambda: backends.Outcome(), ""),
+        (lambda: backends.Outcome("no such key"), leave, "no such key"),
+        (leave, lambda: backends.Outcome("no picture 3.png"), "no picture 3.png"),
+        (leave, kill, "process 2 of 2 was killed by signal 9 (out of memory?)"),
+        (hang, kill, "process 2 of 2 was killed by signal 9 (out of memory?)"),
+        (leave, hang, "process 2 of 2 did not answer"),
+    ],
+)
+def test_a_divided_run_ends_with_what_one_of_its_processes_met(divided, first, second, words):
+    outcome = divided(first, second)
+    assert outcome.error == words and bool(outcome.numbers) == (not words)
+
+
+@pytest.mark.parametrize(
+    ("visible", "devices", "seen"),
+    [
+        ("", 1, ["0", "1", "2", "3"]),
+        ("", 2, ["0", "1", "2", "3"]),
+        ("3,5,7,9", 2, ["3", "5", "7", "9"]),
+        ("3,5,7,9", 4, ["3", "5", "7", "9"]),
+    ],
+)
+def test_each_process_has_a_gpu_of_its_own(monkeypatch, tmp_path, visible, devices, seen):
+    given = []
+
+    class Context:
+        Process = staticmethod(lambda target, args: given.append(args[3]) or SimpleNamespace(start=lambda: None, sentinel=0))
+        Pipe = staticmethod(lambda duplex: (SimpleNamespace(), SimpleNamespace(close=lambda: None)))
+
+    monkeypatch.setattr(backends, "_context", Context)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    options = backends.Options(gpus=4, devices=devices)
+    for slot in range(4 // devices):
+        one = backends._Running(slot, slot)
+        for rank in range(devices):
+            backends._begin(one, jobs("CoOp")[0], options, rank, str(tmp_path))
+    assert [environ["CUDA_VISIBLE_DEVICES"] for environ in given] == seen
+    assert [environ.get("RANK") for environ in given] == (
+        [None] * 4 if devices == 1 else [str(rank) for rank in range(devices)] * (4 // devices)
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "more", "words"),
+    [
+        ("--devices 0", {}, "--devices"),
+        ("--devices 3", {}, "--devices 3, but this machine has 2 GPUs"),
+        ("--devices 2", {"task": {"gpus": 0.5}}, "`task: gpus` is 0.5"),
+        ("--devices 2", {"protocols": ["active"], "shots": [-1]}, "active works in rounds"),
+    ],
+)
+def test_runs_that_can_not_be_divided_are_refused(tmp_path, monkeypatch, capsys, flags, more, words):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    path = made.make_sweep(tmp_path, tmp_path / "out", **more)
+    assert main(["sweep", str(path), *flags.split()]) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_a_sweep_under_torchrun_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(launch, "place", lambda: (0, 2))
+    assert main(["sweep", str(made.make_sweep(tmp_path, tmp_path / "out"))]) == 2
+    assert "run it without torchrun" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("flags", "gpus", "wanted"), [("", 4, 4), ("--devices 2", 4, 2), ("--devices 3", 4, 1), ("", 0, 5)])
+def test_so_many_runs_at_a_time_as_there_are_devices_for(tmp_path, monkeypatch, flags, gpus, wanted):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(backends, "cpus", lambda: 5)
+    assert options_of(tmp_path, flags.split()).jobs == wanted
+
+
 def test_failed_runs_are_told_and_the_others_go_on(folder):
     trainers = ["Raises", "ZeroshotCLIP", "Refuses", "Dies"]
     more = {"trainers": trainers, "seeds": [1], "datasets": ["paints.yaml"], "plugins": [str(HERE / "broken_plugin.py")]}
@@ -214,7 +328,7 @@ def submitit(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "submitit", Module)
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
-    monkeypatch.setattr(backends, "_POLL_SECONDS", 0.0)
+    monkeypatch.setattr(clusters, "_POLL_SECONDS", 0.0)
     return Module
 
 
@@ -225,7 +339,7 @@ def jobs(*trainers):
 def test_slurm_queues_every_job_and_reads_how_each_ended(submitit):
     options = backends.Options(jobs=4, threads=2, slurm={"timeout_min": 60, "slurm_partition": "gpu"}, folder="out")
     begun = []
-    found = dict(backends.on_slurm(jobs("CoOp", "Dies"), options, begun.append))
+    found = dict(clusters.on_slurm(jobs("CoOp", "Dies"), options, begun.append))
     assert begun == [0, 1]
     assert submitit.made == (str(Path("out", "slurm")), "slurm")
     assert submitit.parameters["timeout_min"] == 60 and submitit.parameters["slurm_array_parallelism"] == 4
@@ -247,13 +361,15 @@ def test_slurm_queues_every_job_and_reads_how_each_ended(submitit):
 )
 def test_slurm_is_asked_for_a_gpu_once(submitit, device, share, slurm, asked):
     wanted = [replace(job, device=device) for job in jobs("CoOp")]
-    list(backends.on_slurm(wanted, backends.Options(threads=3, share=share, slurm=slurm), print))
+    list(clusters.on_slurm(wanted, backends.Options(threads=3, share=share, slurm=slurm), print))
     assert submitit.parameters.get("slurm_gpus_per_task") == asked and submitit.parameters["cpus_per_task"] == 3
+    list(clusters.on_slurm(wanted, backends.Options(threads=3, share=share, slurm=slurm, devices=2), print))
+    assert submitit.parameters.get("slurm_gpus_per_task") == (asked and 2) and submitit.parameters["cpus_per_task"] == 6
 
 
 def test_slurm_gives_no_part_of_a_gpu(submitit):
     with pytest.raises(UserError, match="gpus is 0.5, and Slurm gives whole GPUs"):
-        next(backends.on_slurm(jobs("CoOp"), backends.Options(share=0.5), print))
+        next(clusters.on_slurm(jobs("CoOp"), backends.Options(share=0.5), print))
 
 
 @pytest.mark.parametrize(("gpus", "share", "asked"), [(2, None, 1), (0, None, 0), (2, 0.25, 0.25), (0, 0.25, 0.25)])
@@ -274,8 +390,11 @@ def test_ray_is_asked_for_part_of_a_gpu(monkeypatch, gpus, share, asked):
         get = staticmethod(lambda ref: backends.Outcome(numbers={"base": 50.0}))
 
     monkeypatch.setitem(sys.modules, "ray", Ray)
-    list(backends.on_ray(jobs("CoOp"), backends.Options(threads=3, share=share), print))
+    list(clusters.on_ray(jobs("CoOp"), backends.Options(threads=3, share=share), print))
     assert Ray.asked == {"num_cpus": 3, "num_gpus": asked, "max_retries": 0}
+    if asked in (0, 1):
+        list(clusters.on_ray(jobs("CoOp"), backends.Options(threads=3, share=share, devices=2), print))
+        assert Ray.asked == {"num_cpus": 6, "num_gpus": 2 * asked, "max_retries": 0}
 
 
 @pytest.mark.parametrize(
@@ -283,16 +402,24 @@ def test_ray_is_asked_for_part_of_a_gpu(monkeypatch, gpus, share, asked):
     [(["--threads", "2"], {"cpus": 8}, 2), ([], {"cpus": 8}, 8), ([], {}, 4)],
 )
 def test_slurm_is_asked_for_cpus_of_the_task_not_of_this_machine(tmp_path, flags, task, threads):
-    plan = sweep.read(str(made.make_sweep(tmp_path, tmp_path / "out", **({"task": task} if task else {}))))
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    args = parser.parse_args(["sweep.yaml", "--backend", "slurm", "--jobs", "9", *flags], argparse.Namespace(argv=[]))
-    options = command._options(args, plan)
+    options = options_of(tmp_path, ["--backend", "slurm", "--jobs", "9", *flags], **({"task": task} if task else {}))
     assert options.threads == threads and options.jobs == 9
 
 
+def options_of(tmp_path, flags, **more):
+    plan = sweep.read(str(made.make_sweep(tmp_path, tmp_path / "out", **more)))
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return command._options(parser.parse_args(["sweep.yaml", *flags], argparse.Namespace(argv=[])), plan)
+
+
+def test_a_task_with_too_few_gpus_is_a_failed_run(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "6")
+    assert "this task was given 1 GPU" in backends.perform(jobs("CoOp")[0], backends.Options(devices=2)).error
+
+
 def test_interrupted_driver_cancels_what_is_queued(submitit):
-    running = backends.on_slurm(jobs("CoOp", "KgCoOp"), backends.Options(), lambda index: None)
+    running = clusters.on_slurm(jobs("CoOp", "KgCoOp"), backends.Options(), lambda index: None)
     next(running)
     running.close()
     assert [job.cancelled for job in submitit.jobs] == [False, True]
@@ -300,10 +427,10 @@ def test_interrupted_driver_cancels_what_is_queued(submitit):
 
 def test_slurm_refuses_what_it_cannot_do(submitit, monkeypatch):
     with pytest.raises(UserError, match="colour"):
-        next(backends.on_slurm(jobs("CoOp"), backends.Options(slurm={"colour": 1}), print))
+        next(clusters.on_slurm(jobs("CoOp"), backends.Options(slurm={"colour": 1}), print))
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(UserError, match="sbatch"):
-        next(backends.on_slurm(jobs("CoOp"), backends.Options(), print))
+        next(clusters.on_slurm(jobs("CoOp"), backends.Options(), print))
 
 
 def test_a_backend_that_can_not_start_leaves_nothing(tmp_path, monkeypatch, capsys):
@@ -317,7 +444,7 @@ def test_a_backend_that_can_not_start_leaves_nothing(tmp_path, monkeypatch, caps
 def test_missing_extra_is_one_line(name, module, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(UserError, match=rf"pip install 'promptmix\[{name}\]'"):
-        next(backends.BACKENDS[name](jobs("CoOp"), backends.Options(), print))
+        next(clusters.BACKENDS[name](jobs("CoOp"), backends.Options(), print))
 
 
 @pytest.mark.parametrize(
