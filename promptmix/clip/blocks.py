@@ -82,7 +82,7 @@ def layer(
     if not is_standard(block):
         return _foreign_layer(block, x, own, {**(given or {}), **({} if mask is None else {"attn_mask": mask})})
     if own is None and mask is None:
-        return _frozen_layer(block, x)
+        return frozen_layer(block, x.flatten(0, -2), x.shape[-2]).view(x.shape)
     x, normed = enter(block, x, own)
     if own is not None and own.action is not None and own.action.attention is not None:
         return finish(block, x, own.action.attention(lambda extra: _attend(block, normed, extra, own, mask)), own)
@@ -98,26 +98,11 @@ def first_token_layer(block: nn.Module, x: Tensor, own: LayerChanges | None = No
         own = replace(own, action=action)
     if not is_standard(block):
         return layer(block, x, own)[:, :1]
+    if own is None:
+        return _frozen_first(block, x)
     x, normed = enter(block, x, own)
     parts = project_some(block, normed[:, :1], normed, own)
     return finish(block, x[:, :1], attention(*parts, block.attn.num_heads, memory=recalled(block, own)), own)
-
-
-def values_layer(block: nn.Module, x: Tensor, own: LayerChanges | None = None) -> Tensor:
-    """``layer`` where only the first token asks and each other token sees itself alone (last-block values of GalLoP, SurPL).
-
-    Raises:
-        ConfigError: the block is not open_clip's, or an action there does not change each token on its own.
-    """
-    if not is_standard(block) or not (own is None or own.action is None or own.action.alone):
-        raise ConfigError(
-            f"last-block values need a CLIP layer at the end that no action looks across, not {type(block).__name__}; "
-            "choose a backbone such as ViT-B/16, or patches instead of values"
-        )
-    x, normed = enter(block, x, own)
-    query, key, value = project_some(block, normed[:, :1], normed, own)
-    first = attention(query, key, value, block.attn.num_heads, memory=recalled(block, own))
-    return finish(block, x, torch.cat([first, value[:, 1:]], dim=1), own)
 
 
 def enter(block: ResidualAttentionBlock, x: Tensor, own: LayerChanges | None) -> tuple[Tensor, Tensor]:
@@ -221,13 +206,25 @@ def join_heads(x: Tensor) -> Tensor:
     return x.transpose(-3, -2).flatten(-2)
 
 
-def _frozen_layer(block: ResidualAttentionBlock, x: Tensor) -> Tensor:
-    """A layer in which nothing is changed, on tokens (..., L, W) that all see each other, as rows wherever that spares views."""
-    rows = x.flatten(0, -2)
-    qkv = project(block, block.ln_1(rows), None).view(-1, x.shape[-2], 3, block.attn.num_heads, block.attn.head_dim)
+def frozen_layer(block: nn.Module, rows: Tensor, length: int) -> Tensor:
+    """``layer`` in which nothing is changed, on rows (B * L, W) of pictures of L tokens that all see each other."""
+    if not is_standard(block):
+        return layer(block, rows.unflatten(0, (-1, length))).flatten(0, 1)
+    qkv = project(block, block.ln_1(rows), None).view(-1, length, 3, block.attn.num_heads, block.attn.head_dim)
     query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind()
     mixed = F.scaled_dot_product_attention(query, key, value)
-    return finish(block, rows, mixed.transpose(1, 2).reshape(rows.shape)).view(x.shape)
+    return finish(block, rows, mixed.transpose(1, 2).reshape(rows.shape))
+
+
+def _frozen_first(block: ResidualAttentionBlock, x: Tensor) -> Tensor:
+    """``first_token_layer`` in which nothing is changed."""
+    attn, (batch, length, width), normed = block.attn, x.shape, block.ln_1(x)
+    weights, biases = (part.split([width, 2 * width]) for part in (attn.in_proj_weight, attn.in_proj_bias))
+    query = F.linear(normed[:, 0], weights[0], biases[0])
+    pairs = F.linear(normed.flatten(0, 1), weights[1], biases[1]).view(batch, length, 2, attn.num_heads, attn.head_dim)
+    key, value = pairs.permute(2, 0, 3, 1, 4).unbind()
+    mixed = F.scaled_dot_product_attention(query.view(batch, attn.num_heads, 1, attn.head_dim), key, value)
+    return finish(block, x[:, 0], mixed.reshape(batch, width))[:, None]
 
 
 def _attend(
@@ -310,23 +307,23 @@ def _mlp(block: ResidualAttentionBlock, x: Tensor) -> Tensor:
 
 
 class _FrozenMLP(torch.autograd.Function):
-    """``_mlp`` with the gradient of its input by hand: three products' worth of operators in place of seven."""
+    """A frozen MLP with quick-GELU, with the gradient of its input: three products' worth of operators in place of seven."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, up: Tensor, up_bias: Tensor, down: Tensor, down_bias: Tensor) -> Tensor:
         """Rows (n, W) to (n, W)."""
         hidden = torch.addmm(up_bias, x, up.t(), beta=_QUICK, alpha=_QUICK)
-        ctx.save_for_backward(hidden, up, up_bias, down)
+        ctx.save_for_backward(hidden, up, up_bias, down, down_bias)
         return torch.addmm(down_bias, F.silu(hidden), down.t(), alpha=1 / _QUICK)
 
     @staticmethod
     @once_differentiable  # PyTorch's fused attention has no second derivative either
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Gradient of the rows."""
-        hidden, up, bias, down = ctx.saved_tensors
-        inner = torch.addmm(bias, grads[0], down, beta=0, alpha=1 / _QUICK)  # beta 0: a product and its factor in one
+        hidden, up, up_bias, down, down_bias = ctx.saved_tensors
+        inner = torch.addmm(up_bias, grads[0], down, beta=0, alpha=1 / _QUICK)  # beta 0: a product and its factor in one
         inner = torch.ops.aten.silu_backward(inner, hidden)
-        return torch.addmm(bias[:1], inner, up, beta=0, alpha=_QUICK), None, None, None, None
+        return torch.addmm(down_bias, inner, up, beta=0, alpha=_QUICK), None, None, None, None
 
 
 class Layers(ABC):
@@ -431,10 +428,13 @@ def apply_step(x: Tensor, step: PromptStep | None) -> Tensor:
     if step is None:
         return x
     end = x.shape[1] - step.remove
-    kept, new = x[:, :end], step.tokens
+    new = step.tokens
     if new is not None and not isinstance(new, Tensor):
         new = new(x[:, end:])
     if new is None:
-        return kept
+        return x[:, :end]
     new = new.to(x.dtype)
-    return torch.cat([kept, new if new.dim() == 3 else new.expand(x.shape[0], -1, -1)], dim=1)
+    new = new if new.dim() == 3 else new.expand(x.shape[0], -1, -1)
+    if new.shape[1] == step.remove:  # what is replaced in place needs no slices put together again in the backward pass
+        return x.slice_scatter(new, dim=1, start=end)
+    return torch.cat([x[:, :end], new], dim=1)

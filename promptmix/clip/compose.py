@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import cast
+from itertools import accumulate
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -248,3 +249,91 @@ def _common_prefix(rows: Sequence[Sequence[int]]) -> int:
     """Return how many first tokens all rows share, leaving each row at least one of its own."""
     shortest = min(len(row) for row in rows) - 1
     return next((i for i in range(shortest) if any(row[i] != rows[0][i] for row in rows)), max(shortest, 0))
+
+
+class Packed(NamedTuple):
+    """Tokens between two layers.
+
+    Attributes:
+        x: (E, P + N, W), or their rows (E * (P + N), W).
+        start: P.
+        lengths: tail tokens of each of the C classes.
+    """
+
+    x: Tensor
+    start: int
+    lengths: tuple[int, ...]
+
+
+def take_step(tokens: Packed, step: PromptStep, begin: int = 1) -> Packed:
+    """Remove and insert tokens behind SOT.
+
+    What all classes share stays shared, unless a step's tokens differ by class or reach into what is the classes' own; then
+    all tokens behind SOT become part of each class's tail from here on.
+
+    Args:
+        tokens: what the layer before gave.
+        step: what is removed and inserted.
+        begin: tokens in front of all prompts, 1 for SOT or 0.
+    """
+    x, start, lengths = tokens
+    end, device = begin + step.remove, str(x.device)
+    shared = end <= start
+    new = step.tokens
+    if x.dim() == 2:
+        if shared and isinstance(new, Tensor) and new.shape == (step.remove, x.shape[1]) and len(x) == start + sum(lengths):
+            return Packed(x.slice_scatter(new.to(x.dtype), 0, begin, end), start, lengths)
+        x = x.unflatten(0, (-1, start + sum(lengths)))
+    if new is not None and not isinstance(new, Tensor):
+        new = new(x[:, begin:end] if shared else x[:, _rows_behind(begin, lengths, start, step.remove, device)])
+    count = 0 if new is None else new.shape[-2]
+    if new is not None:
+        new = new.to(x.dtype)
+        new = expand(new if new.dim() > 2 else new[None], x.shape[0])
+        new = new if new.dim() == 3 else new.expand(-1, len(lengths), -1, -1)
+    if shared and (new is None or new.dim() == 3):
+        if count == step.remove and new is not None:  # in place, so that the backward pass puts no slices together again
+            return Packed(x.slice_scatter(new, 1, begin, end), start, lengths)
+        parts = [x[:, :begin], x[:, end:]] if new is None else [x[:, :begin], new, x[:, end:]]
+        return Packed(torch.cat(parts, dim=1), start + count - step.remove, lengths)
+    per_class = new is not None and new.dim() == 4
+    index = _unshared(begin, lengths, start, step.remove, count, per_class, device)
+    pool = x if new is None else torch.cat([x, new.flatten(1, -2)], dim=1)
+    longer = start - begin + count - step.remove
+    return Packed(pool.index_select(1, index), begin, tuple(length + longer for length in lengths))
+
+
+def take_padded_step(x: Tensor, step: PromptStep, begin: int) -> Tensor:
+    """Remove and insert tokens behind SOT at full length (E, C, L, W)."""
+    new, end = step.tokens, begin + step.remove
+    if new is not None and not isinstance(new, Tensor):
+        new = new(x[:, :, begin:end])
+    kept = [x[:, :, :begin], x[:, :, end:]]
+    if new is not None:
+        new = new if new.dim() > 2 else new[None]
+        new = new if new.dim() == 4 else new[:, None]
+        kept.insert(1, new.to(x.dtype).expand(*x.shape[:2], -1, -1))
+    return torch.cat(kept, dim=2)
+
+
+@kept
+def _rows_behind(begin: int, lengths: tuple[int, ...], start: int, count: int, device: str) -> Tensor:
+    """Return the packed rows (C, count) of each class's tokens from position ``begin`` on."""
+    shared = list(range(begin, start))[:count]
+    firsts = (start + before for before in accumulate(lengths, initial=0))
+    rows = [shared + list(range(first, first + count - len(shared))) for first, _ in zip(firsts, lengths, strict=False)]
+    return torch.tensor(rows, device=device)
+
+
+@kept
+def _unshared(begin: int, lengths: tuple[int, ...], start: int, remove: int, count: int, per_class: bool, device: str) -> Tensor:
+    """Return the rows that pick SOT and then, class after class, new tokens, old prefix and tail from [packed, new]."""
+    rows, new, first = list(range(begin)), start + sum(lengths), start
+    skip = max(remove - (start - begin), 0)
+    for length in lengths:
+        rows.extend(range(new, new + count))
+        rows.extend(range(begin + remove, start))
+        rows.extend(range(first + skip, first + length))
+        first += length
+        new += count if per_class else 0
+    return torch.tensor(rows, device=device)

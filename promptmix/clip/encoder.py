@@ -13,8 +13,8 @@ import torch
 from open_clip.hf_model import HFTextEncoder
 from torch import Tensor, nn
 
-from promptmix.clip.compose import DeepPrompts, PromptReader, check_room, steps_of
-from promptmix.clip.packed import Prompts, take_padded_step
+from promptmix.clip.compose import DeepPrompts, PromptReader, check_room, steps_of, take_padded_step
+from promptmix.clip.packed import Prompts
 from promptmix.clip.places import Changes, LayerAction, Weights, beside, merged, run_changed
 from promptmix.clip.tokens import Tokenizer
 from promptmix.errors import ConfigError

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import open_clip
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
+from promptmix.clip.blocks import by_hand
 from promptmix.clip.places import LayerAction, Weights
 from promptmix.clip.text import TextTower
 from promptmix.clip.tokens import Tokenizer
@@ -110,7 +112,7 @@ class CLIP(nn.Module):
         actions: Mapping[int, LayerAction] | None = None,
     ) -> Tensor:
         """Return normalised image features (B, D) of images (B, 3, S, S); see ``ImageTower.forward``."""
-        return F.normalize(self.image(images, prompts, weights=weights, actions=actions), dim=-1)
+        return unit(self.image(images, prompts, weights=weights, actions=actions))
 
     def encode_both(
         self,
@@ -196,3 +198,31 @@ class CLIP(nn.Module):
     def extra_repr(self) -> str:
         """Name, width and temperature for ``print(model)``."""
         return f"name={self.name!r}, embed_dim={self.embed_dim}, scale={math.exp(self.logit_scale.item()):.1f}"
+
+
+def unit(x: Tensor) -> Tensor:
+    """Return vectors (..., D) at length 1, as ``F.normalize`` does; zero stays zero."""
+    if not by_hand(x):
+        return F.normalize(x, dim=-1)
+    out: Tensor = _Unit.apply(x)
+    return out
+
+
+class _Unit(torch.autograd.Function):
+    """``F.normalize`` with its gradient by hand, which takes a vector that is shorter than 1e-12 for one that is not."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """(..., D) to (..., D)."""
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min_(1e-12)
+        out = x / length
+        ctx.save_for_backward(out, length)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        """Leave of the gradient what is orthogonal to the vector."""
+        out, length = ctx.saved_tensors
+        along = (grads[0] * out).sum(dim=-1, keepdim=True)
+        return torch.addcmul(grads[0], out, along, value=-1) / length

@@ -12,13 +12,14 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from open_clip.transformer import ResidualAttentionBlock
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from promptmix.clip.blocks import by_hand, enter, finish, join_heads, project, project_some, recalled, split_heads
 from promptmix.clip.memory import Recalled, recall
-from promptmix.clip.places import LayerChanges, PromptStep
+from promptmix.clip.places import LayerChanges
 from promptmix.clip.tokens import kept
 
 
@@ -39,88 +40,6 @@ class Prompts:
     context: int = 0
 
 
-class Packed(NamedTuple):
-    """Tokens between two layers.
-
-    Attributes:
-        x: (E, P + N, W).
-        start: P.
-        lengths: tail tokens of each of the C classes.
-    """
-
-    x: Tensor
-    start: int
-    lengths: tuple[int, ...]
-
-
-def take_step(tokens: Packed, step: PromptStep, begin: int = 1) -> Packed:
-    """Remove and insert tokens behind SOT.
-
-    What all classes share stays shared, unless a step's tokens differ by class or reach into what is the classes' own; then
-    all tokens behind SOT become part of each class's tail from here on.
-
-    Args:
-        tokens: what the layer before gave.
-        step: what is removed and inserted.
-        begin: tokens in front of all prompts, 1 for SOT or 0.
-    """
-    x, start, lengths = tokens
-    end, device = begin + step.remove, str(x.device)
-    shared = end <= start
-    new = step.tokens
-    if new is not None and not isinstance(new, Tensor):
-        new = new(x[:, begin:end] if shared else x[:, _rows_behind(begin, lengths, start, step.remove, device)])
-    count = 0 if new is None else new.shape[-2]
-    if new is not None:
-        new = new.to(x.dtype)
-        new = expand(new if new.dim() > 2 else new[None], x.shape[0])
-        new = new if new.dim() == 3 else new.expand(-1, len(lengths), -1, -1)
-    if shared and (new is None or new.dim() == 3):
-        parts = [x[:, :begin], x[:, end:]] if new is None else [x[:, :begin], new, x[:, end:]]
-        return Packed(torch.cat(parts, dim=1), start + count - step.remove, lengths)
-    per_class = new is not None and new.dim() == 4
-    index = _unshared(begin, lengths, start, step.remove, count, per_class, device)
-    pool = x if new is None else torch.cat([x, new.flatten(1, -2)], dim=1)
-    longer = start - begin + count - step.remove
-    return Packed(pool.index_select(1, index), begin, tuple(length + longer for length in lengths))
-
-
-def take_padded_step(x: Tensor, step: PromptStep, begin: int) -> Tensor:
-    """Remove and insert tokens behind SOT at full length (E, C, L, W)."""
-    new, end = step.tokens, begin + step.remove
-    if new is not None and not isinstance(new, Tensor):
-        new = new(x[:, :, begin:end])
-    kept = [x[:, :, :begin], x[:, :, end:]]
-    if new is not None:
-        new = new if new.dim() > 2 else new[None]
-        new = new if new.dim() == 4 else new[:, None]
-        kept.insert(1, new.to(x.dtype).expand(*x.shape[:2], -1, -1))
-    return torch.cat(kept, dim=2)
-
-
-@kept
-def _rows_behind(begin: int, lengths: tuple[int, ...], start: int, count: int, device: str) -> Tensor:
-    """Return the packed rows (C, count) of each class's tokens from position ``begin`` on."""
-    shared = list(range(begin, start))[:count]
-    firsts = (start + before for before in accumulate(lengths, initial=0))
-    rows = [shared + list(range(first, first + count - len(shared))) for first, _ in zip(firsts, lengths, strict=False)]
-    return torch.tensor(rows, device=device)
-
-
-@kept
-def _unshared(begin: int, lengths: tuple[int, ...], start: int, remove: int, count: int, per_class: bool, device: str) -> Tensor:
-    """Return the rows that pick SOT and then, class after class, new tokens, old prefix and tail from [packed, new]."""
-    rows, new, first = list(range(begin)), start + sum(lengths), start
-    skip = max(remove - (start - begin), 0)
-    for length in lengths:
-        rows.extend(range(new, new + count))
-        rows.extend(range(begin + remove, start))
-        rows.extend(range(first + skip, first + length))
-        first += length
-        new += count if per_class else 0
-    return torch.tensor(rows, device=device)
-
-
 @dataclass(frozen=True)
 class PackedLayout:
     """Where the packed tokens of a prefix and the tails of C classes stand; all tensors on the tower's device.
@@ -137,6 +56,7 @@ class PackedLayout:
         ends: (C,) packed row of the token that is read, each class's last one.
         tails: (C * T,) ``places`` of the classes' blocks.
         beyond: (C, P + T) bool, where the token that is read may not look: behind itself.
+        filled: (N,) place of each tail token among ``tails``.
     """
 
     start: int
@@ -147,6 +67,7 @@ class PackedLayout:
     ends: Tensor
     tails: Tensor
     beyond: Tensor
+    filled: Tensor
 
 
 @kept
@@ -176,14 +97,16 @@ def packed_layout(lengths: tuple[int, ...], start: int, device: str, blind: tupl
     seen[:start, :start] = before <= before[:, None]
     seen[:front, start:] = False
     seen[front:, start:] = own
+    filled = inside.flatten().nonzero().flatten()
     parts = (
         (start + place).expand_as(inside)[inside],
         torch.cat([before, torch.zeros(front - start, dtype=torch.long), tails]),
-        torch.cat([before, front + inside.flatten().nonzero().flatten()]),
+        torch.cat([before, front + filled]),
         ~seen,
         first + count - 1,
         tails,
         torch.cat([torch.zeros(len(lengths), start, dtype=torch.bool), ~reach], dim=1),
+        filled,
     )
     return PackedLayout(start, *(part.to(device) for part in parts))
 
@@ -221,6 +144,12 @@ def shared_block(
         mixed = attend_packed(project(block, normed, own).flatten(0, -2), layout, heads, memory)
         return finish(block, x, mixed if x.dim() == 2 else mixed.view(x.shape), own)
     # Only EOT asks in the last layer, and nobody reads the other tokens' outputs.
+    if own is None and by_hand(x) and not block.attn.in_proj_weight.requires_grad:
+        # Taken first, so that its gradient, as large as x, is made last.
+        entered = x.view(-1, count, x.shape[-1]).index_select(1, layout.ends)
+        attn, normed = block.attn, block.ln_1(x.flatten(0, -2))
+        mixed = _EndsAttention.apply(normed, attn.in_proj_weight, attn.in_proj_bias, layout, heads)
+        return finish(block, entered, mixed)
     x, normed = enter(block, x if x.dim() == 3 else x.view(-1, count, x.shape[-1]), own)
     query, *pairs = project_some(block, normed.index_select(1, layout.ends), normed, own)
     mixed = attend_ends(query, (pairs[0], pairs[1]), layout, heads, memory)
@@ -347,27 +276,86 @@ class _Attention(torch.autograd.Function):
     @once_differentiable  # PyTorch's fused attention has no second derivative either
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         """Gradient of ``qkv``."""
-        query, k_shared, k_own, v_shared, v_own, whole, on_shared, on_own = ctx.saved_tensors
-        layout, heads, shape, (places, size) = ctx.layout, ctx.heads, query.shape, query.shape[1:]
-        scale, prefix, blocks = size**-0.5, layout.start, v_own.shape
+        query, k_shared, k_own, v_shared, v_own, whole, *on = ctx.saved_tensors
+        layout, heads, shape, blocks, prefix = ctx.layout, ctx.heads, query.shape, v_own.shape, ctx.layout.start
+        places, size = shape[1:]
         rows = grads[0].view(-1, len(layout.packed), heads, size).transpose(1, 2)
         grid = rows.new_zeros(len(rows), heads, places, size).index_copy_(2, layout.packed, rows)
         grad, grad_own = grid.view(shape), grid.view(blocks)
-        # Through the weighted sum of values.
-        value = torch.bmm(on_own.transpose(1, 2), grad_own).view(shape)
-        value[:, :prefix].baddbmm_(on_shared.transpose(1, 2), grad)
-        with_shared = torch.bmm(grad, v_shared.transpose(1, 2))
-        with_own = torch.bmm(grad_own, v_own.transpose(1, 2)).view(*shape[:2], -1)
-        # Through softmax, and the products of queries and keys.
-        scores = torch._softmax_backward_data(torch.cat([with_shared, with_own], dim=-1), whole, -1, whole.dtype)
-        to_shared, to_own = scores.split([prefix, blocks[1]], dim=-1)
-        to_own = to_own.view(on_own.shape)
-        asked = torch.bmm(to_own, k_own).view(shape)
-        asked = torch.baddbmm(asked, to_shared, k_shared, beta=scale, alpha=scale)
-        key = torch.bmm(to_own.transpose(1, 2), query.view(blocks)).view(shape)
-        key[:, :prefix].baddbmm_(to_shared.transpose(1, 2), query)
+        value = torch.bmm(on[1].transpose(1, 2), grad_own).view(shape)
+        value[:, :prefix].baddbmm_(on[0].transpose(1, 2), grad)
+        asked, to = _asked(grad, grad_own, _Seen(k_shared, k_own), _Seen(v_shared, v_own), whole)
+        key = torch.bmm(to.own.transpose(1, 2), query.view(blocks)).view(shape)
+        key[:, :prefix].baddbmm_(to.shared.transpose(1, 2), query)
         parts = torch.stack([asked, key, value]).view(3, -1, heads, places, size)
         return parts.permute(1, 3, 0, 2, 4).index_select(1, layout.packed).view(-1, 3 * heads * size), None, None
+
+
+class _EndsAttention(torch.autograd.Function):
+    """``attend_ends`` of normed rows through frozen projections, with its gradient by hand."""
+
+    @staticmethod
+    def forward(ctx: Any, normed: Tensor, weight: Tensor, bias: Tensor, layout: PackedLayout, heads: int) -> Tensor:
+        """Rows (E * (P + N), W) to those that are read (E * C, W), heads joined."""
+        count, width, start, classes = len(layout.packed), normed.shape[-1], layout.start, len(layout.ends)
+        size, weights, biases = width // heads, weight.split([width, 2 * width]), bias.split([width, 2 * width])
+        pairs = F.linear(normed, weights[1], biases[1]).view(-1, count, 2, heads, size).permute(2, 0, 3, 1, 4)
+        shared = pairs[:, :, :, :start].contiguous().view(2, -1, start, size)  # a copy, so that ``pairs`` can go
+        own = pairs.index_select(3, layout.tails).view(2, -1, layout.beyond.shape[1] - start, size)
+        keys, values = (_Seen(*part) for part in zip(shared, own, strict=True))
+        asking = normed.view(-1, count, width).index_select(1, layout.ends)
+        query = F.linear(asking.view(-1, width), weights[0], biases[0])
+        query = _by_heads(query, classes, heads) * size**-0.5
+        whole = _scores(query, keys, layout.beyond).softmax(dim=-1)
+        weighted = _parts(whole, values)
+        ctx.save_for_backward(query, *keys, *values, whole, *weighted, weight)
+        ctx.layout, ctx.heads = layout, heads
+        return _as_rows(_read(weighted, values), heads)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradient of the rows; values before keys, so that not both are held."""
+        query, k_shared, k_own, v_shared, v_own, whole, on_shared, on_own, weight = ctx.saved_tensors
+        layout, heads, width = ctx.layout, ctx.heads, weight.shape[1]
+        for_query, for_key, for_value = weight.split(width)
+
+        def rows(shared: Tensor, own: Tensor) -> Tensor:
+            places = own.view(-1, heads, len(layout.tails), own.shape[-1]).transpose(1, 2).index_select(1, layout.filled)
+            del own  # what is in memory here is the most of a step
+            shared = shared.view(-1, heads, layout.start, places.shape[-1]).transpose(1, 2)
+            return torch.cat([shared, places], dim=1).view(-1, width)
+
+        grad = _by_heads(grads[0], len(layout.ends), heads)
+        grad_own = grad.view(len(v_own), 1, -1)
+        out = rows(torch.bmm(on_shared.transpose(1, 2), grad), torch.bmm(on_own.transpose(1, 2), grad_own)) @ for_value
+        asked, to = _asked(grad, grad_own, _Seen(k_shared, k_own), _Seen(v_shared, v_own), whole)
+        own = query.view(grad_own.shape)
+        out.addmm_(rows(torch.bmm(to.shared.transpose(1, 2), query), torch.bmm(to.own.transpose(1, 2), own)), for_key)
+        asked = (_as_rows(asked, heads) @ for_query).view(-1, len(layout.ends), width)
+        out.view(-1, len(layout.packed), width).index_add_(1, layout.ends, asked)
+        return out, None, None, None, None
+
+
+def _by_heads(rows: Tensor, count: int, heads: int) -> Tensor:
+    """(E * n, W) to (E * H, n, d)."""
+    split = rows.view(-1, count, heads, rows.shape[-1] // heads).transpose(1, 2)
+    return split.contiguous().view(-1, *split.shape[2:])
+
+
+def _as_rows(mixed: Tensor, heads: int) -> Tensor:
+    """(E * H, n, d) to (E * n, W)."""
+    return mixed.view(-1, heads, *mixed.shape[1:]).transpose(1, 2).reshape(-1, heads * mixed.shape[-1])
+
+
+def _asked(grad: Tensor, grad_own: Tensor, keys: _Seen, values: _Seen, whole: Tensor) -> tuple[Tensor, _Seen]:
+    """Go back from the gradient of what was read (A, n, d), by blocks (A * B, n / B, d), to those of queries and of scores."""
+    with_shared = torch.bmm(grad, values.shared.transpose(1, 2))
+    with_own = torch.bmm(grad_own, values.own.transpose(1, 2)).view(*grad.shape[:2], -1)
+    scores = torch._softmax_backward_data(torch.cat([with_shared, with_own], dim=-1), whole, -1, whole.dtype)
+    to, scale = _parts(scores, values), grad.shape[-1] ** -0.5
+    asked = torch.bmm(to.own, keys.own).view(grad.shape)
+    return torch.baddbmm(asked, to.shared, keys.shared, beta=scale, alpha=scale), to
 
 
 def expand(piece: Tensor, experts: int) -> Tensor:

@@ -19,8 +19,18 @@ from open_clip.transformer import Transformer
 from torch import Tensor, nn
 
 from promptmix.clip.blocks import fits_caches, is_standard, layer
-from promptmix.clip.compose import DeepPrompts, PromptReader, check_room, cut, portion_of, steps_of
-from promptmix.clip.packed import Packed, Prompts, packed_layout, shared_block, take_padded_step, take_step
+from promptmix.clip.compose import (
+    DeepPrompts,
+    Packed,
+    PromptReader,
+    check_room,
+    cut,
+    portion_of,
+    steps_of,
+    take_padded_step,
+    take_step,
+)
+from promptmix.clip.packed import Prompts, packed_layout, shared_block
 from promptmix.clip.places import Changes, LayerAction, Weights, merged, run_changed
 from promptmix.clip.tokens import Tokenizer
 from promptmix.errors import ConfigError
@@ -197,11 +207,11 @@ class TextTower(PromptReader):
         experts, last = len(x), len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
             own = changes.at(i)
-            if x.dim() == 2 and (own is not None or i in changes.steps):
-                x = x.unflatten(0, (experts, -1))
             if i in changes.steps:
                 x, start, lengths = take_step(Packed(x, start, lengths), changes.steps[i], self.start)
                 layout = packed_layout(lengths, start, device, blind)
+            if own is not None and x.dim() == 2:
+                x = x.unflatten(0, (experts, -1))
             # What nothing is changed in takes tokens as rows; functions are not compiled.
             x = (
                 self._layer(block, x.flatten(0, -2), layout, last=i == last)

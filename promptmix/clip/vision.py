@@ -11,10 +11,24 @@ import torch
 from open_clip.modified_resnet import ModifiedResNet
 from torch import Tensor, nn
 
-from promptmix.clip.blocks import ClipLayers, Layers, apply_step, first_token_layer, fits_caches, layer, values_layer
+from promptmix.clip.blocks import (
+    ClipLayers,
+    Layers,
+    apply_step,
+    attention,
+    enter,
+    finish,
+    first_token_layer,
+    fits_caches,
+    frozen_layer,
+    is_standard,
+    layer,
+    project_some,
+    recalled,
+)
 from promptmix.clip.compose import cut, rows_of
 from promptmix.clip.networks import can_read_places, layers_of, places_of
-from promptmix.clip.places import Changes, LayerAction, PromptStep, Weights, beside, merged, run_changed
+from promptmix.clip.places import Changes, LayerAction, LayerChanges, PromptStep, Weights, beside, merged, run_changed
 from promptmix.errors import ConfigError
 from promptmix.parallel import group
 
@@ -54,7 +68,7 @@ class ImageTower(nn.Module):
         #: Whether what nobody reads in the last layer is left out, and pictures go through in portions that fit a CPU's caches;
         #: otherwise every layer is open_clip's.
         self.skips_unread = isinstance(self.layers, ClipLayers) and self.layers.reads_first
-        self._layer, self._last_layer = layer, first_token_layer
+        self._layer, self._last_layer = frozen_layer, first_token_layer
 
     @property
     def takes_prompts(self) -> bool:
@@ -87,7 +101,7 @@ class ImageTower(nn.Module):
     def compile_layers(self) -> None:
         """Run the layers, or the whole of another tower, through ``torch.compile`` from now on; names of weights stay."""
         if self.skips_unread:
-            self._layer, self._last_layer = torch.compile(layer), torch.compile(first_token_layer)
+            self._layer, self._last_layer = torch.compile(frozen_layer), torch.compile(first_token_layer)
         else:
             self.visual.compile()
 
@@ -266,19 +280,43 @@ class ImageTower(nn.Module):
         x, about = run_changed(
             self, merged(self, changes.outside), lambda tower, images: tower._transformer().embed(images, step), images
         )
-        end = len(layers.blocks) - 1
+        end, length = len(layers.blocks) - 1, x.shape[1]
         for i, block in enumerate(layers.blocks):
-            x = apply_step(x, changes.steps.get(i)) if i else x
-            own, only_first, given = changes.at(i), i == end and last == "first", layers.given(i, x, about)
-            if i == end and last == "values":
-                x = values_layer(block, x, own)
-            elif own is not None:  # functions are not compiled
-                x = first_token_layer(block, x, own) if only_first else layer(block, x, own, given=given)
-            elif not self.skips_unread:
-                x = block(x, **given)
+            own, reads_all = changes.at(i), i < end or last == "all"
+            as_rows = own is None and self.skips_unread and reads_all
+            if x.dim() == 2 and (i in changes.steps or not as_rows):
+                x = x.unflatten(0, (-1, length))
+            if i in changes.steps and i:
+                x = apply_step(x, changes.steps[i])
+                length = x.shape[1]
+            if as_rows:  # functions are not compiled
+                x = self._layer(block, x.flatten(0, -2), length)
+                continue
+            given = layers.given(i, x, about)
+            if not reads_all and last == "values":
+                x = _values_layer(block, x, own)
+            elif own is not None:
+                x = layer(block, x, own, given=given) if reads_all else first_token_layer(block, x, own)
             else:
-                x = (self._last_layer if only_first else self._layer)(block, x)
-        return x
+                x = block(x, **given) if reads_all else self._last_layer(block, x)
+        return x if x.dim() == 3 else x.unflatten(0, (-1, length))
+
+
+def _values_layer(block: nn.Module, x: Tensor, own: LayerChanges | None = None) -> Tensor:
+    """``layer`` where only the first token asks and each other token sees itself alone (last-block values of GalLoP, SurPL).
+
+    Raises:
+        ConfigError: the block is not open_clip's, or an action there does not change each token on its own.
+    """
+    if not is_standard(block) or not (own is None or own.action is None or own.action.alone):
+        raise ConfigError(
+            f"last-block values need a CLIP layer at the end that no action looks across, not {type(block).__name__}; "
+            "choose a backbone such as ViT-B/16, or patches instead of values"
+        )
+    x, normed = enter(block, x, own)
+    query, key, value = project_some(block, normed[:, :1], normed, own)
+    first = attention(query, key, value, block.attn.num_heads, memory=recalled(block, own))
+    return finish(block, x, torch.cat([first, value[:, 1:]], dim=1), own)
 
 
 def _some(changes: Changes, part: slice) -> Changes:

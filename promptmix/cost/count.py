@@ -70,6 +70,9 @@ def counted(work: Callable[[], Any], listener: Listener | None = None) -> Count:
     return Count(counter.flops / 1e9, counter.peak / 2**20, Operations(counter.operators, counter.launches))
 
 
+#: Products that PyTorch's formulas know by the names of those which are not in place.
+_IN_PLACE = {torch.ops.aten.addmm_: torch.ops.aten.addmm, torch.ops.aten.baddbmm_: torch.ops.aten.baddbmm}
+
 _FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
@@ -174,6 +177,7 @@ def _tensors(*values: Any) -> Iterator[torch.Tensor]:
 
 def _flops(packet: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> int:
     """Floating-point operations of a call by PyTorch's formulas; 0 where it multiplies no matrices."""
+    packet = _IN_PLACE.get(packet, packet)
     if packet in flop_registry:
         return int(flop_registry[packet](*args, **kwargs, out_val=output))
     if packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:

@@ -10,10 +10,10 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
+from promptmix.clip.model import unit
 from promptmix.clip.tokens import find
 from promptmix.clip.vision import VisualPrompts
 from promptmix.config.declare import declare_all, retire
@@ -151,7 +151,7 @@ class PromptBank(Component, ABC):
         Returns:
             Normalised text features (E, C, D), or (B, E, C, D) for banks with ``per_image``.
         """
-        return F.normalize(self.encode(names, full_stop=full_stop), dim=-1)
+        return unit(self.encode(names, full_stop=full_stop))
 
     def encode(self, names: Sequence[str], *, full_stop: bool | None = None) -> Tensor:
         """Return text features (E, C, D) as they come from the tower, which parts with ``needs_raw_text`` read too.
@@ -235,7 +235,7 @@ class ManyPrompts(PromptBank):
         experts: Tensor | None = None,
     ) -> Tensor:
         """Return normalised text features (E, C, D), or (len(experts), C, D) of those ``experts`` (E',) alone."""
-        return F.normalize(self.encode(names, full_stop=full_stop, experts=experts), dim=-1)
+        return unit(self.encode(names, full_stop=full_stop, experts=experts))
 
     @abstractmethod
     def encode(self, names: Sequence[str], *, full_stop: bool | None = None, experts: Tensor | None = None) -> Tensor:

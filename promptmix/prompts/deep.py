@@ -11,10 +11,10 @@ import copy
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from promptmix.clip import CLIP
+from promptmix.clip.model import unit
 from promptmix.clip.vision import PromptStep, VisualPrompts
 from promptmix.errors import ConfigError, SettingError
 from promptmix.prompts.roles import ManyPrompts, Task
@@ -111,7 +111,7 @@ class TextPrompts(nn.Module):
 
     def forward(self, names: Sequence[str], *, full_stop: bool | None = None, experts: Tensor | None = None) -> Tensor:
         """Return normalised text features (E, C, D) of C class names; prompts end with a full stop unless it is False."""
-        return F.normalize(self.encode(names, full_stop=full_stop, experts=experts), dim=-1)
+        return unit(self.encode(names, full_stop=full_stop, experts=experts))
 
     def encode(
         self,
@@ -123,10 +123,10 @@ class TextPrompts(nn.Module):
     ) -> Tensor:
         """Return text features (E, C, D) as they come from the tower; ``layers`` stand in for the prompts' own."""
         tower, given = self.task.clip.text, self.layers if layers is None else layers
-        context, *deeper = (_with_experts(layer) if experts is None else _with_experts(layer)[experts] for layer in given)
+        context, *deeper = given if experts is None else (_with_experts(layer)[experts] for layer in given)
         stop = tower.tokenizer.encode("." if full_stop in (None, True) else "")
         fixed, end = (tower.embed(ids)[None] for ids in (self.words, stop))
-        prompts = tower.compose(context, fixed, tower.tokenizer.class_tokens(names), end)
+        prompts = tower.compose(_with_experts(context), fixed, tower.tokenizer.class_tokens(names), end)
         return tower(prompts, dict(enumerate(deeper, start=1)))
 
 

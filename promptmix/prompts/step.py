@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from promptmix.clip.model import unit
 from promptmix.clip.projection import map_last
 from promptmix.clip.vision import VisualPrompts, prompts_of
 from promptmix.prompts.bank import ImageLevel, PromptBank
@@ -205,7 +206,7 @@ class Step:
     @made_once
     def unit_image(self) -> Tensor:
         """The tower's normalised features (B, D) or (B, E, D), before ``bank.adapt``."""
-        return self._image if self.learner.image_level == "unit" else F.normalize(self.raw_image, dim=-1)
+        return self._image if self.learner.image_level == "unit" else unit(self.raw_image)
 
     @made_once
     def raw_image(self) -> Tensor:
@@ -361,7 +362,7 @@ class Step:
     def text(self) -> Tensor:
         """Text features (E, C, D) of the experts, or (B, E, C, D) for banks with ``per_image``."""
         if self.learner.needs_raw_text:
-            return F.normalize(self.raw_text, dim=-1)
+            return unit(self.raw_text)
         if self._text is not None:
             return self._text
         names = self.task.classnames

@@ -6,8 +6,8 @@ import pytest
 import torch
 from open_clip.transformer import QuickGELU, ResidualAttentionBlock
 
-from promptmix.clip import blocks, packed
-from promptmix.clip.packed import attend_packed, packed_layout
+from promptmix.clip import blocks, model, packed
+from promptmix.clip.packed import attend_packed, packed_layout, shared_block
 
 
 def both_ways(work, x, monkeypatch, function):
@@ -16,7 +16,7 @@ def both_ways(work, x, monkeypatch, function):
     monkeypatch.setattr(function, "apply", lambda *args: calls.append(1) or apply(*args))
     for hand in (True, False):
         if not hand:
-            for module in (blocks, packed):
+            for module in (blocks, packed, model):
                 monkeypatch.setattr(module, "by_hand", lambda x: False)
         out = work(x)
         (grad,) = torch.autograd.grad((out * torch.linspace(-1, 2, out.numel(), dtype=out.dtype).view_as(out)).sum(), x)
@@ -46,6 +46,28 @@ def test_attention_of_packed_prompts(lengths, start, blind, experts, monkeypatch
         plain = torch.nn.functional.scaled_dot_product_attention(*parts, attn_mask=mask)
         torch.testing.assert_close(rows[:, first : first + length], plain.transpose(1, 2).flatten(2)[:, start:])
         first += length
+
+
+@pytest.mark.parametrize(
+    ("lengths", "start", "blind"), [((3, 1, 4), 6, ()), ((2, 5), 1, ()), ((1, 1), 2, ()), ((2, 3), 4, (True, False))]
+)
+def test_attention_of_the_tokens_that_are_read(lengths, start, blind, monkeypatch):
+    torch.manual_seed(0)
+    block = ResidualAttentionBlock(12, 3, act_layer=QuickGELU).double().requires_grad_(False)
+    layout = packed_layout(lengths, start, "cpu", blind)
+    x = torch.randn(2 * (start + sum(lengths)), 12, dtype=torch.double, requires_grad=True)
+    (ours, theirs), calls = both_ways(lambda x: shared_block(block, x, layout, last=True), x, monkeypatch, packed._EndsAttention)
+    assert calls == 1 and ours[0].shape == (2, len(lengths), 12)
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+def test_unit_vectors(monkeypatch):
+    x = torch.tensor([[3.0, -4.0], [1e-5, 2e-5], [0.0, 0.0]], dtype=torch.double, requires_grad=True)
+    (ours, theirs), calls = both_ways(model.unit, x, monkeypatch, model._Unit)
+    assert calls == 1
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other)
 
 
 def test_a_frozen_mlp(monkeypatch):
