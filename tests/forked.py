@@ -14,12 +14,16 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from importlib.machinery import SourceFileLoader
 from multiprocessing import forkserver, process, util
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 #: What the tests' process has of ours, and a new one would not have.
 _OURS = ("promptmix", "tests", "trainers", "plugins", "tools")
+#: Compiled modules of ours by file: where Python keeps none (``PYTHONDONTWRITEBYTECODE``), each process would compile them all.
+_compiled: dict[str, CodeType] = {}
 
 
 class Forked:
@@ -43,6 +47,8 @@ class Forked:
         self._out, self._err = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
+        if sys.dont_write_bytecode:
+            _compile()
         self.pid = os.fork()
         if not self.pid:
             code = 1
@@ -71,6 +77,7 @@ class Forked:
             del sys.modules[name]
         for name in [name for name in logging.root.manager.loggerDict if name.partition(".")[0].startswith(_OURS)]:
             del logging.root.manager.loggerDict[name]
+        _take_compiled()
         forget_processes()
 
     def poll(self) -> int | None:
@@ -143,6 +150,20 @@ def few() -> None:
     from tests.few import few_emoji
 
     few_emoji(pytest.MonkeyPatch())
+
+
+def _compile() -> None:
+    """Compile what this process has of ours and did not compile before."""
+    for name, module in list(sys.modules.items()):
+        loader = getattr(module, "__loader__", None)
+        if name.partition(".")[0].startswith(_OURS) and type(loader) is SourceFileLoader and loader.path not in _compiled:
+            _compiled[loader.path] = loader.get_code(name)
+
+
+def _take_compiled() -> None:
+    """Import modules of ours as they were compiled before."""
+    own = SourceFileLoader.get_code
+    SourceFileLoader.get_code = lambda self, name: _compiled.get(self.path) or own(self, name)  # type: ignore[method-assign]
 
 
 def _end(code: int) -> None:
