@@ -30,6 +30,11 @@ from promptmix.utils import get_logger
 __all__ = ["Encode", "in_order", "shared_features"]
 
 Encode = Callable[[Tensor], Tensor]
+#: Name of a picture -> its file's tensor, its row there, and the seconds that it took (-1: just now).
+Known = dict[bytes, tuple[Tensor, int, float]]
+
+#: Seconds of encoding after which rows are written, so that a process that is killed loses no more.
+_LOST_AT_MOST = 60.0
 
 
 def shared_features(
@@ -96,9 +101,9 @@ class _Encoder:
         tell(taken=len(taken), saved=sum(taken))
         return torch.stack([known[name][0][known[name][1]] for name in names])
 
-    def _known(self, key: str) -> dict[bytes, tuple[Tensor, int, float]]:
+    def _known(self, key: str) -> Known:
         """Return the file's tensor, the row and the seconds of each picture that is there."""
-        found: dict[bytes, tuple[Tensor, int, float]] = {}
+        found: Known = {}
         for path in sorted(self.cache.folder.glob(f"{key}-*.safetensors")):
             stored = self.cache.get(path.stem, {"features": (), "pictures": (), "seconds": ()})
             if stored is not None:
@@ -106,26 +111,37 @@ class _Encoder:
                 found |= {bytes(row): (stored["features"], i, seconds) for i, row in enumerate(stored["pictures"].numpy())}
         return found
 
-    def _add(self, key: str, missing: list[int], names: Sequence[bytes], known: dict[bytes, tuple[Tensor, int, float]]) -> bool:
+    def _add(self, key: str, missing: list[int], names: Sequence[bytes], known: Known) -> bool:
         """Encode what is missing in whole batches; tell whether rows may be kept at all."""
-        size, start = self.loader.batch_size or 1, time.monotonic()
+        size, left = self.loader.batch_size or 1, missing
         filled = missing + missing[:1] * (-len(missing) % size)
-        parts = []
+        parts: list[Tensor] = []
+        tried, start = bool(known), time.monotonic()
         for batch in awaited(in_order(self.loader, Subset(self.loader.dataset, filled))):
             parts.append(self.encode(batch["img"]).cpu())
-            if not known and len(parts) == 1 and not torch.equal(self.encode(batch["img"].flip(0)).cpu().flip(0), parts[0]):
+            if not tried and not torch.equal(self.encode(batch["img"].flip(0)).cpu().flip(0), parts[0]):
                 return False
-        features = torch.cat(parts)[: len(missing)]
-        each = (time.monotonic() - start) / len(missing)
-        tell(encoded=len(missing), seconds=each * len(missing))
+            tried = True
+            if len(parts) * size >= len(left) or time.monotonic() - start > _LOST_AT_MOST:
+                left = self._keep(key, left, torch.cat(parts), start, names, known)
+                parts, start = [], time.monotonic()
         get_logger().info("Encoded %s, for all methods, shots and seeds", counted(len(missing), "picture"))
-        pictures = b"".join(names[place] for place in missing)
+        return True
+
+    def _keep(
+        self, key: str, places: list[int], features: Tensor, start: float, names: Sequence[bytes], known: Known
+    ) -> list[int]:
+        """Write the features of the first of ``places``, encoded since ``start``, and return the places that are left."""
+        now = places[: len(features)]
+        each = (time.monotonic() - start) / len(now)
+        tell(encoded=len(now), seconds=each * len(now))
+        pictures = b"".join(names[place] for place in now)
         shard = f"{key}-{hashlib.sha256(pictures).hexdigest()[:16]}"
         table = torch.frombuffer(bytearray(pictures), dtype=torch.uint8).view(-1, 16)
-        stored = {"features": features, "pictures": table, "seconds": torch.tensor(each, dtype=torch.float64)}
-        self.cache.put(shard, stored, self.about.format(len(missing)))
-        known |= {names[place]: (features, row, -1.0) for row, place in enumerate(missing)}
-        return True
+        stored = {"features": features[: len(now)], "pictures": table, "seconds": torch.tensor(each, dtype=torch.float64)}
+        self.cache.put(shard, stored, self.about.format(len(now)))
+        known |= {names[place]: (features, row, -1.0) for row, place in enumerate(now)}
+        return places[len(now) :]
 
     def rest(self, key: str, places: range) -> Tensor:
         """Return the features of the last batch, which is smaller than the others."""
