@@ -35,12 +35,14 @@ from promptmix.registry import TRAINER_REGISTRY
 #: How long steps of one way are repeated, at least three times.
 SECONDS = 2.0
 #: Largest difference over the largest number, in logits, losses and gradients.
-TOLERANCES = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.03, "compiled": 1e-3}
+TOLERANCES = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.03, "flex": 1e-3, "compiled": 1e-3, "compiled flex": 1e-3}
 _OPTS: dict[str, tuple[object, ...]] = {
     "fp32": (),
     "bf16": ("TRAINER.PREC", "bf16"),
     "fp16": ("TRAINER.PREC", "amp"),
+    "flex": ("MODEL.ATTENTION", "flex"),
     "compiled": ("TRAIN.STEP", "compiled"),
+    "compiled flex": ("TRAIN.STEP", "compiled", "MODEL.ATTENTION", "flex"),
     "cuda graph": ("TRAIN.STEP", "cuda_graph"),
 }
 _BATCH = 4
@@ -71,7 +73,7 @@ class Timing:
 
     Attributes:
         work: method and classes.
-        way: plain, ours, ours compiled, ours as a CUDA graph.
+        way: plain, ours, through FlexAttention, ours compiled, both, ours as a CUDA graph.
         milliseconds: median of a step; None where it failed.
         peak_mb: peak of the device's allocations, None on a CPU.
         launches: operators that do something, in an eager step; None where the compiler decides.
@@ -191,7 +193,7 @@ def _plan(here: World, cpu: World, args: Namespace) -> list[Part]:
     others = sorted(set(TRAINER_REGISTRY) - set(args.gpu_methods)) if not args.no_others else ()
     steps: Part = [(f"{method}: two steps", partial(_two_steps, here, method)) for method in others]
     # On a CPU the compiler needs minutes for each, so nothing is timed there that it made.
-    ways = ("plain", "ours", "compiled", "cuda graph") if gpu else ("ours", "plain")
+    ways = ("plain", "ours", "flex", "compiled", "compiled flex", "cuda graph") if gpu else ("ours", "plain")
     times: Part = [
         (f"{method}, {classes} classes, {way}: time", partial(_time, here, method, classes, way))
         for classes in args.gpu_classes
@@ -205,7 +207,7 @@ def _plan(here: World, cpu: World, args: Namespace) -> list[Part]:
             for precision, way, kept in _IMAGENET
         ]
         return [agree(*TOLERANCES), alike, imagenet, steps, times, reading]
-    return [agree("fp32", "bf16", "fp16"), alike, steps, times, reading, agree("compiled")]
+    return [agree("fp32", "bf16", "fp16", "flex"), alike, steps, times, reading, agree("compiled")]
 
 
 def _trainer(
@@ -218,13 +220,15 @@ def _trainer(
     return trainer, {"img": pictures.to(world.device), "label": torch.arange(size, device=world.device) % classes}
 
 
-def _numbers(trainer: PromptTrainer, batch: dict[str, Tensor], *, compiled: bool = False) -> list[Tensor]:
-    """Return logits, loss and all gradients of a batch, on the CPU."""
-    with trainer.precision.autocast():
+def _numbers(trainer: PromptTrainer, batch: dict[str, Tensor], *, compiled: bool = False, learns: bool = True) -> list[Tensor]:
+    """Return logits, loss and, where it learns, all gradients of a batch, on the CPU."""
+    with trainer.precision.autocast(), torch.set_grad_enabled(learns):
         if compiled:
             terms = CompiledStep(trainer.model, ()).loss(batch["img"], batch["label"])
         else:
             terms = trainer.model.loss(trainer.model.step(batch["img"], batch["label"]))
+    if not learns:
+        return [part.float().cpu() for part in (terms.logits, terms.total)]
     scale = 1.0 if trainer.precision.scaler is None else 1024.0  # small fp16 gradients vanish unscaled
     (terms.total * scale).backward()
     gradients = [p.grad / scale for p in trainer.model.parameters() if p.grad is not None]
@@ -232,14 +236,16 @@ def _numbers(trainer: PromptTrainer, batch: dict[str, Tensor], *, compiled: bool
 
 
 def _agrees(here: World, cpu: World, method: str, way: str) -> Check:
-    name = f"{method}: {way} against the CPU's fp32"
+    learns = way != "flex" or here.device.type == "cuda"  # PyTorch's FlexAttention has no gradient on a CPU
+    name = f"{method}: {way} against the CPU's fp32" + ("" if learns else ", without gradients")
     if way == "fp16" and here.device.type != "cuda":
         return Check(name, None, "fp16 needs a GPU")
     convolutions = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False  # which PyTorch allows by default, so that fp32 is not fp32 in the first layer
     try:
-        expected = _numbers(*_trainer(cpu, method, _CHECKED_CLASSES))
-        found = _numbers(*_trainer(here, method, _CHECKED_CLASSES, *_OPTS[way]), compiled=way == "compiled")
+        expected = _numbers(*_trainer(cpu, method, _CHECKED_CLASSES), learns=learns)
+        trainer, batch = _trainer(here, method, _CHECKED_CLASSES, *_OPTS[way])
+        found = _numbers(trainer, batch, compiled=way.startswith("compiled"), learns=learns)
     except ConfigError as error:
         return Check(name, None, str(error))
     except Exception as error:  # whatever a device or a compiler raises is an answer

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +18,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from promptmix.clip.blocks import by_hand, enter, finish, join_heads, project, project_some, recalled, split_heads
+from promptmix.clip.flex import attend, block_masks
 from promptmix.clip.memory import Recalled, recall
 from promptmix.clip.places import LayerChanges
 from promptmix.clip.tokens import kept
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ class PackedLayout:
 
     Attributes:
         start: P.
+        masks: of FlexAttention, for all rows and for those that are read; None where it is not used.
         positions: (N,) position in the prompt of each tail token.
         places: (G,) packed row at each place; where nothing stands, row 0.
         packed: (P + N,) place of each packed row.
@@ -60,6 +65,7 @@ class PackedLayout:
     """
 
     start: int
+    masks: tuple[BlockMask, BlockMask] | None
     positions: Tensor
     places: Tensor
     packed: Tensor
@@ -71,7 +77,9 @@ class PackedLayout:
 
 
 @kept
-def packed_layout(lengths: tuple[int, ...], start: int, device: str, blind: tuple[bool, ...] = ()) -> PackedLayout:
+def packed_layout(
+    lengths: tuple[int, ...], start: int, device: str, blind: tuple[bool, ...] = (), flex: bool = False
+) -> PackedLayout:
     """Return where tails stand behind a prefix.
 
     Args:
@@ -79,6 +87,7 @@ def packed_layout(lengths: tuple[int, ...], start: int, device: str, blind: tupl
         start: tokens of the prefix.
         device: where.
         blind: for each class, whether its last token does not see itself; () where all do.
+        flex: whether FlexAttention is to be used (``MODEL.ATTENTION``).
     """
     count = torch.tensor(lengths)
     size = int(count.max())
@@ -108,7 +117,8 @@ def packed_layout(lengths: tuple[int, ...], start: int, device: str, blind: tupl
         torch.cat([torch.zeros(len(lengths), start, dtype=torch.bool), ~reach], dim=1),
         filled,
     )
-    return PackedLayout(start, *(part.to(device) for part in parts))
+    masks = block_masks(lengths, start, device, blind) if flex else None
+    return PackedLayout(start, masks, *(part.to(device) for part in parts))
 
 
 @kept
@@ -144,7 +154,7 @@ def shared_block(
         mixed = attend_packed(project(block, normed, own).flatten(0, -2), layout, heads, memory)
         return finish(block, x, mixed if x.dim() == 2 else mixed.view(x.shape), own)
     # Only EOT asks in the last layer, and nobody reads the other tokens' outputs.
-    if own is None and by_hand(x) and not block.attn.in_proj_weight.requires_grad:
+    if own is None and by_hand(x) and layout.masks is None and not block.attn.in_proj_weight.requires_grad:
         # Taken first, so that its gradient, as large as x, is made last.
         entered = x.view(-1, count, x.shape[-1]).index_select(1, layout.ends)
         attn, normed = block.attn, block.ln_1(x.flatten(0, -2))
@@ -180,6 +190,9 @@ def attend_packed(qkv: Tensor, layout: PackedLayout, heads: int, memory: Recalle
     Returns:
         (E * (P + N), W), heads joined.
     """
+    if layout.masks is not None and memory is None:
+        parts = qkv.view(-1, len(layout.packed), 3, heads, qkv.shape[-1] // (3 * heads)).permute(2, 0, 3, 1, 4)
+        return join_heads(attend(parts[0], parts[1], parts[2], layout.masks[0])).flatten(0, -2)
     if memory is None and by_hand(qkv):
         out: Tensor = _Attention.apply(qkv, layout, heads)
         return out
@@ -191,6 +204,9 @@ def attend_packed(qkv: Tensor, layout: PackedLayout, heads: int, memory: Recalle
 
 def attend_ends(query: Tensor, pairs: tuple[Tensor, Tensor], layout: PackedLayout, heads: int, memory: Recalled | None) -> Tensor:
     """Attention of the tokens (E, C, W) that are read, over keys and values (E, P + N, W) of packed rows: (E, C, W)."""
+    if layout.masks is not None and memory is None:
+        asking, key, value = (split_heads(part, heads) for part in (query, *pairs))
+        return join_heads(attend(asking, key, value, layout.masks[1]))
     size, width = query.shape[-1] // heads, layout.beyond.shape[1] - layout.start
     seen = []
     for part in pairs:

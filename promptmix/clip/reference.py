@@ -8,13 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from promptmix.clip.compose import DeepPrompts
+from promptmix.clip.flex import choose_attention
 from promptmix.clip.packed import Prompts
 from promptmix.clip.text import TextTower
+
+if TYPE_CHECKING:
+    from yacs.config import CfgNode
+
+    from promptmix.clip.model import CLIP
 
 
 def encode_plain(tower: TextTower, prompts: Prompts, deep: DeepPrompts | None = None, **changes: Any) -> Tensor:
@@ -26,6 +32,21 @@ def encode_plain(tower: TextTower, prompts: Prompts, deep: DeepPrompts | None = 
     with plain_towers(tower):
         features: Tensor = tower(prompts, deep, **changes)
     return features
+
+
+def choose_ways(clip: CLIP, node: CfgNode) -> None:
+    """Have the towers run from now on as the config node ``MODEL`` says.
+
+    Raises:
+        ConfigError: ``MODEL.ATTENTION`` can't be what it is; see ``choose_attention``.
+    """
+    clip.text.class_chunk = node.CLASS_CHUNK
+    choose_attention(clip.text, node.ATTENTION, plain=node.PLAIN_TOWERS)
+    if node.COMPILE:
+        clip.text.compile_layers()
+        clip.image.compile_layers()
+    if node.PLAIN_TOWERS:
+        make_plain(clip)
 
 
 def make_plain(model: nn.Module) -> Callable[[], None]:

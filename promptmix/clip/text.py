@@ -85,6 +85,8 @@ class TextTower(PromptReader):
         self._masks_padding = bool(getattr(source, "use_pad_mask", False))
         #: Whether prompts take the way of this module; otherwise they go at full length through open_clip's own layers.
         self.shares_prefix = self._can_share
+        #: Whether packed prompts attend through FlexAttention; see ``flex.choose_attention``.
+        self.flex = False
         self._layer = shared_block
 
     @property
@@ -198,7 +200,7 @@ class TextTower(PromptReader):
         blind: tuple[bool, ...] = ()
         if self.cls_emb is not None:
             tail, lengths, blind = self._closed(prompts, whole.get("cls_emb", self.cls_emb))
-        layout = packed_layout(lengths, start, device, blind)
+        layout = packed_layout(lengths, start, device, blind, self.flex)
         position = whole.get("positional_embedding", self.positional_embedding)
         places = layout.positions
         if self.cls_emb is not None:
@@ -209,7 +211,7 @@ class TextTower(PromptReader):
             own = changes.at(i)
             if i in changes.steps:
                 x, start, lengths = take_step(Packed(x, start, lengths), changes.steps[i], self.start)
-                layout = packed_layout(lengths, start, device, blind)
+                layout = packed_layout(lengths, start, device, blind, self.flex)
             if own is not None and x.dim() == 2:
                 x = x.unflatten(0, (experts, -1))
             # What nothing is changed in takes tokens as rows; functions are not compiled.

@@ -26,6 +26,7 @@ ADAMS = tuple(name for name in OPTIMIZERS if "adam" in name or name == "amsgrad"
 SCHEDULES = ("single_step", "multi_step", "cosine")
 WARMUPS = ("linear", "constant")
 PRECISIONS = ("fp32", "amp", "bf16")
+ATTENTIONS = ("packed", "flex")
 STEPS = ("eager", "compiled", "cuda_graph")
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -181,6 +182,8 @@ def _add_model(cfg: CN) -> None:
     comment = "ours: texts of chosen experts alone, pictures by those they chose alone, where no loss needs others"
     _key(cfg, "MODEL.SPARSE_EXPERTS", True, comment)
     _key(cfg, "MODEL.COMPILE", False, "ours: torch.compile the layers of both towers; a minute at the start")
+    comment = "ours: of packed prompts; flex: PyTorch's FlexAttention, which learns on a GPU only and was never timed on one"
+    _key(cfg, "MODEL.ATTENTION", "packed", comment, choices=ATTENTIONS)
     comment = "ours: every token through every layer, as the authors' code does; slow, to compare"
     _key(cfg, "MODEL.PLAIN_TOWERS", False, comment)
     _key(cfg, "MODEL.HEAD.NAME", "", "head of Dassl's trainers")

@@ -12,7 +12,7 @@ from torch import Tensor
 from yacs.config import CfgNode
 
 from promptmix.clip import load_clip
-from promptmix.clip.reference import make_plain
+from promptmix.clip.reference import choose_ways
 from promptmix.clip.sizes import check_size, check_takes, warn_of_other_input
 from promptmix.config import source_of
 from promptmix.config.declare import declare_all, inherited_by, key_of, settings_of
@@ -170,12 +170,7 @@ class PromptTrainer(TrainerX):
         check_step(cfg, self.device, changes_gradients=type(self).take_gradients is not PromptTrainer.take_gradients)
         warn_of_other_input(cfg, self.clip)
         self.precision = Precision(cfg.TRAINER.PREC, self.device)
-        self.clip.text.class_chunk = cfg.MODEL.CLASS_CHUNK
-        if cfg.MODEL.COMPILE:
-            self.clip.text.compile_layers()
-            self.clip.image.compile_layers()
-        if cfg.MODEL.PLAIN_TOWERS:
-            make_plain(self.clip)
+        choose_ways(self.clip, cfg.MODEL)
         task = self._task()
         self.model = self.build_learner(task).to(self.device)
         if cfg.DATASET.DESCRIPTIONS and not task.descriptions.were_read:

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def args(monkeypatch):
     """Little work: towers have two layers, and graphs are captured and differentiated, but not handed to a C++ compiler."""
     compile_, world = torch.compile, gpu.World
-    monkeypatch.setattr(torch, "compile", lambda f, mode=None, **options: compile_(f, backend="aot_eager", **options))
+    monkeypatch.setattr(torch, "compile", lambda f, mode=None, **options: compile_(f, **(options | {"backend": "aot_eager"})))
     monkeypatch.setattr(gpu, "World", lambda *of: shallow(world(*of)))
     monkeypatch.setattr(gpu, "SECONDS", 0.05)
     sizes = {"backbone": "tiny-vit", "device": "cpu", "minutes": 5.0, "gpu_methods": ["CoOp"], "gpu_classes": [3]}
@@ -39,6 +39,7 @@ def test_a_cpu_agrees_with_itself_and_is_no_gpu(args, tmp_path):
         "CoOp: fp32 against the CPU's fp32": True,
         "CoOp: bf16 against the CPU's fp32": True,
         "CoOp: fp16 against the CPU's fp32": None,
+        "CoOp: flex against the CPU's fp32, without gradients": True,
         "CoOp: compiled against the CPU's fp32": True,
         "CoOp: two trainings of two steps agree to the bit (TRAIN.DETERMINISTIC)": True,
         "CoOp: no step waits for the device": None,
@@ -46,13 +47,13 @@ def test_a_cpu_agrees_with_itself_and_is_no_gpu(args, tmp_path):
     assert [timing.way for timing in result.timings] == ["ours", "plain"]
     assert all(timing.milliseconds > 0 and timing.launches > 100 and timing.peak_mb is None for timing in result.timings)
     assert result.pictures_per_second["0 workers"] > 0
-    assert "nothing here is a GPU's number" in gpu.shown(result) and "0 of 6 checks failed" in gpu.shown(result)
+    assert "nothing here is a GPU's number" in gpu.shown(result) and "0 of 7 checks failed" in gpu.shown(result)
 
 
 def test_wrong_numbers_fail_and_what_is_left_out_is_named(args, tmp_path, monkeypatch):
     numbers, given = gpu._numbers, []
 
-    def wrong(trainer, batch, *, compiled=False):
+    def wrong(trainer, batch, **_):
         given.append(trainer)
         found = numbers(trainer, batch)
         return [part + 0.1 * len(given) for part in found]
