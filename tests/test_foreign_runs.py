@@ -23,7 +23,7 @@ OPTS = {
     "DATASET.NAME": "EmojiFamilies",
     "DATASET.NUM_SHOTS": 1,
     "MODEL.BACKBONE.NAME": "tiny-en",
-    "INPUT.SIZE": (128, 128),
+    "INPUT.SIZE": (32, 32),
     "DATALOADER.NUM_WORKERS": 0,
     "TRAINER.NAME": "ZeroshotCLIP",
     "SEED": 1,

@@ -17,6 +17,7 @@ from promptmix.runs import calibration, hub, results
 from promptmix.runs.card import card_of
 
 QUICK = ["--config-file", "configs/quickstart.yaml", "--seed", "1", "OPTIM.MAX_EPOCH", "1", "DATASET.NUM_SHOTS", "1"]
+QUICK += ["INPUT.SIZE", "(32, 32)"]
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from promptmix.interpret.words import nearest_words
 from promptmix.runs import results, samples
 
 SMALL = ["OPTIM.MAX_EPOCH", "1", "OPTIM.WARMUP_EPOCH", "-1", "DATASET.NUM_SHOTS", "1", "DATASET.SUBSAMPLE_CLASSES", "base"]
+SMALL += ["DATASET.NAME", "EmojiConcepts", "DATASET.EMOJI.NUM_CONCEPTS", "8"]
 RUNS = {
     "MoCoOp": (),
     "CoOp": ("TRAINER.COOP.CLASS_TOKEN_POSITION", "middle"),
@@ -178,7 +179,7 @@ def test_the_command_prints_and_draws(runs, tmp_path, capsys):
     capsys.readouterr()
     assert main(["interpret", folder, *flags, "--format", "json"]) == 0
     tree = json.loads(capsys.readouterr().out)
-    assert tree["trainer"] == "MoCoOp" and len(tree["mixtures"][0]["by_class"]) == 21 and len(tree["moved"]) == 21
+    assert tree["trainer"] == "MoCoOp" and len(tree["mixtures"][0]["by_class"]) == 4 and len(tree["moved"]) == 4
     names = {path.name for path in (tmp_path / "pics").iterdir()}
     assert names == {f"{name}.{end}" for name in ("routing", "experts", "moved") for end in ("svg", "png", "pdf")}
     assert (tmp_path / "pics" / "routing.svg").read_text().count("<svg") == 1

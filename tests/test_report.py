@@ -23,6 +23,7 @@ from tests.runs.test_samples import kept, write
 
 pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
+OPTS = ["DATASET.NAME", "ImageFolder", "DATASET.SOURCE_DOMAINS", "()", "OPTIM.MAX_EPOCH", "2", "INPUT.SIZE", "(32, 32)"]
 NAUGHTY = "<script>alert(1)<&\"'\x1b[31m"  # its control character is written out with a backslash
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 
@@ -63,7 +64,7 @@ def room(tmp_path_factory):
     for trainer in ("ZeroshotCLIP", "CoOp", "MoCoOp"):
         flags = ["train", "--trainer", trainer, "--config-file", "configs/quickstart.yaml", "--root", str(folder / "data")]
         flags += ["--seed", "1", "--output-dir", str(folder / "runs" / trainer)]
-        assert main([*flags, "DATASET.NAME", "ImageFolder", "DATASET.SOURCE_DOMAINS", "()", "OPTIM.MAX_EPOCH", "2"]) == 0
+        assert main([*flags, *OPTS]) == 0
     return folder
 
 
@@ -216,7 +217,7 @@ def test_shots_are_told_apart(room, tmp_path):
         for trainer in ("CoOp", "KgCoOp"):
             flags = ["train", "--trainer", trainer, "--config-file", "configs/quickstart.yaml", "--root", str(room / "data")]
             flags += ["--seed", "1", "--output-dir", str(tmp_path / trainer / str(shots)), "DATASET.NUM_SHOTS", str(shots)]
-            assert main([*flags, "DATASET.NAME", "ImageFolder", "DATASET.SOURCE_DOMAINS", "()", "OPTIM.MAX_EPOCH", "2"]) == 0
+            assert main([*flags, *OPTS]) == 0
     assert main(["report", str(tmp_path), "--out", str(tmp_path / "r.html"), "--no-interpret"]) == 0
     text = (tmp_path / "r.html").read_text(encoding="utf-8")
     for name in ("CoOp, 1 shots", "KgCoOp, 2 shots", "test, 1 shots", "test, 2 shots", "chart shots-all-classes-test"):

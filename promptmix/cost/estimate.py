@@ -28,7 +28,7 @@ _CHUNK = 64
 #: Numbers of a model below which a step is counted while it runs: by shapes it would take five to ten times as long.
 _SMALL = 50_000_000
 #: Nodes of the config that no step reads; the data set's words are asked for themselves.
-_NO_SHAPES = ("SEED", "OUTPUT_DIR", "RESUME", "DATASET", "PROTOCOL")
+_NO_SHAPES = ("SEED", "OUTPUT_DIR", "RESUME", "DATASET", "PROTOCOL", "TEST", "LOGGER")
 #: Operations of a step, by what they follow from: the seeds of an experiment have the same, and counting takes a second.
 _counted: dict[tuple[type, type, str], float] = {}
 

@@ -72,7 +72,7 @@ def set_and_check(key, value, cfg=None, alone=None):
     return cfg
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(key=st.sampled_from(KEYS), value=values | written)
 def test_any_value_is_in_range_or_refused(key, value):
     cfg = set_and_check(key, value)

@@ -144,7 +144,9 @@ def test_dassls_streams_are_a_key_away(build, cfg):
     assert_same([(list(build(False, streams=False)), get_streams())], [(list(build(True, streams=False)), get_streams())])
 
 
-@pytest.mark.parametrize(("sampler", "streams"), [*((sampler, True) for sampler in SAMPLERS), ("RandomSampler", False)])
+@pytest.mark.parametrize(
+    ("sampler", "streams"), [("RandomSampler", True), ("RandomClassSampler", True), ("RandomSampler", False)]
+)
 def test_batches_and_random_states_are_those_of_new_workers(build, sampler, streams):
     seen = []
     for stay in BOTH:

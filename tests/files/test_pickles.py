@@ -208,7 +208,7 @@ def plain(value):
     return isinstance(value, PLAIN) or type(value).__module__ == "promptmix.files.archives"
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(st.one_of(programs, noise))
 def test_any_pickle_gives_plain_values_or_one_line(raw):
     """Opcodes in any order: a plain value or one line; no module is imported, no class changed."""

@@ -12,7 +12,7 @@ from promptmix.config import get_cfg
 from promptmix.errors import ConfigError
 
 QUICK = ["train", "--trainer", "CoOp", "--config-file", "configs/quickstart.yaml", "--seed", "1", "--quiet"]
-SHORT = ["OPTIM.MAX_EPOCH", "2", "DATASET.NUM_SHOTS", "1"]
+SHORT = ["OPTIM.MAX_EPOCH", "2", "DATASET.NUM_SHOTS", "1", "DATASET.NAME", "EmojiConcepts", "DATASET.EMOJI.NUM_CONCEPTS", "8"]
 
 
 def train(folder, *opts):
@@ -20,12 +20,13 @@ def train(folder, *opts):
     return folder
 
 
-def test_every_scalar_is_a_line(tmp_path):
+def test_every_scalar_is_a_line_and_another_logger_no_other_run(tmp_path):
     lines = (train(tmp_path / "run") / "scalars.jsonl").read_text().splitlines()
     found = [json.loads(line) for line in lines]
     assert [line["step"] for line in found if line["tag"] == "train/loss"] == [0, 1]
     accuracy = json.loads((tmp_path / "run" / "results.json").read_text())["metrics"]["test"]["accuracy"]
     assert [line["value"] for line in found if line["tag"] == "test/accuracy"] == [accuracy]
+    assert main([*QUICK, "--output-dir", str(tmp_path / "run"), *SHORT, "LOGGER.JSONL.ENABLED", "False"]) == 0
 
 
 def test_switched_off_leaves_nothing(tmp_path):
@@ -34,17 +35,12 @@ def test_switched_off_leaves_nothing(tmp_path):
     assert not (tmp_path / "run" / "tensorboard").exists()
 
 
-def test_another_logger_is_not_another_run(tmp_path):
-    train(tmp_path / "run")
-    assert main([*QUICK, "--output-dir", str(tmp_path / "run"), *SHORT, "LOGGER.JSONL.ENABLED", "False"]) == 0
-
-
 def test_wandb_offline_has_config_and_scalars(tmp_path):
     pytest.importorskip("wandb")
     folder = train(tmp_path / "run", "LOGGER.WANDB.ENABLED", "True")
     (record,) = folder.glob("wandb/offline-run-*/run-*.wandb")
     text = record.read_bytes()
-    for word in (b"TRAINER.COOP.N_CTX", b"train/loss", b"test/accuracy", b"CoOp-EmojiFamilies-seed1"):
+    for word in (b"TRAINER.COOP.N_CTX", b"train/loss", b"test/accuracy", b"CoOp-EmojiConcepts-seed1"):
         assert word in text
 
 

@@ -16,7 +16,7 @@ from promptmix.data.datasets.emoji import write_sample
 from promptmix.engine.checkpoint import load_checkpoint
 from promptmix.runs import calibration, results
 
-QUICK = ["OPTIM.MAX_EPOCH", "2"]
+QUICK = ["OPTIM.MAX_EPOCH", "2", "INPUT.SIZE", "(32, 32)"]
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from promptmix.errors import DataError
 from promptmix.runs import results, samples
 
 QUICK = ["--config-file", "configs/quickstart.yaml", "--seed", "1"]
-SMALL = ["OPTIM.MAX_EPOCH", "1", "DATASET.NUM_SHOTS", "1"]
+SMALL = ["OPTIM.MAX_EPOCH", "1", "DATASET.NUM_SHOTS", "1", "DATASET.NAME", "EmojiConcepts", "DATASET.EMOJI.NUM_CONCEPTS", "8"]
 
 
 def kept(scores, labels, most=3, paths=None, batch=7, **more):
@@ -61,7 +61,7 @@ def test_a_run_keeps_its_test_and_a_mixture_its_routing(tmp_path):
     assert run.files == {"predictions.npz": hashlib.sha256(path.read_bytes()).hexdigest()}
     found = samples.of_run(run)
     assert 100 * found.correct.mean() == pytest.approx(run.metrics["test"]["accuracy"])
-    assert found.path[0].startswith("emoji/openmoji_color.zip::") and list(found.classname) == run.vocabulary["classnames"]
+    assert found.path[0].startswith("emoji/openmoji_black.zip::") and list(found.classname) == run.vocabulary["classnames"]
     assert found.router_logit.shape == (len(found), 5) and found.expert.shape == (len(found), 2)
     assert np.allclose(found.expert_weight.sum(1), 1, atol=1e-5)
     best = np.sort(found.router_logit.argsort(1)[:, -2:], axis=1)
