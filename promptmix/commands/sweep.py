@@ -174,6 +174,7 @@ def _refuse_devices(devices: int, plan: Sweep, gpus: int) -> None:
     """
     from promptmix.commands.run import refuse_undivided_job
 
+    launch.refuse_wrong_place()
     if launch.place()[1] > 1:
         raise ConfigError("a sweep starts its processes itself (--jobs, --devices); run it without torchrun")
     if 0 < gpus < devices:

@@ -97,11 +97,15 @@ def start_devices(args: argparse.Namespace) -> int | None:
         Their exit code; None where the command goes on in this process, which then sees the GPU that is its own.
 
     Raises:
-        ConfigError: no number of processes, or fewer GPUs than processes.
+        ConfigError: no number of processes, another one than ``torchrun`` has, or fewer GPUs than processes.
     """
+    launch.refuse_wrong_place()
     if args.devices is not None:
         check_count("--devices", args.devices)
-        if args.devices > 1 and launch.place()[1] == 1:
+        there = launch.place()[1]
+        if 1 < args.devices != there > 1:
+            raise ConfigError(f"--devices {args.devices} beside WORLD_SIZE {there} of torchrun; leave --devices out")
+        if args.devices > 1 and there == 1:
             return launch.start(args.devices, args.argv)
     launch.take_device()
     return None

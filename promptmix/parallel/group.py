@@ -78,7 +78,9 @@ def joined(device: torch.device, what: str) -> Iterator[None]:
     on_gpu = device.type == "cuda"
     patience = timedelta(seconds=launch.patience())
     meet = partial(dist.init_process_group, "gloo", init_method=launch.meeting_point(), rank=rank, world_size=count)
-    _guarded(partial(meet, timeout=patience))
+    _guarded(
+        partial(meet, timeout=patience), f"the {count} processes did not all meet", "start all of them at a free MASTER_PORT"
+    )
     _group = _Group(rank, count, what)
     try:
         kinds = _everyone(torch.tensor(float(on_gpu)))
@@ -281,12 +283,14 @@ def _everyone(value: Tensor) -> Tensor:
     return torch.stack(found)
 
 
-def _guarded(call: Callable[[], Returned]) -> Returned:
+def _guarded(
+    call: Callable[[], Returned],
+    what: str = "another process of this training is gone or did not answer",
+    remedy: str = "the same command goes on from the last epoch",
+) -> Returned:
     """Make one line of what torch says when another process is gone."""
     try:
         return call()
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
-        raise LostProcessError(
-            f"another process of this training is gone or did not answer ({reason}); the same command goes on from the last epoch"
-        ) from error
+        raise LostProcessError(f"{what} ({reason}); {remedy}") from error

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -20,10 +21,12 @@ from promptmix.errors import ConfigError, TrainingError
 
 #: Set for the processes that ``start`` started: the file where they meet.
 _OURS = "PROMPTMIX_MEETING"
+#: Behind what is wrong with the variables of ``torchrun``.
+_REMEDY = "; start the command with torchrun or --devices, or unset WORLD_SIZE"
 #: Exit code of a process that saw another one go: who that was is told by ``start``.
 _LEFT = 75
 #: Seconds that the others get to end by themselves once one of them has failed.
-GRACE = 5.0
+GRACE = 15.0
 
 
 def place() -> tuple[int, int]:
@@ -34,6 +37,33 @@ def place() -> tuple[int, int]:
         return 0, 1
     started = _OURS in os.environ or "MASTER_ADDR" in os.environ
     return (rank, count) if started and count > 1 and 0 <= rank < count else (0, 1)
+
+
+def refuse_wrong_place() -> None:
+    """Refuse variables of ``torchrun`` of which some are missing or wrong, before the processes wait for each other.
+
+    Raises:
+        ConfigError: one is; the message names it.
+    """
+    if _OURS in os.environ or os.environ.get("WORLD_SIZE", "1") == "1":
+        return
+    count = _number("WORLD_SIZE", 1, 4096)
+    _number("RANK", 0, count - 1)
+    if "LOCAL_RANK" in os.environ:
+        _number("LOCAL_RANK", 0, count - 1)
+    _number("MASTER_PORT", 1, 65535)
+    host = os.environ.get("MASTER_ADDR", "")
+    try:
+        socket.getaddrinfo(host or "-", None)
+    except OSError as error:
+        raise ConfigError(f"MASTER_ADDR is {host or 'not set'}, but must be a host that all processes reach{_REMEDY}") from error
+
+
+def _number(name: str, least: int, most: int) -> int:
+    text = os.environ.get(name, "")
+    if text.isascii() and text.isdigit() and least <= int(text) <= most:
+        return int(text)
+    raise ConfigError(f"{name} is {text or 'not set'}, but must be from {least} to {most}{_REMEDY}")
 
 
 def meeting_point() -> str:

@@ -98,26 +98,31 @@ def cpus() -> int:
 
 
 def perform(job: Job, options: Options, directory: str = "") -> Outcome:
-    """Run one job from a queue that gave this process what all devices of the job need; see ``work``."""
-    if options.devices == 1:
-        return work(job, options.threads, options.command, directory)
-    visible = _visible()
-    if share_of([job], options) and 0 < len(visible) < options.devices:
+    """Run one job from a queue that gave this process what all processes of the job need, as ``local`` runs it.
+
+    So a process that gets one job after another, as Ray's do, imports everything once and keeps nothing of any.
+
+    Args:
+        job: what to run.
+        options: how.
+        directory: folder that the job's relative paths start from; "" = the current one.
+    """
+    asks, visible = share_of([job], options) > 0, _visible()
+    if asks and 0 < len(visible) < options.devices:
         return Outcome(f"--devices {options.devices}, but this task was given {counted(len(visible), 'GPU')}; ask for as many")
     os.chdir(directory or ".")
-    alone = replace(options, jobs=1, gpus=options.devices if share_of([job], options) else 0)
+    alone = replace(options, jobs=1, gpus=options.devices if asks and options.devices > 1 else 0)
     ((_, outcome),) = local([job], alone, lambda _: None)
     return outcome
 
 
-def work(job: Job, threads: int, command: Sequence[str] = (), directory: str = "", divided: bool = False) -> Outcome:
+def work(job: Job, threads: int, command: Sequence[str] = (), divided: bool = False) -> Outcome:
     """Run one job in this process; whatever goes wrong is in the outcome.
 
     Args:
         job: what to run.
         threads: CPU threads.
         command: command line, kept in ``results.json``.
-        directory: folder that the job's relative paths start from; "" = the current one.
         divided: this process is one of those that share the job (``launch.environment``).
     """
     import torch
@@ -129,8 +134,6 @@ def work(job: Job, threads: int, command: Sequence[str] = (), directory: str = "
 
     begin, before = time.monotonic(), reused()
     try:
-        if directory:
-            os.chdir(directory)
         torch.set_num_threads(threads)
         with group.joined(choose_device(job.device or "auto"), job.trainer) if divided else contextlib.nullcontext():
             parts = execute(job, command=command)

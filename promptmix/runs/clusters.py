@@ -44,8 +44,9 @@ def on_ray(jobs: Sequence[Job], options: Options, started: Started) -> Generator
     try:
         has_gpus = options.share is not None or ray.cluster_resources().get("GPU", 0)
         gpus = share_of(jobs, options) if has_gpus else 0
-        # A crashed worker is a failed job, which the next sweep repeats; tasks with a GPU get a process of their own.
-        task: Any = ray.remote(num_cpus=cores, num_gpus=gpus, max_retries=0)(perform)
+        # A crashed worker is a failed job, which the next sweep repeats. Others stay, also those with a GPU, which jobs' own
+        # processes use (`perform`).
+        task: Any = ray.remote(num_cpus=cores, num_gpus=gpus, max_retries=0, max_calls=0)(perform)
         pending: dict[Any, int] = {}
         for index in leaders_first(jobs):
             job = jobs[index]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from promptmix.cost.count import Operations, count
 from promptmix.errors import UserError
 from promptmix.plugin_manager import get_plugin_manager
 from promptmix.registry import DATASET_REGISTRY
+from promptmix.runs import backends
 from promptmix.utils import write_json
 from tests import forked
 
@@ -163,14 +165,18 @@ def test_suites_on_the_embedded_default(suite, sizes, work, ways, tmp_path, caps
 
     monkeypatch.setitem(DATASET_REGISTRY._entries, "EmojiFamilies", FewForTest)
     monkeypatch.setattr(startup, "subprocess", SimpleNamespace(run=in_a_fork))
+    monkeypatch.setattr(startup, "find_spec", lambda name: None)  # Ray takes seconds to start
+    monkeypatch.setattr(backends, "_context", lambda: multiprocessing.get_context("fork"))
     file = str(tmp_path / "a.json")
     assert main(["bench", suite, *SMALL, *sizes, "--json", file]) == 0
     lines = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    assert [line[2].strip() for line in lines] == ["way", *ways] and lines[1][1].strip() == work
-    (row,) = json.loads(Path(file).read_text())["results"]
+    assert [line[2].strip() for line in lines[: 1 + len(ways)]] == ["way", *ways] and lines[1][1].strip() == work
+    row, *others = json.loads(Path(file).read_text())["results"]
     assert row["work"] == work and list(row["ways"]) == ways
     assert all(cost["seconds"] > 0 for cost in row["ways"].values())
     if suite == "startup":
+        assert [list(other["ways"]) for other in others] == [["in a new process", "of a sweep"]]
+        assert others[0]["ways"]["of a sweep"]["seconds"] > 0
         assert row["ways"]["import torch alone"]["seconds"] < row["ways"]["ours"]["seconds"]
     else:
         counts = [row["ways"][way]["gflops"] for way in ways]

@@ -90,6 +90,35 @@ def test_each_process_sees_its_own_gpu(monkeypatch):
         launch.take_device()
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"MASTER_ADDR": ""}, "MASTER_ADDR is not set"),
+        ({"MASTER_ADDR": "no such host"}, "MASTER_ADDR is no such host"),
+        ({"MASTER_PORT": "99999"}, "MASTER_PORT is 99999, but must be from 1 to 65535"),
+        ({"RANK": "2"}, "RANK is 2, but must be from 0 to 1"),
+        ({"RANK": ""}, "RANK is not set"),
+        ({"LOCAL_RANK": "x"}, "LOCAL_RANK is x"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is two"),
+    ],
+)
+def test_a_place_that_leads_nowhere_is_refused(monkeypatch, change, words):
+    right = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in right.items():
+        monkeypatch.setenv(name, value)
+    launch.refuse_wrong_place()
+    for name, value in change.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=words):
+        launch.refuse_wrong_place()
+
+
+def test_another_number_than_torchruns_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(launch, "place", lambda: (0, 2))
+    assert main(["train", "--devices", "3"]) == 2
+    assert "--devices 3 beside WORLD_SIZE 2" in capsys.readouterr().err
+
+
 def test_one_device_starts_nothing_and_none_is_refused(monkeypatch, capsys):
     monkeypatch.setattr(launch, "start", lambda count, argv: sys.exit(f"started {count}"))
     assert main(["train", "--devices", "0"]) == 2

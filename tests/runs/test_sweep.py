@@ -391,10 +391,10 @@ def test_ray_is_asked_for_part_of_a_gpu(monkeypatch, gpus, share, asked):
 
     monkeypatch.setitem(sys.modules, "ray", Ray)
     list(clusters.on_ray(jobs("CoOp"), backends.Options(threads=3, share=share), print))
-    assert Ray.asked == {"num_cpus": 3, "num_gpus": asked, "max_retries": 0}
+    assert Ray.asked == {"num_cpus": 3, "num_gpus": asked, "max_retries": 0, "max_calls": 0}
     if asked in (0, 1):
         list(clusters.on_ray(jobs("CoOp"), backends.Options(threads=3, share=share, devices=2), print))
-        assert Ray.asked == {"num_cpus": 6, "num_gpus": 2 * asked, "max_retries": 0}
+        assert Ray.asked == {"num_cpus": 6, "num_gpus": 2 * asked, "max_retries": 0, "max_calls": 0}
 
 
 @pytest.mark.parametrize(
