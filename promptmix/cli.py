@@ -33,6 +33,8 @@ class Parser(argparse.ArgumentParser):
         Raises:
             UserError: always; the message says what is wrong and where the help is.
         """
+        if message.endswith("expected one argument"):
+            message += "; a value that begins with - is joined to its flag by ="
         raise UserError(f"{message} (see `{self.prog} --help`)")
 
     def flags(self) -> list[str]:

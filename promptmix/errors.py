@@ -2,6 +2,24 @@
 
 from __future__ import annotations
 
+import errno
+
+#: Errors of the operating system that have a remedy of their own.
+REMEDIES = {
+    errno.ENOSPC: "make room, then give the same command again",
+    errno.EDQUOT: "make room in your quota, then give the same command again",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f), then give the same command again",
+    errno.EROFS: "name a folder that can be written",
+    errno.EACCES: "check its permissions, or name another",
+    errno.EPERM: "check its permissions, or name another",
+    errno.EEXIST: "a file, or a link that leads nowhere, is where a folder belongs; name another",
+    errno.ENOTDIR: "a file is where a folder belongs; name another",
+    errno.EMFILE: "raise the limit on open files (ulimit -n), or lower DATALOADER.NUM_WORKERS",
+    errno.ENFILE: "close other programs, or lower DATALOADER.NUM_WORKERS",
+    errno.ELOOP: "a link there leads back to itself; name another path",
+    errno.ENOMEM: "lower DATALOADER.TRAIN_X.BATCH_SIZE, or set MODEL.CLASS_CHUNK",
+}
+
 
 class UserError(Exception):
     """Something the user asked for can't be done; the message says what, with which value, and how to fix it."""
@@ -65,6 +83,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Tell whether ``error`` means that memory, of the GPU or of the machine, did not suffice: by PyTorch's words, without it."""
     words = words_of(error)
     return isinstance(error, MemoryError) or "can't allocate memory" in words or "out of memory" in words
+
+
+def said(error: OSError, otherwise: str) -> str:
+    """Return what the system says of a file or folder and what to do about it; ``otherwise`` where nothing better is known."""
+    return f"{error.strerror or error}; {REMEDIES.get(error.errno or 0, otherwise)}"
 
 
 def words_of(error: BaseException) -> str:

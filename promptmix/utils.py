@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from promptmix.errors import DataError, OutputError, UserError
+from promptmix.errors import DataError, OutputError, UserError, said
 from promptmix.files.text import harmless, json_text, parse_json
 
 __all__ = [
@@ -170,7 +170,7 @@ def atomic_write(path: str | os.PathLike[str], write: Callable[[Path], object]) 
     except UserError:
         raise
     except OSError as error:
-        raise OutputError(f"{target} can't be written: {error.strerror or error}; make room or name another folder") from error
+        raise OutputError(f"{target} can't be written: {said(error, 'make room or name another folder')}") from error
     except (RuntimeError, SafetensorError) as error:  # what torch and safetensors make of a full disk
         reason = _no_room(str(error))
         if not reason:

@@ -28,7 +28,7 @@ def test_dassl_defaults():
         (["OPTIMM.LR", "0.1"], "did you mean 'OPTIM'.*at the top of the tree"),
         (["OPTIM.LR"], "has no value"),
         (["OPTIM.LR", "fast"], r"OPTIM.LR is 'fast' \(str\), but must be a float such as 0.0003"),
-        (["OPTIM.MAX_EPOCH", "1.5"], "must be a int"),
+        (["OPTIM.MAX_EPOCH", "1.5"], "must be an int"),
         (["OPTIM.LR", "None"], "empty"),
         (["OPTIM", "3"], "group of keys"),
         (["OPTIM.LR.X", "3"], "unknown config key"),
@@ -60,7 +60,7 @@ def test_files_build_on_files_and_sources_are_known(cfg, tmp_path):
     ("text", "words"),
     [
         ("OPTIM: {LR: }\n", "OPTIM.LR is empty"),
-        ("- a\n", "tree of keys, not list"),
+        ("- a\n", "holds a list, but must hold keys"),
         ("a: [\n", "not valid YAML"),
         ("a: !!python/object/apply:os.system ['true']\n", "not valid YAML"),
         ("_BASE_: nowhere.yaml\n", "nowhere.yaml: No such file"),

@@ -207,7 +207,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         WeightsError: there is no such file, or it holds something other than tensors.
     """
     if not path.is_file():
-        raise WeightsError(f"MODEL.BACKBONE.WEIGHTS {path}: no such file; give a .safetensors, .pt or .bin file")
+        what = "it is not a file" if path.exists() else "no such file"
+        raise WeightsError(f"MODEL.BACKBONE.WEIGHTS {path}: {what}; give a .safetensors, .pt or .bin file")
     try:
         if path.suffix == ".safetensors":
             state: Any = load_file(path)

@@ -114,7 +114,7 @@ class Setting:
         if self.items is None:
             return self.allowed or "give a finite number"
         kinds = self.items if isinstance(self.items, tuple) else (self.items,)
-        each = f"each item must be a {' or '.join(kind.__name__ for kind in kinds)}"
+        each = f"each item must be {' or '.join(map(a_kind, kinds))}"
         return f"{self.allowed}; {each}" if self.allowed and not self.choices else self.allowed or each
 
     def _takes(self, item: Any) -> bool:
@@ -131,6 +131,11 @@ class Setting:
             and (self.above is None or item > self.above)
             and (self.below is None or item < self.below)
         )
+
+
+def a_kind(kind: type) -> str:
+    """Return the name of a type with its article."""
+    return f"{'an' if kind is int else 'a'} {kind.__name__}"
 
 
 def shown(value: Any) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from yacs.config import CfgNode as CN
 from promptmix.config.core import get_cfg_default
 from promptmix.config.declare import (
     Setting,
+    a_kind,
     all_declared,
     all_defaults,
     all_values,
@@ -104,9 +106,10 @@ def _file_trees(path: Path, above: list[Path]) -> list[tuple[dict[str, Any], str
     below: list[tuple[dict[str, Any], str]] = []
     tree = named_tree(path) or read_yaml(path)
     if not isinstance(tree, dict):
-        raise ConfigError(f"config file {path} must hold a tree of keys, not {type(tree).__name__}")
-    base = tree.pop("_BASE_", None)
-    if base is not None:
+        found = "nothing" if tree is None else f"a {type(tree).__name__}"
+        raise ConfigError(f"config file {path} holds {found}, but must hold keys, such as OPTIM: {{MAX_EPOCH: 5}}")
+    if "_BASE_" in tree:
+        base = tree.pop("_BASE_")
         if not isinstance(base, str) or "\0" in base:
             raise ConfigError(f"config file {path}: _BASE_ is {shown(base)}, but must be the path of a config file")
         file = path.parent / base
@@ -124,6 +127,9 @@ def merge_tree(cfg: CN, tree: dict[str, Any], source: str) -> None:
         ConfigError: an unknown key, a wrong type or an empty value.
     """
     leaves = _leaves(tree, cfg)
+    twice = next((key for key, count in Counter(key for key, _ in leaves).items() if count > 1), None)
+    if twice is not None:
+        raise ConfigError(f"{source}: {shown(twice)} is there twice, in its group and by its dotted name; leave one out")
     for key, value in leaves if Path(source).name in RECORDS else translated(cfg, leaves, source):
         _set(cfg, key, value, source)
 
@@ -340,7 +346,7 @@ def _coerce(key: str, value: Any, old: Any, source: str) -> Any:
             value = given  # a folder called 007 or 1e3
     if value is None or isinstance(value, dict):
         what = "empty (None)" if value is None else "a mapping"
-        raise ConfigError(f"{source}: {key} is {what}; give a {type(old).__name__} such as {old!r}, or leave the key out")
+        raise ConfigError(f"{source}: {key} is {what}; give {a_kind(type(old))} such as {old!r}, or leave the key out")
     if type(value) is int and abs(value) >= 2**63:  # Python neither makes a float of it nor prints it
         raise ConfigError(f"{source}: {key} is {shown(given)}; give a number of at most 64 bits")
     if type(value) is type(old):
@@ -357,7 +363,7 @@ def _coerce(key: str, value: Any, old: Any, source: str) -> Any:
     if isinstance(old, str) and isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)
     raise ConfigError(
-        f"{source}: {key} is {shown(given)} ({type(given).__name__}), but must be a {type(old).__name__} such as {old!r}"
+        f"{source}: {key} is {shown(given)} ({type(given).__name__}), but must be {a_kind(type(old))} such as {old!r}"
     )
 
 

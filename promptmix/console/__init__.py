@@ -11,7 +11,7 @@ import threading
 import traceback
 from pathlib import Path
 
-from promptmix.errors import UserError, is_out_of_memory, words_of
+from promptmix.errors import REMEDIES, UserError, is_out_of_memory, words_of
 from promptmix.files.text import harmless, one_line
 
 __all__ = ["FAULT", "describe", "finish", "ready", "silence"]
@@ -19,19 +19,6 @@ __all__ = ["FAULT", "describe", "finish", "ready", "silence"]
 #: Exit code of an error that nobody foresaw (``EX_SOFTWARE`` of sysexits.h).
 FAULT = 70
 
-#: Errors of the operating system that have a remedy of their own.
-_REMEDIES = {
-    errno.ENOSPC: "make room, then give the same command again",
-    errno.EDQUOT: "make room in your quota, then give the same command again",
-    errno.EFBIG: "raise the limit on the size of files (ulimit -f), then give the same command again",
-    errno.EROFS: "name a folder that can be written",
-    errno.EACCES: "check its permissions, or name another",
-    errno.EPERM: "check its permissions, or name another",
-    errno.EMFILE: "raise the limit on open files (ulimit -n), or lower DATALOADER.NUM_WORKERS",
-    errno.ENFILE: "close other programs, or lower DATALOADER.NUM_WORKERS",
-    errno.ELOOP: "a link there leads back to itself; name another path",
-    errno.ENOMEM: "lower DATALOADER.TRAIN_X.BATCH_SIZE, or set MODEL.CLASS_CHUNK",
-}
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 
 
@@ -89,7 +76,7 @@ def describe(error: BaseException) -> tuple[str, int]:
     if isinstance(error, UserError):
         return _one_line(words_of(error)), 2
     if is_out_of_memory(error):
-        return f"memory does not suffice; {_REMEDIES[errno.ENOMEM]}", 2
+        return f"memory does not suffice; {REMEDIES[errno.ENOMEM]}", 2
     if isinstance(error, ImportError) and "failed to map segment" in words_of(
         error
     ):  # the system's words, in front of them the file
@@ -107,11 +94,11 @@ def describe(error: BaseException) -> tuple[str, int]:
     if plugin:
         return f"plugin {plugin!r} ({file}, line {line}) failed: {words}; fix it, or leave it out with --no-plugin {plugin}", 2
     if isinstance(error, RuntimeError) and words_of(error).startswith("Symlink loop"):  # pathlib's, up to Python 3.12
-        return _one_line(f"{error}; {_REMEDIES[errno.ELOOP]}"), 2
+        return _one_line(f"{error}; {REMEDIES[errno.ELOOP]}"), 2
     if isinstance(error, OSError) and error.errno is not None:
         paths = [_short(str(path)) for path in (error.filename, error.filename2) if path is not None]
-        remedy = _REMEDIES.get(error.errno, "check the path")
-        if paths or error.errno in _REMEDIES:
+        remedy = REMEDIES.get(error.errno, "check the path")
+        if paths or error.errno in REMEDIES:
             return _one_line(f"{' -> '.join(paths) or 'output'}: {error.strerror}; {remedy}"), 2
     others = strangers()
     if others and isinstance(error, Exception):

@@ -9,7 +9,7 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from functools import cache
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from promptmix.engine.league import LABELLED
-from promptmix.errors import DataError, UserError
+from promptmix.errors import DataError, UserError, said
 from promptmix.files.text import parse_json
 from promptmix.runs.checked import check_fields
 from promptmix.version import __version__
@@ -235,7 +235,9 @@ def load(path: str | Path) -> RunResult:
         return result
     except DataError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except OSError as error:
+        raise DataError(f"{path} can't be read: {said(error, 'name another folder')}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(
             f"{path} is not a results file of promptmix ({type(error).__name__}: {error}); remove it or name another folder"
         ) from error
@@ -260,7 +262,12 @@ def find(directory: str | Path, test_log: bool = False) -> tuple[list[RunResult]
     runs: list[RunResult] = []
     notes: list[str] = []
     unreadable: list[DataError] = []
-    for folder in sorted(_folders(root)):
+
+    def blocked(error: OSError) -> None:
+        unreadable.append(DataError(f"{error.filename} can't be listed: {said(error, 'name another folder')}"))
+        notes.append(f"{unreadable[-1]}; left out")
+
+    for folder in sorted(_folders(root, blocked)):
         try:
             run = read_run(folder)
         except DataError as error:
@@ -293,17 +300,17 @@ def read_run(folder: str | Path) -> RunResult | None:
     if Path(folder, FILE_NAME).exists():
         try:
             return load(Path(folder, FILE_NAME))
-        except DataError:
+        except DataError as error:
             # Another program's file of that name may lie beside a log.
-            found = None if log is None else from_log(log)
+            found = None if log is None or isinstance(error.__cause__, OSError) else from_log(log)
             if found is None:
                 raise
             return found
     return None if log is None else from_log(log)
 
 
-def _folders(root: Path) -> Iterator[Path]:
-    for name, _, files in os.walk(root):
+def _folders(root: Path, blocked: Callable[[OSError], object]) -> Iterator[Path]:
+    for name, _, files in os.walk(root, onerror=blocked):
         if any(file == FILE_NAME or file.startswith("log.txt") for file in files):
             yield Path(name)
 

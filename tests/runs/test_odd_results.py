@@ -95,6 +95,22 @@ def test_a_foreign_file_beside_a_log_gives_way_to_the_log(good, capsys):
     assert "left out" not in shown.err
 
 
+def test_what_may_not_be_read_is_said_with_its_remedy(tmp_path, monkeypatch, capsys):
+    """The log beside a record that is another user's is not taken for it; a folder that can't be listed is not an empty one."""
+
+    def refuse(path, **_):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    (tmp_path / "results.json").write_text("{}")
+    (tmp_path / "log.txt").write_text("* accuracy: 50.0%\n")
+    monkeypatch.setattr("pathlib.Path.read_text", refuse)
+    assert main(["parse", str(tmp_path)]) == 2
+    assert "results.json can't be read: Permission denied; check its permissions" in capsys.readouterr().err
+    monkeypatch.setattr("os.scandir", refuse)
+    assert main(["parse", str(tmp_path)]) == 2
+    assert "can't be listed: Permission denied; check its permissions" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("form", ["github", "latex", "csv"])
 def test_tables_mark_runs_that_did_otherwise(tmp_path, capsys, form):
     told = "RESUME: goes on from elsewhere, whose settings are not known"

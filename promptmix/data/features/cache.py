@@ -112,7 +112,7 @@ class FeatureCache:
             shapes: name of a tensor -> its first axes; these must be there.
         """
         path = self.folder / (key + _SUFFIX)
-        if not path.is_file():
+        if not os.path.isfile(path):  # False too where nobody may look, or the name is too long: `put` says so
             return None
         try:
             tensors = load_file(path)
@@ -319,7 +319,7 @@ def picture_stamps(items: Sequence[Datum]) -> Iterator[bytes]:
                 state = os.stat(file)
             except OSError as error:
                 raise UserError(
-                    f"no picture {item.impath} ({error.strerror}); check DATASET.ROOT, or get the data set again"
+                    f"no picture {item.impath} ({error.strerror}); check the path, or DATASET.ROOT where a data set names it"
                 ) from error
             stamps[file] = f"{os.path.abspath(file)}|{state.st_size}|{state.st_mtime_ns}"
         yield f"{stamps[file]}|{member}\n".encode()

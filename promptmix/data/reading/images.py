@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from promptmix.config.core import READINGS
-from promptmix.errors import DataError
+from promptmix.errors import DataError, said
 
 __all__ = ["READINGS", "as_rgb", "member_size", "open_member", "read_bytes", "read_image"]
 
@@ -62,7 +62,9 @@ def read_image(path: str, reading: str = "benchmark") -> Image.Image:
         with open_member(path) as file, Image.open(file) as img:
             return as_rgb(img, reading)
     except FileNotFoundError as error:
-        raise DataError(f"no picture {path}; check DATASET.ROOT, or get the data set again") from error
+        raise DataError(f"no picture {path}; check the path, or DATASET.ROOT where a data set names it") from error
+    except PermissionError as error:
+        raise DataError(f"can't read picture {path}: {said(error, '')}") from error
     except KeyError as error:
         raise DataError(f"no picture {member!r} in {pack}; get the pack again") from error
     except (DataError, MemoryError):
@@ -89,9 +91,9 @@ def read_bytes(content: bytes, reading: str = "benchmark") -> Image.Image:
     except MemoryError:
         raise
     except Exception as error:  # as above
-        said = "no format that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
+        why = "no format that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
         raise DataError(
-            f"can't read a picture of {len(content):,} bytes ({said}); it is damaged or no picture: take another"
+            f"can't read a picture of {len(content):,} bytes ({why}); it is damaged or no picture: take another"
         ) from error
 
 
