@@ -22,7 +22,7 @@ from typing import Any
 import pluggy
 
 from promptmix import hookspecs
-from promptmix.errors import PluginError, UserError
+from promptmix.errors import PluginError, UserError, words_of
 from promptmix.registry import REGISTRIES, add_marked, closest, marked_classes
 
 __all__ = [
@@ -326,7 +326,7 @@ def _add(manager: pluggy.PluginManager, load: Callable[[], Any], name: str, abou
             sys.modules.pop(name, None)
         if isinstance(error, (KeyboardInterrupt, GeneratorExit)):
             raise
-        words = f"{type(error).__name__}: {error}" if not isinstance(error, UserError) else str(error)
+        words = f"{type(error).__name__}: {words_of(error)}" if not isinstance(error, UserError) else str(error)
         words = _moved(error) or words
         if isinstance(error, SystemExit):
             words = f"it ended the process (SystemExit: {error.code})"
@@ -339,7 +339,7 @@ def _add(manager: pluggy.PluginManager, load: Callable[[], Any], name: str, abou
 
 def _moved(error: BaseException) -> str:
     """Say in words what to import instead of what ``error`` did not find; "" where it is not a name of ours that moved."""
-    lacking = re.match(r"cannot import name '(\w+)' from '(promptmix[\w.]*)'", str(error))
+    lacking = re.match(r"cannot import name '(\w+)' from '(promptmix[\w.]*)'", words_of(error))
     module, name = (lacking.group(2), lacking.group(1)) if lacking else (getattr(error, "name", None) or "", "")
     if not isinstance(error, ImportError) or not module.startswith("promptmix"):
         return ""

@@ -41,6 +41,10 @@ def fails(capsys, command, *words, code=2):
         (HOOK + "@hookimpl\ndef register_routers(registry): registry.register(42)\n", ["registration failed", "AttributeError"]),
         (HOOK + "@hookimpl\ndef register_routers(registry): exit(1)\n", ["registration failed", "ended the process"]),
         (
+            "class Mute(Exception):\n    def __str__(self): return 1 / 0\nraise Mute\n",
+            ["import failed (Mute:)"],
+        ),
+        (
             HOOK + "class TopK: ...\n@hookimpl\ndef register_routers(registry): registry.register(TopK)\n",
             ["'TopK' is registered already by promptmix.plugins.router.topk", "broken.py"],
         ),

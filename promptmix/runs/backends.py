@@ -24,7 +24,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from promptmix.errors import UserError
+from promptmix.errors import UserError, words_of
 from promptmix.files.links import open_own
 from promptmix.files.text import counted
 from promptmix.parallel import launch
@@ -145,7 +145,7 @@ def work(job: Job, threads: int, command: Sequence[str] = (), divided: bool = Fa
             report.parent.mkdir(parents=True, exist_ok=True)
             with open_own(report) as file:
                 file.write(traceback.format_exc())
-        text = " ".join(f"{type(error).__name__}: {error}".split())
+        text = " ".join(f"{type(error).__name__}: {words_of(error)}".split())
         return Outcome(f"{text[:2000]} (traceback in {report})", seconds=time.monotonic() - begin)
     (job.place / "error.txt").unlink(missing_ok=True)
     numbers = {
