@@ -220,11 +220,13 @@ def _trainer(
     return trainer, {"img": pictures.to(world.device), "label": torch.arange(size, device=world.device) % classes}
 
 
-def _numbers(trainer: PromptTrainer, batch: dict[str, Tensor], *, compiled: bool = False, learns: bool = True) -> list[Tensor]:
-    """Return logits, loss and, where it learns, all gradients of a batch, on the CPU."""
+def numbers(
+    trainer: PromptTrainer, batch: dict[str, Tensor], step: CompiledStep | None = None, *, learns: bool = True
+) -> list[Tensor]:
+    """Return logits, loss and, where it learns, all gradients of a batch through ``step`` or an eager one, on the CPU."""
     with trainer.precision.autocast(), torch.set_grad_enabled(learns):
-        if compiled:
-            terms = CompiledStep(trainer.model, ()).loss(batch["img"], batch["label"])
+        if step is not None:
+            terms = step.loss(batch["img"], batch["label"])
         else:
             terms = trainer.model.loss(trainer.model.step(batch["img"], batch["label"]))
     if not learns:
@@ -243,20 +245,21 @@ def _agrees(here: World, cpu: World, method: str, way: str) -> Check:
     convolutions = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False  # which PyTorch allows by default, so that fp32 is not fp32 in the first layer
     try:
-        expected = _numbers(*_trainer(cpu, method, _CHECKED_CLASSES), learns=learns)
+        expected = numbers(*_trainer(cpu, method, _CHECKED_CLASSES), learns=learns)
         trainer, batch = _trainer(here, method, _CHECKED_CLASSES, *_OPTS[way])
-        found = _numbers(trainer, batch, compiled=way.startswith("compiled"), learns=learns)
+        step = CompiledStep(trainer.model, ()) if way.startswith("compiled") else None
+        found = numbers(trainer, batch, step, learns=learns)
     except ConfigError as error:
         return Check(name, None, str(error))
     except Exception as error:  # whatever a device or a compiler raises is an answer
         return Check(name, False, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
     finally:
         torch.backends.cudnn.allow_tf32 = convolutions
-    off = max(_distance(a, b) for a, b in zip(expected, found, strict=True))
+    off = max(distance(a, b) for a, b in zip(expected, found, strict=True))
     return Check(name, off <= TOLERANCES[way], f"largest difference {off:.1e}, allowed {TOLERANCES[way]:.0e}")
 
 
-def _distance(expected: Tensor, found: Tensor) -> float:
+def distance(expected: Tensor, found: Tensor) -> float:
     """Return the largest difference over the largest number; infinite where something is not finite."""
     if not expected.numel():
         return 0.0
@@ -275,7 +278,7 @@ def _repeats(here: World, method: str) -> Check:
         return Check(name, False, str(error).strip().splitlines()[0])
     finally:
         use_repeatable_kernels(False)
-    off = max(_distance(a, b) for a, b in zip(first, second, strict=True))
+    off = max(distance(a, b) for a, b in zip(first, second, strict=True))
     return Check(name, all(map(torch.equal, first, second)), f"largest difference {off:.1e}")
 
 

@@ -32,8 +32,9 @@ EVALUATIONS = ("CoOp:100:100", "CoCoOp:4:100")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags; sizes carry the suite they belong to in front."""
     add = parser.add_argument
-    choices = (*SUITES, "all", "show", "compare", "ci", "scaling", "kill", "gpu", "estimate", "scale")
+    choices = (*SUITES, "all", "show", "compare", "ci", "scaling", "kill", "gpu", "graphs", "estimate", "scale")
     about = "suite; show, compare: JSON files; ci: count and compare with the record; scaling: time and memory over sizes; "
+    about += "graphs: what a compiled step captures, and with --also compiled what the compiler makes of it; "
     about += (
         "kill: runs killed at random moments against unbroken ones; gpu: whether a GPU computes what a CPU does, and how fast; "
         "estimate: what `promptmix estimate` says of a step of every method, against what it took, added to --json; "
@@ -42,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("suite", nargs="?", choices=choices, default="text", help=about)
     add("files", nargs="*", metavar="FILE", help="show: JSON files; compare: the old and the new one")
     add("--backbone", default="ViT-B/16", help="its architecture is used with random weights")
-    add("--classes", type=int, default=100, help="text, references: C, class names of 1 to 4 words and a number")
+    add("--classes", type=int, default=100, help="text, references, graphs: C, class names of 1 to 4 words and a number")
     add("--threads", type=int, default=1, help="CPU threads; one thread disturbs the ratio least on a busy machine")
     add("--repeats", type=int, default=2, help="timed rounds, plain, ours, plain, ours; the fastest counts; 0 only counts")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
@@ -64,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         choices=("bf16", "compiled"),
         default=[],
-        help="step: our ways again, under autocast or torch.compile",
+        help="step: our ways again, under autocast or torch.compile; graphs: compiled",
     )
     shown = "run, kill: methods; those of kill need a tiny.yaml"
     add("--methods", "--trainer", nargs="+", default=["CoOp", "MoCoOp"], metavar="NAME", help=shown)
@@ -76,7 +77,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="kill: of the moments and settings")
     add("--minutes", type=float, default=8.0, help="gpu: after which what still runs is cut off, and what is left is named")
     gpu = ("CoOp", "CoCoOp", "MoCoOp", "MaPLe", "PromptSRC")
-    add("--gpu-methods", nargs="+", default=list(gpu), metavar="NAME", help=f"gpu: what is measured; default {' '.join(gpu)}")
+    add(
+        "--gpu-methods",
+        nargs="+",
+        default=list(gpu),
+        metavar="NAME",
+        help=f"gpu, graphs: what is measured; default {' '.join(gpu)}",
+    )
     add("--gpu-classes", type=int, nargs="*", default=[100, 1000], metavar="C", help="gpu: classes of the timed steps")
     add("--no-others", action="store_true", help="gpu: leave out two steps of every other method")
 
@@ -85,7 +92,8 @@ def run(args: argparse.Namespace) -> int:
     """Measure and print, or compare.
 
     Returns:
-        0, or 1 where ``ci`` found a count that grew, ``kill`` a run that came out differently, or ``gpu`` a wrong number.
+        0, or 1 where ``ci`` found a count that grew, ``kill`` a run that came out differently, or ``gpu`` and ``graphs`` wrong
+        numbers.
     """
     if args.suite == "compare":
         return _compare(args)
@@ -113,6 +121,8 @@ def run(args: argparse.Namespace) -> int:
             return kill.run(args, Path(folder))
         if args.suite == "gpu":
             return _gpu(args, Path(folder))
+        if args.suite == "graphs":
+            return _graphs(args, Path(folder))
         if args.suite == "estimate":
             return _estimate(args, Path(folder))
         if args.suite == "scale":
@@ -184,6 +194,16 @@ def _gpu(args: argparse.Namespace, folder: Path) -> int:
     if args.json:
         report.write_record(args, gpu.as_json(result), args.json)
     return int(bool(result.failed))
+
+
+def _graphs(args: argparse.Namespace, folder: Path) -> int:
+    from promptmix.bench import graphs
+    from promptmix.bench.world import World, silenced
+
+    with silenced():
+        found = graphs.run(World(args.backbone, folder, args.device), args)
+    sys.stdout.write(graphs.table(found) + "\n")
+    return int(any(graphs.is_wrong(one) for one in found))
 
 
 def _estimate(args: argparse.Namespace, folder: Path) -> int:

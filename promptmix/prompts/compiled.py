@@ -7,7 +7,7 @@ can replay it. Numbers are the eager step's up to rounding.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -61,15 +61,23 @@ class CompiledStep:
         optimizers: of its tensors.
         clip_norm: largest norm of the gradients; 0 leaves them as they are.
         cuda_graph: replay the graphs by CUDA, which launches them at once.
+        backend: takes the graphs of the loss in the place of PyTorch's compiler.
     """
 
     def __init__(
-        self, model: PromptLearner, optimizers: Sequence[Optimizer], clip_norm: float = 0.0, *, cuda_graph: bool = False
+        self,
+        model: PromptLearner,
+        optimizers: Sequence[Optimizer],
+        clip_norm: float = 0.0,
+        *,
+        cuda_graph: bool = False,
+        backend: Callable[..., Any] | None = None,
     ) -> None:
         self._model, self._optimizers, self._cuda_graph = model, optimizers, cuda_graph
         model.sparse_experts = False
         mode = "reduce-overhead" if cuda_graph else None
-        self._forward = torch.compile(self._terms, fullgraph=True, dynamic=False, mode=mode)
+        given: dict[str, Any] = {} if backend is None else {"backend": backend}
+        self._forward = torch.compile(self._terms, fullgraph=True, dynamic=False, mode=mode, **given)
         self._started = False
         # Optimizers leave the graph before and after their work, on purpose; what lies between is one graph.
         self._update = torch.compile(self._step_all, dynamic=False, mode=mode)

@@ -51,14 +51,14 @@ def test_a_cpu_agrees_with_itself_and_is_no_gpu(args, tmp_path):
 
 
 def test_wrong_numbers_fail_and_what_is_left_out_is_named(args, tmp_path, monkeypatch):
-    numbers, given = gpu._numbers, []
+    numbers, given = gpu.numbers, []
 
-    def wrong(trainer, batch, **_):
+    def wrong(trainer, batch, *_, **__):
         given.append(trainer)
         found = numbers(trainer, batch)
         return [part + 0.1 * len(given) for part in found]
 
-    monkeypatch.setattr(gpu, "_numbers", wrong)
+    monkeypatch.setattr(gpu, "numbers", wrong)
     monkeypatch.setattr(gpu, "TOLERANCES", {"fp32": 1e-3})
     plan = list(gpu._plan(*(gpu.World("tiny-vit", tmp_path, "cpu") for _ in range(2)), args))
     assert plan[0][0][1]().passed is False
@@ -105,8 +105,8 @@ def test_what_would_not_fit_is_not_begun(tmp_path, monkeypatch):
 
 
 def test_numbers_that_are_not_finite_are_far_off():
-    assert gpu._distance(torch.ones(2), torch.tensor([1.0, float("nan")])) == float("inf")
-    assert gpu._distance(torch.ones(0), torch.ones(0)) == 0
+    assert gpu.distance(torch.ones(2), torch.tensor([1.0, float("nan")])) == float("inf")
+    assert gpu.distance(torch.ones(0), torch.ones(0)) == 0
 
 
 def test_a_bare_checkout_names_all_packages_it_needs():
