@@ -81,6 +81,7 @@ def room(tmp_path_factory):
     folder = tmp_path_factory.mktemp("toy")
     toy.draw(folder / "toy")
     toy.write_backbone(folder / "clip.safetensors")
+    toy.write_backbone(folder / "flat.safetensors", layers=3)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(DATASET_REGISTRY._entries, "ToyPictures", toy.ToyPictures)
         yield folder

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import gc
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import torch
 
 from promptmix.config import get_cfg, merge_file, merge_opts, validate
-from promptmix.engine import load_checkpoint
+from promptmix.engine import load_checkpoint, set_random_seed
 from promptmix.errors import UserError
 from promptmix.plugin_manager import get_plugin_manager
 from promptmix.registry import TRAINER_REGISTRY
@@ -36,18 +36,57 @@ def learned_tensors(trainer):
     return {f"{model}.{name}": p for model, module in trainer._models.items() for name, p in module.named_parameters()}
 
 
+@dataclass(frozen=True)
+class Begun:
+    """What a trainer says before and after its first step, and when it saves itself."""
+
+    first_scores: torch.Tensor
+    is_held: bool
+    loss: float = 0.0
+    folder: Path = Path()
+    state: set[str] = field(default_factory=set)
+    learned: dict[str, torch.Tensor] = field(default_factory=dict)
+    scores: torch.Tensor | None = None
+
+
+@pytest.fixture(scope="module")
+def begun(room, tmp_path_factory):
+    """Return a function that builds a method, trains it for a step and saves it, once."""
+    folder, made = tmp_path_factory.mktemp("saved"), {}
+
+    def learn(name):
+        trainer = toy_trainer(room, name)
+        said = {"first_scores": scores(trainer)}
+        if name in LEARNED:
+            said["loss"] = first_step(trainer)["loss"].item()
+            trainer.save_model(0, str(folder / name))
+            parts = getattr(trainer.model, "components", ())
+            taken = {id(buffer) for part in parts if part.needs_preparing for buffer in part.buffers()}
+            taken |= {id(getattr(part, name)) for part in parts for name in part.sized_by_data}
+            state = {key for key, _ in trainer.model.named_parameters()}
+            state |= {key for key, buffer in trainer.model.named_buffers() if id(buffer) in taken}
+            learned = {key: tensor.detach().clone() for key, tensor in learned_tensors(trainer).items()}
+            said |= {"folder": folder / name, "state": state, "learned": learned, "scores": scores(trainer)}
+        return weakref.ref(trainer), said
+
+    def begin(name):
+        if name not in made:
+            kept, said = learn(name)
+            if kept() is not None:
+                gc.collect()
+            made[name] = Begun(is_held=kept() is not None, **said)
+        return made[name]
+
+    return begin
+
+
 @pytest.mark.parametrize("name", TRAINERS)
-def test_builds_from_its_defaults_and_scores_every_class(room, name):
-    trainer = toy_trainer(room, name)
-    found = scores(trainer)
+def test_builds_from_its_defaults_and_scores_every_class(name, begun):
+    found = begun(name).first_scores
     assert found.shape == (2 * BASE, BASE)
     assert found.dtype == torch.float32
     assert found.isfinite().all()
-    kept = weakref.ref(trainer)
-    del trainer
-    if kept() is not None:
-        gc.collect()
-    assert kept() is None, "something keeps each trainer that was ever built"
+    assert not begun(name).is_held, "something keeps each trainer that was ever built"
 
 
 @pytest.mark.parametrize("name", LEARNED)
@@ -72,46 +111,15 @@ def test_every_learned_tensor_and_no_other_gets_a_gradient(room, name):
 
 
 @pytest.mark.parametrize("name", LEARNED)
-def test_same_seed_same_loss(room, name):
-    losses = [first_step(toy_trainer(room, name, seed=3))["loss"].item() for _ in range(2)]
-    assert losses[0] == losses[1]
-
-
-@dataclass(frozen=True)
-class Saved:
-    """What a trainer was when it saved itself after its first step."""
-
-    folder: Path
-    state: set[str]
-    learned: dict[str, torch.Tensor]
-    scores: torch.Tensor
-
-
-@pytest.fixture(scope="module")
-def saved(room, tmp_path_factory):
-    """Return a function that trains a method for a step and saves it, once."""
-    folder, made = tmp_path_factory.mktemp("saved"), {}
-
-    def save(name):
-        if name not in made:
-            trainer = toy_trainer(room, name)
-            first_step(trainer)
-            trainer.save_model(0, str(folder / name))
-            parts = getattr(trainer.model, "components", ())
-            taken = {id(buffer) for part in parts if part.needs_preparing for buffer in part.buffers()}
-            taken |= {id(getattr(part, name)) for part in parts for name in part.sized_by_data}
-            state = {key for key, _ in trainer.model.named_parameters()}
-            state |= {key for key, buffer in trainer.model.named_buffers() if id(buffer) in taken}
-            learned = {key: tensor.detach().clone() for key, tensor in learned_tensors(trainer).items()}
-            made[name] = Saved(folder / name, state, learned, scores(trainer))
-        return made[name]
-
-    return save
+def test_same_seed_same_scores_and_loss(room, name, begun):
+    trainer = toy_trainer(room, name)
+    assert torch.equal(scores(trainer), begun(name).first_scores)
+    assert first_step(trainer)["loss"].item() == begun(name).loss
 
 
 @pytest.mark.parametrize("name", LEARNED)
-def test_checkpoint_holds_what_was_learned_and_nothing_else(room, name, saved):
-    before = saved(name)
+def test_checkpoint_holds_what_was_learned_and_nothing_else(room, name, begun):
+    before = begun(name)
     assert set(load_checkpoint(before.folder / "prompt_learner" / "model.pth.tar-1")["state_dict"]) == before.state
     other = toy_trainer(room, name, seed=2)
     other.load_model(str(before.folder), epoch=1)
@@ -119,8 +127,8 @@ def test_checkpoint_holds_what_was_learned_and_nothing_else(room, name, saved):
 
 
 @pytest.mark.parametrize("name", sorted(set(LEARNED) - CLASS_SPECIFIC))
-def test_base_checkpoint_evaluates_on_new_classes(room, name, saved):
-    before = saved(name)
+def test_base_checkpoint_evaluates_on_new_classes(room, name, begun):
+    before = begun(name)
     new = toy_trainer(room, name, classes="new", seed=2)
     new.load_model(str(before.folder), epoch=1)
     assert scores(new).shape == (2 * NEW, NEW)
@@ -130,13 +138,11 @@ def test_base_checkpoint_evaluates_on_new_classes(room, name, saved):
 
 
 @pytest.mark.parametrize("name", sorted(CLASS_SPECIFIC))
-def test_what_belongs_to_classes_refuses_others(room, name, tmp_path):
-    trainer = toy_trainer(room, name)
-    assert trainer.model.class_specific and trainer.model.per_class
-    first_step(trainer)
-    trainer.save_model(0, str(tmp_path))
+def test_what_belongs_to_classes_refuses_others(room, name, begun):
+    new = toy_trainer(room, name, classes="new")
+    assert new.model.class_specific and new.model.per_class
     with pytest.raises(UserError):
-        toy_trainer(room, name, classes="new").load_model(str(tmp_path), epoch=1)
+        new.load_model(str(begun(name).folder), epoch=1)
 
 
 @pytest.mark.parametrize(("name", "option"), [("CoOp", "TRAINER.COOP.CSC"), ("Mixture", "PROMPT_BANK.SOFT.CSC")])
@@ -171,6 +177,7 @@ def test_tiny_config_runs_on_the_embedded_backbone(room, name):
     plain = {"MODEL.BACKBONE.WEIGHTS": "", "MODEL.BACKBONE.PRETRAINED": False}
     merge_opts(cfg, [part for pair in {**ours, **plain}.items() for part in pair], source="the test")
     validate(cfg)
+    set_random_seed(1)
     trainer = TRAINER_REGISTRY.get(name)(cfg)
     assert scores(trainer).isfinite().all()
     if name in LEARNED:

@@ -8,7 +8,7 @@ import torch
 from promptmix.config import merge_opts, validate
 from promptmix.engine import build_trainer
 from promptmix.errors import ConfigError
-from tests.trainers.toy import first_step, scores, toy_cfg, toy_trainer
+from tests.trainers.toy import first_step, scores, three_layers, toy_cfg, toy_trainer
 
 VISUAL = ["VPT", "IVLP", "MaPLe", "PromptSRC", "MPL", "PMPO"]
 EMBEDDED = ("MODEL.BACKBONE.NAME", "tiny-en", "MODEL.BACKBONE.WEIGHTS", "", "MODEL.BACKBONE.PRETRAINED", False)
@@ -112,11 +112,11 @@ def test_bf16_stays_near_fp32(room, trainer):
     assert first_step(toy_trainer(room, trainer, "TRAINER.PREC", "bf16"))["loss"].isfinite()
 
 
-@pytest.mark.parametrize("interrupted", [1, 2])
-def test_average_of_weights_survives_a_resume(room, tmp_path, interrupted):
+def test_average_of_weights_survives_a_resume(room, tmp_path):
     """An interrupted run ends at the very weights of one that ran through, which are the average and not the last ones."""
     settings = ("TRAINER.PROMPTSRC.GPA_MEAN", 2, "OPTIM.MAX_EPOCH", 3, "OPTIM.LR_SCHEDULER", "cosine", "TEST.NO_TEST", True)
-    settings += ("TRAIN.CHECKPOINT_FREQ", 1, "DATALOADER.TRAIN_X.SAMPLER", "SequentialSampler")
+    settings += ("TRAIN.CHECKPOINT_FREQ", 1, "DATALOADER.TRAIN_X.SAMPLER", "SequentialSampler", *three_layers(room))
+    settings += ("TRAINER.PROMPTSRC.PROMPT_DEPTH_TEXT", 2, "TRAINER.PROMPTSRC.PROMPT_DEPTH_VISION", 2)
 
     def run(folder, epochs):
         trainer = toy_trainer(room, "PromptSRC", *settings, "OUTPUT_DIR", str(tmp_path / folder))
@@ -135,7 +135,8 @@ def test_average_of_weights_survives_a_resume(room, tmp_path, interrupted):
         return dict(trainer.model.named_parameters()), last
 
     through, last = run("through", 3)
-    run("resumed", interrupted)
-    resumed, _ = run("resumed", 3)
-    assert all(torch.equal(value, through[name]) for name, value in resumed.items())
+    for stop in (1, 2):
+        run(f"resumed {stop}", stop)
+        resumed, _ = run(f"resumed {stop}", 3)
+        assert all(torch.equal(value, through[name]) for name, value in resumed.items())
     assert not any(torch.equal(value, last[name]) for name, value in through.items())

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 import promptmix.engine.trainer
 import promptmix.prompts.trainer
 from tests.trainers.test_all import TRAINERS
-from tests.trainers.toy import shallow, toy_trainer
+from tests.trainers.toy import three_layers, toy_trainer
 
 #: PyTorch 2.6 asks the GPU's driver while it follows tensors without numbers, and ends the process where there is none.
 pytestmark = pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="PyTorch 2.6 has no stand-in of a GPU")
@@ -26,8 +26,12 @@ METHODS = (
     *("CoOp", "CoCoOp", "MoCoOp", "MoPD", "MaPLe", "ProGrad", "GMoP", "PLOT", "GalLoP"),
     *("TCP", "MMA", "CLIPLoRA", "PCB", "TaskRes", "TipAdapterF"),
 )
-#: They change layers further up than the second.
-DEEP = ("MaPLe", "TCP", "MMA", "CLIPLoRA")
+#: What they change lies in the first layers.
+LOW = {
+    "MaPLe": ("TRAINER.MAPLE.PROMPT_DEPTH", 2),
+    "TCP": ("TRAINER.TCP.LAYER", 1),
+    "MMA": ("TRAINER.MMA.ADAPTER_START", 2, "TRAINER.MMA.ADAPTER_END", 3),
+}
 #: They ask for numbers while they are built or route: names that a checkpoint keeps as bytes, clusters of tokens.
 APART = ("PromptKD", "TRIP")
 #: Methods that wait for the device in each training step, and for what.
@@ -110,9 +114,7 @@ def gpu(monkeypatch):
 @pytest.mark.parametrize("name", [n for n in TRAINERS if n not in APART] if "EVERY_METHOD" in os.environ else METHODS)
 def test_a_step_stays_on_the_device_and_does_not_wait_for_it(room, name, gpu):
     stand_in, trainers = gpu
-    trainer = toy_trainer(room, name)
-    if name not in DEEP:
-        shallow(trainer)
+    trainer = toy_trainer(room, name, *three_layers(room), *LOW.get(name, ()))
     trainers.append(trainer)
     trainer.set_model_mode("train")
     trainer.model.before_training()

@@ -9,19 +9,21 @@ import torch
 
 import promptmix
 from promptmix.config import validate
-from promptmix.cost.estimate import estimate
+from promptmix.cost.estimate import step_gflops
 from promptmix.errors import CheckpointError, ConfigError, DataError
 from promptmix.prompts.teachers import ClassVectors
 from promptmix.runs.run import run
 from tests.dassl.test_model_dir import write_theirs
-from tests.trainers.toy import CLASSES, first_step, scores, toy_cfg, toy_trainer, write_backbone
+from tests.trainers.toy import CLASSES, first_step, scores, three_layers, toy_cfg, toy_trainer, write_backbone
 
 VIEWS = ("DATALOADER.K_TRANSFORMS", 2, "INPUT.TRANSFORMS", ("randaugment", "normalize"))
+LOW = ("TRAINER.COPROMPT.PROMPT_DEPTH", 2)
 
 
-def trained(room, folder, name, *settings, stop_after=0, epochs=3):
+def trained(room, folder, name, *settings, stop_after=0, epochs=2):
     """Train and return the learned tensors and buffers; with ``stop_after`` an interrupted run is resumed by a second one."""
     always = ("OPTIM.MAX_EPOCH", epochs, "TEST.NO_TEST", True, "TRAIN.CHECKPOINT_FREQ", 1, "OUTPUT_DIR", str(folder))
+    settings = (*three_layers(room), *settings)
     trainer = toy_trainer(room, name, *always, *settings)
     if stop_after:
 
@@ -43,16 +45,18 @@ def same(one, other):
 
 
 def test_two_views_and_drawn_sentences_resume_bitwise(room, tmp_path):
-    through = trained(room, tmp_path / "through", "CoPrompt", *VIEWS)
-    assert same(through, trained(room, tmp_path / "resumed", "CoPrompt", *VIEWS, stop_after=2))
-    assert not same(through, trained(room, tmp_path / "one", "CoPrompt", *VIEWS[2:]))
+    through = trained(room, tmp_path / "through", "CoPrompt", *LOW, *VIEWS)
+    assert same(through, trained(room, tmp_path / "resumed", "CoPrompt", *LOW, *VIEWS, stop_after=1))
+    assert not same(through, trained(room, tmp_path / "one", "CoPrompt", *LOW, *VIEWS[2:]))
 
 
 @pytest.mark.parametrize("name", ["LwEIB", "MMRL", "MMRLpp"])
 def test_an_interrupted_training_ends_with_the_same_tensors(room, tmp_path, name):
-    small = ("TRAINER.LWEIB.NEG_SAMPLING_RATIO", 1, "DATALOADER.TRAIN_X.BATCH_SIZE", 2) if name == "LwEIB" else ()
+    small = (f"TRAINER.{name.upper()}.REP_LAYERS", (2, 3))
+    if name == "LwEIB":
+        small = ("TRAINER.LWEIB.NEG_SAMPLING_RATIO", 1, "TRAINER.LWEIB.ADAPTER_END", 3, "DATALOADER.TRAIN_X.BATCH_SIZE", 2)
     through = trained(room, tmp_path / "through", name, *small)
-    assert same(through, trained(room, tmp_path / "resumed", name, *small, stop_after=2))
+    assert same(through, trained(room, tmp_path / "resumed", name, *small, stop_after=1))
 
 
 def test_the_second_view_is_the_frozen_towers(room):
@@ -68,7 +72,7 @@ def test_the_second_view_is_the_frozen_towers(room):
 
 def test_hicropl_resumes_bitwise_in_both_readings(room, tmp_path):
     small = [f"TRAINER.HICROPL.{key}" for key in ("N_CTX", "PROMPT_DEPTH", "CROSS_LAYER")]
-    small = [part for pair in zip(small, (2, 4, 2), strict=True) for part in pair]
+    small = [part for pair in zip(small, (2, 3, 2), strict=True) for part in pair]
     ends = {}
     for mapping in ("learned", "written"):
         settings = (*small, "TRAINER.HICROPL.MAPPING", mapping, "TEST.FINAL_MODEL", "best_val", "TEST.NO_TEST", False)
@@ -127,7 +131,7 @@ def test_sentences_are_for_training_alone(room, tmp_path):
 def teacher(room, tmp_path_factory):
     """A finished run of IVLP on a backbone of another width, all classes."""
     folder = tmp_path_factory.mktemp("teacher")
-    weights = write_backbone(folder / "clip.safetensors", width=96)
+    weights = write_backbone(folder / "clip.safetensors", width=96, layers=3)
     depth = ("TRAINER.IVLP.PROMPT_DEPTH_VISION", 2, "TRAINER.IVLP.PROMPT_DEPTH_TEXT", 2)
     settings = ("OUTPUT_DIR", str(folder / "run"), "OPTIM.MAX_EPOCH", 1, "MODEL.BACKBONE.WEIGHTS", str(weights), *depth)
     run(toy_cfg(room, "IVLP", *settings, classes="all"), quiet=True)
@@ -161,9 +165,9 @@ def test_a_student_of_a_run_resumes_bitwise_and_needs_no_teacher_afterwards(room
     assert torch.equal(vectors.vectors, through["bank.vectors"])
 
     for classes in ("base", "new"):
-        alone = toy_trainer(room, "PromptKD", *SMALL[:2], classes=classes)  # no teacher is named
+        alone = toy_trainer(room, "PromptKD", *SMALL[:2], *three_layers(room), classes=classes)  # no teacher is named
         alone.load_model(str(tmp_path / "through"))
-        taught = toy_trainer(room, "PromptKD", *SMALL[:2], *teacher, classes=classes)
+        taught = toy_trainer(room, "PromptKD", *SMALL[:2], *three_layers(room), *teacher, classes=classes)
         taught.load_model(str(tmp_path / "through"))
         assert torch.allclose(scores(alone), scores(taught), atol=1e-5)
     task = alone._task()
@@ -232,5 +236,5 @@ def test_teachers_that_can_not_teach_are_refused(room, tmp_path, teacher):
 
 
 def test_a_students_step_is_counted_with_its_teacher(room, teacher):
-    plain, taught = (estimate(toy_trainer(room, "PromptKD", *SMALL, *more)).step_gflops for more in ((), teacher))
+    plain, taught = (step_gflops(toy_trainer(room, "PromptKD", *SMALL, *three_layers(room), *more)) for more in ((), teacher))
     assert taught > 1.2 * plain

@@ -22,7 +22,7 @@ from promptmix.prompts.heads import Cosine
 from promptmix.prompts.learner import Learner
 from promptmix.runs.run import run
 from tests.trainers.golden import FOLDER, close, compare, golden_clip, golden_task, images, labels, numbers, seeded, set_learned
-from tests.trainers.toy import first_step, scores, toy_cfg, toy_trainer
+from tests.trainers.toy import first_step, scores, three_layers, toy_cfg, toy_trainer
 
 SUBNET = json.loads((FOLDER / "dpl_subnet.json").read_text())
 DEFAULT = ("a photo of a {}.",)
@@ -168,7 +168,7 @@ SMALL = ("TRAINER.DPLSEARCH.N_CTX_VISION", 2, "TRAINER.DPLSEARCH.N_CTX_TEXT", 3,
 
 def test_alpha_learns_on_val_batches_in_turn_and_before_the_prompts(room):
     """One step of the trainer is that of two optimizers by hand, on the val part's second batch in the second step."""
-    ours, other = (toy_trainer(room, "DPLSearch", *SMALL) for _ in range(2))
+    ours, other = (toy_trainer(room, "DPLSearch", *SMALL, *three_layers(room)) for _ in range(2))
     ours.set_model_mode("train")
     ours.num_batches = 9
     batches = [next(iter(ours.train_loader_x)) for _ in range(2)]
@@ -194,7 +194,9 @@ def test_alpha_learns_on_val_batches_in_turn_and_before_the_prompts(room):
 
 def test_a_search_resumes_to_the_bit_and_needs_val_pictures(room, tmp_path):
     def build(folder):
-        return toy_trainer(room, "DPLSearch", *SMALL, "OPTIM.MAX_EPOCH", 2, "OUTPUT_DIR", str(tmp_path / folder))
+        return toy_trainer(
+            room, "DPLSearch", *SMALL, *three_layers(room), "OPTIM.MAX_EPOCH", 2, "OUTPUT_DIR", str(tmp_path / folder)
+        )
 
     whole = build("whole")
     whole.train()

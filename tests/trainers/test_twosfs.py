@@ -18,7 +18,7 @@ from promptmix.prompts.heads import Cosine
 from promptmix.prompts.learner import Learner
 from promptmix.prompts.stages import Stage, Stages
 from tests.trainers.golden import FOLDER, close, golden_clip, golden_task, images, labels, numbers, seeded
-from tests.trainers.toy import scores, toy_trainer
+from tests.trainers.toy import scores, three_layers, toy_trainer
 
 CASE = "twostage"
 SHAPES = json.loads((FOLDER / f"{CASE}.json").read_text())["learned"]
@@ -154,7 +154,7 @@ def test_training_crosses_the_border_inside_an_epoch_and_resumes_to_the_bit(room
     opts = [*ADAMW, "TRAINER.TWOSFS.PEFT", peft, "OPTIM.MAX_EPOCH", 3, "TRAINER.TWOSFS.FIRST_STAGE", 0.45]
 
     def build(folder):
-        return toy_trainer(room, "TwoSFS", *opts, "OUTPUT_DIR", str(tmp_path / folder))
+        return toy_trainer(room, "TwoSFS", *opts, *three_layers(room), "OUTPUT_DIR", str(tmp_path / folder))
 
     whole = build("whole")
     assert whole.stages.bounds == (0, 4, 9)

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
@@ -13,12 +14,16 @@ from safetensors.torch import save_file
 from promptmix.config import get_cfg, merge_opts, validate
 from promptmix.data import DatasetBase, Datum
 from promptmix.data.fewshot import subsample_classes, unlabeled
+from promptmix.data.templates import IMAGENET_60
 from promptmix.engine import build_trainer, set_random_seed
+from promptmix.registry import TRAINER_REGISTRY
 
 #: Of five classes three are base and two are new, so that a tensor with a class axis can't pass for one without.
 CLASSES = ("barn owl", "pine_tree", "red double decker bus", "cat", "lighthouse")
 PIXELS = 32
 LAYERS = 12  # as in ViT-B/16, so that every default depth fits
+#: Of the 60 templates that these encode, toys take three; the golden cases have all.
+MANY_TEMPLATES = ("PromptSRC", "SurPL", "TRIP")
 
 
 class ToyPictures(DatasetBase):
@@ -55,8 +60,8 @@ def draw(folder: Path) -> None:
                 Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{split}-{label}-{i}.png")
 
 
-def write_backbone(path: Path, width: int = 64) -> Path:
-    """Write random weights of a CLIP of vision transformer form, with one head in each tower."""
+def write_backbone(path: Path, width: int = 64, layers: int = LAYERS) -> Path:
+    """Write random weights of a CLIP of vision transformer form, with ``layers`` in each tower and a head for 64 of its width."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int, std: float | None = None, mean: float = 0.0) -> torch.Tensor:
@@ -82,7 +87,7 @@ def write_backbone(path: Path, width: int = 64) -> Path:
         **norm("ln_final"),
     }
     for tower in ("visual.transformer", "transformer"):
-        for i in range(LAYERS):
+        for i in range(layers):
             block = f"{tower}.resblocks.{i}."
             state |= linear(f"{block}attn.in_proj_", 3 * width, width) | linear(f"{block}attn.out_proj.", width, width)
             state |= linear(f"{block}mlp.c_fc.", 4 * width, width) | linear(f"{block}mlp.c_proj.", width, 4 * width)
@@ -120,13 +125,21 @@ def toy_settings(room: Path, trainer: str) -> dict[str, object]:
     }
 
 
+def three_layers(room: Path) -> tuple[str, str]:
+    """Return the setting of a backbone of three layers, for what depth proves nothing about."""
+    return "MODEL.BACKBONE.WEIGHTS", str(room / "flat.safetensors")
+
+
 def toy_trainer(room: Path, trainer: str, *opts: object, classes: str = "base", seed: int = 1):
     """Return a built trainer, as a seeded run builds it."""
     cfg = toy_cfg(room, trainer, *opts, classes=classes, seed=seed)
     validate(cfg)
     cfg.freeze()
     set_random_seed(seed)
-    return build_trainer(cfg)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in {TRAINER_REGISTRY.get(name).__module__ for name in MANY_TEMPLATES}:
+            patch.setattr(f"{module}.IMAGENET_60", IMAGENET_60[:3])
+        return build_trainer(cfg)
 
 
 def shallow(trainer, layers: int = 2):
