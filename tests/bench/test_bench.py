@@ -23,6 +23,7 @@ from promptmix.registry import DATASET_REGISTRY
 from promptmix.runs import backends
 from promptmix.utils import write_json
 from tests import forked
+from tests.trainers.toy import shallow
 
 RECORD = Path(__file__).resolve().parents[2] / "benchmarks" / "ci_flops.json"
 SMALL = ["--backbone", "tiny-vit", "--repeats", "1", "--device", "cpu"]
@@ -36,6 +37,13 @@ def test_counted_steps_at_full_size_did_not_become_dearer(tmp_path):
     for case in CASES:
         assert counts[case]["gflops"] <= 1.15 * counts[case]["minimum_gflops"]  # the issue's target for CoOp, met by all
     assert counts["CoOp:4:1000"]["live_mb"] < 3 * 1024
+
+
+def small_world(folder, device):
+    """A world of towers of two layers."""
+    world = shallow(World("tiny-vit", folder, device))
+    world._state = {name: value.clone() for name, value in world.clip.state_dict().items()}
+    return world
 
 
 def test_regressions_name_what_grew(tmp_path):
@@ -106,7 +114,7 @@ def test_attention_is_counted_alike_where_it_is_fused():
         ),
         ("step", ["--classes", "6", "--steps", "CoOp:2:6", "CoCoOp:2:6", "--experts", "2", "--also", "bf16"], ["plain", "ours"]),
         ("eval", ["--evaluations", "CoOp:4:6", "CoCoOp:2:6"], ["plain", "ours", "image tower and decoding alone"]),
-        ("data", ["--pictures", "25", "--workers"], ["plain", "ours, cached views"]),
+        ("data", ["--pictures", "8", "--workers"], ["plain", "ours, cached views"]),
     ],
 )
 def test_suites(suite, sizes, ways, tmp_path, capsys):
@@ -115,7 +123,7 @@ def test_suites(suite, sizes, ways, tmp_path, capsys):
     shown = capsys.readouterr().out
     record = json.loads(Path(file).read_text())
     for row in record["results"]:
-        others = row["work"].startswith(("decode ", "25 training pictures at 224 pixels"))
+        others = row["work"].startswith(("decode ", "8 training pictures at 224 pixels"))
         assert list(row["ways"])[: len(ways)] == ways or others
         assert row["work"] in shown
         assert all(cost["seconds"] > 0 and cost["cpu_seconds"] > 0 for cost in row["ways"].values())
@@ -198,13 +206,13 @@ def test_scaling_study_counts_all_and_measures_what_is_small_enough(tmp_path):
     lines = list(sizes(("CoOp", "MoCoOp"), (4, 8), (1, 2), (4,), (2,)))
     lengths = list(sizes(("CoCoOp",), (4,), contexts=(4, 16), batches=()))[1:]  # its initial words would set the length
     with silenced():
-        meta = World("tiny-vit", tmp_path, "meta")
+        meta = small_world(tmp_path, "meta")
         text = study(meta, lines)
         assert "MoCoOp" in text and "2 experts" in text and "extrapolated" in text and "here" not in text
         short, long = (count_step(meta, size.method, size.batch, size.classes, *size.opts)["gflops"] for size in lengths)
         assert long > short
         counts = [float(line.split("|")[4]) for line in text.splitlines()[2:4]]  # of the plain way, with 4 and with 8 classes
-        here = World("tiny-vit", tmp_path, "cpu")
+        here = small_world(tmp_path, "cpu")
         table = [line.split("|") for line in study(meta, lines[:2], here, sum(counts) / 2).splitlines()]
     column = {name.strip(): i for i, name in enumerate(table[0])}
     assert [float(line[column["s here"]]) > 0 for line in table[2:]] == [True, True]
@@ -214,7 +222,7 @@ def test_scaling_study_counts_all_and_measures_what_is_small_enough(tmp_path):
 def test_towers_without_a_mask_are_counted(tmp_path):
     get_plugin_manager()
     with silenced():
-        world = World("tiny-vit", tmp_path, "meta")
+        world = small_world(tmp_path, "meta")
         world.clip.text.attn_mask, world.clip.text.shares_prefix = None, False
         trainer = world.trainer("CoOp", 2)
         assert count(lambda: learn(trainer, world.batch(trainer, 1))).gflops > 0

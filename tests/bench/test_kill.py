@@ -33,7 +33,7 @@ def from_here(monkeypatch):
 @pytest.mark.skipif(os.name == "nt", reason="signals")
 @pytest.mark.parametrize(("command", "method", "workers"), [("train", "PromptSRC", [0, 1]), ("run", "CoOp", [0])])
 def test_killed_runs_end_as_the_unbroken_one(command, method, workers, tmp_path, from_here):
-    args = Namespace(epochs=3, shots=1, threads=1, workers=workers, seed=os.getpid())
+    args = Namespace(epochs=2, shots=1, threads=1, workers=workers, seed=os.getpid())
     trials = list(kill.trials(method, 1, tmp_path, args, command))
     assert sum(len(trial.kills) for trial in trials) == 1
     assert [trial for trial in trials if trial.wrong] == []
@@ -44,7 +44,7 @@ def test_killed_runs_end_as_the_unbroken_one(command, method, workers, tmp_path,
     assert kill._last_words(tmp_path / "told") == ": promptmix: error: no room"
 
     # What the comparison is worth.
-    path = next(broken.rglob("prompt_learner/model.pth.tar-3"))
+    path = next(broken.rglob("prompt_learner/model.pth.tar-2"))
     checkpoint = load_checkpoint(path)
     next(iter(checkpoint["state_dict"].values())).view(-1)[0] += 1e-7
     save_plain(checkpoint, path)
@@ -55,6 +55,6 @@ def test_killed_runs_end_as_the_unbroken_one(command, method, workers, tmp_path,
     (broken / "progress.pth").write_text("")
     (broken.parent / f".{broken.name}.lock").write_text("")
     found = kill.differences(whole, broken)
-    assert [line.split(" ")[0].rpartition("/")[2] for line in found] == ["model.pth.tar-3", "results.json:", "left"]
+    assert [line.split(" ")[0].rpartition("/")[2] for line in found] == ["model.pth.tar-2", "results.json:", "left"]
     assert f"progress.pth, .{broken.name}.lock" in found[-1]
     assert not kill._same(torch.zeros(2), torch.zeros(2).double()) and not kill._same({"a": 1}, {"a": 1.0})

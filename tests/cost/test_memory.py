@@ -93,8 +93,8 @@ def test_all_experts_are_encoded_where_a_loss_needs_them(room, monkeypatch):
 
 
 @cache
-def machine_of_tests():
-    return measure_machine(golden_clip())
+def machine_of_tests(room):
+    return measure_machine(shallow(toy_trainer(room, "CoOp")).clip)
 
 
 #: Towers of two layers suffice where numbers of one way are compared with those of another.
@@ -103,7 +103,7 @@ SHALLOW = {"CoOp": (), "CoCoOp": (), "MoCoOp": (), "MaPLe": ("TRAINER.MAPLE.PROM
 
 @pytest.mark.parametrize("name", SHALLOW)
 def test_estimate_counts_the_step_that_runs(room, name, monkeypatch):
-    monkeypatch.setattr("promptmix.cost.estimate.measure_machine", lambda clip: machine_of_tests())
+    monkeypatch.setattr("promptmix.cost.estimate.measure_machine", lambda clip: machine_of_tests(room))
     trainer = shallow(toy_trainer(room, name, *SHALLOW[name]))
     batch = next(iter(trainer.train_loader_x))
     first_step(trainer)

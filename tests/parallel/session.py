@@ -23,8 +23,8 @@ from tests.trainers import toy
 METHODS: dict[str, tuple[object, ...]] = {
     "CoOp": ("INPUT.TRANSFORMS", ("random_resized_crop", "random_flip", "normalize")),
     "MoCoOp": ("MODEL.CLASS_CHUNK", 2),
-    "MaPLe": ("TRAIN.CLIP_GRAD_NORM", 0.5),
-    "PromptSRC": (),
+    "MaPLe": ("TRAIN.CLIP_GRAD_NORM", 0.5, "TRAINER.MAPLE.PROMPT_DEPTH", 2),
+    "PromptSRC": ("TRAINER.PROMPTSRC.PROMPT_DEPTH_TEXT", 2, "TRAINER.PROMPTSRC.PROMPT_DEPTH_VISION", 2),
     "ProGrad": (),
 }
 TIMEOUT = 60

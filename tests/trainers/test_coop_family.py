@@ -90,7 +90,7 @@ def test_mixture_in_yaml_is_the_method(method):
     batch = next(iter(theirs.train_loader_x))
     for trainer in (theirs, ours):
         trainer.num_batches, trainer.batch_idx = 2, 0
-    for _ in range(3):
+    for _ in range(2):
         expected, found = theirs.forward_backward(batch), ours.forward_backward(batch)
         assert found["loss"].item() == pytest.approx(expected["loss"].item(), rel=1e-6)
     assert list(ours.model.state_dict()) == list(theirs.model.state_dict())
@@ -102,7 +102,7 @@ def test_unpublished_combinations_learn(name):
     batch = next(iter(trainer.train_loader_x))
     trainer.num_batches, trainer.batch_idx = 10, 0
     losses = []
-    for _ in range(5):
+    for _ in range(3):
         trainer.set_model_mode("eval")  # without the noise of a router
         with torch.no_grad():
             losses.append(trainer.model.loss(trainer.model.step(batch["img"], batch["label"])).total.item())

@@ -14,7 +14,7 @@ from promptmix.errors import CheckpointError, ConfigError
 from promptmix.predict import load
 from tests.trainers.toy import scores, toy_trainer
 
-SMALL = ["DATASET.NUM_SHOTS", "2", "OPTIM.MAX_EPOCH", "2", "VERBOSE", "False"]
+SMALL = ["DATASET.NUM_SHOTS", "1", "OPTIM.MAX_EPOCH", "1", "VERBOSE", "False"]
 
 
 def train(name, folder, *opts):
@@ -66,8 +66,8 @@ def test_a_search_needs_val_pictures_and_no_choice_of_epochs(room):
     ("name", "what"), [("TipAdapter", "a cache of pictures"), ("TaskRes", "a residual"), ("LinearProbe", "weights")]
 )
 def test_predicts_its_own_classes_and_refuses_others(tmp_path, name, what):
-    assert train(name, tmp_path / "base") == 0
-    assert list(tmp_path.glob("base/prompt_learner/model.pth.tar-2"))  # the command trains where only prepare() learns
+    assert train(name, tmp_path / "base", "TEST.NO_TEST", "True") == 0
+    assert list(tmp_path.glob("base/prompt_learner/model.pth.tar-1"))  # the command trains where only prepare() learns
     predictor = load(tmp_path / "base")
     picture = torch.rand(64, 64, 3).mul(255).byte().numpy()
 
@@ -76,7 +76,7 @@ def test_predicts_its_own_classes_and_refuses_others(tmp_path, name, what):
     with pytest.raises(CheckpointError, match=f"learned {what} for each of its own"):
         predictor.predict(Image.fromarray(picture), ["one", "two"])
     evaluate = ["train", "--trainer", name, "--config-file", f"configs/trainers/{name}/tiny.yaml", "--eval-only", "--debug"]
-    evaluate += ["--model-dir", str(tmp_path / "base"), "--load-epoch", "2", "--output-dir", str(tmp_path / "new"), *SMALL]
+    evaluate += ["--model-dir", str(tmp_path / "base"), "--load-epoch", "1", "--output-dir", str(tmp_path / "new"), *SMALL]
     with pytest.raises(CheckpointError, match=f"learned {what} for each of its own"):
         main([*evaluate, "DATASET.SUBSAMPLE_CLASSES", "new"])
 
