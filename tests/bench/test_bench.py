@@ -203,7 +203,7 @@ def test_compare_wants_two_files_of_one_suite(tmp_path, capsys):
 
 def test_scaling_study_counts_all_and_measures_what_is_small_enough(tmp_path):
     get_plugin_manager()
-    lines = list(sizes(("CoOp", "MoCoOp"), (4, 8), (1, 2), (4,), (2,)))
+    lines = list(sizes(("CoOp", "MoCoOp"), (4, 24), (1, 2), (4,), (2,)))
     lengths = list(sizes(("CoCoOp",), (4,), contexts=(4, 16), batches=()))[1:]  # its initial words would set the length
     with silenced():
         meta = small_world(tmp_path, "meta")
@@ -211,7 +211,7 @@ def test_scaling_study_counts_all_and_measures_what_is_small_enough(tmp_path):
         assert "MoCoOp" in text and "2 experts" in text and "extrapolated" in text and "here" not in text
         short, long = (count_step(meta, size.method, size.batch, size.classes, *size.opts)["gflops"] for size in lengths)
         assert long > short
-        counts = [float(line.split("|")[4]) for line in text.splitlines()[2:4]]  # of the plain way, with 4 and with 8 classes
+        counts = [float(line.split("|")[4]) for line in text.splitlines()[2:4]]  # of the plain way, with 4 and with 24 classes
         here = small_world(tmp_path, "cpu")
         table = [line.split("|") for line in study(meta, lines[:2], here, sum(counts) / 2).splitlines()]
     column = {name.strip(): i for i, name in enumerate(table[0])}
