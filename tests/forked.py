@@ -6,6 +6,7 @@ starts Python itself (``tests/test_cli.py``, ``tests/test_packaging.py``).
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -156,8 +157,9 @@ def _compile() -> None:
     """Compile what this process has of ours and did not compile before."""
     for name, module in list(sys.modules.items()):
         loader = getattr(module, "__loader__", None)
-        if name.partition(".")[0].startswith(_OURS) and type(loader) is SourceFileLoader and loader.path not in _compiled:
-            _compiled[loader.path] = loader.get_code(name)
+        if name.partition(".")[0] in _OURS and type(loader) is SourceFileLoader and loader.path not in _compiled:
+            with contextlib.suppress(OSError):  # a file of a test that is over
+                _compiled[loader.path] = loader.get_code(name)
 
 
 def _take_compiled() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import promptmix
@@ -25,6 +26,7 @@ from promptmix.data.reading.pictures import quick_problem
 from promptmix.errors import ConfigError, DataError, OutputError
 from promptmix.files.whole import whole
 from promptmix.utils import atomic_write
+from tests import forked
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -368,15 +370,21 @@ def test_what_is_unexpected_is_one_line_with_its_file(monkeypatch, capsys):
 
 
 def test_a_limit_on_the_size_of_files_leaves_nothing(tmp_path):
-    code = (
-        "import resource, sys, torch\nfrom promptmix.errors import OutputError\nfrom promptmix.utils import atomic_write\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
-        "for write in (lambda path: torch.save(torch.zeros(9999), path), lambda path: path.write_bytes(b'x' * 9999)):\n"
-        "    try: atomic_write(sys.argv[1] + '/file', write)\n"
-        "    except OutputError as error: print(error)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, timeout=120, cwd=ROOT)
-    lines = done.stdout.splitlines()
+    def write(_):
+        import resource
+
+        from promptmix.errors import OutputError
+        from promptmix.utils import atomic_write
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+        for write in (lambda path: torch.save(torch.zeros(9999), path), lambda path: path.write_bytes(b"x" * 9999)):
+            try:
+                atomic_write(tmp_path / "file", write)
+            except OutputError as error:
+                print(error)
+        return 0
+
+    lines = forked.run([], work=write).stdout.splitlines()
     assert len(lines) == 2
     assert all("file can't be written" in line for line in lines)
     assert "make room" in lines[0] and "ulimit -f" in lines[1]  # PyTorch tells no cause

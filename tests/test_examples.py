@@ -27,24 +27,6 @@ EXAMPLES = {"promptmix-nearest-router": "router", "promptmix-task-residual": "tr
 QUICK = ["VERBOSE", "False", "OPTIM.MAX_EPOCH", "2", "DATASET.NUM_SHOTS", "2"]
 
 
-def install(sources: list[Path], tmp_path: Path) -> dict[str, str]:
-    """Install packages into a folder of their own and return the environment that sees it."""
-    copies = []
-    for source in sources:  # setuptools builds inside the source folder
-        copies.append(tmp_path / "sources" / source.name)
-        shutil.copytree(source, copies[-1])
-    target = tmp_path / "site"
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--target"]
-    done = subprocess.run(
-        [*command, str(target), *map(str, copies)],
-        env=os.environ | {"PIP_DISABLE_PIP_VERSION_CHECK": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return os.environ | {"PYTHONPATH": os.pathsep.join([str(target), str(ROOT)])}
-
-
 def put_together(words: list[str]) -> int:
     """Build a wheel of each package and lay it into the folder that comes first, which is all that pip does with it."""
     target, *sources = map(Path, words)
@@ -57,6 +39,13 @@ def put_together(words: list[str]) -> int:
     return 0
 
 
+def install(sources: list[Path], tmp_path: Path) -> dict[str, str]:
+    """Install packages into a folder of their own and return the environment that sees it."""
+    done = forked.run([str(tmp_path / "site"), *map(str, sources)], work=put_together)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path / "site"), str(ROOT)])}
+
+
 def promptmix(env: dict[str, str], cwd: Path, *arguments: str) -> str:
     done = forked.run(list(arguments), cwd, env)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -65,7 +54,10 @@ def promptmix(env: dict[str, str], cwd: Path, *arguments: str) -> str:
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory) -> dict[str, str]:
-    return install([ROOT / "examples" / name for name in EXAMPLES], tmp_path_factory.mktemp("examples"))
+    folder = tmp_path_factory.mktemp("examples")
+    for name in EXAMPLES:  # setuptools builds inside the source folder
+        shutil.copytree(ROOT / "examples" / name, folder / name)
+    return install([folder / name for name in EXAMPLES], folder)
 
 
 def results(folder: Path) -> dict:
@@ -90,7 +82,7 @@ def test_example_router_serves_mocoop_from_yaml(installed, tmp_path):
         "TRAINER:\n  NAME: MoCoOp\nROUTER:\n  NAME: NearestRouter\n  NEARESTROUTER:\n    K: 2\n"
     )
     run = ["train", "--config-file", "nearest.yaml", "--seed", "1", "--output-dir", "out", *QUICK]
-    promptmix(installed, tmp_path, *run)
+    promptmix(installed, tmp_path, *run, "INPUT.SIZE", "(32, 32)")
     found = results(tmp_path / "out")
     assert found["config"]["ROUTER"]["NAME"] == "NearestRouter"
     assert found["metrics"]["test"]["accuracy"] > 0
@@ -120,9 +112,7 @@ def test_new_plugins_install_and_run(tmp_path, capsys):
     for kind in KINDS:
         assert main(["new-plugin", f"promptmix-fresh-{kind}", "--kind", kind, "--directory", str(tmp_path / "new")]) == 0
         assert f"Next: pip install -e {tmp_path / 'new' / f'promptmix-fresh-{kind}'}" in capsys.readouterr().out
-    done = forked.run([str(tmp_path / "site"), *map(str, sorted((tmp_path / "new").iterdir()))], work=put_together)
-    assert done.returncode == 0, done.stdout + done.stderr
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path / "site"), str(ROOT)])}
+    env = install(sorted((tmp_path / "new").iterdir()), tmp_path)
     tests = [str(path) for path in (tmp_path / "new").glob("*/tests/test_*.py")]
     assert len(tests) == len(KINDS)
     done = forked.run(["-q", "-p", "no:cacheprovider", *tests], tmp_path, env, pytest.main)

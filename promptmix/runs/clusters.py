@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,20 @@ from promptmix.runs.protocols import Job
 _POLL_SECONDS = 2.0  # between two looks at Slurm's queue
 
 # Ray
+
+#: Shuts Ray down at its end, where several waves of jobs follow each other.
+_held: contextlib.ExitStack | None = None
+
+
+@contextlib.contextmanager
+def ray_stays() -> Iterator[None]:
+    """Shut Ray down at the end of the context and not of each wave of jobs: starting it anew takes seconds."""
+    global _held
+    try:
+        with contextlib.ExitStack() as _held:
+            yield
+    finally:
+        _held = None
 
 
 def on_ray(jobs: Sequence[Job], options: Options, started: Started) -> Generator[tuple[int, Outcome], None, None]:
@@ -35,7 +50,10 @@ def on_ray(jobs: Sequence[Job], options: Options, started: Started) -> Generator
     cores = options.threads * options.devices
     here: dict[str, Any] = {} if options.address else {"num_cpus": options.jobs * cores, "include_dashboard": False}
     try:
-        ray.init(address=options.address or "local", log_to_driver=False, **here)
+        if _held is None or not ray.is_initialized():
+            ray.init(address=options.address or "local", log_to_driver=False, **here)
+            if _held is not None:
+                _held.callback(ray.shutdown)
     except Exception as error:  # of a node that does not start in time Ray raises no kind of its own
         where = f"--address {options.address}" if options.address else "--backend ray"
         remedy = "start Ray there, or leave --address out" if options.address else "try again where less runs, or --backend local"
@@ -60,7 +78,8 @@ def on_ray(jobs: Sequence[Job], options: Options, started: Started) -> Generator
                 outcome = Outcome(" ".join(f"{type(error).__name__}: {error}".split())[:2000])
             yield pending.pop(ref), outcome
     finally:
-        ray.shutdown()  # also ends tasks that still run
+        if _held is None:
+            ray.shutdown()  # also ends tasks that still run
 
 
 # Slurm

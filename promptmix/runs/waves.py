@@ -8,6 +8,7 @@ from statistics import fmean
 
 from promptmix.data.features.reuse import Reuse
 from promptmix.runs.backends import Backend, Options, Outcome, Started
+from promptmix.runs.clusters import ray_stays
 from promptmix.runs.protocols import Job, pieces
 
 Wave = list[tuple[int, Job]]
@@ -27,6 +28,13 @@ def in_waves(
     Yields:
         Index and outcome of each job; of one in pieces after its last wave, with the mean of that wave's numbers.
     """
+    with ray_stays():
+        yield from _waves(backend, jobs, options, started)
+
+
+def _waves(
+    backend: Backend, jobs: Sequence[Job], options: Options, started: Started
+) -> Generator[tuple[int, Outcome], None, None]:
     left, ran = list(range(len(jobs))), set[tuple[int, str]]()
     sums = dict.fromkeys(left, 0.0)
     reuses: dict[int, Reuse] = {}

@@ -80,8 +80,9 @@ def test_every_shipped_config_merges_into_a_tree_of_dassls(room, dassl):
     folder = Path(__file__).resolve().parents[2] / "configs" / "trainers"
     files = [file for file in folder.glob("*/*.yaml") if not file.name.startswith("_")]
     assert len(files) > 50
+    tree = cfg.clone()
     for file in [*files, folder / "CoOp" / "vit_b16_ep50.yaml"]:  # the last is a name in a table
-        cfg.clone().merge_from_file(str(file))
+        tree.merge_from_file(str(file))
     tree = cfg.clone()
     tree.merge_from_file(str(folder / "PromptSRC" / "base_to_new.yaml"))
     assert tree.TRAINER.PROMPTSRC.GPA_MEAN == 15.0 and tree.OPTIM.LR != cfg.OPTIM.LR
