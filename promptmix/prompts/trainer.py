@@ -33,6 +33,7 @@ from promptmix.engine.resume import from_streams
 from promptmix.errors import CheckpointError, ConfigError, PluginError, SettingError
 from promptmix.prompts.average import GaussianAverage
 from promptmix.prompts.compiled import CompiledStep, check_step, compiled_step
+from promptmix.prompts.kept import kept_of
 from promptmix.prompts.learner import LossTerms, PromptLearner
 from promptmix.prompts.roles import LossSum, PromptBank, Routing, Task, build_component, build_losses
 from promptmix.prompts.stages import Stage, Stages
@@ -242,12 +243,11 @@ class PromptTrainer(TrainerX):
             self.train_loader_x = cache_views(
                 self.train_loader_x,
                 min(views, epochs),
-                self._encode_frozen,
+                kept_of(self),
                 self.cfg,
                 self._feature_cache(),
                 self.clip.image,
                 draws_between=int(validates),
-                kind=self.model.feature_kind,
             )
 
     @torch.no_grad()
@@ -292,7 +292,7 @@ class PromptTrainer(TrainerX):
         part = "val" if (split or self.cfg.TEST.SPLIT) == "val" and self.val_loader is not None else "test"
         loader = getattr(self, f"{part}_loader")
         if cache is not None:
-            found = feature_loader(loader, self._encode_frozen, self.cfg, cache, self.clip.image, part, self.model.feature_kind)
+            found = feature_loader(loader, kept_of(self), self.cfg, cache, self.clip.image, part)
             setattr(self, f"{part}_loader", found or loader)
         try:
             yield

@@ -13,6 +13,7 @@ import torch
 from promptmix.data.features import rows
 from promptmix.data.features.cache import FeatureCache
 from promptmix.data.features.reuse import Reuse, awaited, reused
+from promptmix.prompts.kept import kept_of
 from tests.trainers.toy import toy_trainer
 
 
@@ -26,7 +27,7 @@ def ask(room, tmp_path):
         whole = torch.cat([encode(batch["img"]) for batch in trainer.test_loader])
         before = reused()
         cache = FeatureCache(tmp_path / "cache")
-        found = rows.shared_features(trainer.test_loader, encode, trainer.cfg, cache, trainer.clip.image)
+        found = rows.shared_features(trainer.test_loader, rows.Kept(encode), trainer.cfg, cache, trainer.clip.image)
         return found, whole, reused() - before
 
     return ask
@@ -70,6 +71,19 @@ def test_seconds_without_a_batch_are_counted():
         time.sleep(0.05)  # encoding, which is none of them
     assert 0.03 <= (reused() - before).waited <= time.monotonic() - begin - 0.1
     assert "encoded in 2.0 s (0.5 s waiting for them)" in str(Reuse(6, 0, 2.0, waited=0.5))
+
+
+def test_methods_that_read_raw_features_share_them_with_the_others(room, tmp_path):
+    opts = ["INPUT.FEATURE_CACHE", True, "INPUT.FEATURE_CACHE_DIR", str(tmp_path / "both"), "TEST.PER_CLASS_RESULT", False]
+    before, done = reused(), []
+    for name in ("CLIPAdapter", "ZeroshotCLIP"):
+        toy_trainer(room, name, *opts).test()
+        done.append(((reused() - before).encoded, (reused() - before).taken))
+    assert done[0][0] > 0 and done[1] == (done[0][0], done[0][0])
+    trainer = toy_trainer(room, "ZeroshotCLIP", *opts)
+    kept = kept_of(trainer)
+    for batch in trainer.test_loader:
+        assert torch.equal(kept.finish(kept.encode(batch["img"])), trainer._encode_frozen(batch["img"]))
 
 
 def test_features_that_depend_on_the_place_in_a_batch_are_not_kept_by_picture(ask, tmp_path):

@@ -27,7 +27,7 @@ from promptmix.files.text import counted
 from promptmix.parallel import group
 from promptmix.utils import get_logger
 
-__all__ = ["Encode", "in_order", "shared_features"]
+__all__ = ["Encode", "Kept", "in_order", "shared_features"]
 
 Encode = Callable[[Tensor], Tensor]
 #: Name of a picture -> its file's tensor, its row there, and the seconds that it took (-1: just now).
@@ -37,20 +37,34 @@ Known = dict[bytes, tuple[Tensor, int, float]]
 _LOST_AT_MOST = 60.0
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What is kept of pictures, and what is taken of it.
+
+    Attributes:
+        encode: images (B, 3, S, S), on the CPU, to features (B, ...) of any shape, which are kept.
+        kind: of the features; each kind is kept apart.
+        finish: kept features (..., D) to what the method reads of them, row by row.
+    """
+
+    encode: Encode
+    kind: str = ""
+    finish: Encode = lambda features: features
+
+
 def shared_features(
-    loader: DataLoader[Any], encode: Encode, cfg: CfgNode, cache: FeatureCache, tower: torch.nn.Module, kind: str = ""
+    loader: DataLoader[Any], kept: Kept, cfg: CfgNode, cache: FeatureCache, tower: torch.nn.Module
 ) -> Tensor | None:
     """Return the features (n, ...) of a loader's pictures in the data set's order, encoded now or taken from ``cache``.
 
-    They are those of a pass over the loader in that order, bit for bit.
+    They are those of a pass over the loader in that order, bit for bit, before ``kept.finish``.
 
     Args:
         loader: its data set's pictures have no randomness.
-        encode: images (B, 3, S, S), on the CPU, to features (B, ...).
+        kept: what is kept.
         cfg: the whole config tree.
         cache: where rows are kept.
         tower: the frozen image tower.
-        kind: what ``encode`` gives beside the image's feature; each kind is kept apart.
 
     Returns:
         None where the transform can't be described, where a picture's features depend on its place in the batch, and where
@@ -64,11 +78,11 @@ def shared_features(
     whole = len(items) // size * size
     data = [cfg.DATASET.NAME, os.path.abspath(cfg.DATASET.ROOT), str(cfg.DATASET.get(cfg.DATASET.NAME.upper(), ""))]
     # Rows of other data sets would have to be looked through for nothing.
-    key = feature_key(cfg, tower, (), source.transform, rows=size, device=device, kind=kind, data=data)
-    rest = feature_key(cfg, tower, items[whole:], source.transform, batch=len(items) - whole, device=device, kind=kind)
+    key = feature_key(cfg, tower, (), source.transform, rows=size, device=device, kind=kept.kind, data=data)
+    rest = feature_key(cfg, tower, items[whole:], source.transform, batch=len(items) - whole, device=device, kind=kept.kind)
     if key is None or rest is None or not items:
         return None
-    encoder = _Encoder(loader, encode, cache, f"{cfg.DATASET.NAME}, {{}} pictures by {size}")
+    encoder = _Encoder(loader, kept.encode, cache, f"{cfg.DATASET.NAME}, {{}} pictures by {size}")
     with same_randomness(), torch.no_grad():
         rows = encoder.rows(key, items[:whole]) if whole else None
         if whole and rows is None:

@@ -23,7 +23,7 @@ from promptmix.clip.vision import are_pictures
 from promptmix.data.datum import Datum
 from promptmix.data.features.cache import FeatureCache, feature_key, same_randomness
 from promptmix.data.features.reuse import awaited
-from promptmix.data.features.rows import Encode, in_order, shared_features
+from promptmix.data.features.rows import Encode, Kept, in_order, shared_features
 from promptmix.data.reading.loaders import TrainLoader
 from promptmix.data.reading.streams import get_streams, set_streams, streams_hash
 from promptmix.errors import ConfigError
@@ -102,33 +102,33 @@ def is_steady(names: Sequence[str]) -> bool:
 def cache_views(
     loader: DataLoader[Any],
     views: int,
-    encode: Encode,
+    kept: Kept,
     cfg: CfgNode,
     cache: FeatureCache | None,
     tower: torch.nn.Module,
     draws_between: int = 0,
-    kind: str = "",
 ) -> ReplayLoader:
     """Return a loader like ``loader`` (same order, same batches) that gives features instead of pictures.
 
     Args:
         loader: the training loader; its data set augments pictures.
         views: K; one is enough where nothing is random.
-        encode: images (B, 3, S, S), on the CPU, to features (B, ...) of any shape.
+        kept: what is kept.
         cfg: the whole config tree.
         cache: where features are kept beyond this run; None keeps them in memory only.
         tower: the frozen image tower.
         draws_between: loaders that start between two epochs (validation); each draws one number.
-        kind: what ``encode`` gives beside the image's feature; each kind is kept apart.
     """
     source: Any = loader.dataset
     steady = is_steady(cfg.INPUT.TRANSFORMS)
-    shared = shared_features(loader, encode, cfg, cache, tower, kind) if steady and cache else None
+    shared = shared_features(loader, kept, cfg, cache, tower) if steady and cache else None
     if shared is not None:
-        return ReplayLoader(CachedViews(shared[None], source.data_source), torch.empty(0, 0, dtype=torch.int64), [], loader)
+        return ReplayLoader(
+            CachedViews(kept.finish(shared)[None], source.data_source), torch.empty(0, 0, dtype=torch.int64), [], loader
+        )
     views = 1 if steady else views
     more: dict[str, object] = {"split": "train", "batch": loader.batch_size, "device": _device(tower)}
-    more |= {"kind": kind} if kind else {}
+    more |= {"kind": kept.kind} if kept.kind else {}
     if not steady:
         node = cfg.DATALOADER
         more |= {"views": views, "streams": streams_hash(get_streams()), "sampler": node.TRAIN_X.SAMPLER}
@@ -139,7 +139,7 @@ def cache_views(
     def make() -> dict[str, Tensor]:
         get_logger().info("Encoding %d cached views of %d pictures", views, len(source))
         with same_randomness(), torch.no_grad():
-            made = _steady(loader, encode) if steady else _record(loader, views, encode, draws_between)
+            made = _steady(loader, kept.encode) if steady else _record(loader, views, kept.encode, draws_between)
         if isinstance(loader, TrainLoader):
             loader.close()  # the data manager keeps it, but nobody reads it again
         return made
@@ -153,7 +153,7 @@ def cache_views(
         stored = make()
     names = sorted({name.partition(".")[2] for name in stored if name.startswith("after.")})
     after = [{name: stored[f"after.{name}"][k] for name in names} for k in range(len(stored["orders"]))]
-    return ReplayLoader(CachedViews(stored["features"], source.data_source), stored["orders"], after, loader)
+    return ReplayLoader(CachedViews(kept.finish(stored["features"]), source.data_source), stored["orders"], after, loader)
 
 
 def _steady(loader: DataLoader[Any], encode: Encode) -> dict[str, Tensor]:
@@ -190,12 +190,11 @@ def _record(loader: DataLoader[Any], views: int, encode: Encode, draws_between: 
 
 def feature_loader(
     loader: DataLoader[Any],
-    encode: Encode,
+    kept: Kept,
     cfg: CfgNode,
     cache: FeatureCache,
     tower: torch.nn.Module,
     split: str,
-    kind: str = "",
 ) -> DataLoader[Any] | None:
     """Return a loader like the evaluation loader ``loader`` that gives features, computed now or read from ``cache``.
 
@@ -207,10 +206,10 @@ def feature_loader(
     source: Any = loader.dataset
     if not isinstance(loader.sampler, torch.utils.data.SequentialSampler) or not hasattr(source, "data_source"):
         return None
-    features = shared_features(loader, encode, cfg, cache, tower, kind)
+    features = shared_features(loader, kept, cfg, cache, tower)
     if features is None:
         more: dict[str, object] = {"split": "test", "batch": loader.batch_size, "device": _device(tower)}
-        more |= {"kind": kind} if kind else {}
+        more |= {"kind": kept.kind} if kept.kind else {}
         key = feature_key(cfg, tower, source.data_source, source.transform, **more)
         if key is None:
             return None
@@ -218,11 +217,11 @@ def feature_loader(
         def make() -> dict[str, Tensor]:
             get_logger().info("Encoding %d pictures of the %s split, for all methods and seeds", len(source), split)
             with same_randomness(), torch.no_grad():
-                return {"features": torch.cat([encode(batch["img"]).cpu() for batch in awaited(loader)])}
+                return {"features": torch.cat([kept.encode(batch["img"]).cpu() for batch in awaited(loader)])}
 
         about = f"{cfg.DATASET.NAME}, {len(source)} pictures for evaluation"
         features = cache.obtain(key, {"features": (len(source),)}, make, about, len(source))["features"]
-    return DataLoader(CachedViews(features[None], source.data_source), batch_size=loader.batch_size)
+    return DataLoader(CachedViews(kept.finish(features)[None], source.data_source), batch_size=loader.batch_size)
 
 
 def _device(tower: torch.nn.Module) -> str:
