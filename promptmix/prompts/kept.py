@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,17 +11,17 @@ from promptmix.clip.model import unit
 from promptmix.data.features.rows import Kept
 from promptmix.prompts.learner import Learner, PromptLearner
 
-if TYPE_CHECKING:
-    from promptmix.prompts.trainer import PromptTrainer
-
 __all__ = ["kept_of"]
 
 
-def kept_of(trainer: PromptTrainer) -> Kept:
+def kept_of(trainer: Any) -> Kept:
     """Return what caches keep: the tower's features as they come, also for methods that read them at length 1.
 
     So that adapters and linear probes, which read the former, share them with all others. The length is taken on the device that
     encodes, row by row, so that bits are those of encoding. Learners that encode in a way of their own keep what they give.
+
+    Args:
+        trainer: a ``PromptTrainer``, whose module imports this one.
     """
     model, clip = trainer.model, trainer.clip
     usual = type(model).encode_images in (PromptLearner.encode_images, Learner.encode_images)
