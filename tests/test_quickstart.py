@@ -64,7 +64,7 @@ def test_quickstart_side_by_side_makes_the_same_table(comparison, tmp_path, caps
 
 def test_the_last_method_begins_first():
     jobs = [Job("few-shot", trainer, "", trainer, seed) for trainer in ("Small", "Middle", "Large") for seed in (1, 2)]
-    assert run.last_first(jobs) == [4, 0, 5, 2, 3, 1]  # the first one second, for the test pictures' features
+    assert run.last_first(jobs) == [4, 5, 2, 3, 1, 0]  # the first one last, which begins beside the other, for the test pictures
     assert run.last_first(jobs[:2]) == [0, 1]
 
 

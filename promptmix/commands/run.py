@@ -176,12 +176,13 @@ def _one_by_one(jobs: list[Job], args: argparse.Namespace) -> tuple[list[RunResu
 def last_first(jobs: Sequence[Job]) -> list[int]:
     """Return the order in which jobs begin side by side: those of the last method first, since methods are named as they grow.
 
-    A long job that begins last would have the other CPUs wait for it. The first job begins second: it comes to the test pictures
-    while the other trains, where two long jobs would wait for each other's features.
+    A long job that begins last would have the other CPUs wait for it. The first job stands last, which is the one that begins
+    beside the first: it comes to the test pictures while the other trains, where two long jobs would wait for each other's
+    features.
     """
     place = {trainer: index for index, trainer in enumerate(dict.fromkeys(job.trainer for job in jobs))}
     longest, *others = sorted(range(len(jobs)), key=lambda index: -place[jobs[index].trainer])
-    return [longest, *sorted(others, key=bool)]
+    return [longest, *sorted(others, key=lambda index: not index)]
 
 
 def _side_by_side(jobs: list[Job], args: argparse.Namespace, at_once: int) -> tuple[list[RunResult], Reuse]:

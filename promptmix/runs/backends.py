@@ -17,7 +17,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Collection, Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing import connection, forkserver
 from multiprocessing.process import BaseProcess
@@ -163,15 +163,43 @@ def _data(job: Job) -> tuple[str, str]:
     return job.dataset, job.root
 
 
-def next_job(jobs: Sequence[Job], waiting: Sequence[int], led: Collection[tuple[str, str]]) -> int:
-    """Return which waiting job to start: the first whose features no running job is the first to make, or else the first.
+def _kind(job: Job) -> tuple[object, ...]:
+    """Return what jobs have in common that take about as long."""
+    return job.protocol, job.trainer, job.variant, job.shots, *_data(job)
 
-    Args:
-        jobs: all jobs.
-        waiting: indices of those that wait.
-        led: data whose first job still runs; others would wait for its features.
+
+class Turns:
+    """Which job starts next: of a kind that nobody has tried, else the longest, and none that would wait for another's features.
+
+    So a mistake in any method shows early, and no long job begins last, while the other places stand idle.
     """
-    return next((index for index in waiting if _data(jobs[index]) not in led), waiting[0])
+
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        self._jobs = jobs
+        self._waiting = list(range(len(jobs)))
+        self._seconds: dict[tuple[object, ...], float] = {}
+        self._made, self._led = set[tuple[str, str]](), set[tuple[str, str]]()
+
+    def __bool__(self) -> bool:
+        return bool(self._waiting)
+
+    def take(self) -> int:
+        """Return a job that waits, and have it wait no longer."""
+        ready = [index for index in self._waiting if _data(self._jobs[index]) not in self._led]
+        # Where all would wait for features, the last is the least like those that make them.
+        index = max(ready or self._waiting[-1:], key=lambda one: self._seconds.get(_kind(self._jobs[one]), float("inf")))
+        self._waiting.remove(index)
+        self._led |= {_data(self._jobs[index])} - self._made
+        self._seconds.setdefault(_kind(self._jobs[index]), 0.0)
+        return index
+
+    def ended(self, index: int, outcome: Outcome) -> None:
+        """Note that a job has ended."""
+        job = self._jobs[index]
+        self._made.add(_data(job))
+        self._led -= self._made
+        encoding = 0.0 if outcome.reuse is None else outcome.reuse.seconds
+        self._seconds[_kind(job)] = max(outcome.seconds - encoding, 0.0)
 
 
 def leaders_first(jobs: Sequence[Job]) -> list[int]:
@@ -206,16 +234,12 @@ class _Running:
 def local(jobs: Sequence[Job], options: Options, started: Started) -> Generator[tuple[int, Outcome], None, None]:
     """Run each job in processes of its own, so that a crash takes one job and not the sweep; they end when the driver dies."""
     begin(options.threads)
-    waiting, running = deque(range(len(jobs))), dict[Any, _Running]()
-    free = deque(range(options.jobs))
-    led, ended = set[tuple[str, str]](), set[tuple[str, str]]()
+    turns, running, free = Turns(jobs), dict[Any, _Running](), deque(range(options.jobs))
     with tempfile.TemporaryDirectory(prefix="promptmix-") as folder:
         try:
-            while waiting or running:
-                while waiting and free:
-                    index = next_job(jobs, waiting, led)
-                    waiting.remove(index)
-                    led |= {_data(jobs[index])} - ended
+            while turns or running:
+                while turns and free:
+                    index = turns.take()
                     one = _Running(index, free.popleft())
                     for rank in range(options.devices):
                         running[_begin(one, jobs[index], options, rank, folder)] = one
@@ -225,9 +249,9 @@ def local(jobs: Sequence[Job], options: Options, started: Started) -> Generator[
                     if _goes_on(one, sentinel):
                         continue
                     free.append(one.slot)
-                    ended.add(_data(jobs[one.index]))
-                    led -= ended
-                    yield one.index, _received(one)
+                    outcome = _received(one)
+                    turns.ended(one.index, outcome)
+                    yield one.index, outcome
         finally:
             left = [process for one in running.values() for process in one.left]
             for process in left:

@@ -19,6 +19,7 @@ import yaml
 
 from promptmix.cli import main
 from promptmix.commands import sweep as command
+from promptmix.data.features.reuse import Reuse
 from promptmix.errors import ConfigError, UserError
 from promptmix.parallel import launch
 from promptmix.runs import backends, clusters, sweep, waves
@@ -85,15 +86,28 @@ def test_forked_jobs_have_the_drivers_environment_and_random_numbers_of_their_ow
     assert os.environ == {"ONLY": "this"} and np.random.rand() != first
 
 
-def test_what_shares_features_does_not_start_together():
-    def job(data, trainer):
-        return backends.Job("base-to-new", trainer, data, f"out/{data}/{trainer}", 1)
+def job_of(data, trainer, seed=1):
+    return backends.Job("base-to-new", trainer, data, f"out/{data}/{trainer}/{seed}", seed)
 
-    jobs = [job("a", "CoOp"), job("a", "KgCoOp"), job("b", "CoOp"), job("b", "KgCoOp")]
+
+def test_what_shares_features_does_not_start_together():
+    jobs = [job_of("a", "CoOp"), job_of("a", "KgCoOp"), job_of("b", "CoOp"), job_of("b", "KgCoOp")]
     assert backends.leaders_first(jobs) == [0, 2, 1, 3]
-    assert backends.next_job(jobs, [1, 2, 3], {("a", "")}) == 2
-    assert backends.next_job(jobs, [1, 3], {("a", ""), ("b", "")}) == 1  # better than to stand still
-    assert backends.next_job(jobs, [1, 3], {("b", "")}) == 1
+    turns = backends.Turns(jobs)
+    assert [turns.take(), turns.take(), turns.take()] == [0, 2, 3]  # the last one rather than to stand still
+    turns.ended(0, backends.Outcome())
+    assert turns.take() == 1 and not turns
+
+
+def test_every_kind_is_tried_and_then_the_longest_goes_first():
+    jobs = [job_of("a", trainer, seed) for trainer in ("ZeroshotCLIP", "CoOp", "MoCoOp") for seed in (1, 2, 3)]
+    turns = backends.Turns(jobs)
+    assert [turns.take(), turns.take()] == [0, 8]
+    turns.ended(0, backends.Outcome(seconds=50.0, reuse=Reuse(encoded=9, seconds=49.0)))
+    assert turns.take() == 3
+    turns.ended(8, backends.Outcome(seconds=9.0))
+    turns.ended(3, backends.Outcome(seconds=4.0))
+    assert [turns.take() for _ in range(6)] == [6, 7, 4, 5, 1, 2]
 
 
 def test_killed_sweep_goes_on_and_gives_the_same_numbers(undisturbed, folder):
