@@ -183,6 +183,9 @@ def test_cached_features_know_the_reading(tmp_path):
     assert keys["CSV", "auto"] == keys["CSV", "upright"] != keys["CSV", "benchmark"] == keys["OxfordPets", "auto"]
 
 
+EIGHT = ["DATASET.NAME", "EmojiConcepts", "DATASET.EMOJI.NUM_CONCEPTS", "8"]
+
+
 @pytest.fixture(scope="module")
 def emoji_run(tmp_path_factory):
     """A zero-shot run on embedded pictures."""
@@ -190,7 +193,7 @@ def emoji_run(tmp_path_factory):
     from promptmix.runs.run import run
 
     out = tmp_path_factory.mktemp("run")
-    cfg = make_config(["configs/trainers/ZeroshotCLIP/tiny.yaml"], {}, ["OUTPUT_DIR", str(out), "SEED", "1"])
+    cfg = make_config(["configs/trainers/ZeroshotCLIP/tiny.yaml"], {}, ["OUTPUT_DIR", str(out), "SEED", "1", *EIGHT])
     run(cfg, quiet=True)
     return out
 

@@ -119,14 +119,12 @@ def test_rounds_that_follow_from_another_past_are_trained_again(labelled, folder
     assert tree(tmp_path / "active") == labelled
 
 
-@pytest.mark.parametrize("selector", ["random", "entropy", "coreset"])
-def test_selectors_with_and_without_balance(selector, folder, tmp_path):
-    for balance in ("True", "False"):
-        opts = ["PROTOCOL.ACTIVE.SELECTOR", selector, "PROTOCOL.ACTIVE.BALANCE", balance]
-        opts += ["PROTOCOL.ACTIVE.QUERY", "2", "PROTOCOL.ACTIVE.ROUNDS", "2"]
-        assert active(folder, tmp_path / balance, *opts, trainer="CoOp") == 0
-        found = tree(tmp_path / balance)
-        assert [len(set(inputs["train"])) for inputs, _ in found.values()] == [2, 4]
+@pytest.mark.parametrize(("selector", "balance"), [("random", True), ("random", False), ("entropy", True), ("coreset", False)])
+def test_selectors_with_and_without_balance(selector, balance, folder, tmp_path):
+    opts = ["PROTOCOL.ACTIVE.SELECTOR", selector, "PROTOCOL.ACTIVE.BALANCE", str(balance)]
+    opts += ["PROTOCOL.ACTIVE.QUERY", "2", "PROTOCOL.ACTIVE.ROUNDS", "2"]
+    assert active(folder, tmp_path, *opts, trainer="CoOp") == 0
+    assert [len(set(inputs["train"])) for inputs, _ in tree(tmp_path).values()] == [2, 4]
 
 
 @pytest.mark.parametrize(
