@@ -6,6 +6,7 @@ import json
 import shutil
 import zipfile
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -236,6 +237,9 @@ def test_pictures_without_pixels_and_closed_ones_are_one_line(tmp_path):
         pass
     with pytest.raises(ConfigError, match="give paths"):
         list(each(file))
+    for odd in (type("Odd", (), {"__iter__": lambda _: 5})(), np.zeros((0, 9, 3))):
+        with pytest.raises(ConfigError, match="images is"):
+            list(each(odd))
 
 
 def test_tensors_of_another_backbone_are_refused(runs, tmp_path):

@@ -46,10 +46,18 @@ def texts(names: Any) -> tuple[str, ...]:
     Raises:
         ConfigError: they are no names.
     """
-    found = tuple(names) if isinstance(names, Iterable) and getattr(names, "ndim", 1) != 0 else ()
+    found = tuple(_gone_through(names) or ()) if getattr(names, "ndim", 1) != 0 else ()
     if not found or not all(isinstance(name, str) and is_name(name) for name in found):
         raise ConfigError(f"classnames is {shown(names)}; give a list of one or more names that can be seen, each once")
     return found
+
+
+def _gone_through(items: Any) -> Iterator[Any] | None:
+    """Return an iterator over ``items``; None where there is none, or its ``__iter__`` returns something else."""
+    try:
+        return iter(items) if isinstance(items, Iterable) else None
+    except TypeError:
+        return None
 
 
 def each(images: Any) -> Iterator[Picture]:
@@ -61,9 +69,10 @@ def each(images: Any) -> Iterator[Picture]:
     if isinstance(images, Picture):
         yield images
         return
-    if not isinstance(images, Iterable) or isinstance(images, io.IOBase) or getattr(images, "ndim", 1) == 0:
+    given = None if isinstance(images, io.IOBase) or getattr(images, "ndim", 1) != 1 else _gone_through(images)
+    if given is None:
         raise ConfigError(f"images is {shown(images)}; {_PICTURES}")
-    for image in images:
+    for image in given:
         if not isinstance(image, Picture):
             raise ConfigError(f"image is {shown(image)}; {_PICTURES}")
         yield image
