@@ -126,6 +126,8 @@ def merge_tree(cfg: CN, tree: dict[str, Any], source: str) -> None:
     Raises:
         ConfigError: an unknown key, a wrong type or an empty value.
     """
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{source} is {shown(tree)}; give a tree of keys")
     leaves = _leaves(tree, cfg)
     twice = next((key for key, count in Counter(key for key, _ in leaves).items() if count > 1), None)
     if twice is not None:

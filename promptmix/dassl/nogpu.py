@@ -48,14 +48,15 @@ class _OnCPU(TorchFunctionMode):
         for key in ("device", "dtype"):
             if key in kwargs:
                 kwargs = {**kwargs, key: self._plain(kwargs[key])}
-        return func(*args, **kwargs)
+        found = func(*args, **kwargs)
+        return _apart(found) if func is torch.Tensor.to and found is args[0] else found
 
     def passed_over(self, name: str) -> Callable[..., torch.Tensor]:
         """Return a method of tensors that does nothing, also where this mode is off: in functions that asked the mode before."""
 
         def method(tensor: torch.Tensor, *_args: Any, **_kwargs: Any) -> torch.Tensor:
             self._say(f".{name}()")
-            return tensor
+            return _apart(tensor)
 
         return method
 
@@ -80,6 +81,11 @@ class _OnCPU(TorchFunctionMode):
             get_logger().warning("No GPU: calls of %s in the checkout are passed over%s", what, where)
         else:
             get_logger().warning("No GPU: %s in the checkout is read as the CPU's%s", what, where)
+
+
+def _apart(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor that stays where it is; a leaf as a copy, as moving it gives: one that may be written into."""
+    return tensor.clone() if type(tensor) is torch.Tensor and tensor.requires_grad and tensor.is_leaf else tensor
 
 
 def _in_fp32(loaded: Any) -> Any:  # whatever a file holds

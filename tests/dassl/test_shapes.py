@@ -15,6 +15,7 @@ import torch
 from promptmix.cli import main
 from promptmix.dassl.checkout import _own_tests_reported
 from promptmix.dassl.config import get_cfg_default
+from promptmix.dassl.nogpu import without_cuda
 from promptmix.registry import EVALUATOR_REGISTRY
 from tests.dassl.fork import change, command, log, make, refused, run
 
@@ -61,6 +62,16 @@ def test_values_are_the_authors_dassls(room):
     change(room, "train.py", ("NOTE = args.note", f"NOTE = args.note; {copied}; cfg.TEST.FINAL_MODEL = 'last_val'"))
     config = run(room, "--note", "ab")["config"]
     assert config["OPTIM_SELECTION"]["MAX_EPOCH"] == 0 and config["TEST"]["FINAL_MODEL"] == "last_val"
+
+
+def test_a_tensor_that_was_moved_may_be_written_into(tmp_path):
+    """ViP adds to ``torch.zeros(2, requires_grad=True).cuda()``, which is no leaf any more; a parameter stays itself."""
+    parameter = torch.nn.Parameter(torch.ones(2))
+    with without_cuda(tmp_path):
+        for move in (torch.Tensor.cuda, torch.Tensor.half, lambda tensor: tensor.to("cuda")):
+            moved = move(torch.zeros(2, requires_grad=True))
+            moved += parameter
+            assert moved.requires_grad and move(parameter) is parameter
 
 
 def test_flags_of_ours_stay_with_us(room):
