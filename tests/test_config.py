@@ -39,6 +39,11 @@ def test_wrong_overrides(cfg, opts, words):
         merge_opts(cfg, opts)
 
 
+def test_a_tree_of_keys_is_one(cfg):
+    with pytest.raises(ConfigError, match="x is .1.; give a tree of keys"):
+        merge_tree(cfg, [1], "x")
+
+
 def test_types_that_yaml_blurs(cfg):
     merge_opts(cfg, ["OPTIM.LR", "1", "OPTIM.WEIGHT_DECAY", "1e-3", "INPUT.SIZE", "[64, 64]", "DATASET.ROOT", "2024"])
     assert (cfg.OPTIM.LR, cfg.OPTIM.WEIGHT_DECAY, cfg.INPUT.SIZE, cfg.DATASET.ROOT) == (1.0, 0.001, (64, 64), "2024")

@@ -151,6 +151,10 @@ def test_a_disk_that_takes_no_more_costs_only_the_saving(tmp_path, capsys):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="files have no modes on this system")
+def test_a_folder_that_nobody_may_look_into_holds_nothing(tmp_path):
+    assert FeatureCache(tmp_path / ("x" * 300)).get("key") is None  # a longer name than the system takes
+
+
 def test_others_may_read_what_one_wrote(tmp_path):
     old = os.umask(0o022)
     try:
