@@ -110,7 +110,9 @@ def trials(method: str, kills: int, folder: Path, args: Namespace, command: str 
     draw = random.Random(f"{method} {args.seed}")
     start = functools.partial(_start, command, method, args)
     unbroken: dict[tuple[str, ...], tuple[Path, float]] = {}
-    can_cache = _ends(_start("train", method, args, _settings(**{"INPUT.CACHED_VIEWS": 1}), folder / "views"))
+    can_cache = _ends(
+        _start("train", method, args, _settings(**{"INPUT.CACHED_VIEWS": 1, "TEST.NO_TEST": True}), folder / "views")
+    )
     hits = number = 0
     while hits < kills:
         way = _way(draw, args, can_cache)

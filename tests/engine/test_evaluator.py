@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import balanced_accuracy_score, confusion_matrix, f1_score
 
 from promptmix.config import get_cfg_default
 from promptmix.engine import build_evaluator, compute_accuracy
@@ -35,6 +34,8 @@ def evaluate(cfg, scores, true, batch=64, **kwargs):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_numbers_agree_with_sklearn(cfg, seed):
+    from sklearn.metrics import balanced_accuracy_score, f1_score  # here, so that other processes of the suite need not
+
     scores, true = answers(seed=seed)
     predicted = scores.argmax(1)
     results = evaluate(cfg, scores, true)
@@ -73,6 +74,8 @@ def test_lines_are_dassls(cfg, capsys):
 
 
 def test_confusion_matrix_is_sklearns_and_holds_no_code(cfg, tmp_path):
+    from sklearn.metrics import confusion_matrix  # here, so that other processes of the suite need not
+
     cfg.TEST.COMPUTE_CMAT = True
     scores, true = answers()
     evaluate(cfg, scores, true)

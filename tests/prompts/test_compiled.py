@@ -51,6 +51,12 @@ def captured(monkeypatch):
     torch._dynamo.reset()
 
 
+@pytest.fixture(scope="module")
+def flat_world(tmp_path_factory):
+    """Towers of one layer, for methods that do nothing of their own in the second."""
+    return shallow(World("tiny-vit", tmp_path_factory.mktemp("world"), "cpu"), 1)
+
+
 def train(world, name, *opts, epochs=3):
     """Learn from one batch in each of a few epochs; return the trainer, what it showed and what it learned."""
     trainer = world.trainer(name, 6, *SHALLOW[name], *opts, experts=2)
@@ -62,10 +68,11 @@ def train(world, name, *opts, epochs=3):
 
 
 @pytest.mark.parametrize("name", SHALLOW)
-def test_the_whole_step_is_one_graph_each_way(world, captured, name):
+def test_the_whole_step_is_one_graph_each_way(request, captured, name):
     """CoOp's with another optimizer, clipped gradients, and a rate that changes: it is no new graph, and stays a number."""
     opts = ["OPTIM.NAME", "adam", "OPTIM.LR_SCHEDULER", "cosine", "OPTIM.MAX_EPOCH", 4, "TRAIN.CLIP_GRAD_NORM", 0.5]
     opts = opts if name == "CoOp" else []
+    world = request.getfixturevalue("flat_world" if name in ("CoCoOp", "MoCoOp") else "world")
     eager, shown, learned = train(world, name, *opts)
     compiled, shown_too, learned_too = train(world, name, *opts, "TRAIN.STEP", "compiled")
     kinds = ["backward" if any("tangents" in node.name for node in graph.graph.nodes) else "other" for graph in captured]
@@ -96,7 +103,7 @@ def test_what_cannot_be_is_refused(room, name, opts, message):
         toy_trainer(room, name, *opts)
 
 
-def test_a_decision_by_numbers_is_named(world, captured, monkeypatch):
+def test_a_decision_by_numbers_is_named(flat_world, captured, monkeypatch):
     loss = Learner.loss
 
     def decides(self, step):
@@ -105,7 +112,7 @@ def test_a_decision_by_numbers_is_named(world, captured, monkeypatch):
 
     monkeypatch.setattr(Learner, "loss", decides)
     with pytest.raises(ConfigError, match="TRAIN.STEP: a step of Learner can't be compiled as a whole"):
-        train(world, "CoOp", "TRAIN.STEP", "compiled")
+        train(flat_world, "CoOp", "TRAIN.STEP", "compiled")
 
 
 class Seen(TorchDispatchMode):

@@ -9,12 +9,21 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from promptmix.errors import ConfigError
 from promptmix.prompts.learner import Learner
-from tests.trainers.toy import first_step, toy_trainer
+from tests.trainers.toy import first_step, three_layers, toy_trainer
+
+#: Prompts in the first two layers of three.
+LOW = {
+    "IndependentDeep": [f"PROMPT_BANK.INDEPENDENTDEEP.PROMPT_DEPTH_{tower}" for tower in ("TEXT", "VISION")],
+    "CoupledDeep": ["PROMPT_BANK.COUPLEDDEEP.PROMPT_DEPTH"],
+}
 
 
 def mixture(room, bank, head, k, *opts):
+    low = [part for key in LOW[bank] for part in (key, 2)]
     experts = (f"PROMPT_BANK.{bank.upper()}.N_PROMPTS", 4, "ROUTER.NAME", "TopK", "ROUTER.TOPK.K", k, "HEAD.NAME", head)
-    return toy_trainer(room, "Mixture", "PROMPT_BANK.NAME", bank, *experts, "OPTIM.WEIGHT_DECAY", 0.01, *opts)
+    return toy_trainer(
+        room, "Mixture", "PROMPT_BANK.NAME", bank, *experts, *low, *three_layers(room), "OPTIM.WEIGHT_DECAY", 0.01, *opts
+    )
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 import promptmix.engine.trainer
 import promptmix.prompts.trainer
 from tests.trainers.test_all import TRAINERS
-from tests.trainers.toy import three_layers, toy_trainer
+from tests.trainers.toy import shallow, three_layers, toy_trainer
 
 #: PyTorch 2.6 asks the GPU's driver while it follows tensors without numbers, and ends the process where there is none.
 pytestmark = pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="PyTorch 2.6 has no stand-in of a GPU")
@@ -115,6 +115,8 @@ def gpu(monkeypatch):
 def test_a_step_stays_on_the_device_and_does_not_wait_for_it(room, name, gpu):
     stand_in, trainers = gpu
     trainer = toy_trainer(room, name, *three_layers(room), *LOW.get(name, ()))
+    if name not in ("MMA", "CLIPLoRA"):
+        shallow(trainer)
     trainers.append(trainer)
     trainer.set_model_mode("train")
     trainer.model.before_training()

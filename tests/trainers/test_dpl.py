@@ -276,7 +276,7 @@ def test_lengths_that_do_not_fit_are_refused(room, tmp_path):
 
 @pytest.mark.parametrize("ctx_init", ["default", "custom", "ensemble", "features"])
 def test_every_kind_of_words_and_the_divergence_train(room, ctx_init):
-    subject = toy_trainer(room, "DPL", "TRAINER.DPL.CTX_INIT", ctx_init, "TRAINER.DPL.KL_WEIGHT", 0.5)
+    subject = toy_trainer(room, "DPL", "TRAINER.DPL.CTX_INIT", ctx_init, "TRAINER.DPL.KL_WEIGHT", 0.5, *three_layers(room))
     assert first_step(subject)["loss"].isfinite()
     assert all(prompt.grad.any() for prompt in subject.model.parameters())
 
