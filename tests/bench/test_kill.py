@@ -31,7 +31,7 @@ def from_here(monkeypatch):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals")
-@pytest.mark.parametrize(("command", "method", "workers"), [("train", "PromptSRC", [0, 1]), ("run", "CoOp", [0])])
+@pytest.mark.parametrize(("command", "method", "workers"), [("train", "IVLP", [0, 1]), ("run", "CoOp", [0])])
 def test_killed_runs_end_as_the_unbroken_one(command, method, workers, tmp_path, from_here):
     args = Namespace(epochs=2, shots=1, threads=1, workers=workers, seed=os.getpid())
     trials = list(kill.trials(method, 1, tmp_path, args, command))

@@ -93,10 +93,13 @@ def test_class_specific_contexts_serve_their_own_classes_only(tmp_path):
     """Ten base and ten new classes would fit each other's tensors."""
     flags = ["train", "--trainer", "CoOp", "--config-file", "configs/quickstart.yaml", "--seed", "1"]
     opts = [*SMALL, "TRAINER.COOP.CSC", "True", "TRAINER.COOP.CTX_INIT", "", "DATASET.NAME", "EmojiConcepts"]
-    opts += ["DATASET.EMOJI.NUM_CONCEPTS", "20"]
-    assert main([*flags, "--output-dir", str(tmp_path / "base"), *opts, "DATASET.SUBSAMPLE_CLASSES", "base"]) == 0
+    opts += ["DATASET.EMOJI.NUM_CONCEPTS", "20", "OPTIM.MAX_EPOCH", "1"]
+    assert (
+        main([*flags, "--output-dir", str(tmp_path / "base"), *opts, "DATASET.SUBSAMPLE_CLASSES", "base", "TEST.NO_TEST", "True"])
+        == 0
+    )
     evaluate = [*flags, "--output-dir", str(tmp_path / "new"), "--eval-only", "--model-dir", str(tmp_path / "base")]
-    evaluate += ["--load-epoch", "2"]
+    evaluate += ["--load-epoch", "1"]
     with pytest.raises(CheckpointError, match=r"each of its own 10 classes"):
         main([*evaluate, "--debug", *opts, "DATASET.SUBSAMPLE_CLASSES", "new"])
     assert main([*evaluate, *opts, "DATASET.SUBSAMPLE_CLASSES", "base"]) == 0

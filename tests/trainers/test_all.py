@@ -173,7 +173,8 @@ def trainer_of(path: Path) -> str:
 def test_tiny_config_runs_on_the_embedded_backbone(room, name):
     cfg = toy_cfg(room, name)
     merge_file(cfg, CONFIGS / "trainers" / name / "tiny.yaml")
-    ours = {"DATASET.NAME": "ToyPictures", "DATASET.SOURCE_DOMAINS": (), "DATALOADER.TRAIN_X.BATCH_SIZE": 2}
+    ours = {"DATASET.NAME": "ToyPictures", "DATASET.SOURCE_DOMAINS": ()}
+    ours |= {"DATALOADER.TRAIN_X.BATCH_SIZE": 2, "DATALOADER.TEST.BATCH_SIZE": 2}
     plain = {"MODEL.BACKBONE.WEIGHTS": "", "MODEL.BACKBONE.PRETRAINED": False}
     merge_opts(cfg, [part for pair in {**ours, **plain}.items() for part in pair], source="the test")
     validate(cfg)
