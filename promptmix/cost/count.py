@@ -178,6 +178,8 @@ def _tensors(*values: Any) -> Iterator[torch.Tensor]:
 def _flops(packet: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> int:
     """Floating-point operations of a call by PyTorch's formulas; 0 where it multiplies no matrices."""
     packet = _IN_PLACE.get(packet, packet)
+    if packet is torch.ops.aten.convolution_backward:
+        return _convolution_backward_flops(*args)
     if packet in flop_registry:
         return int(flop_registry[packet](*args, **kwargs, out_val=output))
     if packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
@@ -187,6 +189,12 @@ def _flops(packet: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: A
     if packet is torch.ops.aten._native_multi_head_attention:
         return _attention_flops(*(part.shape for part in args[:3]))
     return 0
+
+
+def _convolution_backward_flops(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *settings: Any) -> int:
+    """Operations for the gradients of input and weight; PyTorch's formula counts those of a grouped weight once for each group."""
+    *_, transposed, _, _, wanted = settings
+    return 2 * (x if transposed else grad).numel() * weight[0].numel() * (wanted[0] + wanted[1])
 
 
 def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size) -> int:

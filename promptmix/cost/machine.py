@@ -32,6 +32,7 @@ class Machine:
 
     Attributes:
         product: 10^9 operations a second in matrix products of many rows.
+        grouped: the same in convolutions of each channel by itself.
         batched: 10^9 bytes a second that batches of small products read and write.
         attention: 10^9 operations a second in attention of one kernel.
         sizes: bytes of a call at which ``move`` and ``curve`` were measured, rising.
@@ -42,6 +43,7 @@ class Machine:
     """
 
     product: float
+    grouped: float
     batched: float
     attention: float
     sizes: tuple[float, ...]
@@ -65,8 +67,8 @@ class Machine:
     def _seconds(self, kind: str, part: Sum) -> float:
         host, size = 1e-6 * self.dispatch_us * part.calls, part.bytes / part.calls
         gflop, gigabytes = part.flops / 1e9, part.bytes / 1e9
-        if kind in ("product", "attention"):
-            rate = self.product if kind == "product" else self.attention
+        if kind in ("product", "grouped", "attention"):
+            rate = getattr(self, kind)
             # With few rows it is the weight's way from memory that takes time.
             return host + self.slower * max(gflop / rate, gigabytes / self._rate(self.move, size))
         rate = self.batched if kind == "batched" else self._rate(self.curve if kind == "curve" else self.move, size)
@@ -109,6 +111,8 @@ def _parts() -> Machine:
     moves, curves = zip(*map(_moves, _SIZES), strict=True)
     rows, narrow, wide = torch.randn(600, 512), torch.randn(2048, 512), torch.randn(512, 2048)
     product = 2 * 2 * 600 * 512 * 2048 / 1e9 / _best(lambda: F.linear(F.linear(rows, narrow), wide))
+    maps, filters = torch.randn(2, 512, 14, 14), torch.randn(512, 1, 3, 3)
+    grouped = 2 * 9 * maps.numel() / 1e9 / _best(lambda: F.conv2d(maps, filters, padding=1, groups=512))
     query, key = torch.randn(800, 6, 64), torch.randn(800, 64, 6)
     scores = torch.randn(800, 6, 6)
     moved = 2 * (2 * query.numel() + scores.numel()) * 4
@@ -116,7 +120,7 @@ def _parts() -> Machine:
     heads = torch.randn(2, 12, 197, 64)
     attention = 4 * 24 * 197 * 197 * 64 / 1e9 / _best(lambda: F.scaled_dot_product_attention(heads, heads, heads))
     sizes = tuple(10.0 * count for count in _SIZES)
-    return Machine(product, batched, attention, sizes, moves, curves, 1e6 * _dispatch())
+    return Machine(product, grouped, batched, attention, sizes, moves, curves, 1e6 * _dispatch())
 
 
 def _moves(count: int) -> tuple[float, float]:

@@ -17,10 +17,10 @@ from torch.utils._pytree import tree_leaves
 
 from promptmix.cost.count import Listener, counted
 
-#: Kinds of operators. ``product``: matrix products of rows with weights, convolutions. ``batched``: batches of small products.
-#: ``attention`` in one kernel. ``curve``: exponentials and the like, which a CPU computes more slowly than it moves them.
+#: Kinds of operators. ``product``: matrix products of rows with weights, convolutions. ``grouped``: convolutions of channels apart,
+#: which kernels compute far more slowly. ``batched``: batches of small products. ``attention`` in one kernel. ``curve``: exponentials and the like, which a CPU computes more slowly than it moves them.
 #: ``move``: everything else that reads and writes tensors. ``view``: what only the host does.
-KINDS = ("product", "batched", "attention", "curve", "move", "view")
+KINDS = ("product", "grouped", "batched", "attention", "curve", "move", "view")
 _NAMES = {
     "product": ("mm", "addmm", "convolution", "convolution_backward", "_addmm_activation"),
     "batched": ("bmm", "baddbmm"),
@@ -138,8 +138,14 @@ class _Ledger(Listener):
         read, made = _tensors(args), _tensors(output)
         read = made + read[1:] if name in _PICK else [] if name in _FILL else read
         size = sum(map(_bytes, read)) + sum(map(_bytes, made))
-        key = _KIND.get(name, "product" if flops else "move"), size.bit_length() // 2
+        kind = "grouped" if _is_grouped(name, args) else _KIND.get(name, "product" if flops else "move")
+        key = kind, size.bit_length() // 2
         self.sums[key] = self.sums[key].plus(flops, size)
+
+
+def _is_grouped(name: str, args: Any) -> bool:
+    at = {"aten::convolution": 8, "aten::convolution_backward": 9}.get(name)
+    return at is not None and args[at] > 1
 
 
 def _is_view(func: Any) -> bool:

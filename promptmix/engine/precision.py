@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -93,7 +93,8 @@ class Precision:
         """
         for optimizer in optimizers:
             optimizer.zero_grad()
-        backward(loss if self.scaler is None else self.scaler.scale(loss))
+        with tiny_is_zero():
+            backward(loss if self.scaler is None else self.scaler.scale(loss))
         if update is not None and self.scaler is None:
             update()
             return
@@ -109,6 +110,21 @@ class Precision:
                 self.scaler.step(optimizer)
         if self.scaler is not None:
             self.scaler.update()
+
+
+@contextmanager
+def tiny_is_zero() -> Iterator[None]:
+    """Take numbers below 1.2e-38 for 0 on the CPU in the context.
+
+    Gradients fade to them where layers leak to tokens that say little (``LwEIB``), and a product with one of them takes ten times
+    as long as with others.
+    """
+    was = (torch.full((), 1e-40) * 1).item() == 0
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(was)
 
 
 def clip_gradients(

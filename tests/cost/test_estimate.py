@@ -25,7 +25,7 @@ RECORD = Path(__file__).resolve().parents[2] / "benchmarks" / "estimate.json"
 #: Steps whose recorded time is further from the formula than ``estimates.TOLERANCE``: small models, where little is arithmetic,
 #: and depthwise convolutions.
 FURTHER_OFF = {f"{name}:tiny-vit:50:32" for name in ("CoCoOp", "DPLSearch", "GMoP", "ProGrad")} | {"LwEIB:ViT-B/16:20:2"}
-MACHINE = Machine(100.0, 20.0, 50.0, (1e6, 1e8), (10.0, 5.0), (4.0, 2.0), 2.0)
+MACHINE = Machine(100.0, 10.0, 20.0, 50.0, (1e6, 1e8), (10.0, 5.0), (4.0, 2.0), 2.0)
 
 
 def test_work_is_counted_by_kind_and_size():
@@ -42,6 +42,14 @@ def test_work_is_counted_by_kind_and_size():
     assert by_kind["product"] == Sum(1, 2 * 64 * 32 * 16, 4 * (64 * 32 + 16 * 32 + 64 * 16))
     assert by_kind["curve"] == Sum(1, 0, 4 * 2 * 64 * 16) and by_kind["batched"].calls == 1
     assert Work.of_rows(found.rows(), found.live_mb) == found
+
+
+@pytest.mark.parametrize(("groups", "kind"), [(1, "product"), (8, "grouped")])
+def test_convolutions_of_channels_apart_are_a_kind_of_their_own(groups, kind):
+    x, weight = torch.ones(2, 8, 5, 5, device="meta"), torch.ones(8, 8 // groups, 3, 3, device="meta", requires_grad=True)
+    found = work_of(lambda: torch.nn.functional.conv2d(x, weight, padding=1, groups=groups).sum().backward())
+    forward = 2 * x.numel() * 9 * (8 // groups)
+    assert sum(part.flops for (of, _), part in found.sums.items() if of == kind) == 2 * forward == found.gflops * 1e9
 
 
 def test_seconds_add_up_and_small_calls_cost_the_host():

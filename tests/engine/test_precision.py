@@ -59,6 +59,19 @@ def test_clipping_limits_the_joint_norm_of_what_is_named():
     assert (a.item(), b.item()) == (pytest.approx(1.9, abs=1e-5), pytest.approx(2.2, abs=1e-5))
 
 
+@pytest.mark.parametrize("was", [False, True])
+def test_gradients_below_normal_numbers_are_zero_in_backward_only(was):
+    weight = nn.Parameter(torch.ones(1))
+    optimizer, given = torch.optim.SGD([weight], lr=0.0), torch.full((1,), 1e-30)
+    torch.set_flush_denormal(was)
+    try:
+        Precision("fp32", "cpu").backward_and_update((weight * given * 1e-9).sum(), [optimizer])
+        assert weight.grad.item() == 0.0
+        assert ((given * 1e-9).item() == 0.0) is was  # as before
+    finally:
+        torch.set_flush_denormal(False)
+
+
 def test_backward_of_the_trainer_is_used():
     weight = nn.Parameter(torch.ones(1))
     seen = []
