@@ -65,8 +65,8 @@ class ImageTower(nn.Module):
         super().__init__()
         self.visual = visual
         self.layers = layers_of(visual)
-        #: Whether what nobody reads in the last layer is left out, and pictures go through in portions that fit a CPU's caches;
-        #: otherwise every layer is open_clip's.
+        #: Whether what nobody reads in the last layer is left out, and a transformer's pictures go through in portions that fit a
+        #: CPU's caches, as those of other networks always do; otherwise every layer is open_clip's.
         self.skips_unread = isinstance(self.layers, ClipLayers) and self.layers.reads_first
         self._layer, self._last_layer = frozen_layer, first_token_layer
 
@@ -172,17 +172,22 @@ class ImageTower(nn.Module):
 
     def _forward(self, images: Tensor, changes: Changes, tokens: TokenKind | None) -> Tensor | tuple[Tensor, Tensor]:
         if tokens is None and not self.skips_unread and (self.layers is None or not changes):
-            return self._whole(images, changes)
+            features = [self._whole(part, changes) for part in self._portions(images)]
+            return features[0] if len(features) == 1 else torch.cat(features)
         tokens_of = [step.tokens for step in changes.steps.values()]
         same_for_all = all(new is None or isinstance(new, Tensor) and new.dim() == 2 for new in tokens_of)
         separable = same_for_all and not changes.has_functions
         if self.skips_unread and separable and fits_caches(images):
-            portions = images.split(_PICTURES_PER_THREAD * torch.get_num_threads())
+            portions = self._portions(images)
             if tokens is None:
                 return torch.cat([self._encode(portion, changes) for portion in portions])
             both = [self._encode_tokens(portion, changes, tokens) for portion in portions]
             return torch.cat([image for image, _ in both]), torch.cat([patches for _, patches in both])
         return self._encode(images, changes) if tokens is None else self._encode_tokens(images, changes, tokens)
+
+    def _portions(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Pictures that go through together: those whose maps and tokens fit the caches, where no graph is wanted."""
+        return images.split(_PICTURES_PER_THREAD * torch.get_num_threads()) if fits_caches(images) else (images,)
 
     def states(
         self,
