@@ -94,6 +94,16 @@ def test_pictures_in_portions_are_the_same(steps, monkeypatch):
     assert sizes == ([50, 50] if steps and steps[1].tokens.dim() == 3 else [50, 16, 16, 16, 2])
 
 
+def test_pictures_of_a_resnet_go_through_in_portions_where_nothing_is_learned(monkeypatch):
+    tower, sizes = vit(layers=[1, 1, 1, 1], width=8, patch_size=None, image_size=32).eval(), []
+    monkeypatch.setattr(tower, "_whole", lambda images, _, whole=tower._whole: sizes.append(len(images)) or whole(images, _))
+    images = torch.randn(11, 3, 32, 32)
+    whole = tower(images)
+    with torch.no_grad():
+        torch.testing.assert_close(tower(images), whole, rtol=1e-5, atol=1e-5)
+    assert sizes == [11, 8, 3]
+
+
 def test_adapters_and_hooks_in_a_layer_are_run():
     class Doubled(torch.nn.Linear):
         def forward(self, input: torch.Tensor) -> torch.Tensor:
