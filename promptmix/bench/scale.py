@@ -187,7 +187,7 @@ def _limits(steps: Sequence[Counted], cpu: Machine) -> Iterator[list[str]]:
         by_kind = cpu.by_kind(one.work)
         host = 1e-6 * cpu.dispatch_us * one.work.operators
         seconds = sum(by_kind.values())
-        arithmetic = sum(by_kind[kind] for kind in ("product", "attention") if kind in by_kind)
+        arithmetic = sum(by_kind[kind] for kind in ("product", "grouped", "attention") if kind in by_kind)
         cells = [f"{number:.3g}" for number in (seconds, arithmetic, seconds - arithmetic - host, host)]
         limit = "arithmetic" if arithmetic > seconds / 2 else "memory traffic"
         yield [one.method, f"{one.classes:,}", "CPU, one thread", *cells, limit, _cores(seconds)]
