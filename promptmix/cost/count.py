@@ -192,7 +192,7 @@ def _flops(packet: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: A
 
 
 def _convolution_backward_flops(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *settings: Any) -> int:
-    """Operations for the gradients of input and weight; PyTorch's formula counts those of a grouped weight once for each group."""
+    """Operations for the gradients of input and weight; PyTorch counts those of a grouped weight once for each group."""
     *_, transposed, _, _, wanted = settings
     return 2 * (x if transposed else grad).numel() * weight[0].numel() * (wanted[0] + wanted[1])
 

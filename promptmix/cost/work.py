@@ -18,8 +18,9 @@ from torch.utils._pytree import tree_leaves
 from promptmix.cost.count import Listener, counted
 
 #: Kinds of operators. ``product``: matrix products of rows with weights, convolutions. ``grouped``: convolutions of channels apart,
-#: which kernels compute far more slowly. ``batched``: batches of small products. ``attention`` in one kernel. ``curve``: exponentials and the like, which a CPU computes more slowly than it moves them.
-#: ``move``: everything else that reads and writes tensors. ``view``: what only the host does.
+#: which kernels compute far more slowly. ``batched``: batches of small products. ``attention`` in one kernel. ``curve``:
+#: exponentials and the like, which a CPU computes more slowly than it moves them. ``move``: everything else that reads and writes
+#: tensors. ``view``: what only the host does.
 KINDS = ("product", "grouped", "batched", "attention", "curve", "move", "view")
 _NAMES = {
     "product": ("mm", "addmm", "convolution", "convolution_backward", "_addmm_activation"),
