@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from promptmix.cost.count import Listener, counted
 
-#: Kinds of operators. ``product``: matrix products of rows with weights, convolutions. ``grouped``: convolutions of channels apart,
+#: Kinds of operators. ``product``: matrix products of rows with weights, convolutions. ``grouped``: those of channels apart,
 #: which kernels compute far more slowly. ``batched``: batches of small products. ``attention`` in one kernel. ``curve``:
 #: exponentials and the like, which a CPU computes more slowly than it moves them. ``move``: everything else that reads and writes
 #: tensors. ``view``: what only the host does.
