@@ -1,7 +1,7 @@
 """``INPUT.PIPELINE fast``: training pictures as bytes through torchvision's kernels, where the exact way goes through Pillow.
 
-Numbers are others: the kernels round otherwise, random crops draw in another order, and JPEGs that are much larger than what is
-made of them are decoded at a half, a quarter or an eighth of their size. Evaluation is always exact.
+Numbers are others: the kernels round otherwise, and JPEGs that are much larger than what is made of them are decoded at a half, a
+quarter or an eighth of their size, after which random crops lie elsewhere. Evaluation is always exact.
 """
 
 from __future__ import annotations
