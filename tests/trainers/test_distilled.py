@@ -10,6 +10,7 @@ import torch
 import promptmix
 from promptmix.config import validate
 from promptmix.cost.estimate import step_gflops
+from promptmix.engine import load_checkpoint
 from promptmix.errors import CheckpointError, ConfigError, DataError
 from promptmix.prompts.teachers import ClassVectors
 from promptmix.runs.run import run
@@ -21,7 +22,7 @@ LOW = ("TRAINER.COPROMPT.PROMPT_DEPTH", 2)
 
 
 def trained(room, folder, name, *settings, stop_after=0, epochs=2):
-    """Train and return the learned tensors and buffers; with ``stop_after`` an interrupted run is resumed by a second one."""
+    """Train and return what was learned, deployed and last; with ``stop_after`` an interrupted run is resumed by a second one."""
     always = ("OPTIM.MAX_EPOCH", epochs, "TEST.NO_TEST", True, "TRAIN.CHECKPOINT_FREQ", 1, "OUTPUT_DIR", str(folder))
     settings = (*three_layers(room), *settings)
     trainer = toy_trainer(room, name, *always, *settings)
@@ -37,7 +38,9 @@ def trained(room, folder, name, *settings, stop_after=0, epochs=2):
             trainer.train()
         trainer = toy_trainer(room, name, *always, *settings)
     trainer.train()
-    return trainer.model.state_dict()
+    # The best model may be an epoch's before the resume.
+    last = load_checkpoint(folder / "prompt_learner" / f"model.pth.tar-{epochs}")["state_dict"]
+    return trainer.model.state_dict() | {f"last {key}": value for key, value in last.items()}
 
 
 def same(one, other):
