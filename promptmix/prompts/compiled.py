@@ -2,7 +2,8 @@
 
 The forward graph holds both towers, head and losses, and none of it may fall out (``fullgraph=True``): what is decided in a
 step is decided by shapes, which class names fix for the whole run. So nothing in a step waits for the device, and a CUDA graph
-can replay it. Numbers are the eager step's up to rounding.
+can replay it. Numbers are the eager step's up to rounding; the first batch's gradients are held to that, since compilers err
+(PyTorch 2.14's gave MaPLe wrong ones on a CPU).
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from promptmix.engine.precision import clip_gradients
 from promptmix.errors import ConfigError
 from promptmix.parallel.group import size as processes
 from promptmix.prompts.learner import LossTerms, PromptLearner
+
+#: How far gradients of a compiled step may be from the eager step's, over the largest: in fp32, and where autocast rounds.
+_FAR, _FAR_ROUNDED = 1e-2, 0.3
 
 
 def check_step(cfg: CfgNode, device: torch.device, *, changes_gradients: bool) -> None:
@@ -110,22 +114,47 @@ class CompiledStep:
             labels: (B,); None where the method learns without.
 
         Raises:
-            ConfigError: the method decides something in a step that its numbers must be known for.
+            ConfigError: the method decides something in a step that its numbers must be known for, or PyTorch's compiler gives
+                wrong gradients of it.
         """
         if not self._started:
             self._started = True
             with torch.no_grad(), torch.random.fork_rng(enabled=True):
                 self._terms(images, labels)  # what is made once for all steps, such as references, is no part of one
+            if torch.is_grad_enabled():
+                self._check(images, labels)
+        return LossTerms(*self._captured(images, labels))
+
+    def _check(self, images: Tensor, labels: Tensor | None) -> None:
+        """Compare the gradients of a batch with the eager step's, unless those are random."""
+        ways = (self._terms, self._terms, self._captured)
+        eager, again, compiled = (self._gradients(way, seed, images, labels) for seed, way in enumerate(ways))
+        far = _FAR_ROUNDED if torch.is_autocast_enabled(images.device.type) else _FAR
+        if _distance(eager, again) <= far < (off := _distance(eager, compiled)):
+            raise ConfigError(
+                f"TRAIN.STEP: PyTorch {torch.__version__}'s compiler gives wrong gradients of a step of "
+                f"{type(self._model).__name__} here (they differ by {off:.1g} of the largest); set it to 'eager'"
+            )
+
+    def _gradients(self, way: Callable[..., Any], seed: int, images: Tensor, labels: Tensor | None) -> list[Tensor]:
+        learned = [p for p in self._model.parameters() if p.requires_grad and p.numel()]
+        with torch.random.fork_rng(enabled=True):
+            torch.manual_seed(seed)
+            total = way(images, labels)[0] * 1024.0  # small gradients vanish in fp16
+            found = torch.autograd.grad(total, learned, allow_unused=True)
+        return [torch.zeros_like(p) if part is None else part.clone() for p, part in zip(learned, found, strict=True)]
+
+    def _captured(self, images: Tensor, labels: Tensor | None) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         if self._cuda_graph:
             torch.compiler.cudagraph_mark_step_begin()
         try:
-            total, parts, logits = self._forward(images, labels)
+            given: tuple[Tensor, dict[str, Tensor], Tensor] = self._forward(images, labels)
         except torch._dynamo.exc.Unsupported as error:
             reason = str(error).strip().splitlines()[0]
             raise ConfigError(
                 f"TRAIN.STEP: a step of {type(self._model).__name__} can't be compiled as a whole ({reason}); set it to 'eager'"
             ) from error
-        return LossTerms(total, parts, logits)
+        return given
 
     def update(self) -> None:
         """Limit the gradients and step the optimizers."""
@@ -140,6 +169,13 @@ class CompiledStep:
         finally:
             for group, value in zip(self._groups, given, strict=True):
                 group["lr"] = value
+
+
+def _distance(here: Sequence[Tensor], there: Sequence[Tensor]) -> float:
+    """Return the largest difference over the largest number of each tensor, or a thousandth of all tensors' largest."""
+    sizes = [float(part.abs().max()) for part in here]
+    floor = max(max(sizes) / 1000, 1e-30)
+    return max(float((a - b).abs().max()) / max(size, floor) for a, b, size in zip(here, there, sizes, strict=True))
 
 
 def compiled_step(
