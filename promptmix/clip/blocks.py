@@ -209,7 +209,7 @@ def join_heads(x: Tensor) -> Tensor:
 def frozen_layer(block: nn.Module, rows: Tensor, length: int) -> Tensor:
     """``layer`` in which nothing is changed, on rows (B * L, W) of pictures of L tokens that all see each other."""
     if not is_standard(block):
-        return layer(block, rows.unflatten(0, (-1, length))).flatten(0, 1)
+        return layer(block, rows.view(-1, length, rows.shape[-1])).flatten(0, 1)
     qkv = project(block, block.ln_1(rows), None).view(-1, length, 3, block.attn.num_heads, block.attn.head_dim)
     query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind()
     mixed = F.scaled_dot_product_attention(query, key, value)

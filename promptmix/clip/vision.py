@@ -290,7 +290,7 @@ class ImageTower(nn.Module):
             own, reads_all = changes.at(i), i < end or last == "all"
             as_rows = own is None and self.skips_unread and reads_all
             if x.dim() == 2 and (i in changes.steps or not as_rows):
-                x = x.unflatten(0, (-1, length))
+                x = x.view(-1, length, x.shape[-1])
             if i in changes.steps and i:
                 x = apply_step(x, changes.steps[i])
                 length = x.shape[1]
@@ -304,7 +304,7 @@ class ImageTower(nn.Module):
                 x = layer(block, x, own, given=given) if reads_all else first_token_layer(block, x, own)
             else:
                 x = block(x, **given) if reads_all else self._last_layer(block, x)
-        return x if x.dim() == 3 else x.unflatten(0, (-1, length))
+        return x if x.dim() == 3 else x.view(-1, length, x.shape[-1])
 
 
 def _values_layer(block: nn.Module, x: Tensor, own: LayerChanges | None = None) -> Tensor:
