@@ -38,8 +38,10 @@ class Machine:
         sizes: bytes of a call at which ``move`` and ``curve`` were measured, rising.
         move: 10^9 bytes a second of what reads and writes tensors.
         curve: the same where exponentials are computed.
+        random: 10^9 bytes a second of numbers that are drawn.
         dispatch_us: microseconds of the host for an operator.
-        slower: how much longer kernels take inside passes through a model's towers than alone, with what they need in the caches.
+        slower: how much longer kernels take inside passes through a model's towers than alone, with what they need in the caches,
+            where that has room there.
     """
 
     product: float
@@ -49,6 +51,7 @@ class Machine:
     sizes: tuple[float, ...]
     move: tuple[float, ...]
     curve: tuple[float, ...]
+    random: float
     dispatch_us: float
     slower: float = 1.0
 
@@ -71,8 +74,11 @@ class Machine:
             rate = getattr(self, kind)
             # With few rows it is the weight's way from memory that takes time.
             return host + self.slower * max(gflop / rate, gigabytes / self._rate(self.move, size))
-        rate = self.batched if kind == "batched" else self._rate(self.curve if kind == "curve" else self.move, size)
-        return host + self.slower * gigabytes / rate
+        if kind in ("batched", "random"):
+            return host + self.slower * gigabytes / getattr(self, kind)
+        # What no cache holds is no slower inside a pass than alone.
+        slower = self.slower if size < self.sizes[1] else 1.0
+        return host + slower * gigabytes / self._rate(self.curve if kind == "curve" else self.move, size)
 
     def _rate(self, rates: tuple[float, ...], size: float) -> float:
         """Return the rate of a call of ``size`` bytes, on the line between the two sizes measured around it."""
@@ -119,8 +125,9 @@ def _parts() -> Machine:
     batched = moved / 1e9 / _best(lambda: (torch.bmm(query, key), torch.bmm(scores, query)))
     heads = torch.randn(2, 12, 197, 64)
     attention = 4 * 24 * 197 * 197 * 64 / 1e9 / _best(lambda: F.scaled_dot_product_attention(heads, heads, heads))
+    drawn = 8 * rows.numel() / 1e9 / _best(lambda: torch.empty_like(rows).bernoulli_(0.5))
     sizes = tuple(10.0 * count for count in _SIZES)
-    return Machine(product, grouped, batched, attention, sizes, moves, curves, 1e6 * _dispatch())
+    return Machine(product, grouped, batched, attention, sizes, moves, curves, drawn, 1e6 * _dispatch())
 
 
 def _moves(count: int) -> tuple[float, float]:

@@ -19,9 +19,9 @@ from promptmix.cost.count import Listener, counted
 
 #: Kinds of operators. ``product``: matrix products of rows with weights, convolutions. ``grouped``: those of channels apart,
 #: which kernels compute far more slowly. ``batched``: batches of small products. ``attention`` in one kernel. ``curve``:
-#: exponentials and the like, which a CPU computes more slowly than it moves them. ``move``: everything else that reads and writes
-#: tensors. ``view``: what only the host does.
-KINDS = ("product", "grouped", "batched", "attention", "curve", "move", "view")
+#: exponentials and the like, which a CPU computes more slowly than it moves them. ``random``: numbers that are drawn. ``move``:
+#: everything else that reads and writes tensors. ``view``: what only the host does.
+KINDS = ("product", "grouped", "batched", "attention", "curve", "random", "move", "view")
 _NAMES = {
     "product": ("mm", "addmm", "convolution", "convolution_backward", "_addmm_activation"),
     "batched": ("bmm", "baddbmm"),
@@ -32,8 +32,9 @@ _NAMES = {
     ),
     "curve": (
         *("silu", "silu_backward", "gelu", "gelu_backward", "_softmax", "_log_softmax", "exp", "log", "tanh", "sigmoid", "erf"),
-        *("pow", "logsumexp", "bernoulli_", "native_dropout", "normal_", "sin", "cos"),
+        *("pow", "logsumexp", "sin", "cos"),
     ),
+    "random": ("bernoulli_", "native_dropout", "normal_", "uniform_"),
 }
 _KIND = {f"aten::{name}": kind for kind, names in _NAMES.items() for name in names}
 #: Operators that read no more of their first argument than they give, and those that read nothing.

@@ -15,7 +15,7 @@ from promptmix.cost.machine import Machine
 from promptmix.plugin_manager import get_plugin_manager
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "limits.md"
-MACHINE = Machine(100.0, 10.0, 20.0, 50.0, (1e6, 1e8), (10.0, 5.0), (4.0, 2.0), 2.0)
+MACHINE = Machine(100.0, 10.0, 20.0, 50.0, (1e6, 1e8), (10.0, 5.0), (4.0, 2.0), 1.0, 2.0)
 
 
 def test_names_are_real_and_differ_as_classes_must():
