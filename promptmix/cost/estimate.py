@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -299,11 +300,13 @@ def _batch(trainer: Counted, size: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _reading(loader: Any) -> float:
-    items = range(0, len(loader.dataset), max(len(loader.dataset) // 8, 1))
-    begin = time.perf_counter()
-    for index in items:
+    """Return the median of the seconds for a picture; the first ones also wait for what is imported and opened once."""
+    seconds = []
+    for index in range(0, len(loader.dataset), max(len(loader.dataset) // 8, 1)):
+        begin = time.perf_counter()
         loader.dataset[index]
-    return (time.perf_counter() - begin) / max(len(items), 1)
+        seconds.append(time.perf_counter() - begin)
+    return statistics.median(seconds) if seconds else 0.0
 
 
 @contextlib.contextmanager
