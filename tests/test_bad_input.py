@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import promptmix
@@ -25,8 +24,6 @@ from promptmix.data.reading.images import read_image
 from promptmix.data.reading.pictures import quick_problem
 from promptmix.errors import ConfigError, DataError, OutputError
 from promptmix.files.whole import whole
-from promptmix.utils import atomic_write
-from tests import forked
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -346,18 +343,6 @@ def test_a_message_keeps_its_remedy_however_long_a_name_is():
     assert line.startswith("no aaa") and line.endswith("aaa; name another") and len(line) < 400 and code == 2
 
 
-@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
-def test_only_a_file_is_replaced(tmp_path, make):
-    target = tmp_path / "out"
-    make(target)
-    (tmp_path / "link").symlink_to(target)
-    before = target.lstat()
-    for path in (target, tmp_path / "link"):
-        with pytest.raises(OutputError, match="name a file"):
-            atomic_write(path, lambda temporary: temporary.write_text("x"))
-    assert target.lstat().st_ino == before.st_ino and (tmp_path / "link").is_symlink() and len(list(tmp_path.iterdir())) == 2
-
-
 def test_what_is_unexpected_is_one_line_with_its_file(monkeypatch, capsys):
     monkeypatch.setattr("promptmix.commands.cache.run", lambda args: [][1])
     monkeypatch.setattr("promptmix.plugin_manager.strangers", list)  # tests before this one may have loaded some
@@ -367,28 +352,6 @@ def test_what_is_unexpected_is_one_line_with_its_file(monkeypatch, capsys):
     full = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
     monkeypatch.setattr("promptmix.commands.cache.run", lambda args: (_ for _ in ()).throw(full))
     fails(capsys, ["cache"], "memory does not suffice", "BATCH_SIZE")
-
-
-def test_a_limit_on_the_size_of_files_leaves_nothing(tmp_path):
-    def write(_):
-        import resource
-
-        from promptmix.errors import OutputError
-        from promptmix.utils import atomic_write
-
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
-        for write in (lambda path: torch.save(torch.zeros(9999), path), lambda path: path.write_bytes(b"x" * 9999)):
-            try:
-                atomic_write(tmp_path / "file", write)
-            except OutputError as error:
-                print(error)
-        return 0
-
-    lines = forked.run([], work=write).stdout.splitlines()
-    assert len(lines) == 2
-    assert all("file can't be written" in line for line in lines)
-    assert "make room" in lines[0] and "ulimit -f" in lines[1]  # PyTorch tells no cause
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_training_that_a_full_disk_stopped_keeps_what_it_goes_on_from(train, tmp_path, monkeypatch, capsys):
@@ -417,15 +380,6 @@ def test_a_picture_or_package_that_can_not_be_written_leaves_what_was_there(tmp_
         capsys, ["new-plugin", "Foo", "--directory", tmp_path], "promptmix-foo can't be written: full; choose another --directory"
     )
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
-
-
-def test_a_file_that_fails_names_the_target(tmp_path):
-    def full(path):
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(OutputError, match="results.json can't be written: No space left on device"):
-        atomic_write(tmp_path / "results.json", full)
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("where", "code"), [(">&-", 0), (">/dev/full", 2), ("| head -1", 0)])

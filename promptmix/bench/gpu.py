@@ -284,6 +284,8 @@ def _repeats(here: World, method: str) -> Check:
 
 def _learned(here: World, method: str) -> list[Tensor]:
     trainer, batch = _trainer(here, method, _CHECKED_CLASSES)
+    if not any(parameter.requires_grad for parameter in trainer.model.parameters()):
+        raise UserError("learns nothing by steps")
     for _ in range(2):
         trainer.forward_backward(batch)
     return [p.detach().cpu() for p in trainer.model.parameters()]

@@ -126,7 +126,7 @@ class _Counter(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        for tensor in _tensors(args, kwargs):
+        for tensor in tensors_in(args, kwargs):
             self._take(tensor, made=False)  # weights and inputs were there before the work
         packet = getattr(func, "_overloadpacket", None)
         if torch.is_inference_mode_enabled() and packet not in flop_registry:
@@ -143,7 +143,7 @@ class _Counter(TorchDispatchMode):
         self.flops += flops
         if self._listener is not None:
             self._listener(func, args, output, flops)
-        for tensor in _tensors(output):
+        for tensor in tensors_in(output):
             self._take(tensor, made=True)
         return output
 
@@ -164,15 +164,15 @@ class _Counter(TorchDispatchMode):
         self.now -= size
 
 
-def _tensors(*values: Any) -> Iterator[torch.Tensor]:
+def tensors_in(*values: Any) -> Iterator[torch.Tensor]:
     """Yield the tensors in what an operator takes or gives; PyTorch's own walk over trees takes longer than the operators."""
     for value in values:
         if isinstance(value, torch.Tensor):
             yield value
         elif isinstance(value, (tuple, list)):
-            yield from _tensors(*value)
+            yield from tensors_in(*value)
         elif isinstance(value, dict):
-            yield from _tensors(*value.values())
+            yield from tensors_in(*value.values())
 
 
 def _flops(packet: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> int:

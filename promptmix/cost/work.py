@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
-from promptmix.cost.count import Listener, counted
+from promptmix.cost.count import Listener, counted, tensors_in
 
 #: Kinds of operators. ``product``: matrix products of rows with weights, convolutions. ``grouped``: those of channels apart,
 #: which kernels compute far more slowly. ``batched``: batches of small products. ``attention`` in one kernel. ``curve``:
@@ -137,7 +136,7 @@ class _Ledger(Listener):
         if _is_view(func):
             self.sums["view", 0] = self.sums["view", 0].plus(0, 0)
             return
-        read, made = _tensors(args), _tensors(output)
+        read, made = list(tensors_in(args)), list(tensors_in(output))
         read = made + read[1:] if name in _PICK else [] if name in _FILL else read
         size = sum(map(_bytes, read)) + sum(map(_bytes, made))
         kind = "grouped" if _is_grouped(name, args) else _KIND.get(name, "product" if flops else "move")
@@ -153,10 +152,6 @@ def _is_grouped(name: str, args: Any) -> bool:
 def _is_view(func: Any) -> bool:
     parts = func._schema.returns
     return func in _VIEWS or any(part.alias_info is not None and not part.alias_info.is_write for part in parts)
-
-
-def _tensors(values: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
 def _bytes(tensor: Tensor) -> int:

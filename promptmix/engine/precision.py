@@ -119,7 +119,7 @@ def tiny_is_zero() -> Iterator[None]:
     Gradients fade to them where layers leak to tokens that say little (``LwEIB``), and a product with one of them takes ten times
     as long as with others.
     """
-    was = (torch.full((), 1e-40) * 1).item() == 0
+    was = (torch.full((), 1e-40, dtype=torch.float32, device="cpu") * 1).item() == 0  # whatever a plugin's defaults are
     torch.set_flush_denormal(True)
     try:
         yield

@@ -130,7 +130,8 @@ class CompiledStep:
         ways = (self._terms, self._terms, self._captured)
         eager, again, compiled = (self._gradients(way, seed, images, labels) for seed, way in enumerate(ways))
         far = _FAR_ROUNDED if torch.is_autocast_enabled(images.device.type) else _FAR
-        if _distance(eager, again) <= far < (off := _distance(eager, compiled)):
+        off = _distance(eager, compiled)
+        if _distance(eager, again) <= far and not off <= far:  # of NaN too
             raise ConfigError(
                 f"TRAIN.STEP: PyTorch {torch.__version__}'s compiler gives wrong gradients of a step of "
                 f"{type(self._model).__name__} here (they differ by {off:.1g} of the largest); set it to 'eager'"
@@ -175,7 +176,8 @@ def _distance(here: Sequence[Tensor], there: Sequence[Tensor]) -> float:
     """Return the largest difference over the largest number of each tensor, or a thousandth of all tensors' largest."""
     sizes = [float(part.abs().max()) for part in here]
     floor = max(max(sizes) / 1000, 1e-30)
-    return max(float((a - b).abs().max()) / max(size, floor) for a, b, size in zip(here, there, sizes, strict=True))
+    off = [float((a - b).abs().max()) / max(size, floor) for a, b, size in zip(here, there, sizes, strict=True)]
+    return float(torch.tensor(off).max())  # NaN where one is
 
 
 def compiled_step(

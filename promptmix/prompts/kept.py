@@ -14,19 +14,19 @@ from promptmix.prompts.learner import Learner, PromptLearner
 __all__ = ["kept_of"]
 
 
-def kept_of(trainer: Any) -> Kept:
+def kept_of(trainer: Any, *, own: bool) -> Kept:
     """Return what caches keep: the tower's features as they come, also for methods that read them at length 1.
 
     So that adapters and linear probes, which read the former, share them with all others. The length is taken on the device that
     encodes, row by row, so that bits are those of encoding. Learners that encode in a way of their own keep what they give.
 
     Args:
-        trainer: a ``PromptTrainer``, whose module imports this one.
+        trainer: a ``PromptTrainer``.
+        own: whether its class encodes in a way of its own.
     """
     model, clip = trainer.model, trainer.clip
-    usual = type(model).encode_images in (PromptLearner.encode_images, Learner.encode_images)
-    usual = usual and type(trainer).encode_images.__module__ == "promptmix.prompts.trainer"
-    if not usual or model.feature_kind or getattr(model, "stacks_images", False):
+    own = own or type(model).encode_images not in (PromptLearner.encode_images, Learner.encode_images)
+    if own or model.feature_kind or getattr(model, "stacks_images", False):
         return Kept(trainer._encode_frozen, model.feature_kind)
 
     def encode(images: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from promptmix.config.declare import declare_all, inherited_by, key_of, settings
 from promptmix.cost.estimate import explained
 from promptmix.data.descriptions import Descriptions, parse_descriptions, read_descriptions
 from promptmix.data.features.cache import FeatureCache, open_cache
-from promptmix.data.features.rows import in_order
+from promptmix.data.features.rows import Kept, in_order
 from promptmix.data.features.views import ReplayLoader, cache_views, feature_loader, is_steady
 from promptmix.data.reading.streams import get_streams
 from promptmix.engine import TrainerX, build_lr_scheduler, build_optimizer, convert
@@ -243,7 +243,7 @@ class PromptTrainer(TrainerX):
             self.train_loader_x = cache_views(
                 self.train_loader_x,
                 min(views, epochs),
-                kept_of(self),
+                self._kept(),
                 self.cfg,
                 self._feature_cache(),
                 self.clip.image,
@@ -285,6 +285,9 @@ class PromptTrainer(TrainerX):
             )
         return None
 
+    def _kept(self) -> Kept:
+        return kept_of(self, own=type(self).encode_images is not PromptTrainer.encode_images)
+
     @contextmanager
     def _features_of(self, split: str | None) -> Iterator[None]:
         """Have the evaluation of ``split`` read image features instead of pictures, where they may be kept."""
@@ -292,7 +295,7 @@ class PromptTrainer(TrainerX):
         part = "val" if (split or self.cfg.TEST.SPLIT) == "val" and self.val_loader is not None else "test"
         loader = getattr(self, f"{part}_loader")
         if cache is not None:
-            found = feature_loader(loader, kept_of(self), self.cfg, cache, self.clip.image, part)
+            found = feature_loader(loader, self._kept(), self.cfg, cache, self.clip.image, part)
             setattr(self, f"{part}_loader", found or loader)
         try:
             yield

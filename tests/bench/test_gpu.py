@@ -96,6 +96,11 @@ def test_the_imagenet_step_is_timed_on_pictures_and_on_kept_features(tmp_path, m
     assert 0 < kept.launches < seen.launches and kept.milliseconds > 0
 
 
+def test_what_learns_nothing_by_steps_is_no_failure(tmp_path):
+    here = gpu.World("tiny-vit", tmp_path, "cpu")
+    assert gpu._two_steps(here, "ZeroshotCLIP") == gpu.Check("ZeroshotCLIP: two steps", None, "learns nothing by steps")
+
+
 def test_what_would_not_fit_is_not_begun(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu.memory, "available_mb", lambda: 0.01)
     here = gpu.World("tiny-vit", tmp_path, "cpu")

@@ -13,7 +13,6 @@ import torch
 from promptmix.data.features import rows
 from promptmix.data.features.cache import FeatureCache
 from promptmix.data.features.reuse import Reuse, awaited, reused
-from promptmix.prompts.kept import kept_of
 from tests.trainers.toy import toy_trainer
 
 
@@ -81,7 +80,7 @@ def test_methods_that_read_raw_features_share_them_with_the_others(room, tmp_pat
         done.append(((reused() - before).encoded, (reused() - before).taken))
     assert done[0][0] > 0 and done[1] == (done[0][0], done[0][0])
     trainer = toy_trainer(room, "ZeroshotCLIP", *opts)
-    kept = kept_of(trainer)
+    kept = trainer._kept()
     for batch in trainer.test_loader:
         assert torch.equal(kept.finish(kept.encode(batch["img"])), trainer._encode_frozen(batch["img"]))
 

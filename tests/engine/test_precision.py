@@ -64,11 +64,13 @@ def test_gradients_below_normal_numbers_are_zero_in_backward_only(was):
     weight = nn.Parameter(torch.ones(1))
     optimizer, given = torch.optim.SGD([weight], lr=0.0), torch.full((1,), 1e-30)
     torch.set_flush_denormal(was)
+    torch.set_default_dtype(torch.float64)  # as a plugin may
     try:
         Precision("fp32", "cpu").backward_and_update((weight * given * 1e-9).sum(), [optimizer])
         assert weight.grad.item() == 0.0
         assert ((given * 1e-9).item() == 0.0) is was  # as before
     finally:
+        torch.set_default_dtype(torch.float32)
         torch.set_flush_denormal(False)
 
 

@@ -1,5 +1,6 @@
 """Made data for sweeps: two small folders of pictures, and a sweep of three methods over them, two seeds, base to new."""
 
+import argparse
 import importlib
 import multiprocessing
 import os
@@ -9,7 +10,9 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from promptmix.runs import results
+from promptmix.commands import sweep as flags_of_sweep
+from promptmix.runs import backends, results
+from promptmix.runs.sweep import read
 from tests.forked import Forked, command
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -95,3 +98,16 @@ def numbers(output):
     runs, notes = results.find(output)
     assert not notes
     return {(run.trainer, run.title, run.subsample_classes, run.seed): run.metrics for run in runs}
+
+
+def jobs(*trainers):
+    """Return jobs that differ by their method."""
+    return [backends.Job("base-to-new", trainer, "EmojiFamilies", f"out/{trainer}", 1) for trainer in trainers]
+
+
+def options_of(tmp_path, flags, **more):
+    """Return what the flags of ``promptmix sweep`` come to."""
+    plan = read(str(make_sweep(tmp_path, tmp_path / "out", **more)))
+    parser = argparse.ArgumentParser()
+    flags_of_sweep.add_arguments(parser)
+    return flags_of_sweep._options(parser.parse_args(["sweep.yaml", *flags], argparse.Namespace(argv=[])), plan)

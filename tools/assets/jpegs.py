@@ -8,20 +8,20 @@ from pathlib import Path
 
 from PIL import Image
 
-from assets.main import ASSETS
 from assets.render import key_of
 from assets.sources import reader
 
 
-def write_jpegs(archives: Path, out: Path, size: int) -> None:
+def write_jpegs(archives: Path, families: Path, out: Path, size: int) -> None:
     """Write Fluent 3D on white, ``size`` x ``size`` pixels, as ``<out>/train/<family>/<hexcode>.jpg`` and so on.
 
     Args:
         archives: Folder of the pinned archives.
+        families: The split file of the embedded data set.
         out: Folder that ``DATASET.NAME ImageFolder`` then reads.
         size: Pixels of an edge; the artists' pictures have 256.
     """
-    split = json.loads((ASSETS / "emoji" / "families_split.json").read_text(encoding="utf-8"))
+    split = json.loads(families.read_text(encoding="utf-8"))
     drawn = {key_of(code): data for code, data in reader(archives, "fluent_3d").read_all("assets/", ".webp").items()}
     count = 0
     for part in ("train", "val", "test"):

@@ -54,7 +54,7 @@ def _pack(args: argparse.Namespace) -> None:
 def _jpegs(args: argparse.Namespace) -> None:
     from assets import jpegs
 
-    jpegs.write_jpegs(args.archives, args.work / f"jpegs-{args.size}", args.size)
+    jpegs.write_jpegs(args.archives, ASSETS / "emoji" / "families_split.json", args.work / f"jpegs-{args.size}", args.size)
 
 
 def _measure(args: argparse.Namespace) -> None:
